@@ -1,0 +1,1 @@
+"""Attaching nowcasting to training frameworks."""

@@ -1,0 +1,25 @@
+"""The few exceptions that a user of Nino may want to catch.
+
+All of them derive from ``ValueError`` so that ``except ValueError`` keeps working, and every message says
+what was expected, what came and what to do next.
+"""
+
+
+class NinoError(ValueError):
+    """Base class of every error that a caller's input can cause."""
+
+
+class GraphError(NinoError):
+    """A model cannot be wired: an unsupported layer, a missing parameter, shapes that do not join."""
+
+
+class SnapshotError(NinoError):
+    """Snapshots do not fit the graph or each other, are too few, or hold NaN or infinity."""
+
+
+class CheckpointError(NinoError):
+    """A nowcaster's weights or config cannot be read."""
+
+
+class TrajectoryError(NinoError):
+    """A recorded trajectory is missing, truncated, foreign or of another version."""

@@ -1,0 +1,289 @@
+"""The neural graph as a few small records: neuron groups, and edge blocks between them.
+
+Neurons are nodes and weights are edges (NiNo, arXiv:2409.04434, section 3.1; neural graphs, arXiv:2403.12143). Edges
+are never listed one by one here. An :class:`EdgeBlock` says which neurons one parameter connects and how the
+parameter is *viewed* as ``[source, target, feature]``; the graph of a model with billions of weights is a few thousand
+blocks. Edge lists are made on request by :meth:`NeuralGraph.edges`.
+
+Two ideas carry the file:
+
+- An :class:`Axis` is a set of things that can be relabelled together: the channels of the residual stream, the heads
+  of an attention layer. A :class:`NeuronGroup` is a product of axes, and one axis may occur in many groups (all
+  stream groups share the stream's axis). So the axes *are* the permutation symmetries of the model.
+- :class:`Slots` address the neurons of a group as one side of a block. They may name more axes than the group has:
+  the neuron is then repeated along them. ``o_proj`` of grouped-query attention reads value neurons ``(kv, dim)``
+  through slots ``(kv, query, dim)``, once per query head of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nino.errors import GraphError
+
+if TYPE_CHECKING:
+    from nino.graph.edge_list import EdgeList
+
+MAX_FEATURES = 9
+"""Parameter elements that one edge can carry (a 3 x 3 kernel)."""
+
+
+class EdgeType(IntEnum):
+    """Rows of the network's table of edge types; the numbers are those of the published weights."""
+
+    LINEAR = 1
+    BIAS = 2
+    CONV = 3
+    NORM = 4
+    WORD_EMBEDDING = 5
+    POSITION_EMBEDDING = 6
+    QUERY = 7
+    KEY = 8
+    VALUE = 9
+    RESIDUAL = 10
+    HEAD = 11
+    SELF_LOOP = 13
+
+
+NUM_EDGE_TYPES = 15
+
+
+class BlockKind(Enum):
+    """How the slots of the two sides meet."""
+
+    DENSE = "dense"
+    """Every source slot to every target slot."""
+    DIAGONAL = "diagonal"
+    """Source slot i to target slot i."""
+    FAN_OUT = "fan-out"
+    """One node to every target slot: a bias, a norm's gain. Stored like a diagonal with a repeated source."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Something countable that can be relabelled: stream channels, heads, the dimensions of a head."""
+
+    name: str
+    """Unique in a graph."""
+    size: int
+    permutable: bool = True
+    """Whether relabelling leaves the model's function unchanged; words, pixels and rotary dimensions do not."""
+    within: Axis | None = None
+    """An outer axis: this one is relabelled separately for every index of it."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """One side of a block: an ordered product of axes, each slot standing for one neuron of ``group``."""
+
+    group: NeuronGroup
+    axes: tuple[Axis, ...]
+
+    def __post_init__(self) -> None:
+        missing = [axis.name for axis in self.group.axes if axis not in self.axes]
+        if missing:
+            raise GraphError(
+                f"slots of group {self.group.name!r} leave out its axes {missing}; name every axis of the group"
+            )
+
+    @property
+    def size(self) -> int:
+        """The number of slots."""
+        return prod(axis.size for axis in self.axes)
+
+    def local_index(self) -> Tensor:
+        """For every slot, which neuron of the group it stands for: int64 ``[size]``."""
+        own = torch.arange(self.group.size).view([axis.size for axis in self.group.axes])
+        order = [self.group.axes.index(axis) for axis in self.axes if axis in self.group.axes]
+        shape = [axis.size if axis in self.group.axes else 1 for axis in self.axes]
+        return own.permute(order).reshape(shape).expand([axis.size for axis in self.axes]).reshape(-1)
+
+
+@dataclass(frozen=True)
+class NeuronGroup:
+    """Neurons that play the same part: ``axes`` give their number and how they may be relabelled."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    is_words: bool = False
+    """Whether neuron i is word i of the vocabulary (some weights have a table row per word)."""
+
+    @property
+    def size(self) -> int:
+        """The number of neurons; a group without axes is a single node."""
+        return prod(axis.size for axis in self.axes)
+
+    def slots(self, *axes: Axis) -> Slots:
+        """Address the neurons by ``axes``, which hold the group's own and any along which they repeat."""
+        return Slots(self, axes or self.axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeBlock:
+    """The edges that one parameter (or a slice of it), or one auxiliary connection, adds to the graph."""
+
+    name: str
+    """The parameter's name, or of an auxiliary block what it connects."""
+    kind: BlockKind
+    type: EdgeType
+    source: Slots
+    target: Slots
+    parameter: str | None = None
+    """Name of the parameter that the edges carry; ``None`` for an auxiliary block, whose edges carry the constant 1."""
+    layout: tuple[Axis, ...] = ()
+    """The parameter's axes in storage order, each of its dimensions split as far as needed."""
+    narrow: tuple[int, int, int] | None = None
+    """``(dim, start, length)``: the part of the parameter that this block carries, for fused layers."""
+    features: tuple[int, int] = (0, 1)
+    """The range of kernel positions that this block carries; wider kernels become parallel blocks."""
+
+    @property
+    def num_edges(self) -> int:
+        """The number of edges of the block."""
+        return self.source.size * self.target.size if self.kind is BlockKind.DENSE else self.target.size
+
+    @property
+    def num_features(self) -> int:
+        """Parameter elements per edge: 1, or up to 9 for a convolution."""
+        return self.features[1] - self.features[0]
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """View the block's part of a parameter, without copying.
+
+        Args:
+            parameter: a tensor of the parameter's shape (its value, a snapshot, a prediction).
+
+        Returns:
+            ``[source, target, feature]`` for a dense block, ``[target, feature]`` otherwise.
+
+        Raises:
+            GraphError: if the tensor's shape is not the parameter's.
+        """
+        view = _split(self._narrowed(parameter), self.layout, self.name)
+        sides = [self.source.axes, self.target.axes] if self.kind is BlockKind.DENSE else [self.target.axes]
+        feature_axes = tuple(axis for axis in self.layout if not any(axis in side for side in sides))
+        order = [self.layout.index(axis) for side in (*sides, feature_axes) for axis in side]
+        shape = [prod(axis.size for axis in side) for side in (*sides, feature_axes)]
+        return view.permute(order).view(shape)[..., self.features[0] : self.features[1]]
+
+    def _narrowed(self, parameter: Tensor) -> Tensor:
+        if self.narrow is None:
+            return parameter
+        dim, start, length = self.narrow
+        return parameter.narrow(dim, start, length)
+
+
+def _split(tensor: Tensor, layout: tuple[Axis, ...], name: str) -> Tensor:
+    """Split the dimensions of ``tensor`` into the axes of ``layout``; merges nothing, so it never copies."""
+    rest = [axis.size for axis in layout]
+    shape: list[int] = []
+    for dim_size in tensor.shape:
+        product = 1
+        while rest and product < dim_size:
+            product *= rest[0]
+            shape.append(rest.pop(0))
+        if product != dim_size:
+            break
+    else:
+        if all(size == 1 for size in rest):
+            return tensor.view(shape + rest)
+    axes = " x ".join(f"{axis.name}={axis.size}" for axis in layout)
+    raise GraphError(f"{name}: a tensor of shape {tuple(tensor.shape)} does not split into its axes {axes}")
+
+
+@dataclass(frozen=True)
+class NeuralGraph:
+    """The neural graph of one model.
+
+    Build it with :meth:`from_model`. Nodes are numbered once, in the order of ``groups``.
+    """
+
+    groups: tuple[NeuronGroup, ...]
+    blocks: tuple[EdgeBlock, ...]
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every parameter that is in the graph, in the model's order."""
+    wiring: str
+    """``"exact"``, ``"official"`` or ``"per-parameter"`` (a model of an unknown family)."""
+    family: str
+
+    @staticmethod
+    def from_model(model: nn.Module, wiring: str = "exact") -> NeuralGraph:
+        """Wire a model.
+
+        Args:
+            model: on any device, ``meta`` included; only names, shapes and configs are read.
+            wiring: ``"exact"``, the correct wiring of every family, or ``"official"``, the layout of the
+                published NiNo code for convnets, MLPs and GPT-2, quirks included.
+
+        Raises:
+            GraphError: if the family's wiring does not cover a trainable parameter, or ``"official"`` does not
+                know the family.
+
+        Example:
+            >>> graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+            >>> graph.num_nodes, len(graph.blocks)
+            (11, 4)
+        """
+        from nino.graph.architectures import wire
+
+        return wire(model, wiring)
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of nodes."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def num_edges(self) -> int:
+        """The number of edges, self loops included."""
+        return sum(block.num_edges for block in self.blocks) + self.num_nodes
+
+    @property
+    def parameter_blocks(self) -> Iterable[EdgeBlock]:
+        """The blocks that carry a parameter."""
+        return (block for block in self.blocks if block.parameter is not None)
+
+    def first_nodes(self) -> dict[NeuronGroup, int]:
+        """The number of every group's first node."""
+        first, total = {}, 0
+        for group in self.groups:
+            first[group] = total
+            total += group.size
+        return first
+
+    def words(self) -> Tensor:
+        """For every node 1 + the index of its word, or 0 for all that are not words: int64 ``[num_nodes]``."""
+        parts = [
+            torch.arange(1, g.size + 1) if g.is_words else torch.zeros(g.size, dtype=torch.long) for g in self.groups
+        ]
+        return torch.cat(parts)
+
+    def positions(self, num_features: int = 8) -> Tensor:
+        """Laplacian eigenvectors, float32 ``[num_nodes, num_features]``; see :mod:`nino.graph.positions`."""
+        from nino.graph.positions import laplacian_positions
+
+        return laplacian_positions(self, num_features)
+
+    def edges(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
+        """List every edge.
+
+        Returns:
+            ``edge_index`` int64 ``[2, num_edges]`` (source, target), ``edge_type`` int64 ``[num_edges]``, and a slice
+            of them per parameter name, its edges in the order of its elements (the positions of a kernel are one
+            edge). Auxiliary edges follow the parameters, self loops come last.
+        """
+        edge_list = self.edge_list()
+        return edge_list.index, edge_list.type, edge_list.slices
+
+    def edge_list(self) -> EdgeList:
+        """The same list, with the means to move values between parameters and edges."""
+        from nino.graph.edge_list import EdgeList
+
+        return EdgeList(self)

@@ -1,0 +1,91 @@
+"""Positional features of nodes: smooth eigenvectors of the graph's Laplacian, from its small quotient.
+
+The features are eigenvectors of the symmetric normalised Laplacian of the undirected binary graph, self loops included
+(NiNo, section 3.1; the published code drops the self loops here, so ``wiring="official"`` does too). In a neural graph
+the neurons of a group are all alike: every block joins each neuron of one group to equally many of another. The
+groups are therefore an *equitable partition*, and every eigenvector of the quotient matrix (one row per group), spread
+evenly over its groups, is an eigenvector of the whole graph (Godsil and Royle, Algebraic Graph Theory, section 9.3).
+That is exact, deterministic, equal for all neurons of a group and takes milliseconds at any model size. The modes
+that the quotient lacks differ between the neurons of one group; they are arbitrary within their eigenspaces and would
+break equivariance.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph, NeuronGroup
+
+ZERO_EIGENVALUE = 1e-9
+
+
+def quotient_adjacency(graph: NeuralGraph) -> Tensor:
+    """The number of neighbours that a neuron of one group has in another: float64 ``[groups, groups]``.
+
+    Neighbours are counted once however many edges join them, in either direction. A neuron is its own neighbour, except
+    in the official wiring.
+    """
+    number = {group: i for i, group in enumerate(graph.groups)}
+    joined: dict[tuple[int, int], list[EdgeBlock]] = defaultdict(list)
+    for block in graph.blocks:
+        joined[number[block.source.group], number[block.target.group]].append(block)
+    pairs = {tuple(sorted(pair)) for pair in joined}
+    loops = 0.0 if graph.wiring == "official" else 1.0
+    out = loops * torch.eye(len(graph.groups), dtype=torch.float64)
+    for i, j in pairs:
+        blocks = joined[i, j] + (joined[j, i] if i != j else [])
+        size_i, size_j = graph.groups[i].size, graph.groups[j].size
+        edges = _num_neighbour_pairs(blocks, i, number)
+        out[i, j] = edges / size_i
+        out[j, i] = edges / size_j
+    return out
+
+
+def _num_neighbour_pairs(blocks: list[EdgeBlock], first: int, number: dict[NeuronGroup, int]) -> int:
+    """How many distinct pairs of neurons the blocks between two groups join."""
+    group_sizes = blocks[0].source.group.size, blocks[0].target.group.size
+    inside = blocks[0].source.group == blocks[0].target.group
+    if any(block.kind is BlockKind.DENSE for block in blocks) or min(group_sizes) == 1:
+        return group_sizes[0] * group_sizes[1]
+    pairs = []
+    for block in blocks:
+        source, target = block.source.local_index(), block.target.local_index()
+        pairs.append(torch.stack([source, target] if number[block.source.group] == first else [target, source]))
+    joined = torch.cat(pairs, dim=1)
+    if inside:
+        same = torch.arange(group_sizes[0])
+        joined = torch.cat([joined, joined.flip(0), torch.stack([same, same])], dim=1)
+    return joined.unique(dim=1).shape[1]
+
+
+def laplacian_positions(graph: NeuralGraph, num_features: int = 8) -> Tensor:
+    """Eigenvectors of the smallest non-zero eigenvalues, equal on each group.
+
+    Args:
+        graph: any neural graph.
+        num_features: how many eigenvectors; columns of zeros fill up where the quotient has fewer.
+
+    Returns:
+        float32 ``[num_nodes, num_features]``; each column has unit length and its entry of largest
+        magnitude (the first such) is positive.
+    """
+    neighbours = quotient_adjacency(graph)
+    sizes = torch.tensor([group.size for group in graph.groups], dtype=torch.float64)
+    scale = (sizes / neighbours.sum(1)).sqrt()
+    normalised = neighbours * scale[:, None] / scale[None, :] / neighbours.sum(1)[None, :]
+    laplacian = torch.eye(len(sizes), dtype=torch.float64) - (normalised + normalised.T) / 2
+    eigenvalues, vectors = torch.linalg.eigh(laplacian)
+    chosen = vectors[:, eigenvalues > ZERO_EIGENVALUE][:, :num_features] / sizes.sqrt()[:, None]
+    out = torch.zeros(len(sizes), num_features, dtype=torch.float64)
+    out[:, : chosen.shape[1]] = chosen * _signs(chosen)
+    return out.float().repeat_interleave(sizes.long(), dim=0)
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    """+1 or -1 per column, such that the first entry of (nearly) the largest magnitude becomes positive."""
+    magnitude = vectors.abs()
+    largest = (magnitude > magnitude.amax(0, keepdim=True) * (1 - 1e-6)).int().argmax(0)
+    return vectors.gather(0, largest[None]).sign()

@@ -1,0 +1,76 @@
+"""What one must know of a nowcaster to build and use it, stored as JSON beside its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from nino.errors import CheckpointError
+
+CONFIG_FORMAT = "nino-nowcaster"
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NowcasterConfig:
+    """Sizes and conventions of a nowcaster."""
+
+    kind: Literal["nino", "wnn"] = "nino"
+    """``"nino"`` passes messages over the neural graph; ``"wnn"`` looks at each weight alone."""
+    hidden: int = 128
+    """Width of the network."""
+    context: int = 5
+    """Snapshots that it reads."""
+    max_horizon: int = 40
+    """The furthest prediction, in snapshot intervals."""
+    num_positions: int = 8
+    """Laplacian features per node."""
+    num_words: int = 0
+    """Rows of a table that is added to the word neurons (row 0 to all others); 0 if the weights have none."""
+    wiring: Literal["exact", "official"] = "exact"
+    """The wiring on which it was trained."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("nino", "wnn"):
+            raise CheckpointError(f"kind must be 'nino' or 'wnn', got {self.kind!r}")
+        if self.wiring not in ("exact", "official"):
+            raise CheckpointError(f"wiring must be 'exact' or 'official', got {self.wiring!r}")
+        for name in ("hidden", "max_horizon", "num_positions"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise CheckpointError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if not isinstance(self.context, int) or self.context < 2:
+            raise CheckpointError(f"context must be a whole number of at least 2, got {self.context!r}")
+        if not isinstance(self.num_words, int) or self.num_words < 0:
+            raise CheckpointError(f"num_words must be a whole number of at least 0, got {self.num_words!r}")
+
+    def to_json(self) -> str:
+        """Return the config as JSON, with its format and version."""
+        return json.dumps({"format": CONFIG_FORMAT, "version": CONFIG_VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str, origin: str = "config") -> NowcasterConfig:
+        """Read what :meth:`to_json` wrote.
+
+        Args:
+            text: JSON.
+            origin: named in errors, usually the file.
+
+        Raises:
+            CheckpointError: if it is not the config of a nowcaster that this release reads.
+        """
+        try:
+            values: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{origin} is not JSON ({error}); expected the config.json of a nowcaster") from error
+        if not isinstance(values, dict) or values.pop("format", None) != CONFIG_FORMAT:
+            raise CheckpointError(f'{origin} is not the config of a nowcaster: expected "format": "{CONFIG_FORMAT}"')
+        version = values.pop("version", None)
+        if version != CONFIG_VERSION:
+            raise CheckpointError(
+                f"{origin} has version {version!r}, this release reads {CONFIG_VERSION}; upgrade nino"
+            )
+        unknown = sorted(set(values) - {field.name for field in fields(NowcasterConfig)})
+        if unknown:
+            raise CheckpointError(f"{origin} has unknown settings {unknown}; upgrade nino or remove them")
+        return NowcasterConfig(**values)

@@ -1,0 +1,171 @@
+"""NiNo and WNN, written out edge by edge: the definition of what a nowcaster computes.
+
+Training differentiates through this file, and every faster engine is tested against it. NiNo follows section 3 of
+arXiv:2409.04434; its published third round of message passing changed only nodes that nothing reads afterwards, so it
+is left out here (converted weights drop it). Shapes: E edges, N nodes, H hidden, C context, K horizons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nino.graph.ir import MAX_FEATURES, NUM_EDGE_TYPES
+from nino.model.config import NowcasterConfig
+from nino.model.segments import SegmentBackend, segment_mean
+
+NUM_ROUNDS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeInputs:
+    """A graph (or the disjoint union of several) as the networks read it. Edges with parameters come first."""
+
+    features: Tensor
+    """``[E, 9 * C]`` standardised snapshots, kernel-position-major; see :meth:`EdgeList.features`."""
+    index: Tensor
+    """int64 ``[2, E]``: source and target node."""
+    type: Tensor
+    """int64 ``[E]``: an :class:`EdgeType`."""
+    positions: Tensor
+    """``[N, num_positions]``."""
+    words: Tensor
+    """int64 ``[N]``: 1 + the index of the word, 0 for other nodes."""
+    num_outputs: int
+    """How many of the first edges want a prediction."""
+
+
+class Convolution(nn.Module):
+    """Message passing: the mean over incoming edges of ``scale * pre([x_i, x_j]) + shift``, both read off the edge."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.edge_encoder = nn.Linear(hidden, 2 * hidden)
+        self.pre = nn.Linear(2 * hidden, hidden)
+        self.post = nn.Linear(2 * hidden, hidden)
+        self.lin = nn.Linear(hidden, hidden)
+
+    def forward(self, nodes: Tensor, edges: Tensor, index: Tensor, backend: SegmentBackend) -> Tensor:
+        """Map nodes ``[N, H]`` and edges ``[E, H]`` to new nodes ``[N, H]``."""
+        source, target = index
+        scale, shift = self.edge_encoder(edges).chunk(2, dim=-1)
+        from_target, from_source = self.split_pre(nodes)
+        messages = torch.addcmul(shift, scale, from_target[target] + from_source[source])
+        mean = segment_mean(messages, target, len(nodes), backend).to(nodes.dtype)
+        return F.silu(self.lin(self.post(torch.cat([nodes, mean], dim=-1))))
+
+    def split_pre(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """``pre([x_target, x_source])`` as two terms per node, ``[N, H]`` each: as target (with bias), as source."""
+        for_target, for_source = self.pre.weight.chunk(2, dim=1)
+        return F.linear(nodes, for_target, self.pre.bias), F.linear(nodes, for_source)
+
+
+class EdgeUpdate(nn.Module):
+    """New edges from old ones and the nodes at both ends."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.from_edge = nn.Linear(hidden, hidden)
+        self.from_source = nn.Linear(hidden, hidden)
+        self.from_target = nn.Linear(hidden, hidden)
+        self.lin = nn.Linear(hidden, hidden)
+
+    def forward(self, nodes: Tensor, edges: Tensor, index: Tensor) -> Tensor:
+        """Map nodes ``[N, H]`` and edges ``[E, H]`` to new edges ``[E, H]``."""
+        source, target = index
+        ends = self.from_source(nodes)[source] + self.from_target(nodes)[target]
+        return self.lin(F.silu(self.from_edge(edges) + ends))
+
+
+class NiNo(nn.Module):
+    """The graph network: two rounds of message passing, each followed by an edge update, then a head on the edges."""
+
+    def __init__(self, config: NowcasterConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden
+        self.type_embed = nn.Embedding(NUM_EDGE_TYPES, hidden)
+        self.word_embed = nn.Embedding(config.num_words, hidden) if config.num_words else None
+        self.node_proj = nn.Linear(config.num_positions, hidden)
+        self.edge_proj = nn.Linear(MAX_FEATURES * config.context, hidden)
+        self.convs = nn.ModuleList(Convolution(hidden) for _ in range(NUM_ROUNDS))
+        self.edge_updates = nn.ModuleList(EdgeUpdate(hidden) for _ in range(NUM_ROUNDS))
+        self.head_hidden = nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, MAX_FEATURES * config.max_horizon)
+
+    def forward(self, inputs: EdgeInputs, horizon: int | None = None, backend: SegmentBackend = "auto") -> Tensor:
+        """Predict how far each standardised weight moves from its last snapshot.
+
+        Args:
+            inputs: one or several graphs.
+            horizon: snapshot intervals ahead, 1 to K; ``None`` for all.
+            backend: how messages are averaged.
+
+        Returns:
+            ``[num_outputs, 9]`` for one horizon, ``[num_outputs, 9, K]`` for all.
+        """
+        nodes = self.embed_nodes(inputs.positions, inputs.words)
+        edges = self.edge_proj(inputs.features) + self.type_embed(inputs.type)
+        for round_index, (conv, update) in enumerate(self.rounds()):
+            nodes = conv(nodes, edges, inputs.index, backend)
+            if round_index < NUM_ROUNDS - 1:
+                edges = update(nodes, edges, inputs.index)
+            else:
+                edges = update(nodes, edges[: inputs.num_outputs], inputs.index[:, : inputs.num_outputs])
+        weight, bias = self.head_rows(horizon)
+        out = F.linear(F.silu(self.head_hidden(edges)), weight, bias)
+        return out if horizon is not None else out.unflatten(-1, (MAX_FEATURES, self.config.max_horizon))
+
+    def embed_nodes(self, positions: Tensor, words: Tensor) -> Tensor:
+        """The nodes before the first round: ``[N, H]``."""
+        nodes = self.node_proj(positions.to(self.node_proj.weight.dtype))
+        return nodes if self.word_embed is None else nodes + self.word_embed(words)
+
+    def rounds(self) -> list[tuple[Convolution, EdgeUpdate]]:
+        """The two rounds of message passing, each with its edge update."""
+        return list(zip(self.convs, self.edge_updates, strict=True))  # type: ignore[arg-type]
+
+    def head_rows(self, horizon: int | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the head's last layer, of one horizon (9 rows) or of all."""
+        if horizon is None:
+            return self.head.weight, self.head.bias
+        rows = slice(horizon - 1, None, self.config.max_horizon)
+        return self.head.weight[rows], self.head.bias[rows]
+
+
+class Wnn(nn.Module):
+    """The per-weight network (WNN+ of the NiNo paper): an MLP on the weight's own snapshots and its type."""
+
+    def __init__(self, config: NowcasterConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden
+        self.type_embed = nn.Embedding(NUM_EDGE_TYPES, hidden)
+        self.edge_proj = nn.Linear(config.context, hidden)
+        self.body = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(hidden, hidden), nn.SiLU())))
+        self.head = nn.Linear(hidden, config.max_horizon)
+
+    def forward(self, inputs: EdgeInputs, horizon: int | None = None, backend: SegmentBackend = "auto") -> Tensor:
+        """Predict as :meth:`NiNo.forward` does; ``backend`` is not used, since no messages pass."""
+        del backend
+        values = inputs.features[: inputs.num_outputs].unflatten(-1, (MAX_FEATURES, self.config.context))
+        return self.predict_weights(values, inputs.type[: inputs.num_outputs, None], horizon)
+
+    def predict_weights(self, values: Tensor, edge_type: Tensor, horizon: int | None = None) -> Tensor:
+        """Predict weights from snapshots ``[..., C]`` and edge types that broadcast to ``[...]``."""
+        hidden = self.body(self.edge_proj(values) + self.type_embed(edge_type))
+        if horizon is None:
+            out: Tensor = self.head(hidden)
+            return out
+        return hidden @ self.head.weight[horizon - 1] + self.head.bias[horizon - 1]
+
+
+Network = NiNo | Wnn
+
+
+def build_network(config: NowcasterConfig) -> Network:
+    """Build the network of a config, freshly initialised."""
+    return NiNo(config) if config.kind == "nino" else Wnn(config)

@@ -1,0 +1,225 @@
+"""The nowcaster: a trained network, where it comes from and how it predicts.
+
+Standardises snapshots, runs an engine, maps the prediction back. Knows nothing of optimizers and schedules.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nino.engine import predict_blockwise, predict_edgewise
+from nino.errors import CheckpointError, NinoError, SnapshotError
+from nino.graph.ir import NeuralGraph
+from nino.model.config import NowcasterConfig
+from nino.model.networks import Network, build_network
+from nino.standardise import Standardiser, check_snapshots
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+Engine = Literal["blockwise", "edges"]
+
+
+class Nowcaster:
+    """Predicts where a model's weights will be from where they have just been.
+
+    Args:
+        network: a trained network.
+
+    Example:
+        >>> nowcaster = Nowcaster.from_pretrained("nino-tiny")              # doctest: +SKIP
+        >>> graph = nino.NeuralGraph.from_model(model)                      # doctest: +SKIP
+        >>> new = nowcaster.predict(snapshots, horizon=20, graph=graph)     # doctest: +SKIP
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    @property
+    def config(self) -> NowcasterConfig:
+        """Sizes and conventions of the network."""
+        return self.network.config
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> Nowcaster:
+        """Load a nowcaster that Nino ships, from a local folder, or from the Hugging Face hub.
+
+        Args:
+            name: ``"nino-tiny"`` (shipped), a folder with ``config.json`` and ``model.safetensors``, or a hub id
+                ``"user/name"``; looked up in this order.
+
+        Raises:
+            CheckpointError: if nothing of that name exists, or it is not a nowcaster, or is corrupted.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        config_path, weights_path = _find_files(str(name))
+        config = NowcasterConfig.from_json(_read_text(config_path), str(config_path))
+        network = build_network(config)
+        try:
+            network.load_state_dict(load_file(weights_path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{weights_path} does not hold the weights of {config_path}: {reason}") from error
+        return cls(network)
+
+    @classmethod
+    def from_official(cls, path: str | Path) -> Nowcaster:
+        """Load a published ``.pt`` file (``weights_only=True``: nothing in it is run).
+
+        Raises:
+            CheckpointError: if the file is missing, corrupted, or not a published NiNo or WNN.
+        """
+        from nino.model.official import load_official
+
+        return cls(load_official(path))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` to a folder, which is created."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(self.config.to_json())
+
+    def graph_of(self, model: torch.nn.Module) -> NeuralGraph:
+        """Wire a model as this nowcaster expects; where the published layout has no form for it, exactly."""
+        if self.config.wiring == "official":
+            try:
+                return NeuralGraph.from_model(model, wiring="official")
+            except NinoError as error:
+                logger.warning(
+                    "%s; the published weights will run on the exact wiring, on which they were not trained", error
+                )
+        return NeuralGraph.from_model(model)
+
+    def check_fits(self, graph: NeuralGraph) -> None:
+        """Refuse a graph with more words than the network's table has rows.
+
+        Raises:
+            CheckpointError: naming both sizes.
+        """
+        num_words = max((group.size for group in graph.groups if group.is_words), default=0)
+        if 0 < self.config.num_words <= num_words:
+            raise CheckpointError(
+                f"this nowcaster's table has rows for {self.config.num_words - 1} words, the model has {num_words}; "
+                "use a nowcaster without a word table"
+            )
+
+    @torch.no_grad()
+    def predict(
+        self,
+        snapshots: Sequence[Mapping[str, Tensor]],
+        horizon: int,
+        graph: NeuralGraph,
+        positions: Tensor | None = None,
+        engine: Engine = "blockwise",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Predict the weights ``horizon`` snapshot intervals after the last snapshot.
+
+        Args:
+            snapshots: ``config.context`` dicts of parameter name to tensor, oldest first; every parameter of the graph.
+            horizon: snapshot intervals ahead, 1 to ``config.max_horizon``.
+            graph: of the model that the snapshots are from.
+            positions: node features ``[num_nodes, num_positions]``; by default the graph's own.
+            engine: ``"blockwise"``, or ``"edges"`` for the definition (small models only); they agree to rounding.
+            dtype: of the computation; snapshots may have any floating dtype.
+            device: where to compute; by default where the first snapshot lies.
+
+        Returns:
+            Per parameter name the predicted tensor, with the dtype and device of the last snapshot.
+
+        Raises:
+            SnapshotError: if the snapshots do not fit the graph or hold NaN or infinity, or the prediction does.
+            NinoError: if the horizon, the engine or the positions are out of range.
+        """
+        self._check_arguments(horizon, graph, positions, engine)
+        check_snapshots(snapshots, graph.shapes, self.config.context)
+        last = snapshots[-1]
+        device = torch.device(device) if device is not None else next(iter(last.values())).device
+        network = deepcopy(self.network).to(device=device, dtype=dtype)  # small; the original keeps its precision
+        raw = {name: torch.stack([s[name].to(device=device, dtype=dtype) for s in snapshots]) for name in graph.shapes}
+        scalers = {name: Standardiser.of(values) for name, values in raw.items()}
+        states = {name: scalers[name].apply(values) for name, values in raw.items()}
+        node_features = (graph.positions(self.config.num_positions) if positions is None else positions).to(
+            device, dtype
+        )
+        words = graph.words()
+        if engine == "edges":
+            moved = predict_edgewise(network, graph.edge_list(), states, node_features, words, horizon)
+        else:
+            moved = predict_blockwise(network, graph, states, node_features, words, horizon)
+        predicted = {}
+        for name, movement in moved.items():
+            new = scalers[name].invert(states[name][-1] + movement)
+            if not bool(torch.isfinite(new).all()):
+                raise SnapshotError(f"the nowcast of {name} is NaN or infinite; it was refused")
+            predicted[name] = new.to(device=last[name].device, dtype=last[name].dtype)
+        return predicted
+
+    def _check_arguments(self, horizon: int, graph: NeuralGraph, positions: Tensor | None, engine: str) -> None:
+        if not 1 <= horizon <= self.config.max_horizon:
+            raise NinoError(f"horizon must be 1 to {self.config.max_horizon} snapshot intervals, got {horizon}")
+        if engine not in ("blockwise", "edges"):
+            raise NinoError(f"engine must be 'blockwise' or 'edges', got {engine!r}")
+        expected = (graph.num_nodes, self.config.num_positions)
+        if positions is not None and tuple(positions.shape) != expected:
+            raise NinoError(f"positions must have shape {expected}, got {tuple(positions.shape)}")
+        self.check_fits(graph)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+
+
+def shipped_nowcasters() -> list[str]:
+    """Names of the nowcasters that are installed with Nino."""
+    root = resources.files("nino.pretrained")
+    return sorted(entry.name for entry in root.iterdir() if (entry / CONFIG_FILE).is_file())
+
+
+def _find_files(name: str) -> tuple[Path, Path]:
+    shipped = shipped_nowcasters()
+    if name in shipped:
+        folder = Path(str(resources.files("nino.pretrained") / name))
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/")):
+        return _download(name)
+    else:
+        raise CheckpointError(
+            f"no nowcaster {name!r}: expected one of {shipped}, a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
+            "or a hub id 'user/name' (published .pt files load with Nowcaster.from_official)"
+        )
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} holds no {file}; expected a folder written by save_pretrained")
+    return folder / CONFIG_FILE, folder / WEIGHTS_FILE
+
+
+def _download(hub_id: str) -> tuple[Path, Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub_id, CONFIG_FILE)), Path(hf_hub_download(hub_id, WEIGHTS_FILE))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot get {hub_id!r} from the Hugging Face hub: {reason}") from error

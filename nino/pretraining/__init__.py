@@ -1,0 +1,1 @@
+"""Training a nowcaster on recorded trajectories."""

@@ -1,0 +1,1 @@
+"""Nowcasters that are installed with Nino, one folder each."""

@@ -1,0 +1,220 @@
+"""Record training runs of many small models: the data on which a nowcaster is trained.
+
+    python scripts/collect_trajectories.py --data ../data --out trajectories --runs 40 --updates 4000
+
+Runs of two families are planned from one seed: ``images`` (small CNNs on CIFAR-10 and MNIST) and ``language``
+(small Llamas and GPT-2s on plain text), with varied width, depth, learning rate and batch size. Every run becomes one
+folder (see ``nino/data/trajectory.py``). Finished runs are skipped, so the same command resumes a killed collection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import random
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nino.data import Trajectory, TrajectoryWriter, build_model
+from nino.errors import TrajectoryError
+from tasks.cli import fail, positive_int, run_main
+from tasks.images import convnet, load_parquet_images
+from tasks.task import ImageTask, Task, TextTask
+from tasks.text import gpt2, llama, load_text_files
+
+EVALUATE_EVERY_STATES = 8
+# Held out of training on purpose: WikiText-2 and everything the demo trains on.
+TRAINING_TEXTS = ("tinyshakespeare.txt", "gutenberg/*.txt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """One run to record; plain values only, so that it is stored beside the states."""
+
+    name: str
+    family: str
+    data: str
+    image_size: int
+    architecture: dict[str, Any]
+    lr: float
+    weight_decay: float
+    batch_size: int
+    seed: int
+    updates: int
+    interval: int
+
+
+def plan_image_run(index: int, choose: random.Random, updates: int, interval: int) -> RunPlan:
+    """A CNN of varied width on CIFAR-10 (at 16 or 32 pixels) or MNIST."""
+    data = choose.choices(["cifar10", "mnist"], weights=[3, 1])[0]
+    size = choose.choices([16, 32], weights=[3, 1])[0] if data == "cifar10" else 14
+    hidden = choose.choice([(8, 16, 16), (16, 32, 32), (16, 32, 32), (12, 24, 24), (24, 24, 48)])
+    return RunPlan(
+        name=f"images-{index:04d}",
+        family="images",
+        data=data,
+        image_size=size,
+        architecture=convnet(3 if data == "cifar10" else 1, hidden, norm=choose.random() < 0.25),
+        lr=choose.choice([1e-3, 2e-3, 3e-3, 3e-3, 6e-3]),
+        weight_decay=choose.choice([0.0, 0.0, 1e-2]),
+        batch_size=choose.choice([32, 64, 128]),
+        seed=choose.randrange(2**31),
+        updates=updates,
+        interval=interval,
+    )
+
+
+def plan_language_run(index: int, choose: random.Random, updates: int, interval: int, texts: list[str]) -> RunPlan:
+    """A Llama (most often) or GPT-2 of 1 to 3 layers on one or several texts."""
+    vocab_size = choose.choice([320, 512, 512])
+    layers, width = choose.choice([(1, 32), (2, 24), (2, 32), (2, 32), (3, 24), (2, 48), (1, 48)])
+    heads = choose.choice([2, 4])
+    if choose.random() < 0.7:
+        kv_heads = choose.choice([heads, heads // 2])
+        architecture = llama(layers, width, heads, kv_heads, vocab_size, tied=choose.random() < 0.7)
+    else:
+        architecture = gpt2(layers, width, heads, vocab_size, num_positions=64)
+    return RunPlan(
+        name=f"language-{index:04d}",
+        family="language",
+        data=",".join(sorted(choose.sample(texts, k=choose.choice([1, 2, 4])))),
+        image_size=0,
+        architecture=architecture,
+        lr=choose.choice([5e-4, 1e-3, 2e-3, 2e-3, 4e-3]),
+        weight_decay=choose.choice([0.0, 0.0, 1e-2, 1e-1]),
+        batch_size=choose.choice([8, 16]),
+        seed=choose.randrange(2**31),
+        updates=updates,
+        interval=interval,
+    )
+
+
+def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
+    """All runs of a collection, the same for the same arguments; a longer one begins with the shorter one's runs."""
+    plans = []
+    texts = sorted(str(p.relative_to(args.data / "text")) for t in TRAINING_TEXTS for p in (args.data / "text").glob(t))
+    for index in range(args.runs):
+        choose = random.Random(f"{args.seed}-{index}")
+        if args.family in ("all", "images"):
+            plans.append(plan_image_run(index, choose, args.updates, args.interval))
+        if args.family in ("all", "language"):
+            plans.append(plan_language_run(index, choose, args.updates, args.interval, texts))
+    return plans
+
+
+@lru_cache(maxsize=4)
+def load_task(data: str, image_size: int, vocab_size: int, folder: Path, cache: Path) -> Task:
+    """The task of a plan; kept, since consecutive runs of a process often share it."""
+    if vocab_size:
+        return TextTask(load_text_files([folder / "text" / name for name in data.split(",")], vocab_size, cache))
+    return ImageTask(load_parquet_images(data, folder, cache, size=image_size), mirror=data == "cifar10")
+
+
+def record_run(plan: RunPlan, data: Path, out: Path) -> float:
+    """Train one model with AdamW at a constant rate and record it; returns its last validation loss."""
+    torch.set_num_threads(1)
+    torch.manual_seed(plan.seed)
+    vocab_size = plan.architecture.get("config", {}).get("vocab_size", 0)
+    task = load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache")
+    model = build_model(plan.architecture)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
+    generator = torch.Generator().manual_seed(plan.seed)
+    named = dict(model.named_parameters())
+    training = {k: v for k, v in dataclasses.asdict(plan).items() if k != "architecture"} | {"optimizer": "AdamW"}
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in named.items()]
+    writer = TrajectoryWriter(out / plan.name, shapes, plan.architecture, training)
+    metrics: dict[str, float] = {}
+    for step in range(plan.updates + 1):
+        if step % plan.interval == 0:
+            evaluated = step // plan.interval % EVALUATE_EVERY_STATES == 0 or step == plan.updates
+            writer.append(step, named, metrics | (task.evaluate(model) if evaluated else {}))
+        optimizer.zero_grad()
+        loss = task.loss(model, task.batch(plan.batch_size, generator))
+        loss.backward()
+        optimizer.step()
+        metrics = {"loss": loss.item()}
+    writer.close()
+    return task.evaluate(model)["eval_loss"]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run was recorded to its end."""
+    try:
+        return Trajectory(folder).complete
+    except TrajectoryError:
+        return False
+
+
+def state_bytes(plan: RunPlan) -> int:
+    """The size of a run's states on disk."""
+    elements = sum(prod(p.shape) for p in build_model(plan.architecture, device="meta").parameters())
+    return 4 * elements * (plan.updates // plan.interval + 1)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with cifar10-train.parquet, mnist-train.parquet and text/"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder that receives one folder per run")
+    parser.add_argument("--family", choices=["all", "images", "language"], default="all")
+    parser.add_argument("--runs", type=positive_int, default=20, help="runs per family")
+    parser.add_argument("--updates", type=positive_int, default=4000, help="optimizer updates per run")
+    parser.add_argument("--interval", type=positive_int, default=25, help="optimizer updates between recorded states")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=positive_int, default=1, help="runs at once, one thread each")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be recorded and how large it is")
+    args = parser.parse_args(argv)
+    needed = []
+    if args.family in ("all", "images"):
+        needed += ["cifar10-train.parquet", "mnist-train.parquet"]
+    if args.family in ("all", "language"):
+        needed += ["text/tinyshakespeare.txt"]
+    for name in needed:
+        if not (args.data / name).exists():
+            fail(f"--data: {args.data / name} does not exist; docs/pretraining.md describes the folder")
+    if args.interval > args.updates:
+        fail(f"--interval {args.interval} is larger than --updates {args.updates}: no window could be read")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    plans = plan_runs(args)
+    todo = [plan for plan in plans if not is_finished(args.out / plan.name)]
+    gigabytes = sum(map(state_bytes, todo)) / 1e9
+    print(
+        f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
+    )
+    if args.dry_run:
+        return 0
+    failed: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        futures = {pool.submit(record_run, plan, args.data, args.out): plan for plan in todo}
+        with tqdm(total=len(futures), unit="run") as progress:
+            for future in as_completed(futures):
+                plan = futures[future]
+                try:
+                    progress.set_postfix_str(f"{plan.name}: eval loss {future.result():.3f}")
+                except Exception as error:  # one failed run must not lose the others
+                    failed[plan.name] = f"{type(error).__name__}: {error}"
+                progress.update()
+    summary = {"recorded": len(todo) - len(failed), "skipped": len(plans) - len(todo), "failed": failed}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "collection.json").write_text(json.dumps(summary, indent=1))
+    print(json.dumps(summary))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

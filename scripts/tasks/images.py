@@ -1,0 +1,119 @@
+"""Image classification: CIFAR-10 and MNIST from parquet files, and scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nino.data.architecture import Architecture, describe_sequential
+
+# Columns of the parquet files as `datasets` writes them.
+IMAGE_COLUMNS = ("img", "image")
+CIFAR10_TRAIN_IMAGES = 45_834  # the first images; the rest of the training file is for validation
+MNIST_TRAIN_IMAGES = 55_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """Standardised images and labels, split for training and validation."""
+
+    train_images: Tensor
+    """float32 ``[n, channels, height, width]``, zero mean and unit variance over the training images."""
+    train_labels: Tensor
+    """int64 ``[n]``."""
+    eval_images: Tensor
+    eval_labels: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.train_images.shape[1]
+
+
+def convnet(channels: int, hidden: tuple[int, int, int], num_classes: int = 10, norm: bool = False) -> Architecture:
+    """Three 3x3 convolutions (the first with stride 2), global average pooling and a linear head.
+
+    This is the network of the published NiNo experiments; ``norm`` adds batch normalisation to each convolution.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for index, (width_in, width_out) in enumerate(zip((channels, *hidden[:-1]), hidden, strict=True)):
+        stride = 2 if index == 0 else 1
+        arguments = {
+            "in_channels": width_in,
+            "out_channels": width_out,
+            "kernel_size": 3,
+            "stride": stride,
+            "padding": 1,
+        }
+        layers.append(("Conv2d", arguments))
+        if norm:
+            layers.append(("BatchNorm2d", {"num_features": width_out}))
+        layers.append(("ReLU", {}))
+    layers += [("AdaptiveAvgPool2d", {"output_size": 1}), ("Flatten", {})]
+    layers.append(("Linear", {"in_features": hidden[-1], "out_features": num_classes}))
+    return describe_sequential(layers)
+
+
+def load_parquet_images(name: str, folder: Path, cache: Path, size: int | None = None) -> ImageData:
+    """Read ``<name>-train.parquet`` (``cifar10`` or ``mnist``); its last images become the validation set.
+
+    Args:
+        name: ``"cifar10"`` or ``"mnist"``.
+        folder: where the parquet file lies.
+        cache: decoded images are kept here as ``.npz``.
+        size: average-pool the images to ``size`` x ``size`` pixels.
+    """
+    images, labels = _decode_parquet(folder / f"{name}-train.parquet", cache)
+    pixels = torch.from_numpy(images).float().div_(255)
+    if size is not None:
+        pixels = torch.nn.functional.interpolate(pixels, size=(size, size), mode="area")
+    split = CIFAR10_TRAIN_IMAGES if name == "cifar10" else MNIST_TRAIN_IMAGES
+    return _standardised(pixels, torch.from_numpy(labels), split)
+
+
+def load_digits() -> ImageData:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, shuffled once; the last 397 are for validation."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    pixels = torch.from_numpy(bunch.images[order]).float().div_(16)[:, None]
+    return _standardised(pixels, torch.from_numpy(bunch.target[order]).long(), 1400)
+
+
+def _standardised(pixels: Tensor, labels: Tensor, split: int) -> ImageData:
+    mean = pixels[:split].mean((0, 2, 3), keepdim=True)
+    std = pixels[:split].std((0, 2, 3), keepdim=True)
+    pixels = (pixels - mean) / std
+    return ImageData(
+        train_images=pixels[:split],
+        train_labels=labels[:split],
+        eval_images=pixels[split:],
+        eval_labels=labels[split:],
+    )
+
+
+def _decode_parquet(path: Path, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    cached = cache / f"{path.stem}.npz"
+    if cached.exists():
+        with np.load(cached) as arrays:
+            return arrays["images"], arrays["labels"]
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    table = pq.read_table(path)
+    column = next(name for name in IMAGE_COLUMNS if name in table.column_names)
+    decoded = [np.asarray(Image.open(io.BytesIO(cell["bytes"]))) for cell in table[column].to_pylist()]
+    images = np.stack(decoded)
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2).copy()
+    labels = np.asarray(table["label"].to_pylist(), dtype=np.int64)
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_suffix(".part.npz")
+    np.savez(temporary, images=images, labels=labels)
+    temporary.replace(cached)
+    return images, labels

@@ -1,0 +1,100 @@
+"""Language modelling on plain text files: byte-level BPE, random windows for training, fixed ones for validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nino.data.architecture import Architecture, describe_transformers
+
+EVAL_FRACTION = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Token ids of a training text and of a validation text that follows it."""
+
+    train_tokens: Tensor
+    """int64 ``[n]``."""
+    eval_tokens: Tensor
+    vocab_size: int
+
+
+def llama(layers: int, width: int, heads: int, kv_heads: int, vocab_size: int, tied: bool = True) -> Architecture:
+    """A small Llama with a hidden layer of three times its width."""
+    config = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return describe_transformers("LlamaForCausalLM", config)
+
+
+def gpt2(layers: int, width: int, heads: int, vocab_size: int, num_positions: int) -> Architecture:
+    """A small GPT-2 without dropout."""
+    config = {
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": heads,
+        "vocab_size": vocab_size,
+        "n_positions": num_positions,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return describe_transformers("GPT2LMHeadModel", config)
+
+
+def tokenize(text: str, vocab_size: int) -> TextData:
+    """Train a byte-level BPE on the first 90% of ``text`` and encode it; the rest is the validation text."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+
+    split = int(len(text) * (1 - EVAL_FRACTION))
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([text[:split]], trainer)
+    train, evaluation = (torch.tensor(tokenizer.encode(part).ids) for part in (text[:split], text[split:]))
+    return TextData(train_tokens=train, eval_tokens=evaluation, vocab_size=tokenizer.get_vocab_size())
+
+
+def load_text_files(paths: list[Path], vocab_size: int, cache: Path) -> TextData:
+    """Read and tokenize text files; the tokens are kept in ``cache``."""
+    key = "-".join(path.stem for path in paths)
+    cached = cache / f"{key}-{vocab_size}.pt"
+    if cached.exists():
+        return TextData(**torch.load(cached, weights_only=True))
+    data = tokenize("\n".join(path.read_text(errors="replace") for path in paths), vocab_size)
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_suffix(".part")
+    torch.save(vars(data), temporary)
+    temporary.replace(cached)
+    return data
+
+
+def random_windows(tokens: Tensor, batch_size: int, length: int, generator: torch.Generator) -> Tensor:
+    """Draw ``[batch_size, length]`` windows of consecutive tokens."""
+    starts = torch.randint(len(tokens) - length, (batch_size, 1), generator=generator)
+    return tokens[starts + torch.arange(length)]
+
+
+def fixed_windows(tokens: Tensor, count: int, length: int) -> Tensor:
+    """Return ``[count, length]`` evenly spread windows, the same at every call."""
+    starts = torch.linspace(0, len(tokens) - length - 1, count).long()[:, None]
+    return tokens[starts + torch.arange(length)]
