@@ -1,9 +1,13 @@
 """Nino: nowcast the weights of a training neural network (NiNo, arXiv:2409.04434)."""
 
+from nino.check import WiringReport, check_wiring
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError, TrajectoryError
 from nino.graph import NeuralGraph
 from nino.model import NowcasterConfig
 from nino.nowcaster import Nowcaster
+from nino.optimizer import NowcastOptimizer
+from nino.schedule import ScheduleConfig
+from nino.session import NowcastReport, NowcastSession
 
 __version__ = "0.1.0"
 
@@ -12,9 +16,15 @@ __all__ = [
     "GraphError",
     "NeuralGraph",
     "NinoError",
+    "NowcastOptimizer",
+    "NowcastReport",
+    "NowcastSession",
     "Nowcaster",
     "NowcasterConfig",
+    "ScheduleConfig",
     "SnapshotError",
     "TrajectoryError",
+    "WiringReport",
     "__version__",
+    "check_wiring",
 ]

@@ -137,7 +137,7 @@ class Nowcaster:
             graph: of the model that the snapshots are from.
             positions: node features ``[num_nodes, num_positions]``; by default the graph's own.
             engine: ``"blockwise"``, or ``"edges"`` for the definition (small models only); they agree to rounding.
-            dtype: of the computation; snapshots may have any floating dtype.
+            dtype: in which the network computes; snapshots may have any floating dtype.
             device: where to compute; by default where the first snapshot lies.
 
         Returns:
@@ -152,9 +152,10 @@ class Nowcaster:
         last = snapshots[-1]
         device = torch.device(device) if device is not None else next(iter(last.values())).device
         network = deepcopy(self.network).to(device=device, dtype=dtype)  # small; the original keeps its precision
-        raw = {name: torch.stack([s[name].to(device=device, dtype=dtype) for s in snapshots]) for name in graph.shapes}
+        exact = torch.promote_types(dtype, torch.float32)  # of everything but the network: weights stay unrounded
+        raw = {name: torch.stack([s[name].to(device=device, dtype=exact) for s in snapshots]) for name in graph.shapes}
         scalers = {name: Standardiser.of(values) for name, values in raw.items()}
-        states = {name: scalers[name].apply(values) for name, values in raw.items()}
+        states = {name: scalers[name].apply(values).to(dtype) for name, values in raw.items()}
         node_features = (graph.positions(self.config.num_positions) if positions is None else positions).to(
             device, dtype
         )
@@ -165,7 +166,7 @@ class Nowcaster:
             moved = predict_blockwise(network, graph, states, node_features, words, horizon)
         predicted = {}
         for name, movement in moved.items():
-            new = scalers[name].invert(states[name][-1] + movement)
+            new = scalers[name].invert(scalers[name].apply(raw[name][-1]) + movement)
             if not bool(torch.isfinite(new).all()):
                 raise SnapshotError(f"the nowcast of {name} is NaN or infinite; it was refused")
             predicted[name] = new.to(device=last[name].device, dtype=last[name].dtype)

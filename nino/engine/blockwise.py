@@ -55,7 +55,7 @@ class Tile:
 
     def add_to_targets(self, sums: Tensor, messages: Tensor) -> None:
         """Add the edges' messages ``[s, t, H]`` or ``[n, H]`` to ``sums`` ``[N, H]`` at their targets."""
-        sums.index_add_(0, self.target, messages.sum(0) if self.dense else messages)
+        sums.index_add_(0, self.target, messages.sum(0, dtype=sums.dtype) if self.dense else messages.to(sums.dtype))
 
     def write(self, parameters: Mapping[str, Tensor], values: Tensor) -> None:
         """Write one number per weight, ``[s, t, F]`` or ``[n, F]``, where the tile lies in its parameter."""
@@ -220,21 +220,27 @@ def _first_hidden(first: Fold, ends: tuple[Tensor, Tensor], tile: Tile) -> Tenso
 
 def _count_messages(tiling: Tiling) -> Tensor:
     """How many edges arrive at each node: ``[N, 1]``."""
-    counts = torch.zeros(tiling.graph.num_nodes, 1, device=tiling.device, dtype=tiling.dtype)
+    counts = _zero_sums(tiling, 1)
     for tile in tiling.all():
         tile.add_to_targets(counts, tile.values.new_ones(*tile.values.shape[:-1], 1))
     return counts
 
 
-def _finish_round(conv: Convolution, nodes: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    return F.silu(conv.lin(conv.post(torch.cat([nodes, sums / counts], dim=-1))))
+def _zero_sums(tiling: Tiling, width: int) -> Tensor:
+    """Sums over edges are at least float32: adding up many messages in bfloat16 loses most of them."""
+    dtype = torch.promote_types(tiling.dtype, torch.float32)
+    return torch.zeros(tiling.graph.num_nodes, width, device=tiling.device, dtype=dtype)
+
+
+def _finish_round(conv: Convolution, nodes: Tensor, mean: Tensor) -> Tensor:
+    return F.silu(conv.lin(conv.post(torch.cat([nodes, mean], dim=-1))))
 
 
 def _round_on_values(conv: Convolution, raw: Fold, nodes: Tensor, tiling: Tiling, counts: Tensor) -> Tensor:
     """Round 1: edges are still linear in the snapshots, so no H-vector per edge is formed."""
     scale, shift = raw.then(conv.edge_encoder).halves()
     as_target, as_source = conv.split_pre(nodes)
-    sums = torch.zeros_like(nodes)
+    sums = _zero_sums(tiling, nodes.shape[1])
     for tile in tiling.all():
         num_values = tile.values.shape[-1]
         sources = as_source[tile.source]
@@ -249,8 +255,8 @@ def _round_on_values(conv: Convolution, raw: Fold, nodes: Tensor, tiling: Tiling
         out = torch.einsum("tqh,hq->th", products, w_scale) + b_scale * source_sums
         out += tile.from_target(as_target) * (F.linear(value_sums, w_scale) + count * b_scale)
         out += F.linear(value_sums, w_shift) + count * b_shift
-        sums.index_add_(0, tile.target, out)
-    return _finish_round(conv, nodes, sums, counts)
+        sums.index_add_(0, tile.target, out.to(sums.dtype))
+    return _finish_round(conv, nodes, (sums / counts).to(nodes.dtype))
 
 
 def _round_on_hidden(
@@ -265,12 +271,12 @@ def _round_on_hidden(
     """Round 2: one H x H product per edge for the scale; the shift is applied to the summed hidden vectors."""
     scale, shift = hidden.then(conv.edge_encoder).halves()
     as_target, as_source = conv.split_pre(nodes)
-    hidden_sums = torch.zeros_like(nodes)
-    sums = torch.zeros_like(nodes)
+    hidden_sums = _zero_sums(tiling, nodes.shape[1])
+    sums = _zero_sums(tiling, nodes.shape[1])
     for tile in tiling.all():
         z = _first_hidden(first, ends, tile)
         tile.add_to_targets(hidden_sums, z)
         tile.add_to_targets(sums, scale.on_hidden(z).mul_(tile.from_source(as_source)))
-    sums += as_target * (F.linear(hidden_sums, scale.weight) + counts * scale.constant)
-    sums += F.linear(hidden_sums, shift.weight) + counts * shift.constant
-    return _finish_round(conv, nodes, sums, counts)
+    mean, hidden_mean = (sums / counts).to(nodes.dtype), (hidden_sums / counts).to(nodes.dtype)
+    mean = mean + as_target * scale.on_hidden(hidden_mean) + shift.on_hidden(hidden_mean)
+    return _finish_round(conv, nodes, mean)

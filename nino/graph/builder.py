@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import nn
 
 from nino.errors import GraphError
@@ -34,6 +35,7 @@ class GraphBuilder:
         self._axes: dict[str, Axis] = {}
         self._blocks: list[EdgeBlock] = []
         self._wired: dict[str, int] = {}
+        self._parts: dict[str, list[tuple[int, int, int]]] = {}
 
     def __contains__(self, parameter: str) -> bool:
         return parameter in self.shapes
@@ -65,7 +67,7 @@ class GraphBuilder:
         """Connect every source slot to every target slot by a weight.
 
         Args:
-            parameter: name of the parameter, stored as ``[target, source, *kernel]``, as in ``nn.Linear`` and ``nn.Conv2d``.
+            parameter: its name; stored as ``[target, source, *kernel]``, as in ``nn.Linear`` and ``nn.Conv2d``.
             source: the neurons that it reads.
             target: the neurons that it feeds.
             edge_type: a row of the network's table.
@@ -127,8 +129,8 @@ class GraphBuilder:
         ]
         if wrong:
             raise GraphError(
-                f"the {family} wiring must put every element of a parameter on exactly one edge, but of these: {', '.join(wrong)}; "
-                f"this is a model that nino/graph/architectures/{family}.py does not know completely"
+                f"the {family} wiring must put every element of a parameter on exactly one edge and does not for "
+                f"{', '.join(wrong)}: nino/graph/architectures/{family}.py does not know this model completely"
             )
         return NeuralGraph(tuple(self._groups.values()), tuple(self._blocks), self.shapes, wiring, family)
 
@@ -169,8 +171,17 @@ class GraphBuilder:
                 narrow=narrow,
                 features=(start, min(start + MAX_FEATURES, num_positions)),
             )
+            block.view(torch.empty(self.shapes[parameter], device="meta"))  # refuses axes in the wrong order
             self._blocks.append(block)
-        self._wired[parameter] = self._wired.get(parameter, 0) + prod(part)
+        self._tick_off(parameter, prod(part), narrow)
+
+    def _tick_off(self, parameter: str, num_elements: int, narrow: tuple[int, int, int] | None) -> None:
+        dim, start, length = narrow or (0, 0, prod(self.shapes[parameter]))
+        for other_dim, other_start, other_length in self._parts.get(parameter, []):
+            if dim != other_dim or (start < other_start + other_length and other_start < start + length):
+                raise GraphError(f"{parameter}: some of its elements are wired twice")
+        self._parts.setdefault(parameter, []).append((dim, start, length))
+        self._wired[parameter] = self._wired.get(parameter, 0) + num_elements
 
 
 def _kernel_shape(shape: list[int], num_slots: int) -> list[int] | None:

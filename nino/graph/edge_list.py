@@ -71,25 +71,25 @@ class EdgeList:
             ``[num_edges, 9 * context]``, kernel-position-major; unused positions are zero, auxiliary edges carry 1 and
             self loops 2 in the first position of every snapshot.
         """
-        example = next(iter(states.values()))
-        context = example.shape[0]
-        out = example.new_zeros(self.num_edges, MAX_FEATURES, context)
+        series = self.series(states)
+        out = series.new_zeros(self.num_edges, *series.shape[1:])
+        out[: self.num_parameter_edges] = series
         out[self.num_parameter_edges :, 0] = AUXILIARY_VALUE
         out[self.num_edges - self.num_nodes :, 0] = SELF_LOOP_VALUE
-        for block, places in self._places:
-            values = torch.stack([block.view(state) for state in states[str(block.parameter)]], dim=-1)
-            out[places.to(out.device), : block.num_features] = values.reshape(-1, block.num_features, context)
         return out.flatten(1)
 
-    def values(self, states: Mapping[str, Tensor]) -> Tensor:
-        """Put one state (per parameter name a tensor) on the parameter edges: ``[num_parameter_edges, 9]``."""
+    def series(self, states: Mapping[str, Tensor]) -> Tensor:
+        """Put n states, ``[n, *shape]`` per parameter name, on the parameter edges: ``[num_parameter_edges, 9, n]``."""
         example = next(iter(states.values()))
-        out = example.new_zeros(self.num_parameter_edges, MAX_FEATURES)
+        out = example.new_zeros(self.num_parameter_edges, MAX_FEATURES, len(example))
         for block, places in self._places:
-            out[places.to(out.device), : block.num_features] = block.view(states[str(block.parameter)]).reshape(
-                -1, block.num_features
-            )
+            values = torch.stack([block.view(state) for state in states[str(block.parameter)]], dim=-1)
+            out[places.to(out.device), : block.num_features] = values.reshape(-1, block.num_features, len(example))
         return out
+
+    def values(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Put one state (per parameter name a tensor) on the parameter edges: ``[num_parameter_edges, 9]``."""
+        return self.series({name: tensor[None] for name, tensor in state.items()})[..., 0]
 
     def parameters(self, values: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`values`: read ``[>= num_parameter_edges, 9]`` back into one tensor per parameter."""

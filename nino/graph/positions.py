@@ -58,7 +58,7 @@ def _num_neighbour_pairs(blocks: list[EdgeBlock], first: int, number: dict[Neuro
     if inside:
         same = torch.arange(group_sizes[0])
         joined = torch.cat([joined, joined.flip(0), torch.stack([same, same])], dim=1)
-    return joined.unique(dim=1).shape[1]
+    return (joined[0] * max(group_sizes) + joined[1]).unique().numel()
 
 
 def laplacian_positions(graph: NeuralGraph, num_features: int = 8) -> Tensor:

@@ -22,7 +22,7 @@ NUM_ROUNDS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeInputs:
-    """A graph (or the disjoint union of several) as the networks read it. Edges with parameters come first."""
+    """A graph (or the disjoint union of several) as the networks read it."""
 
     features: Tensor
     """``[E, 9 * C]`` standardised snapshots, kernel-position-major; see :meth:`EdgeList.features`."""
@@ -35,7 +35,14 @@ class EdgeInputs:
     words: Tensor
     """int64 ``[N]``: 1 + the index of the word, 0 for other nodes."""
     num_outputs: int
-    """How many of the first edges want a prediction."""
+    """How many edges want a prediction; the first ones, unless ``chosen`` says otherwise."""
+    chosen: Tensor | None = None
+    """int64 ``[num_outputs]``: the edges that want a prediction."""
+
+    @property
+    def outputs(self) -> slice | Tensor:
+        """Index of the edges that want a prediction."""
+        return slice(self.num_outputs) if self.chosen is None else self.chosen
 
 
 class Convolution(nn.Module):
@@ -114,7 +121,7 @@ class NiNo(nn.Module):
             if round_index < NUM_ROUNDS - 1:
                 edges = update(nodes, edges, inputs.index)
             else:
-                edges = update(nodes, edges[: inputs.num_outputs], inputs.index[:, : inputs.num_outputs])
+                edges = update(nodes, edges[inputs.outputs], inputs.index[:, inputs.outputs])
         weight, bias = self.head_rows(horizon)
         out = F.linear(F.silu(self.head_hidden(edges)), weight, bias)
         return out if horizon is not None else out.unflatten(-1, (MAX_FEATURES, self.config.max_horizon))
@@ -151,8 +158,8 @@ class Wnn(nn.Module):
     def forward(self, inputs: EdgeInputs, horizon: int | None = None, backend: SegmentBackend = "auto") -> Tensor:
         """Predict as :meth:`NiNo.forward` does; ``backend`` is not used, since no messages pass."""
         del backend
-        values = inputs.features[: inputs.num_outputs].unflatten(-1, (MAX_FEATURES, self.config.context))
-        return self.predict_weights(values, inputs.type[: inputs.num_outputs, None], horizon)
+        values = inputs.features[inputs.outputs].unflatten(-1, (MAX_FEATURES, self.config.context))
+        return self.predict_weights(values, inputs.type[inputs.outputs][:, None], horizon)
 
     def predict_weights(self, values: Tensor, edge_type: Tensor, horizon: int | None = None) -> Tensor:
         """Predict weights from snapshots ``[..., C]`` and edge types that broadcast to ``[...]``."""

@@ -6,6 +6,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 SegmentBackend = Literal["auto", "torch_scatter", "native"]
@@ -27,11 +28,13 @@ def segment_mean(messages: Tensor, target: Tensor, num_nodes: int, backend: Segm
         backend: ``"auto"`` takes torch_scatter if it is installed.
 
     Returns:
-        ``[num_nodes, channels]``; zero for a node without messages.
+        ``[num_nodes, channels]``; zero for a node without messages. At least float32, in which messages of lower
+        precision are added up: 256 + 1 is 256 in bfloat16.
 
     Raises:
         ImportError: if torch_scatter is asked for and not installed.
     """
+    messages = messages.to(torch.promote_types(messages.dtype, torch.float32))
     if backend == "torch_scatter" or (backend == "auto" and has_torch_scatter()):
         try:
             from torch_scatter import scatter_mean

@@ -43,7 +43,7 @@ def wire(model: nn.Module, wiring: str) -> NeuralGraph:
     if wiring == "official":
         if family not in OFFICIAL_FAMILIES:
             raise GraphError(
-                f"wiring='official' exists for convnets, MLPs and GPT-2 only; {type(model).__name__} needs wiring='exact'"
+                f"wiring='official' exists for convnets, MLPs and GPT-2 only: wire {type(model).__name__} exactly"
             )
         wire_family = OFFICIAL_FAMILIES[family]
     builder = GraphBuilder(model)
@@ -51,9 +51,12 @@ def wire(model: nn.Module, wiring: str) -> NeuralGraph:
         raise GraphError(f"{type(model).__name__} has no floating point parameters: there is nothing to wire")
     try:
         wire_family(model, builder)
-    except chain.NotAChainError as error:
+        return builder.finish(family, wiring)
+    except GraphError as error:
+        if family != "chain":
+            raise
         if wiring == "official":
-            raise GraphError(f"wiring='official' needs a chain of layers: {error}") from error
+            raise GraphError(f"wiring='official' is not possible: {error}") from error
         logger.warning(
             "%s is of no family that Nino knows (%s): each of its parameters becomes a block of its own, so a "
             "nowcast does not see how they are connected",
@@ -63,4 +66,3 @@ def wire(model: nn.Module, wiring: str) -> NeuralGraph:
         builder = GraphBuilder(model)
         per_parameter.wire(model, builder)
         return builder.finish("per_parameter", "per-parameter")
-    return builder.finish(family, wiring)

@@ -8,10 +8,9 @@ do not join raise :class:`NotAChainError`: nothing is guessed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from nino.errors import GraphError
 from nino.graph.builder import GraphBuilder
@@ -21,7 +20,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 # Modules and functions that treat every neuron alike.
-NEUTRAL_MODULE_FILES = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.pooling")
+NEUTRAL_MODULE_FILES = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+POOLING_FILE = "torch.nn.modules.pooling"
 NEUTRAL_FUNCTIONS = frozenset(
     [
         "relu",
@@ -44,22 +44,13 @@ NEUTRAL_FUNCTIONS = frozenset(
         "dropout2d",
         "softmax",
         "log_softmax",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool2d",
         "contiguous",
         "sin",
     ]
 )
 POOLS_THAT_FLATTEN = frozenset({"mean", "amax"})
-FLATTENS = frozenset({"flatten", "view", "reshape", "squeeze"})
+RESHAPES = frozenset({"view", "reshape", "squeeze"})
+FLATTENS = RESHAPES | {"flatten"}
 SHAPE_QUESTIONS = frozenset({"size", "getattr", "getitem", "dim"})
 
 
@@ -82,14 +73,15 @@ class Stage:
 def wire(model: nn.Module, builder: GraphBuilder) -> None:
     """Wire a chain: input neurons, then for every layer its outputs."""
     stages = read_chain(model)
-    reads: Slots | None = None
+    inputs = f"{stages[0].name}.input"  # no layer has this name: those with weights have no children
+    reads = builder.group(inputs, builder.axis(inputs, _widths(stages[0])[0], permutable=False)).slots()
+    previous: Stage | None = None
     for stage in stages:
         num_inputs, num_outputs = _widths(stage)
-        if reads is None:
-            reads = builder.group("input", builder.axis("input", num_inputs, permutable=False)).slots()
-        else:
-            reads = _joined(builder, stage, reads, num_inputs)
+        if previous is not None:
+            reads = _joined(builder, previous, stage, reads, num_inputs)
         reads = _wire_stage(builder, stage, reads, num_outputs, is_last=stage is stages[-1]).slots()
+        previous = stage
 
 
 def _wire_stage(builder: GraphBuilder, stage: Stage, reads: Slots, num_outputs: int, is_last: bool) -> NeuronGroup:
@@ -116,14 +108,17 @@ def _wire_stage(builder: GraphBuilder, stage: Stage, reads: Slots, num_outputs: 
 
 def _output_axes(builder: GraphBuilder, stage: Stage, reads: Slots, width: int, is_last: bool) -> tuple[Axis, ...]:
     """The axes of a layer's neurons; group normalisation only lets channels move within, and with, their group."""
+    group_counts = {norm.num_groups for _, norm in stage.norms if isinstance(norm, nn.GroupNorm)} - {1, width}
     if getattr(stage.layer, "groups", 1) > 1:  # depthwise: the channels are those that it reads
+        if is_last or group_counts:
+            where = "ends the network" if is_last else "feeds a group normalisation"
+            raise NotAChainError(f"{stage.name} is a depthwise convolution that {where}")
         repeats = width // reads.group.size
         return (
             reads.group.axes
             if repeats == 1
             else (*reads.group.axes, builder.axis(f"{stage.name}.multiplier", repeats, permutable=False))
         )
-    group_counts = {norm.num_groups for _, norm in stage.norms if isinstance(norm, nn.GroupNorm)} - {1, width}
     if len(group_counts) > 1:
         raise NotAChainError(f"{stage.name} feeds group normalisations with {sorted(group_counts)} groups")
     permutable = not is_last
@@ -134,15 +129,20 @@ def _output_axes(builder: GraphBuilder, stage: Stage, reads: Slots, width: int, 
     return outer, builder.axis(stage.name, width // num_groups, permutable=permutable, within=outer)
 
 
-def _joined(builder: GraphBuilder, stage: Stage, reads: Slots, num_inputs: int) -> Slots:
-    """The neurons that a layer reads; a flattened feature map repeats each channel once per position."""
+def _joined(builder: GraphBuilder, previous: Stage, stage: Stage, reads: Slots, num_inputs: int) -> Slots:
+    """The neurons that a layer reads; flattening repeats each of them once per place.
+
+    A convolution's places follow its channels, in a sequence the neurons of a linear layer follow their place.
+    """
     width = reads.group.size
     if num_inputs == width:
         return reads
     if not stage.reads_flat or num_inputs % width:
         raise NotAChainError(f"{stage.name} reads {num_inputs} features but {reads.group.name!r} gives {width}")
     place = builder.axis(f"{stage.name}.place", num_inputs // width, permutable=False)
-    return reads.group.slots(*reads.group.axes, place)
+    if isinstance(previous.layer, CONVOLUTIONS):
+        return reads.group.slots(*reads.group.axes, place)
+    return reads.group.slots(place, *reads.group.axes)
 
 
 def _widths(stage: Stage) -> tuple[int, int]:
@@ -165,23 +165,32 @@ def read_chain(model: nn.Module) -> list[Stage]:
     flat = False
     for node in _trace(model):
         module = modules[str(node.target)] if node.op == "call_module" else None
+        function = _function_name(node) if module is None else ""
+        name = function or str(node.target)
+        last = stages[-1] if stages else None
         if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            if isinstance(module, nn.Linear) and stages and isinstance(stages[-1].layer, CONVOLUTIONS) and not flat:
-                raise NotAChainError(f"{node.target} reads a feature map that is not flattened")
-            if str(node.target) in {stage.name for stage in stages}:
-                raise NotAChainError(f"{node.target} is applied twice")
-            stages.append(Stage(str(node.target), module, [], [], flat))
+            if last is not None and isinstance(module, nn.Linear) != isinstance(last.layer, nn.Linear) and not flat:
+                raise NotAChainError(f"{name} reads the outputs of {last.name} along another dimension")
+            if name in {stage.name for stage in stages}:
+                raise NotAChainError(f"{name} is applied twice")
+            stages.append(Stage(name, module, [], [], flat))
             flat = False
-        elif isinstance(module, (*NORMS, nn.PReLU)) and list(module.parameters()):
-            if not stages or flat:
-                raise NotAChainError(f"{node.target} acts on inputs or on flattened features")
-            _attach(stages[-1], str(node.target), module)
-        elif isinstance(module, nn.Flatten):
+        elif isinstance(module, (*NORMS, nn.PReLU)):
+            if list(module.parameters()) or isinstance(module, nn.GroupNorm):
+                if last is None or flat:
+                    raise NotAChainError(f"{name} acts on inputs or on flattened features")
+                _attach(last, name, module)
+        elif isinstance(module, nn.Flatten) or function in FLATTENS | POOLS_THAT_FLATTEN:
+            if last is not None and function not in RESHAPES:
+                _check_dims(last, node, module, flat)
             flat = True
-        elif module is not None and not (_is_neutral(module) or isinstance(module, NORMS)):
-            raise NotAChainError(f"{node.target} is a {type(module).__name__}")
-        elif module is None:
-            flat = flat or _flattens(node)
+        elif "_pool" in function or type(module).__module__ == POOLING_FILE:
+            if last is not None and (flat or not isinstance(last.layer, CONVOLUTIONS)):
+                raise NotAChainError(f"{name} pools the neurons of {last.name}")
+        elif module is None and function not in NEUTRAL_FUNCTIONS:
+            raise NotAChainError(f"it applies {function!r} ({node.name})")
+        elif module is not None and not _is_neutral(module):
+            raise NotAChainError(f"{name} is a {type(module).__name__}")
     if not stages:
         raise NotAChainError("it applies no linear layer and no convolution")
     return stages
@@ -191,24 +200,50 @@ def _attach(stage: Stage, name: str, module: nn.Module) -> None:
     if isinstance(module, nn.PReLU):
         stage.prelus.append((name, module))
         return
-    shape = tuple(next(module.parameters()).shape)
     width = _widths(stage)[1]
-    if width not in (shape[0], prod(shape)):
-        raise NotAChainError(f"{name} normalises {shape} but {stage.name} gives {width} neurons")
+    if isinstance(module, nn.GroupNorm):
+        shape: tuple[int, ...] = (module.num_channels,)
+    else:
+        shape = tuple(next(module.parameters()).shape)
+    over_places = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(stage.layer, CONVOLUTIONS)
+    num_dims = cast(Tensor, stage.layer.weight).dim() - 1 if over_places else 1  # a layer norm's last ones
+    if shape[0] != width or len(shape) != num_dims:
+        raise NotAChainError(f"{name} over {shape} does not normalise the {width} neurons of {stage.name}")
     stage.norms.append((name, module))
 
 
 def _is_neutral(module: nn.Module) -> bool:
+    if isinstance(module, (nn.GLU, nn.MultiheadAttention)):  # they live in the file of the activations
+        return False
     return type(module).__module__ in NEUTRAL_MODULE_FILES or isinstance(module, nn.Identity)
 
 
-def _flattens(node: fx.Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-    if name in FLATTENS or name in POOLS_THAT_FLATTEN:
-        return True
-    if node.op in ("call_function", "call_method") and name in NEUTRAL_FUNCTIONS:
-        return False
-    raise NotAChainError(f"it applies {name!r} ({node.name})")
+def _function_name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+
+
+def _check_dims(stage: Stage, node: fx.Node, module: nn.Module | None, flat: bool) -> None:
+    """A flattening must join places with neurons and keep the batch apart; a mean must run over places only."""
+    num_places = cast(Tensor, stage.layer.weight).dim() - 2  # 0 after a linear layer, whose places precede the neurons
+    if isinstance(module, nn.Flatten):
+        dims: Any = (module.start_dim, module.end_dim)
+        is_right = dims == (1, -1)
+    elif _function_name(node) == "flatten":
+        dims = (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
+        is_right = dims == (1, -1)
+    else:
+        dims = _argument(node, 1, "dim", None)
+        dims = (dims,) if isinstance(dims, int) else dims
+        places = {*range(2, 2 + num_places), *range(-num_places, 0)} if num_places else {1}
+        if flat:  # by a view or another mean: [batch, neuron, place]
+            places = {2, -1} if num_places else set()
+        is_right = bool(dims) and set(dims) <= places
+    if not is_right:
+        raise NotAChainError(f"{node.name} over dimensions {dims} does not keep the neurons of {stage.name} apart")
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _trace(model: nn.Module) -> list[fx.Node]:

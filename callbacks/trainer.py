@@ -1,0 +1,161 @@
+"""Nowcasting in the Hugging Face Trainer: translates the Trainer's events into a session's calls.
+
+A nowcast happens in ``on_step_end``: after the optimizer's update, before evaluation and saving, so that checkpoints
+hold it. Counters and snapshots travel in a file of the checkpoint folder. Losses are read off the model's own outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from nino.errors import CheckpointError
+from nino.history import Place
+from nino.nowcaster import Nowcaster
+from nino.session import NowcastReport, NowcastSession, unwrap
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "nowcast.pt"
+
+
+class NowcastCallback(TrainerCallback):
+    """Nowcast the weights every ``period`` optimizer updates of a ``transformers.Trainer``.
+
+    Args:
+        nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
+        period: optimizer updates between nowcasts.
+        snapshots_on: where snapshots are kept: ``"cpu"`` or the parameters' ``"device"``.
+        snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
+        resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one
+            that is not in its output folder.
+
+    Raises:
+        NinoError: when training starts, if the model cannot be wired or a setting is out of range.
+
+    Example:
+        >>> trainer = Trainer(model, args, ..., callbacks=[NowcastCallback("nino-tiny", period=1000)])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        nowcaster: Nowcaster | str | Path,
+        period: int = 1000,
+        *,
+        snapshots_on: Place = "cpu",
+        snapshot_dtype: torch.dtype | None = None,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
+        self.period = period
+        self.snapshots_on = snapshots_on
+        self.snapshot_dtype = snapshot_dtype
+        self.resume_from = resume_from
+        self.session: NowcastSession | None = None
+        self._to_log: list[NowcastReport] = []
+        self._loss_hook: Any = None
+
+    @property
+    def reports(self) -> list[NowcastReport]:
+        """What every nowcast of this training did so far."""
+        return self.session.reports if self.session is not None else []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wire the model and, when resuming, go on from the checkpoint's snapshots."""
+        model = kwargs["model"]
+        self.session = NowcastSession(
+            model,
+            self.nowcaster,
+            period=self.period,
+            max_steps=state.max_steps if state.max_steps > 0 else None,
+            snapshots_on=self.snapshots_on,
+            snapshot_dtype=self.snapshot_dtype,
+            on_report=self._to_log.append,
+        )
+        if state.global_step > 0:
+            self._resume(args, state)
+        self._loss_hook = unwrap(model).register_forward_hook(self._observe_output)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Count the update, unless mixed precision skipped it."""
+        if self.session is not None and not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.session.after_update()
+            control.should_log = control.should_log or bool(self._to_log)
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the reports that are due to the Trainer's log, its history and, if it reports there, wandb."""
+        for report in self._to_log:
+            values = report.as_log()
+            if logs is not None:
+                logs.update(values)
+            if state.log_history:
+                state.log_history[-1].update(values)
+            # The Trainer's own wandb callback runs before this one and has not seen these values.
+            wandb = sys.modules.get("wandb")
+            if "wandb" in args.report_to and wandb is not None and wandb.run is not None:
+                wandb.log({**values, "train/global_step": state.global_step})
+        self._to_log.clear()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write counters and snapshots into the checkpoint folder that was just made."""
+        folder = _checkpoint_folder(args, state)
+        if self.session is None or not state.is_world_process_zero or not folder.is_dir():
+            return
+        temporary = folder / (STATE_FILE + ".part")
+        torch.save(self.session.state_dict(), temporary)
+        temporary.replace(folder / STATE_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave no trace on the model."""
+        if self._loss_hook is not None:
+            self._loss_hook.remove()
+            self._loss_hook = None
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        folder = Path(self.resume_from) if self.resume_from is not None else _checkpoint_folder(args, state)
+        path = folder / STATE_FILE
+        if self.session is None:
+            return
+        if not path.is_file():
+            logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
+            self.session.step = state.global_step
+            return
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); delete it to resume with a fresh history") from error
+        self.session.load_state_dict(content)
+
+    def _observe_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Note the training loss that the model returns, if it does (a forward hook)."""
+        if self.session is None or not module.training or not torch.is_grad_enabled():
+            return
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.session.observe(loss)
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

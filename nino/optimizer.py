@@ -1,0 +1,151 @@
+"""A drop-in optimizer wrapper: any ``torch.optim`` optimizer, with nowcasts after its updates.
+
+The wrapper *is* a ``torch.optim.Optimizer``: learning-rate schedulers, GradScaler, hooks, pickling and
+``accelerator.prepare`` treat it as one. It shares the wrapped optimizer's ``param_groups`` and ``state`` instead of
+copying them, and adds one key, ``"nowcast"``, to its ``state_dict``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nino.errors import NinoError
+from nino.history import Place
+from nino.nowcaster import Nowcaster
+from nino.session import NowcastReport, NowcastSession
+
+logger = logging.getLogger(__name__)
+
+STATE_KEY = "nowcast"
+
+
+class NowcastOptimizer(Optimizer):
+    """Wrap an optimizer so that the model's weights are nowcast every ``period`` updates.
+
+    Args:
+        optimizer: built on parameters of ``model``.
+        model: the model in training.
+        nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
+        period: optimizer updates between nowcasts.
+        max_steps: optimizer updates of the whole run; horizons shrink towards its end. ``None`` if unknown.
+        snapshots_on: where snapshots are kept: ``"cpu"`` or the parameters' ``"device"``.
+        snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
+        on_report: called with every :class:`NowcastReport`, one update after the nowcast.
+
+    Raises:
+        NinoError: if the optimizer holds parameters that are not the model's, or a setting is out of range.
+
+    Example:
+        >>> optimizer = nino.NowcastOptimizer(                                          # doctest: +SKIP
+        ...     torch.optim.AdamW(model.parameters(), lr=1e-3), model, "nino-tiny", period=1000, max_steps=10_000)
+    """
+
+    optimizer: Optimizer
+    """The wrapped optimizer."""
+    session: NowcastSession
+    """Snapshots and nowcasts of this run."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        nowcaster: Nowcaster | str | Path,
+        *,
+        period: int = 1000,
+        max_steps: int | None = None,
+        snapshots_on: Place = "cpu",
+        snapshot_dtype: torch.dtype | None = None,
+        on_report: Callable[[NowcastReport], None] | None = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise NinoError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
+        _check_parameters(optimizer.param_groups, model)
+        session = NowcastSession(
+            model,
+            nowcaster,
+            period=period,
+            max_steps=max_steps,
+            snapshots_on=snapshots_on,
+            snapshot_dtype=snapshot_dtype,
+            on_report=on_report,
+        )
+        # Optimizer.__init__ would make groups and state of its own; __setstate__ sets up hooks and nothing else.
+        self.__setstate__({"optimizer": optimizer, "session": session, "defaults": optimizer.defaults})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optimizer.state
+
+    @property
+    def reports(self) -> list[NowcastReport]:
+        """What every nowcast of this process did so far."""
+        return self.session.reports
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Optionally tell the loss before each step, so that reports say what a nowcast did to it."""
+        self.session.observe(loss)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of the wrapped optimizer; then a snapshot or a nowcast if it is time."""
+        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        if loss is not None:
+            self.observe(loss)
+        self.session.after_update()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the wrapped optimizer; the parameters must be the model's."""
+        group = dict(param_group)
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        _check_parameters([group], self.session.model)
+        self.optimizer.add_param_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state and, under ``"nowcast"``, counters and snapshots."""
+        return {**self.optimizer.state_dict(), STATE_KEY: self.session.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; one of the wrapped optimizer alone starts a fresh history.
+
+        Raises:
+            NinoError: if the nowcasting state is damaged or of another model; nothing is loaded then.
+        """
+        rest = dict(state_dict)
+        nowcast = rest.pop(STATE_KEY, None)
+        if nowcast is None:
+            logger.info("the loaded optimizer state has no nowcasting state: snapshots start afresh")
+        else:
+            self.session.load_state_dict(nowcast)
+        self.optimizer.load_state_dict(rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "session": self.session, "defaults": self.defaults}
+
+    def __repr__(self) -> str:
+        return f"NowcastOptimizer(every {self.session.schedule.period} updates, {self.optimizer!r})"
+
+
+def _check_parameters(param_groups: list[dict[str, Any]], model: nn.Module) -> None:
+    known = {id(parameter) for parameter in model.parameters()}
+    foreign = sum(id(parameter) not in known for group in param_groups for parameter in group["params"])
+    if foreign:
+        raise NinoError(
+            f"{foreign} of the optimizer's parameters are not the model's; build the optimizer on model.parameters()"
+        )

@@ -1,0 +1,155 @@
+"""Windows of recorded runs: C snapshots as the network reads them, and where every weight went afterwards.
+
+A window takes states of one run that lie ``stride`` recorded states apart, standardised by the statistics of its inputs
+alone, as a nowcast is. Targets beyond the end of the run are masked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nino.data import Trajectory, build_model
+from nino.engine import graph_inputs
+from nino.errors import TrajectoryError
+from nino.graph import NeuralGraph
+from nino.graph.edge_list import EdgeList
+from nino.model.config import NowcasterConfig
+from nino.model.networks import EdgeInputs
+from nino.standardise import Standardiser
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPlace:
+    """Which window of which run."""
+
+    run: int
+    first: int
+    """Index of the first input state."""
+    stride: int
+    """Recorded states between two snapshots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A training example: O edges that want a prediction, K horizons."""
+
+    inputs: EdgeInputs
+    targets: Tensor
+    """``[O, 9, K]``: movement of each standardised weight from the last snapshot."""
+    mask: Tensor
+    """bool ``[O, 9, K]``: which targets exist (position used, horizon within the run)."""
+    last_steps: Tensor
+    """``[O, 9]``: movement from the last snapshot but one to the last, for the linear rival."""
+    families: tuple[str, ...]
+    """What each graph of the window is of, for reports."""
+
+
+class RecordedRun:
+    """A trajectory with its graph, ready to be cut into windows."""
+
+    def __init__(self, trajectory: Trajectory, config: NowcasterConfig) -> None:
+        self.trajectory = trajectory
+        self.family = str(trajectory.training.get("family", "unknown"))
+        model = build_model(trajectory.architecture, device="meta")
+        graph = NeuralGraph.from_model(model, wiring=config.wiring)
+        recorded = dict(trajectory.parameters)
+        if recorded != graph.shapes:
+            different = sorted(set(recorded.items()) ^ set(graph.shapes.items()))[:3]
+            raise TrajectoryError(f"{trajectory.folder}: recorded parameters differ from its architecture: {different}")
+        self.edges = EdgeList(graph)
+        self.positions = graph.positions(config.num_positions)
+        self.words = graph.words()
+        self.feature_mask = self.edges.feature_mask()
+
+
+class WindowSource:
+    """Draws windows from a set of runs.
+
+    Args:
+        folders: of recorded trajectories.
+        config: of the nowcaster; gives context, horizon and wiring.
+        strides: snapshots of a window lie this many recorded states apart; one is drawn per window.
+
+    Raises:
+        TrajectoryError: if no folder is given, or a run is unreadable or shorter than the smallest window.
+    """
+
+    def __init__(self, folders: Sequence[str], config: NowcasterConfig, strides: Sequence[int] = (1,)) -> None:
+        if not folders:
+            raise TrajectoryError("no recorded runs: expected at least one trajectory folder")
+        self.config = config
+        self.strides = tuple(strides)
+        self.runs = [RecordedRun(Trajectory(folder), config) for folder in folders]
+        for run in self.runs:
+            needed = config.context * min(self.strides) + 1
+            if len(run.trajectory) < needed:
+                raise TrajectoryError(f"{run.trajectory.folder}: {len(run.trajectory)} states, a window needs {needed}")
+        self.by_family: dict[str, list[int]] = {}
+        for index, run in enumerate(self.runs):
+            self.by_family.setdefault(run.family, []).append(index)
+
+    def draw(self, family: str, generator: torch.Generator) -> WindowPlace:
+        """Draw a run of the family, a stride that fits it and a start."""
+        members = self.by_family[family]
+        run = members[_randint(len(members), generator)]
+        num_states = len(self.runs[run].trajectory)
+        fitting = [s for s in self.strides if (self.config.context - 1) * s + s < num_states]
+        stride = fitting[_randint(len(fitting), generator)]
+        return WindowPlace(run=run, first=_randint(num_states - self.config.context * stride, generator), stride=stride)
+
+    def num_edges(self, place: WindowPlace) -> int:
+        """The cost of a window."""
+        return self.runs[place.run].edges.num_edges
+
+    def load(
+        self, place: WindowPlace, generator: torch.Generator | None = None, max_outputs: int | None = None
+    ) -> Window:
+        """Read a window.
+
+        Args:
+            place: which one.
+            generator: if given, signs of the positions are flipped at random (an augmentation; eigenvectors have no
+                sign of their own) and the predicted edges are sampled.
+            max_outputs: predict at most this many edges, a random sample.
+        """
+        run, config = self.runs[place.run], self.config
+        last = place.first + (config.context - 1) * place.stride
+        num_targets = min(config.max_horizon, (len(run.trajectory) - 1 - last) // place.stride)
+        rows = run.trajectory.states([place.first + i * place.stride for i in range(config.context + num_targets)])
+        named = run.trajectory.split(rows)
+        states, future = {}, {}
+        for name, values in named.items():
+            scaler = Standardiser.of(values[: config.context])
+            standard = scaler.apply(values)
+            states[name] = standard[: config.context]
+            future[name] = standard[config.context - 1 :] - standard[config.context - 1]
+        positions = run.positions
+        if generator is not None:
+            positions = positions * (torch.randint(2, (config.num_positions,), generator=generator) * 2 - 1)
+        inputs = graph_inputs(run.edges, states, positions, run.words)
+        chosen = _sample_edges(run.edges.num_parameter_edges, max_outputs, generator)
+        targets = run.edges.series({name: f[1:] for name, f in future.items()})[chosen]
+        padded = targets.new_zeros(*targets.shape[:2], config.max_horizon)
+        padded[..., :num_targets] = targets
+        mask = run.feature_mask[chosen][..., None].expand(padded.shape).clone()
+        mask[..., num_targets:] = False
+        steps = run.edges.values({name: s[-1] - s[-2] for name, s in states.items()})[chosen]
+        inputs = EdgeInputs(**{**vars(inputs), "num_outputs": len(chosen), "chosen": chosen})
+        return Window(inputs=inputs, targets=padded, mask=mask, last_steps=steps, families=(run.family,))
+
+
+def _randint(size: int, generator: torch.Generator) -> int:
+    return int(torch.randint(size, (), generator=generator))
+
+
+def _sample_edges(num_edges: int, max_outputs: int | None, generator: torch.Generator | None) -> Tensor:
+    if max_outputs is None or generator is None or num_edges <= max_outputs:
+        return torch.arange(num_edges)
+    return torch.randperm(num_edges, generator=generator)[:max_outputs].sort().values

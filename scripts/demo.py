@@ -1,0 +1,247 @@
+"""Train two real models with Adam alone and with nowcasting, and show how many updates nowcasting saved.
+
+    python scripts/demo.py
+
+A small Llama reads English text that every Python installation has (the topics of ``pydoc``), a CNN reads
+scikit-learn's handwritten digits. Both train through the Hugging Face Trainer at a constant learning rate; nowcasting
+is one callback. The nowcaster has seen neither data set. Results: a table here, ``results.json`` and ``curves.png`` in
+``results/demo``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import queue
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from nino import Nowcaster
+from nino.data import build_model
+from tasks.cli import fail, positive_int, run_main
+from tasks.images import convnet, load_digits
+from tasks.report import draw_curves, format_table, updates_to_reach
+from tasks.text import fixed_windows, llama, tokenize
+
+PERIOD = 500
+BATCH_SIZE = {"llama-pydoc": 16, "cnn-digits": 64}
+LEARNING_RATE = {"llama-pydoc": 2e-3, "cnn-digits": 1e-3}
+EVALUATE_EVERY = 100
+SEQUENCE_LENGTH = 64
+VOCAB_SIZE = 512
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Tensors of equal length, row by row, as the Trainer wants them."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+class ImageClassifier(nn.Module):
+    """A network with its loss, in the form that the Trainer expects."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.network(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def llama_pydoc() -> tuple[nn.Module, Rows, Rows]:
+    """A two-layer Llama and 64-token windows of the pydoc topics."""
+    from pydoc_data.topics import topics
+
+    data = tokenize("\n".join(topics[name] for name in sorted(topics)), VOCAB_SIZE)
+    step = SEQUENCE_LENGTH // 2
+    starts = torch.arange(0, len(data.train_tokens) - SEQUENCE_LENGTH, step)[:, None]
+    windows = data.train_tokens[starts + torch.arange(SEQUENCE_LENGTH)]
+    held_out = fixed_windows(data.eval_tokens, 192, SEQUENCE_LENGTH)
+    model = build_model(llama(layers=2, width=40, heads=4, kv_heads=2, vocab_size=data.vocab_size))
+    return model, Rows(input_ids=windows, labels=windows), Rows(input_ids=held_out, labels=held_out)
+
+
+def cnn_digits() -> tuple[nn.Module, Rows, Rows]:
+    """The published 16-32-32 CNN and 8x8 images of digits."""
+    data = load_digits()
+    train = Rows(pixel_values=data.train_images, labels=data.train_labels)
+    held_out = Rows(pixel_values=data.eval_images, labels=data.eval_labels)
+    return ImageClassifier(build_model(convnet(data.channels, (16, 32, 32)))), train, held_out
+
+
+TASKS = {"llama-pydoc": llama_pydoc, "cnn-digits": cnn_digits}
+METHODS = ("adam", "nowcast")
+
+
+def train(task: str, method: str, nowcaster: str, seed: int, updates: int, progress: Any) -> dict[str, Any]:
+    """Train one model with the Trainer; ``method`` is ``adam`` or ``nowcast``. Evaluations are put on ``progress``."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.utils import logging as transformers_logging
+
+    from nino.callbacks import NowcastCallback
+
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model, train_rows, held_out = TASKS[task]()
+
+    class Progress(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+            progress.put((task, method, state.global_step, metrics["eval_loss"]))
+
+    nowcast = NowcastCallback(nowcaster, period=PERIOD)
+    callbacks = [Progress(), nowcast] if method == "nowcast" else [Progress()]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=updates,
+            per_device_train_batch_size=BATCH_SIZE[task],
+            per_device_eval_batch_size=128,
+            learning_rate=LEARNING_RATE[task],
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            eval_strategy="steps",
+            eval_steps=EVALUATE_EVERY,
+            prediction_loss_only=True,
+            logging_steps=EVALUATE_EVERY,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            log_level="error",
+        )
+        trainer = Trainer(model, arguments, train_dataset=train_rows, eval_dataset=held_out, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    history = trainer.state.log_history
+    reports = nowcast.reports
+    return {
+        "task": task,
+        "method": method,
+        "curve": [[record["step"], record["eval_loss"]] for record in history if "eval_loss" in record],
+        "seconds": seconds,
+        "nowcast_seconds": sum(report.seconds for report in reports),
+        "nowcasts": [vars(report) for report in reports],
+    }
+
+
+def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per task and method: updates to reach Adam's final loss, final loss, time."""
+    rows = []
+    for task in TASKS:
+        target = runs[task, "adam"]["curve"][-1][1]
+        for method in METHODS:
+            run = runs[task, method]
+            rows.append(
+                {
+                    "task": task,
+                    "method": method,
+                    "updates to Adam's final loss": updates_to_reach(run["curve"], target),
+                    "final loss": run["curve"][-1][1],
+                    "best loss": min(loss for _, loss in run["curve"]),
+                    "seconds": run["seconds"],
+                    "nowcasting seconds": run["nowcast_seconds"],
+                }
+            )
+    return rows
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nowcaster", default="nino-tiny", help="shipped name, folder or hub id")
+    parser.add_argument("--out", type=Path, default=Path("results/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--updates", type=positive_int, default=4000, help="optimizer updates of each training")
+    parser.add_argument("--jobs", type=positive_int, default=2, help="trainings at once, one thread each")
+    args = parser.parse_args(argv)
+    if args.updates < EVALUATE_EVERY:
+        fail(f"--updates must be at least {EVALUATE_EVERY}, the first evaluation; got {args.updates}")
+    return args
+
+
+def run_all(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
+    """Run every task with every method, several at once, and show how far each is."""
+    context = multiprocessing.get_context("spawn")
+    jobs = [(task, method) for task in TASKS for method in METHODS]
+    with context.Manager() as manager, ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        messages = manager.Queue()
+        futures = {job: pool.submit(train, *job, args.nowcaster, args.seed, args.updates, messages) for job in jobs}
+        with tqdm(total=len(jobs) * args.updates, unit="update", mininterval=1, dynamic_ncols=True) as bar:
+            while not all(future.done() for future in futures.values()) or not messages.empty():
+                show_progress(bar, messages)
+        return {job: future.result() for job, future in futures.items()}
+
+
+def show_progress(bar: Any, messages: Any) -> None:
+    """Move the bar by what the trainings reported within a second."""
+    try:
+        task, method, step, loss = messages.get(timeout=1)
+    except queue.Empty:
+        return
+    bar.update(EVALUATE_EVERY)
+    bar.set_postfix_str(f"{task} {method}: update {step}, validation loss {loss:.3f}")
+
+
+def verdicts(rows: list[dict[str, Any]], updates: int) -> list[str]:
+    """One plain sentence per task."""
+    sentences = []
+    for row in (row for row in rows if row["method"] == "nowcast"):
+        reached = row["updates to Adam's final loss"]
+        if reached is None:
+            text = f"nowcasting lost: it never reached Adam's final loss within {updates} updates"
+        else:
+            share = 100 * reached / updates
+            text = f"nowcasting reached Adam's final loss after {reached} of {updates} updates ({share:.0f}%)"
+        sentences.append(f"{row['task']}: {text}")
+    return sentences
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    Nowcaster.from_pretrained(args.nowcaster)  # fail before training, not after
+    began = time.perf_counter()
+    runs = run_all(args)
+    rows = summarise(runs)
+    sentences = verdicts(rows, args.updates)
+    args.out.mkdir(parents=True, exist_ok=True)
+    panels = {task: {method: runs[task, method]["curve"] for method in METHODS} for task in TASKS}
+    jumps = {task: [report["step"] for report in runs[task, "nowcast"]["nowcasts"]] for task in TASKS}
+    draw_curves(args.out / "curves.png", panels, jumps)
+    result = {
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "summary": rows,
+        "verdicts": sentences,
+        "runs": list(runs.values()),
+        "seconds": time.perf_counter() - began,
+    }
+    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    print(f"\n{format_table(rows)}\n")
+    print("\n".join(sentences))
+    print(f"\n{result['seconds']:.0f} s in all; curves and numbers are in {args.out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

@@ -1,0 +1,80 @@
+"""Train a nowcaster on recorded runs.
+
+    python scripts/pretrain_nowcaster.py --runs trajectories --out checkpoints/my-nowcaster --steps 5000
+
+Every batch is a disjoint union of graphs of different architectures, dealt to processes by edge count
+(``accelerate launch scripts/pretrain_nowcaster.py ...`` for several). Some runs are held out; on them the nowcaster is
+compared with copying the last snapshot and with linear extrapolation. The same command resumes a killed training.
+The result is a folder for ``Nowcaster.from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from nino import NowcasterConfig
+from nino.data.trajectory import HEADER_FILE
+from nino.pretraining.loop import PretrainingConfig, pretrain
+from nino.pretraining.windows import WindowSource
+from tasks.cli import fail, positive_int, run_main
+
+HOLD_OUT_EVERY = 10
+
+
+def split_runs(folder: Path) -> tuple[list[str], list[str]]:
+    """Folders of the finished runs to train on, and of every tenth of each family, held out."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for header in sorted(folder.glob(f"*/{HEADER_FILE}")):
+        content = json.loads(header.read_text())
+        if content.get("complete"):
+            families[content["training"].get("family", "unknown")].append(str(header.parent))
+    held_out = [run for runs in families.values() for run in runs[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY]]
+    return [run for runs in families.values() for run in runs if run not in held_out], held_out
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--runs", type=Path, required=True, help="folder of trajectories (scripts/collect_trajectories.py)")
+    add("--out", type=Path, required=True, help="folder for the nowcaster")
+    add("--kind", choices=["nino", "wnn"], default="nino")
+    add("--hidden", type=positive_int, default=128, help="width of the network")
+    add("--steps", type=positive_int, default=5000, help="updates of the nowcaster")
+    add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
+    add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="recorded states between snapshots")
+    add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
+    add("--lr", type=float, default=3e-3)
+    add("--weight-decay", type=float, default=1e-2)
+    add("--clip", type=float, default=5.0, help="largest gradient norm")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=1, help="processes that read ahead")
+    add("--evaluate-every", type=positive_int, default=250)
+    add("--validation-windows", type=positive_int, default=6, help="windows per held-out run")
+    add("--mixed-precision", choices=["no", "bf16"], default="no")
+    add("--wandb", action="store_true", help="log to Weights & Biases")
+    args = parser.parse_args(argv)
+    if not args.runs.is_dir():
+        fail(f"--runs {args.runs} is not a folder; record runs with scripts/collect_trajectories.py")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    train_folders, held_out = split_runs(args.runs)
+    if not train_folders or not held_out:
+        found = len(train_folders) + len(held_out)
+        fail(f"--runs {args.runs}: {found} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} of one family are needed")
+    config = NowcasterConfig(kind=args.kind, hidden=args.hidden)
+    sources = [WindowSource(folders, config, args.strides) for folders in (train_folders, held_out)]
+    settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
+    result = pretrain(PretrainingConfig(**settings), config, sources[0], sources[1], args.out)
+    print(json.dumps(result["history"][-1]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
