@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from nino.errors import CheckpointError
+from nino.errors import CheckpointError, NinoError
 from nino.history import Place
 from nino.nowcaster import Nowcaster
+from nino.optimizer import NowcastOptimizer
 from nino.session import NowcastReport, NowcastSession, unwrap
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ class NowcastCallback(TrainerCallback):
         period: optimizer updates between nowcasts.
         snapshots_on: where snapshots are kept: ``"cpu"`` or the parameters' ``"device"``.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
-        resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one
-            that is not in its output folder.
+        resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one that is neither
+            in its output folder nor named by ``args.resume_from_checkpoint``.
 
     Raises:
         NinoError: when training starts, if the model cannot be wired or a setting is out of range.
@@ -62,6 +63,8 @@ class NowcastCallback(TrainerCallback):
         self.session: NowcastSession | None = None
         self._to_log: list[NowcastReport] = []
         self._loss_hook: Any = None
+        self._losses: list[Tensor] = []
+        self._losses_add_up = False
 
     @property
     def reports(self) -> list[NowcastReport]:
@@ -72,7 +75,10 @@ class NowcastCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Wire the model and, when resuming, go on from the checkpoint's snapshots."""
-        model = kwargs["model"]
+        model, optimizer = kwargs["model"], kwargs.get("optimizer")
+        if isinstance(getattr(optimizer, "optimizer", optimizer), NowcastOptimizer):
+            raise NinoError("the optimizer is a NowcastOptimizer already; use that or NowcastCallback, not both")
+        self._detach()  # an earlier training may have been interrupted
         self.session = NowcastSession(
             model,
             self.nowcaster,
@@ -80,17 +86,22 @@ class NowcastCallback(TrainerCallback):
             max_steps=state.max_steps if state.max_steps > 0 else None,
             snapshots_on=self.snapshots_on,
             snapshot_dtype=self.snapshot_dtype,
+            optimizer=optimizer,
             on_report=self._to_log.append,
         )
         if state.global_step > 0:
             self._resume(args, state)
-        self._loss_hook = unwrap(model).register_forward_hook(self._observe_output)
+        if args.n_gpu <= 1:  # replicas of DataParallel would call the hook from their own threads and devices
+            self._loss_hook = unwrap(model).register_forward_hook(self._observe_output, with_kwargs=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Count the update, unless mixed precision skipped it."""
+        losses, self._losses = self._losses, []
         if self.session is not None and not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            if losses:
+                self.session.observe(self._loss_of_update(losses, args))
             self.session.after_update()
             control.should_log = control.should_log or bool(self._to_log)
         return control
@@ -119,7 +130,10 @@ class NowcastCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
         folder = _checkpoint_folder(args, state)
-        if self.session is None or not state.is_world_process_zero or not folder.is_dir():
+        if self.session is None or not state.is_world_process_zero or args.save_only_model:
+            return
+        if not folder.is_dir():
+            logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
         temporary = folder / (STATE_FILE + ".part")
         torch.save(self.session.state_dict(), temporary)
@@ -129,32 +143,52 @@ class NowcastCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave no trace on the model."""
+        self._detach()
+
+    def _detach(self) -> None:
         if self._loss_hook is not None:
             self._loss_hook.remove()
-            self._loss_hook = None
+        self._loss_hook = None
+        self._losses.clear()
+        self._to_log.clear()
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        folder = Path(self.resume_from) if self.resume_from is not None else _checkpoint_folder(args, state)
-        path = folder / STATE_FILE
         if self.session is None:
             return
+        path = self._folder_to_resume(args, state) / STATE_FILE
         if not path.is_file():
             logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
             self.session.step = state.global_step
             return
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            self.session.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it to resume with a fresh history") from error
-        self.session.load_state_dict(content)
+            raise CheckpointError(
+                f"{path} cannot be resumed from; delete it to go on with a fresh history: {error}"
+            ) from error
 
-    def _observe_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _folder_to_resume(self, args: TrainingArguments, state: TrainerState) -> Path:
+        if self.resume_from is not None:
+            return Path(self.resume_from)
+        named = args.resume_from_checkpoint  # set by scripts that pass it on to Trainer.train
+        if isinstance(named, str) and Path(named).name == _checkpoint_folder(args, state).name:
+            return Path(named)
+        return _checkpoint_folder(args, state)
+
+    def _observe_output(self, module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
         """Note the training loss that the model returns, if it does (a forward hook)."""
-        if self.session is None or not module.training or not torch.is_grad_enabled():
+        if not module.training or not torch.is_grad_enabled():
             return
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self.session.observe(loss)
+            self._losses.append(loss.detach().to(torch.float32, copy=True))
+            self._losses_add_up = keywords.get("num_items_in_batch") is not None
+
+    def _loss_of_update(self, losses: list[Tensor], args: TrainingArguments) -> Tensor:
+        """The update's loss as the Trainer logs it: of losses over all items of the update it takes the sum."""
+        if not self._losses_add_up:
+            return torch.stack(losses).mean()
+        return torch.stack(losses).sum() * (args.world_size if args.average_tokens_across_devices else 1)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

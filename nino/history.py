@@ -70,19 +70,22 @@ class SnapshotStore:
         Raises:
             SnapshotError: if the saved snapshots are of another model or damaged; nothing is changed then.
         """
-        steps, snapshots = list(state["steps"]), list(state["snapshots"])
-        if len(steps) != len(snapshots) or len(steps) > self.context:
+        try:
+            steps = [int(step) for step in state["steps"]]
+            shapes = [{name: tuple(tensor.shape) for name, tensor in taken.items()} for taken in state["snapshots"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SnapshotError(f"saved history is damaged: {error!r}") from error
+        if len(steps) != len(shapes) or len(steps) > self.context or steps != sorted(set(steps)):
             raise SnapshotError(
-                f"saved history is damaged: {len(snapshots)} snapshots for {len(steps)} steps (at most {self.context})"
+                f"saved history is damaged: {len(shapes)} snapshots after updates {steps} (at most {self.context})"
             )
-        for snapshot in snapshots:
-            wrong = sorted(set(snapshot) ^ set(parameters)) or sorted(
-                name for name in parameters if snapshot[name].shape != parameters[name].shape
-            )
+        expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        for taken in shapes:
+            wrong = sorted(name for name in {*taken, *expected} if taken.get(name) != expected.get(name))
             if wrong:
                 raise SnapshotError(f"saved history is of another model: {wrong[:3]} differ ({len(wrong)} in all)")
         self.clear()
-        for step, snapshot in zip(steps, snapshots, strict=True):
+        for step, snapshot in zip(steps, state["snapshots"], strict=True):
             beside = {name: snapshot[name].to(parameters[name].device) for name in parameters}
             self.append(step, beside if self.place == "device" else snapshot)
 

@@ -19,7 +19,7 @@ from nino.engine import predict_blockwise, predict_edgewise
 from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
 from nino.model.config import NowcasterConfig
-from nino.model.networks import Network, build_network
+from nino.model.networks import Network, build_network_with_weights
 from nino.standardise import Standardiser, check_snapshots
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,8 @@ class Nowcaster:
 
         config_path, weights_path = _find_files(str(name))
         config = NowcasterConfig.from_json(_read_text(config_path), str(config_path))
-        network = build_network(config)
         try:
-            network.load_state_dict(load_file(weights_path))
+            network = build_network_with_weights(config, load_file(weights_path))
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{weights_path} does not hold the weights of {config_path}: {reason}") from error
@@ -145,9 +144,9 @@ class Nowcaster:
 
         Raises:
             SnapshotError: if the snapshots do not fit the graph or hold NaN or infinity, or the prediction does.
-            NinoError: if the horizon, the engine or the positions are out of range.
+            NinoError: if the horizon, the engine, the dtype or the positions are out of range.
         """
-        self._check_arguments(horizon, graph, positions, engine)
+        self._check_arguments(horizon, graph, positions, engine, dtype)
         check_snapshots(snapshots, graph.shapes, self.config.context)
         last = snapshots[-1]
         device = torch.device(device) if device is not None else next(iter(last.values())).device
@@ -167,14 +166,19 @@ class Nowcaster:
         predicted = {}
         for name, movement in moved.items():
             new = scalers[name].invert(scalers[name].apply(raw[name][-1]) + movement)
+            new = new.to(device=last[name].device, dtype=last[name].dtype)
             if not bool(torch.isfinite(new).all()):
                 raise SnapshotError(f"the nowcast of {name} is NaN or infinite; it was refused")
-            predicted[name] = new.to(device=last[name].device, dtype=last[name].dtype)
+            predicted[name] = new
         return predicted
 
-    def _check_arguments(self, horizon: int, graph: NeuralGraph, positions: Tensor | None, engine: str) -> None:
-        if not 1 <= horizon <= self.config.max_horizon:
-            raise NinoError(f"horizon must be 1 to {self.config.max_horizon} snapshot intervals, got {horizon}")
+    def _check_arguments(
+        self, horizon: int, graph: NeuralGraph, positions: Tensor | None, engine: str, dtype: torch.dtype
+    ) -> None:
+        if not isinstance(horizon, int) or not 1 <= horizon <= self.config.max_horizon:
+            raise NinoError(f"horizon must be 1 to {self.config.max_horizon} snapshot intervals, got {horizon!r}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise NinoError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
         if engine not in ("blockwise", "edges"):
             raise NinoError(f"engine must be 'blockwise' or 'edges', got {engine!r}")
         expected = (graph.num_nodes, self.config.num_positions)
@@ -217,10 +221,11 @@ def _find_files(name: str) -> tuple[Path, Path]:
 
 def _download(hub_id: str) -> tuple[Path, Path]:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(hub_id, CONFIG_FILE)), Path(hf_hub_download(hub_id, WEIGHTS_FILE))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the client's own errors and those of the HTTP library that it uses
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot get {hub_id!r} from the Hugging Face hub: {reason}") from error
+        raise CheckpointError(
+            f"{hub_id!r} is no local folder and cannot be had from the Hugging Face hub: {reason}"
+        ) from error

@@ -8,6 +8,7 @@ copying them, and adds one key, ``"nowcast"``, to its ``state_dict``.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class NowcastOptimizer(Optimizer):
             max_steps=max_steps,
             snapshots_on=snapshots_on,
             snapshot_dtype=snapshot_dtype,
+            optimizer=optimizer,
             on_report=on_report,
         )
         # Optimizer.__init__ would make groups and state of its own; __setstate__ sets up hooks and nothing else.
@@ -84,10 +86,18 @@ class NowcastOptimizer(Optimizer):
         """The wrapped optimizer's."""
         return self.optimizer.param_groups
 
-    @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = param_groups
+
+    @property  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The wrapped optimizer's."""
         return self.optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.optimizer.state = state
 
     @property
     def reports(self) -> list[NowcastReport]:
@@ -101,7 +111,7 @@ class NowcastOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of the wrapped optimizer; then a snapshot or a nowcast if it is time."""
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        if loss is not None:
+        if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe(loss)
         self.session.after_update()
         return loss
@@ -119,21 +129,42 @@ class NowcastOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under ``"nowcast"``, counters and snapshots."""
-        return {**self.optimizer.state_dict(), STATE_KEY: self.session.state_dict()}
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = {**self.optimizer.state_dict(), STATE_KEY: self.session.state_dict()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; one of the wrapped optimizer alone starts a fresh history.
 
         Raises:
             NinoError: if the nowcasting state is damaged or of another model; nothing is loaded then.
+            ValueError: if the wrapped optimizer refuses its part; the nowcasting state is not loaded then.
         """
         rest = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            rest = pre_hook(self, rest) or rest
         nowcast = rest.pop(STATE_KEY, None)
+        before = self.session.state_dict()
+        if nowcast is not None:
+            try:
+                self.session.load_state_dict(nowcast)
+            except NinoError as error:
+                raise NinoError(f"{error} (to start a fresh history, remove {STATE_KEY!r} from the state)") from error
+        try:
+            self.optimizer.load_state_dict(rest)
+        except Exception:
+            self.session.load_state_dict(before)
+            raise
         if nowcast is None:
-            logger.info("the loaded optimizer state has no nowcasting state: snapshots start afresh")
-        else:
-            self.session.load_state_dict(nowcast)
-        self.optimizer.load_state_dict(rest)
+            self.session.reset()
+            logger.warning(
+                "the loaded optimizer state has no nowcasting state: snapshots start afresh and updates count from 0"
+            )
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "session": self.session, "defaults": self.defaults}

@@ -33,10 +33,11 @@ class ScheduleConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise NinoError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.max_steps is not None and (not isinstance(self.max_steps, int) or self.max_steps < 1):
-            raise NinoError(f"max_steps must be a whole number of at least 1 or None, got {self.max_steps!r}")
-        if self.decay_power <= 0:
-            raise NinoError(f"decay_power must be positive, got {self.decay_power!r}")
+        steps = self.max_steps
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            raise NinoError(f"max_steps must be a whole number of at least 1 or None, got {steps!r}")
+        if not isinstance(self.decay_power, (int, float)) or not self.decay_power > 0:
+            raise NinoError(f"decay_power must be a positive number, got {self.decay_power!r}")
         if self.period % self.context:
             better = -(-self.period // self.context) * self.context
             raise NinoError(

@@ -12,14 +12,15 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from nino.errors import NinoError
+from nino.errors import NinoError, SnapshotError
 from nino.history import Place, SnapshotStore
 from nino.nowcaster import Nowcaster
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
@@ -76,10 +77,12 @@ class NowcastSession:
         max_steps: optimizer updates of the whole run, if known; see :class:`ScheduleConfig`.
         snapshots_on: where snapshots are kept, ``"cpu"`` or the parameters' ``"device"``.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
+        optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
         on_report: called with each nowcast's report once the loss after it is known.
 
     Raises:
-        NinoError: if the model cannot be wired, its parameters are sharded, or a setting is out of range.
+        NinoError: if the model cannot be wired, its parameters are sharded, none of them is trained, or a setting is
+            out of range.
     """
 
     def __init__(
@@ -91,17 +94,27 @@ class NowcastSession:
         max_steps: int | None = None,
         snapshots_on: Place = "cpu",
         snapshot_dtype: torch.dtype | None = None,
+        optimizer: Optimizer | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
         self.model = unwrap(model)
+        self.optimizer = optimizer
         self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
         config = self.nowcaster.config
         self.schedule = ScheduleConfig(
             period=period, context=config.context, max_steps=max_steps, max_horizon=config.max_horizon
         )
+        if max_steps is not None and max_steps <= period:
+            logger.warning(
+                "a run of %d updates ends before its first nowcast (period=%d): nothing will be nowcast; "
+                "choose a shorter period",
+                max_steps,
+                period,
+            )
         _refuse_sharded(self.model)
         self.graph = self.nowcaster.graph_of(self.model)
         self.nowcaster.check_fits(self.graph)
+        self._check_parameters()
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype)
         self.on_report = on_report
         self.step = 0
@@ -110,10 +123,21 @@ class NowcastSession:
         self._losses: deque[float | Tensor] = deque(maxlen=LOSSES_BEFORE)
         self._observed: list[float | Tensor] = []
         self._awaits_loss = False
+        self._has_begun = False
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks."""
-        self._observed.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
+
+        Raises:
+            NinoError: if a tensor holds more than one element.
+        """
+        if not isinstance(loss, Tensor):
+            self._observed.append(float(loss))
+            return
+        if loss.numel() != 1:
+            raise NinoError(f"a loss is one number, got a tensor of shape {tuple(loss.shape)}; observe its mean")
+        # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
+        self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
 
     def after_update(self) -> NowcastReport | None:
         """Count one real optimizer update, and snapshot or nowcast if that is due.
@@ -121,21 +145,48 @@ class NowcastSession:
         Returns:
             A report if this call completed one, else ``None``.
         """
+        if not self._has_begun:  # frameworks shard and replace parameters after this object was made
+            _refuse_sharded(self.model)
+            self._check_parameters()
+            self._has_begun = True
         self.step += 1
         completed = self._take_loss()
         if is_snapshot_step(self.step, self.schedule):
-            self.store.append(self.step, self.trainable_parameters())
-        if is_nowcast_step(self.step, self.schedule) and self.store.is_full:
-            report = self._nowcast()
-            self.reports.append(report)
+            self._snapshot()
+        if is_nowcast_step(self.step, self.schedule):
+            if self.store.is_full:
+                self.reports.append(self._nowcast())
+                self._losses.clear()
+                self._awaits_loss = True
+            else:
+                logger.warning(
+                    "no nowcast after update %d: it needs %d snapshots and there are %d since the history began",
+                    self.step,
+                    self.store.context,
+                    len(self.store),
+                )
             self.store.clear()
-            self._losses.clear()
-            self._awaits_loss = True
         return completed
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that a nowcast may change, by name: in the graph and not frozen."""
-        return {n: p for n, p in self.model.named_parameters() if n in self.graph.shapes and p.requires_grad}
+        """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        updated = {id(parameter) for group in groups for parameter in group["params"]}
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if name in self.graph.shapes
+            and parameter.requires_grad
+            and (self.optimizer is None or id(parameter) in updated)
+        }
+
+    def reset(self) -> None:
+        """Forget snapshots and losses and count updates from 0 again."""
+        self.step = 0
+        self.store.clear()
+        self._losses.clear()
+        self._observed.clear()
+        self._awaits_loss = False
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session: numbers, lists and tensors only."""
@@ -143,31 +194,63 @@ class NowcastSession:
             "version": STATE_VERSION,
             "step": self.step,
             "period": self.schedule.period,
+            "context": self.schedule.context,
             "history": self.store.state_dict(),
             "losses": [float(loss) for loss in self._losses],
+            "awaits_loss": asdict(self.reports[-1]) if self._awaits_loss else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            NinoError: if the state is damaged, or of another version, model or period.
+            NinoError: if the state is damaged, or of another version, model or rhythm; nothing is changed then.
         """
         try:
             if state["version"] != STATE_VERSION:
                 raise NinoError(f"saved nowcasting state has version {state['version']!r}, expected {STATE_VERSION}")
-            if state["period"] != self.schedule.period:
-                raise NinoError(
-                    f"the saved run nowcast every {state['period']} updates, this one every {self.schedule.period}; "
-                    "resume with the same period"
-                )
-            self.store.load_state_dict(state["history"], self.trainable_parameters())
-            self.step = int(state["step"])
-            self._losses = deque(state["losses"], maxlen=LOSSES_BEFORE)
-        except (KeyError, TypeError, AttributeError) as error:
+            for name in ("period", "context"):
+                if state[name] != getattr(self.schedule, name):
+                    raise NinoError(
+                        f"the saved run had {name}={state[name]}, this one has {getattr(self.schedule, name)}; "
+                        f"resume with the same {name}"
+                    )
+            step, losses = int(state["step"]), [float(loss) for loss in state["losses"]]
+            if step < max(state["history"]["steps"], default=0):
+                raise NinoError(f"saved nowcasting state is damaged: snapshots from after its {step} updates")
+            report = NowcastReport(**state["awaits_loss"]) if state["awaits_loss"] is not None else None
+            self.store.load_state_dict(state["history"], self.trainable_parameters())  # last: it may still refuse
+        except NinoError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise NinoError(f"saved nowcasting state is damaged: {error!r}") from error
+        self.step = step
+        self._losses = deque(losses, maxlen=LOSSES_BEFORE)
         self._observed.clear()
-        self._awaits_loss = False
+        self._awaits_loss = report is not None
+        if report is not None:
+            self.reports = [other for other in self.reports if other.step != report.step] + [report]
+
+    def _check_parameters(self) -> None:
+        parameters = self.trainable_parameters()
+        changed = sorted(name for name, p in parameters.items() if tuple(p.shape) != self.graph.shapes[name])
+        if changed:
+            raise NinoError(
+                f"{changed[:3]} changed shape since nowcasting was set up ({len(changed)} in all); set it up after "
+                "the model is complete, and train with plain data parallelism, not with sharded parameters"
+            )
+        if not parameters:
+            raise NinoError(
+                "no parameter of the model is trained: all are frozen, or the optimizer holds others (DeepSpeed and "
+                "FSDP keep copies of their own, which this release cannot nowcast)"
+            )
+
+    def _snapshot(self) -> None:
+        try:
+            self.store.append(self.step, self.trainable_parameters())
+        except Exception as error:  # most likely no memory; the run must go on
+            self.store.clear()
+            logger.warning("no snapshot after update %d, training goes on: %s", self.step, error)
 
     def _take_loss(self) -> NowcastReport | None:
         """Book the losses of the update that was just done; completes the last report if it waits for one."""
@@ -194,12 +277,14 @@ class NowcastSession:
             loss_before=sum(losses) / len(losses) if losses else math.nan,
         )
         began = time.perf_counter()
+        parameters = self.trainable_parameters()
         try:
-            new = self._predict(horizon)
+            new = self._predict(horizon, parameters)
+            relative_jump = measure_jump(parameters, new)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
             logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, error)
             return replace(report, reason=str(error), seconds=time.perf_counter() - began)
-        relative_jump = write_parameters(self.trainable_parameters(), new)
+        write_parameters(parameters, new)
         report = replace(report, accepted=True, seconds=time.perf_counter() - began, relative_jump=relative_jump)
         logger.info(
             "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",
@@ -211,29 +296,38 @@ class NowcastSession:
         )
         return report
 
-    def _predict(self, horizon: int) -> dict[str, Tensor]:
-        frozen = {
-            n: p.detach() for n, p in self.model.named_parameters() if n in self.graph.shapes and not p.requires_grad
-        }
-        snapshots = [{**frozen, **snapshot} for snapshot in self.store.snapshots]
-        device = next(iter(self.trainable_parameters().values())).device
+    def _predict(self, horizon: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        live = {n: p.detach() for n, p in self.model.named_parameters() if n in self.graph.shapes}
+        fixed = {name: value for name, value in live.items() if name not in parameters}
+        # The newest snapshot is of this very update: the live weights in its place are exact whatever the snapshots'
+        # dtype, so that a nowcast does not round them.
+        snapshots = [*({**fixed, **snapshot} for snapshot in self.store.snapshots[:-1]), live]
+        device = next(iter(parameters.values())).device
         return self.nowcaster.predict(snapshots, horizon, self.graph, positions=self._positions, device=device)
 
 
 @torch.no_grad()
-def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> float:
-    """Write new values into live parameters in place, so that storages, ties and views survive.
+def measure_jump(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> float:
+    """Return the norm of the change over the norm of the parameters.
 
-    Returns:
-        Norm of the change over norm of the old values.
+    Raises:
+        SnapshotError: if a new value does not fit its parameter, or is not finite in the parameter's dtype.
     """
     moved, total = 0.0, 0.0
     for name, parameter in parameters.items():
         value = new[name].to(device=parameter.device, dtype=parameter.dtype)
+        if value.shape != parameter.shape or not bool(torch.isfinite(value).all()):
+            raise SnapshotError(f"the nowcast of {name} is not finite as {parameter.dtype}, or of another shape")
         moved += float((value.float() - parameter.float()).square().sum())
         total += float(parameter.float().square().sum())
-        parameter.copy_(value)
     return math.sqrt(moved / total) if total else math.nan
+
+
+@torch.no_grad()
+def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
+    """Write new values into live parameters in place, so that storages, ties and views survive."""
+    for name, parameter in parameters.items():
+        parameter.copy_(new[name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -248,9 +342,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor":
-            raise NinoError(
-                f"parameter {name} is sharded over several processes, which this release cannot nowcast; "
-                "train with plain data parallelism"
-            )
+    sharded = [n for n, p in model.named_parameters() if hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor"]
+    sharded += [n or "the model" for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    if sharded:
+        raise NinoError(
+            f"{sharded[0]} is sharded over several processes, which this release cannot nowcast; "
+            "train with plain data parallelism"
+        )

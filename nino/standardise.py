@@ -40,7 +40,7 @@ class Standardiser:
 def check_snapshots(
     snapshots: Sequence[Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], context: int
 ) -> None:
-    """Refuse snapshots that are not those of the graph's model.
+    """Refuse snapshots that are not those of the graph's model; other entries (a state dict's buffers) are ignored.
 
     Args:
         snapshots: oldest first.
@@ -54,11 +54,10 @@ def check_snapshots(
         raise SnapshotError(f"the nowcaster reads {context} snapshots, got {len(snapshots)}")
     for age, snapshot in enumerate(snapshots):
         missing = sorted(set(shapes) - set(snapshot))
-        foreign = sorted(set(snapshot) - set(shapes))
-        if missing or foreign:
+        if missing:
             raise SnapshotError(
-                f"snapshot {age} is not of this graph's model: missing {missing[:3]}, unknown {foreign[:3]} "
-                f"({len(missing)} and {len(foreign)} in all); take snapshots of the model that the graph was made from"
+                f"snapshot {age} is not of this graph's model: it lacks {missing[:3]} ({len(missing)} in all); "
+                "snapshots are the named_parameters() of the model that the graph was made from"
             )
         for name, shape in shapes.items():
             tensor = snapshot[name]

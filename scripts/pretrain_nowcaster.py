@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
     sources = [WindowSource(folders, config, args.strides) for folders in (train_folders, held_out)]
     settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
     result = pretrain(PretrainingConfig(**settings), config, sources[0], sources[1], args.out)
-    print(json.dumps(result["history"][-1]))
+    for record in result["history"][-1:]:  # the main process has them
+        print(json.dumps(record))
     return 0
 
 

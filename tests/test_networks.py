@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,9 @@ def test_only_the_asked_edges_are_predicted_but_all_are_read() -> None:
     network, inputs = _random_network(NINO), _random_inputs(NINO)
     everything = _random_inputs(NINO, num_outputs=23)
     torch.testing.assert_close(network(inputs), network(everything)[:15], rtol=1e-12, atol=1e-12)
+    chosen = torch.tensor([20, 3, 3])
+    some = replace(inputs, num_outputs=3, chosen=chosen)
+    torch.testing.assert_close(network(some), network(everything)[chosen], rtol=1e-12, atol=1e-12)
     inputs.features[15:] += 1  # read, though not predicted
     assert not torch.allclose(network(inputs), network(everything)[:15])
 
@@ -163,6 +167,15 @@ def test_segment_mean_worked_example(backend: Any) -> None:
     means = segment_mean(messages, torch.tensor([2, 2, 0]), 4, backend)
     # Node 0 has the third message, node 2 the mean of the other two, nodes 1 and 3 have none.
     assert means.tolist() == [[5.0, 50.0], [0.0, 0.0], [2.0, 20.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_segment_mean_of_many_messages_in_low_precision(backend: Any, dtype: torch.dtype) -> None:
+    """Neither their sum nor their number may be added up in a format where 4096 + 1 is 4096."""
+    messages = torch.tensor([1.0, 3.0, 3.0, 3.0]).repeat(3000)[:, None].to(dtype)
+    means = segment_mean(messages, torch.zeros(12_000, dtype=torch.long), 1, backend)
+    assert means.item() == 2.5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,8 +2,8 @@
 
 A trajectory must outlive the script that recorded it, so it carries enough to rebuild the *shape* of the
 model (never its weights): a transformers class name with its config, or the list of layers of an
-``nn.Sequential``. Only names inside ``torch.nn`` and ``transformers`` are ever looked up, so reading a
-foreign trajectory runs no foreign code.
+``nn.Sequential``. Only module classes of ``torch.nn`` and model classes of ``transformers`` are ever looked up, and
+settings that could fetch code from a hub are refused, so reading a foreign trajectory runs no foreign code.
 """
 
 from __future__ import annotations
@@ -47,23 +47,43 @@ def build_model(architecture: Architecture, device: str | torch.device | None = 
     Raises:
         TrajectoryError: if the description names an unknown library, class or argument.
     """
-    library = architecture.get("library")
+    library = architecture.get("library") if isinstance(architecture, dict) else None
+    if library not in ("torch", "transformers"):
+        raise TrajectoryError(f"unknown architecture library {library!r}: expected 'torch' or 'transformers'")
     try:
         with torch.device(device or "cpu"):
-            if library == "torch":
-                return nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in architecture["layers"]))
-            if library == "transformers":
-                return _build_transformers(architecture)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TrajectoryError(f"cannot build the described architecture {str(architecture)[:200]}: {error}") from error
-    raise TrajectoryError(f"unknown architecture library {library!r}: expected 'torch' or 'transformers'")
+            return _build_torch(architecture) if library == "torch" else _build_transformers(architecture)
+    except Exception as error:  # a wrong description may fail anywhere inside the described classes
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise TrajectoryError(
+            f"cannot build the described architecture: {reason} (described as {str(architecture)[:200]})"
+        ) from error
+
+
+def _build_torch(architecture: Architecture) -> nn.Module:
+    return nn.Sequential(*(_class_of(nn, name, nn.Module)(**arguments) for name, arguments in architecture["layers"]))
 
 
 def _build_transformers(architecture: Architecture) -> nn.Module:
     import transformers
 
-    model_class = getattr(transformers, architecture["class"])
-    if not issubclass(model_class, transformers.PreTrainedModel):
-        raise TypeError(f"{architecture['class']} is not a transformers model class")
-    config = model_class.config_class(**architecture["config"])
-    return model_class(config)
+    model_class = _class_of(transformers, architecture["class"], transformers.PreTrainedModel)
+    _refuse_hub_code(architecture["config"])
+    return model_class(model_class.config_class(**architecture["config"]))
+
+
+def _class_of(library: Any, name: Any, base: type) -> Any:
+    """The class of that name in a library, refusing anything else that a library's namespace holds."""
+    found = getattr(library, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise TypeError(f"{library.__name__} has no {base.__name__} class {name!r}")
+    return found
+
+
+def _refuse_hub_code(config: dict[str, Any]) -> None:
+    """Refuse settings like ``attn_implementation="user/kernel"``, which makes transformers fetch and run a kernel."""
+    for name, value in config.items():
+        if name.endswith("implementation"):
+            raise ValueError(f"its config sets {name}={value!r}, which may fetch code from a hub; leave it out")
+        if isinstance(value, dict):
+            _refuse_hub_code(value)

@@ -31,6 +31,7 @@ from nino.errors import TrajectoryError
 
 FORMAT = "nino-trajectory"
 VERSION = 1
+DTYPES = ("float32", "float16")
 HEADER_FILE = "trajectory.json"
 STATES_FILE = "states.bin"
 Parameters = list[tuple[str, tuple[int, ...]]]
@@ -49,6 +50,9 @@ class TrajectoryWriter:
     Example:
         >>> writer = TrajectoryWriter(folder, [("weight", (2, 3))], architecture, {"lr": 1e-3})   # doctest: +SKIP
         >>> writer.append(0, {"weight": torch.zeros(2, 3)}, {"loss": 2.3})                        # doctest: +SKIP
+
+    Raises:
+        TrajectoryError: if the dtype is none of these.
     """
 
     def __init__(
@@ -59,6 +63,8 @@ class TrajectoryWriter:
         training: Mapping[str, Any],
         dtype: Literal["float32", "float16"] = "float32",
     ) -> None:
+        if dtype not in DTYPES:
+            raise TrajectoryError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._header: dict[str, Any] = {
@@ -76,9 +82,20 @@ class TrajectoryWriter:
         self._states = open(self.folder / STATES_FILE, "wb")  # noqa: SIM115 - lives as long as the writer
 
     def append(self, step: int, state: Mapping[str, Tensor], metrics: Mapping[str, float] | None = None) -> None:
-        """Add the state after ``step`` optimizer updates; ``state`` maps every parameter name to its tensor."""
-        values = [state[name].detach().reshape(-1).float().cpu() for name, _ in self._header["parameters"]]
-        row = torch.cat(values).numpy().astype(self._header["dtype"])
+        """Add the state after ``step`` optimizer updates; ``state`` maps every parameter name to its tensor.
+
+        Raises:
+            TrajectoryError: if a parameter is missing, or has another shape than was announced.
+        """
+        values = []
+        for name, shape in self._header["parameters"]:
+            if name not in state or list(state[name].shape) != shape:
+                found = f"shape {tuple(state[name].shape)}" if name in state else "none"
+                raise TrajectoryError(
+                    f"{self.folder}: the state at step {step} needs {name} of shape {tuple(shape)}, got {found}"
+                )
+            values.append(state[name].detach().reshape(-1).float().cpu())
+        row = torch.cat(values).to(getattr(torch, self._header["dtype"])).numpy()
         self._states.write(row.tobytes())
         self._states.flush()
         os.fsync(self._states.fileno())
@@ -117,7 +134,7 @@ class Trajectory:
         self.complete: bool = header["complete"]
         self.parameters: Parameters = [(name, tuple(shape)) for name, shape in header["parameters"]]
         self.num_elements = sum(prod(shape) for _, shape in self.parameters)
-        self._states = self._map_states(np.dtype(header["dtype"]), len(header["steps"]))
+        self._states = self._map_states(np.dtype(header["dtype"]), min(len(header["steps"]), len(header["metrics"])))
         self.steps: list[int] = header["steps"][: len(self._states)]
         self.metrics: list[dict[str, float]] = header["metrics"][: len(self._states)]
 
@@ -141,7 +158,7 @@ class Trajectory:
         sizes = [prod(shape) for _, shape in self.parameters]
         parts = state.split(sizes, dim=-1)
         return {
-            name: part.reshape(*state.shape[:-1], *shape)
+            name: part.reshape((*state.shape[:-1], *shape))
             for (name, shape), part in zip(self.parameters, parts, strict=True)
         }
 
@@ -149,7 +166,7 @@ class Trajectory:
         path = self.folder / HEADER_FILE
         try:
             header = json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise TrajectoryError(f"{self.folder} holds no {HEADER_FILE}: expected a recorded trajectory") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise TrajectoryError(f"{path} is not readable JSON ({error}); record the run again") from error
@@ -160,6 +177,13 @@ class Trajectory:
         missing = {"dtype", "architecture", "parameters", "training", "steps", "metrics", "complete"} - set(header)
         if missing:
             raise TrajectoryError(f"{path} lacks {sorted(missing)}; record the run again")
+        if header["dtype"] not in DTYPES:
+            raise TrajectoryError(f"{path}: dtype must be one of {DTYPES}, got {header['dtype']!r}")
+        for key in ("parameters", "steps", "metrics"):
+            if not isinstance(header[key], list):
+                raise TrajectoryError(f"{path}: {key} must be a list, got {header[key]!r}; record the run again")
+        if not all(_is_parameter(entry) for entry in header["parameters"]):
+            raise TrajectoryError(f"{path}: parameters must be pairs of a name and a shape; record the run again")
         return header
 
     def _map_states(self, dtype: np.dtype[Any], num_steps: int) -> np.ndarray[Any, Any]:
@@ -172,3 +196,13 @@ class Trajectory:
                 f"{path} is truncated: expected a state of {row_bytes} bytes, found {size}; record the run again"
             )
         return np.memmap(path, dtype=dtype, mode="r", shape=(num_states, self.num_elements))
+
+
+def _is_parameter(entry: Any) -> bool:
+    return (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and isinstance(entry[0], str)
+        and isinstance(entry[1], list)
+        and all(isinstance(size, int) and size >= 0 for size in entry[1])
+    )

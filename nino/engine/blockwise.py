@@ -79,10 +79,10 @@ class Tiling:
     def parameters(self) -> Iterator[Tile]:
         """Tiles of the edges that carry parameters."""
         for block in self.graph.parameter_blocks:
-            view = torch.stack([block.view(state) for state in self.states[str(block.parameter)]], dim=-1)
+            views = [block.view(state) for state in self.states[str(block.parameter)]]
             source, target = self._nodes[block.source], self._nodes[block.target]
-            for place in self._places(view.shape[: 2 if block.kind is BlockKind.DENSE else 1]):
-                values = view[place].flatten(-2)
+            for place in self._places(views[0].shape[: 2 if block.kind is BlockKind.DENSE else 1]):
+                values = torch.stack([view[place] for view in views], dim=-1).flatten(-2)
                 yield Tile(values, source[place[0]], target[place[-1]], block.type, len(place) == 2, block, place)
 
     def auxiliary(self) -> Iterator[Tile]:

@@ -146,6 +146,10 @@ class GraphBuilder:
     ) -> None:
         if parameter not in self.shapes:
             raise GraphError(f"the model has no parameter {parameter!r}; its wiring expects one")
+        if len(set(sides)) < len(sides):
+            raise GraphError(
+                f"{parameter}: joins an axis of {source.group.name} to itself; its two sides need their own"
+            )
         part = list(self.shapes[parameter])
         if narrow is not None:
             part[narrow[0]] = narrow[2]

@@ -7,7 +7,8 @@ groups are therefore an *equitable partition*, and every eigenvector of the quot
 evenly over its groups, is an eigenvector of the whole graph (Godsil and Royle, Algebraic Graph Theory, section 9.3).
 That is exact, deterministic, equal for all neurons of a group and takes milliseconds at any model size. The modes
 that the quotient lacks differ between the neurons of one group; they are arbitrary within their eigenspaces and would
-break equivariance.
+break equivariance. The quotient has repeated eigenvalues as well (two nodes that hang on one group, equal layers):
+of their eigenspaces a basis is chosen by a rule, not left to the solver.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph, NeuronGroup
 
 ZERO_EIGENVALUE = 1e-9
+SAME_EIGENVALUE = 1e-8
 
 
 def quotient_adjacency(graph: NeuralGraph) -> Tensor:
@@ -70,7 +72,8 @@ def laplacian_positions(graph: NeuralGraph, num_features: int = 8) -> Tensor:
 
     Returns:
         float32 ``[num_nodes, num_features]``; each column has unit length and its entry of largest
-        magnitude (the first such) is positive.
+        magnitude (the first such) is positive. Of a repeated eigenvalue, the first column is that which is largest at
+        a single node, the next is the same among those orthogonal to it, and so on.
     """
     neighbours = quotient_adjacency(graph)
     sizes = torch.tensor([group.size for group in graph.groups], dtype=torch.float64)
@@ -78,14 +81,25 @@ def laplacian_positions(graph: NeuralGraph, num_features: int = 8) -> Tensor:
     normalised = neighbours * scale[:, None] / scale[None, :] / neighbours.sum(1)[None, :]
     laplacian = torch.eye(len(sizes), dtype=torch.float64) - (normalised + normalised.T) / 2
     eigenvalues, vectors = torch.linalg.eigh(laplacian)
-    chosen = vectors[:, eigenvalues > ZERO_EIGENVALUE][:, :num_features] / sizes.sqrt()[:, None]
+    is_chosen = eigenvalues > ZERO_EIGENVALUE
+    eigenvalues, vectors = eigenvalues[is_chosen], vectors[:, is_chosen] / sizes.sqrt()[:, None]
     out = torch.zeros(len(sizes), num_features, dtype=torch.float64)
-    out[:, : chosen.shape[1]] = chosen * _signs(chosen)
+    start = 0
+    while start < min(len(eigenvalues), num_features):
+        multiplicity = int((eigenvalues[start:] < eigenvalues[start] + SAME_EIGENVALUE).sum())
+        stop = min(start + multiplicity, num_features)
+        out[:, start:stop] = _basis(vectors[:, start : start + multiplicity])[:, : stop - start]
+        start = stop
     return out.float().repeat_interleave(sizes.long(), dim=0)
 
 
-def _signs(vectors: Tensor) -> Tensor:
-    """+1 or -1 per column, such that the first entry of (nearly) the largest magnitude becomes positive."""
-    magnitude = vectors.abs()
-    largest = (magnitude > magnitude.amax(0, keepdim=True) * (1 - 1e-6)).int().argmax(0)
-    return vectors.gather(0, largest[None]).sign()
+def _basis(vectors: Tensor) -> Tensor:
+    """The basis of an eigenspace that does not depend on the given one: each vector is largest at one of the groups."""
+    projector = vectors @ vectors.T
+    basis = []
+    for _ in range(vectors.shape[1]):
+        weight = projector.diagonal()
+        largest = (weight > weight.max() * (1 - 1e-6)).int().argmax()  # the first of those that are (nearly) equal
+        basis.append(projector[:, largest] / weight[largest].sqrt())
+        projector = projector - torch.outer(basis[-1], basis[-1])
+    return torch.stack(basis, dim=1)

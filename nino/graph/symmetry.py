@@ -25,12 +25,21 @@ def permutable_axes(graph: NeuralGraph) -> list[Axis]:
 
 
 def random_relabelling(axes: Iterable[Axis], generator: torch.Generator) -> Relabelling:
-    """Draw a random permutation of each axis, one per index of the axis that it lies within."""
+    """Draw a random permutation of each axis, one per index of the axis that it lies within; each moves something."""
     relabelling = {}
     for axis in axes:
         rows = axis.within.size if axis.within is not None else 1
-        relabelling[axis] = torch.stack([torch.randperm(axis.size, generator=generator) for _ in range(rows)])
+        relabelling[axis] = torch.stack([_random_permutation(axis.size, generator) for _ in range(rows)])
     return relabelling
+
+
+def _random_permutation(size: int, generator: torch.Generator) -> Tensor:
+    """A random permutation other than the identity, which would prove nothing (of two heads, every other draw)."""
+    unmoved = torch.arange(size)
+    order = torch.randperm(size, generator=generator)
+    while size > 1 and torch.equal(order, unmoved):
+        order = torch.randperm(size, generator=generator)
+    return order
 
 
 def relabel(graph: NeuralGraph, state: Mapping[str, Tensor], relabelling: Relabelling) -> dict[str, Tensor]:

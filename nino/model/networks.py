@@ -7,6 +7,7 @@ is left out here (converted weights drop it). Shapes: E edges, N nodes, H hidden
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -176,3 +177,15 @@ Network = NiNo | Wnn
 def build_network(config: NowcasterConfig) -> Network:
     """Build the network of a config, freshly initialised."""
     return NiNo(config) if config.kind == "nino" else Wnn(config)
+
+
+def build_network_with_weights(config: NowcasterConfig, state: Mapping[str, Tensor]) -> Network:
+    """Build the network of a config around given weights; draws no random numbers, unlike :func:`build_network`.
+
+    Raises:
+        RuntimeError: if the state dict is not that of the config's network.
+    """
+    with torch.device("meta"):
+        network = build_network(config)
+    network.to_empty(device="cpu").load_state_dict(state)
+    return network

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from nino.errors import CheckpointError
 from nino.graph.ir import MAX_FEATURES
 from nino.model.config import NowcasterConfig
-from nino.model.networks import NUM_ROUNDS, Network, build_network
+from nino.model.networks import NUM_ROUNDS, Network, build_network_with_weights
 
 RENAMED = (
     ("layer_embed.", "type_embed."),
@@ -54,8 +54,10 @@ def load_official(path: str | Path) -> Network:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; expected a published NiNo .pt file")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickle protocols, in files that are no pickles
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may fail in any way: OSError, TypeError, struct.error ...
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise CheckpointError(f"{path} cannot be read as a published NiNo .pt file: {reason}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -68,11 +70,10 @@ def network_from_official_state(state: dict[str, Tensor], origin: str = "state d
     """Build the network that a published state dict belongs to; its sizes are read off the tensors."""
     try:
         config = _infer_config(state)
-        network = build_network(config)
         renamed = {ours: value for name, value in state.items() if (ours := rename_parameter(name)) is not None}
-        network.load_state_dict(renamed)
-    except (KeyError, RuntimeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:300]
+        network = build_network_with_weights(config, renamed)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise CheckpointError(f"{origin} is not a published NiNo or WNN state dict: {reason}") from error
     return network.eval()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -14,8 +13,12 @@ SegmentBackend = Literal["auto", "torch_scatter", "native"]
 
 @lru_cache(maxsize=1)
 def has_torch_scatter() -> bool:
-    """Whether torch_scatter is installed."""
-    return find_spec("torch_scatter") is not None
+    """Whether torch_scatter is installed and loads (after an upgrade of torch its libraries may not)."""
+    try:
+        import torch_scatter  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def segment_mean(messages: Tensor, target: Tensor, num_nodes: int, backend: SegmentBackend = "auto") -> Tensor:

@@ -1,0 +1,406 @@
+"""The Trainer callback on a tiny Llama: against the optimizer wrapper, in logs and wandb, and when resuming."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import PERIOD, assert_same, tiny_nowcaster, weights_of
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from nino import CheckpointError, NinoError, NowcastOptimizer
+
+if importlib.util.find_spec("transformers") is None:  # an optional package
+    pytest.skip("transformers is not installed", allow_module_level=True)
+
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from nino.callbacks import NowcastCallback
+
+STEPS = 14
+"""Updates of a run. Nowcasts after 6 and 12, of three in all: horizons 4 and 1."""
+
+
+def llama(seed: int = 0) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=16,
+            )
+        )
+
+
+def tokens(size: int = 64) -> list[dict[str, Tensor]]:
+    """Random sequences, some labels masked: so micro-batches differ in how many words they predict."""
+    generator = torch.Generator().manual_seed(7)
+    examples = []
+    for index in range(size):
+        words = torch.randint(32, (8,), generator=generator)
+        labels = torch.where(torch.arange(8) < index % 6, -100, words)
+        examples.append({"input_ids": words, "labels": labels})
+    return examples
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**defaults, **settings})
+
+
+def trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, **settings: Any) -> Trainer:
+    extra = {key: settings.pop(key) for key in ("optimizers", "eval_dataset") if key in settings}
+    return Trainer(
+        model=llama() if model is None else model,
+        args=arguments(folder, **settings),
+        train_dataset=tokens(),
+        callbacks=list(callbacks),
+        **extra,
+    )
+
+
+def callback(**settings: Any) -> NowcastCallback:
+    return NowcastCallback(tiny_nowcaster(), period=PERIOD, **settings)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "nino.callbacks.trainer"]
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def numbers(log_history: list[dict[str, float]]) -> dict[int, dict[str, float]]:
+    """The nowcast numbers of a log history, by the Trainer's step."""
+    entries = [entry for entry in log_history if "nowcast/step" in entry]
+    return {int(entry["step"]): {k: v for k, v in entry.items() if k.startswith("nowcast/")} for entry in entries}
+
+
+# Frontends agree
+
+
+def wrapped_optimizers(model: nn.Module) -> tuple[NowcastOptimizer, Any]:
+    """What the Trainer makes by itself for these arguments, wrapped."""
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, max_steps=STEPS)
+    return optimizer, lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (STEPS - step) / STEPS))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_callback_wrapper_and_plain_loop_give_the_same_weights(tmp_path: Path, accumulation: int) -> None:
+    nowcast = callback()
+    by_callback = trainer(tmp_path, nowcast, gradient_accumulation_steps=accumulation, optim="adamw_torch")
+    batches: list[dict[str, Any]] = []
+    recording = by_callback.model.register_forward_pre_hook(
+        lambda module, inputs, keywords: batches.append(keywords), with_kwargs=True
+    )
+    by_callback.train()
+    recording.remove()
+
+    model = llama()
+    optimizer, scheduler = wrapped_optimizers(model)
+    by_wrapper = trainer(
+        tmp_path, model=model, optimizers=(optimizer, scheduler), gradient_accumulation_steps=accumulation
+    )
+    by_wrapper.train()
+
+    plain = llama()
+    plain_optimizer, scheduler = wrapped_optimizers(plain)
+    for update in range(STEPS):
+        for keywords in batches[accumulation * update : accumulation * (update + 1)]:
+            plain(**keywords).loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)  # the Trainer's default
+        plain_optimizer.step()
+        scheduler.step()
+        plain_optimizer.zero_grad()
+
+    for reports in (nowcast.reports, optimizer.reports, plain_optimizer.reports):
+        assert [(r.step, r.horizon, r.accepted) for r in reports] == [(6, 4, True), (12, 1, True)]
+        assert [r.relative_jump for r in reports] == [r.relative_jump for r in nowcast.reports]
+    assert_same(weights_of(model), weights_of(by_callback.model))
+    assert_same(weights_of(plain), weights_of(by_callback.model))
+    assert hooks_of(by_callback.model) == 0
+
+
+def test_only_parameters_of_the_optimizer_are_nowcast(tmp_path: Path) -> None:
+    model = llama()
+    before = weights_of(model)
+    nowcast = callback()
+
+    trainer(
+        tmp_path, nowcast, model=model, optimizers=(torch.optim.SGD(model.lm_head.parameters(), lr=0.1), None)
+    ).train()
+
+    assert [report.accepted for report in nowcast.reports] == [True, True]
+    assert {n for n, value in weights_of(model).items() if not torch.equal(value, before[n])} == {"lm_head.weight"}
+
+
+def test_the_wrapper_and_the_callback_together_are_refused(tmp_path: Path) -> None:
+    model = llama()
+
+    with pytest.raises(NinoError, match=r"^the optimizer is a NowcastOptimizer already; use that or NowcastCallback"):
+        trainer(tmp_path, callback(), model=model, optimizers=wrapped_optimizers(model)).train()
+
+
+def test_a_model_of_an_unknown_family_works(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(32, 32))
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": nn.functional.cross_entropy(self.table[input_ids].flatten(0, 1), labels.flatten())}
+
+    nowcast = callback()
+
+    trainer(tmp_path, nowcast, model=Model()).train()
+
+    assert [(r.step, r.accepted) for r in nowcast.reports] == [(6, True), (12, True)]
+    assert sum("of no family that Nino knows" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_updates_that_mixed_precision_skips_are_not_counted(tmp_path: Path) -> None:
+    nowcast = callback()
+    run = trainer(tmp_path, nowcast, max_steps=1)
+    run.train()
+
+    for skipped in (True, False):
+        optimizer = type("Optimizer", (), {"step_was_skipped": skipped})()
+        nowcast.on_step_end(run.args, run.state, run.control, optimizer=optimizer)
+
+    assert nowcast.session is not None
+    assert nowcast.session.step == 2
+
+
+# Logs
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_log_history_and_losses(tmp_path: Path, accumulation: int) -> None:
+    # Losses are known one update after a nowcast, so it is logged then. Evaluations leave no trace in them.
+    nowcast = callback()
+    run = trainer(
+        tmp_path,
+        nowcast,
+        gradient_accumulation_steps=accumulation,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=tokens(4),
+    )
+    run.train()
+
+    assert numbers(run.state.log_history) == {7: nowcast.reports[0].as_log(), 13: nowcast.reports[1].as_log()}
+    losses = {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+    assert nowcast.reports[0].loss_before == pytest.approx(sum(losses[step] for step in range(1, 7)) / 6, rel=1e-5)
+    assert nowcast.reports[0].loss_after == pytest.approx(losses[7], rel=1e-5)
+    assert nowcast.reports[1].loss_before == pytest.approx(sum(losses[step] for step in range(7, 13)) / 6, rel=1e-5)
+
+
+def test_nowcasts_are_logged_between_the_regular_logs(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callback(), logging_steps=5)
+    run.train()
+
+    assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == [5, 7, 10, 13]
+    assert set(numbers(run.state.log_history)) == {7, 13}
+
+
+def test_numbers_go_to_wandb_if_the_trainer_reports_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, float]] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=object(), log=sent.append))
+    nowcast = callback()
+    run = trainer(tmp_path, nowcast)
+    run.train()
+    assert sent == []
+
+    run.args.report_to = ["wandb"]  # only now: its own callback wants the real one
+    run.train()
+    assert sent == [
+        {**nowcast.reports[0].as_log(), "train/global_step": 7},
+        {**nowcast.reports[1].as_log(), "train/global_step": 13},
+    ]
+
+
+@pytest.mark.slow
+def test_real_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    nowcast = callback()
+    sent: list[dict[str, Any]] = []
+    run = trainer(tmp_path, nowcast, report_to="wandb", run_name="test")
+    try:
+        wandb.init(project="test")  # the Trainer takes over a run that is there
+        real_log = wandb.log
+        monkeypatch.setattr(wandb, "log", lambda values, **kwargs: (sent.append(values), real_log(values, **kwargs)))
+        run.train()
+    finally:
+        wandb.finish()
+
+    assert [values for values in sent if "nowcast/step" in values] == [
+        {**nowcast.reports[0].as_log(), "train/global_step": 7},
+        {**nowcast.reports[1].as_log(), "train/global_step": 13},
+    ]
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], dict[int, dict[str, float]]]:
+    """An uninterrupted run with checkpoints after 3, 6, 9 and 12 updates: its folder, weights and nowcast numbers."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = trainer(folder, callback(), save_strategy="steps", save_steps=3)
+    run.train()
+    return folder / "out", weights_of(run.model), numbers(run.state.log_history)
+
+
+@pytest.mark.parametrize("at", [3, 6, 9])
+@pytest.mark.parametrize("restore_callbacks", [False, True])
+def test_resume_is_exact(tmp_path: Path, whole: Any, at: int, restore_callbacks: bool) -> None:
+    shutil.copytree(whole[0], tmp_path / "out")
+    run = trainer(tmp_path, callback(), model=llama(seed=1), restore_callback_states_from_checkpoint=restore_callbacks)
+
+    run.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{at}"))
+
+    assert_same(weights_of(run.model), whole[1])
+    resumed, uninterrupted = numbers(run.state.log_history), whole[2]
+    assert resumed.keys() == uninterrupted.keys()  # that of update 6 too, which the checkpoint of update 6 waits for
+    for step, values in resumed.items():
+        assert values == pytest.approx({**uninterrupted[step], "nowcast/seconds": values["nowcast/seconds"]})
+    assert hooks_of(run.model) == 0
+
+
+@pytest.mark.parametrize("how", ["resume_from", "arguments"])
+def test_resume_into_another_folder(tmp_path: Path, whole: Any, how: str) -> None:
+    checkpoint = str(whole[0] / "checkpoint-9")
+    nowcast = callback(resume_from=checkpoint) if how == "resume_from" else callback()
+    settings = {"resume_from_checkpoint": checkpoint} if how == "arguments" else {}
+    run = trainer(tmp_path, nowcast, model=llama(seed=1), **settings)
+
+    run.train(resume_from_checkpoint=checkpoint)
+
+    assert_same(weights_of(run.model), whole[1])
+
+
+def test_resume_without_saved_snapshots_starts_a_fresh_history(
+    tmp_path: Path, whole: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whole[0] / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
+    path = tmp_path / "out" / "checkpoint-6" / "nowcast.pt"
+    path.unlink()
+    nowcast = callback()
+
+    trainer(tmp_path, nowcast).train(resume_from_checkpoint=str(path.parent))
+
+    assert logged(caplog) == [f"{path} does not exist: nowcasting goes on with a fresh history"]
+    assert [(r.step, r.horizon, r.accepted) for r in nowcast.reports] == [(12, 1, True)]
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _foreign(path: Path) -> None:
+    torch.save([1, 2, 3], path)
+
+
+def _of_another_period(path: Path) -> None:
+    torch.save({**torch.load(path, weights_only=True), "period": 12}, path)
+
+
+def _malicious(path: Path) -> None:
+    torch.save(_foreign, path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _truncate,
+        _foreign,
+        _of_another_period,
+        _malicious,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("not a checkpoint at all"),
+    ],
+)
+def test_damaged_snapshots_are_refused_by_name(tmp_path: Path, whole: Any, spoil: Callable[[Path], None]) -> None:
+    shutil.copytree(whole[0] / "checkpoint-9", tmp_path / "out" / "checkpoint-9")
+    path = tmp_path / "out" / "checkpoint-9" / "nowcast.pt"
+    spoil(path)
+
+    with pytest.raises(CheckpointError) as caught:
+        trainer(tmp_path, callback()).train(resume_from_checkpoint=str(path.parent))
+
+    assert str(caught.value).startswith(f"{path} cannot be resumed from; delete it to go on with a fresh history: ")
+
+
+def test_snapshots_are_saved_with_the_optimizer_and_not_with_the_model_alone(tmp_path: Path) -> None:
+    trainer(tmp_path / "full", callback(), max_steps=2, save_strategy="steps", save_steps=2).train()
+    trainer(
+        tmp_path / "only", callback(), max_steps=2, save_strategy="steps", save_steps=2, save_only_model=True
+    ).train()
+
+    assert (tmp_path / "full/out/checkpoint-2/nowcast.pt").is_file()
+    assert (tmp_path / "only/out/checkpoint-2").is_dir()
+    assert not list(tmp_path.glob("only/out/checkpoint-2/nowcast*"))
+
+
+# The callback object
+
+
+def test_two_trainings_in_a_row(tmp_path: Path) -> None:
+    nowcast = callback()
+    first = trainer(tmp_path, nowcast)
+    first.train()
+    second = trainer(tmp_path, nowcast)
+    second.train()
+
+    assert [report.step for report in nowcast.reports] == [6, 12]
+    assert_same(weights_of(second.model), weights_of(first.model))
+    assert hooks_of(first.model) == hooks_of(second.model) == 0
+
+
+def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    nowcast, interrupt = callback(), Interrupt()
+    run = trainer(tmp_path, nowcast, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.pop_callback(interrupt)
+
+    run.train()
+
+    assert [report.step for report in nowcast.reports] == [6, 12]
+    assert set(numbers(run.state.log_history)) == {7, 13}
+    assert hooks_of(run.model) == 0

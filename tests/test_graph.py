@@ -1,0 +1,352 @@
+"""The graph's structure: what is on which edge, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CASES, Case, gpt2, llama, mlp, wide_kernel_cnn
+from torch import Tensor, nn
+
+import nino
+from nino import NeuralGraph
+from nino.graph import BlockKind, EdgeType
+from nino.graph.builder import GraphBuilder
+from nino.graph.symmetry import permutable_axes
+
+AUXILIARY = {int(EdgeType.HEAD), int(EdgeType.RESIDUAL)}
+
+
+def numbered(graph: NeuralGraph) -> dict[str, Tensor]:
+    """Parameters whose elements are their own numbers."""
+    return {name: torch.arange(torch.Size(shape).numel()).view(shape) for name, shape in graph.shapes.items()}
+
+
+def assert_covers(graph: NeuralGraph) -> None:
+    found: dict[str, list[Tensor]] = {name: [] for name in graph.shapes}
+    state = numbered(graph)
+    for block in graph.parameter_blocks:
+        view = block.view(state[str(block.parameter)])
+        assert view.dim() == (3 if block.kind is BlockKind.DENSE else 2)
+        assert view[..., 0].numel() == block.num_edges
+        assert view.shape[-1] == block.num_features <= 9
+        found[str(block.parameter)].append(view.reshape(-1))
+    for name, elements in found.items():
+        assert torch.equal(torch.cat(elements).sort().values, state[name].reshape(-1)), name
+
+
+# Every family
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_element_is_on_exactly_one_edge(case: Case) -> None:
+    model = case.build()
+    graph = NeuralGraph.from_model(model)
+    assert graph.wiring == "exact"
+    assert list(graph.shapes) == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert_covers(graph)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_views_share_storage(case: Case) -> None:
+    model = case.build()
+    parameters = dict(model.named_parameters())
+    for block in NeuralGraph.from_model(model).parameter_blocks:
+        parameter = parameters[str(block.parameter)].data
+        view = block.view(parameter)
+        assert view.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        if parameter.dim() == 4:  # convolutions in channels_last, too
+            image_like = parameter.to(memory_format=torch.channels_last)
+            view_there = block.view(image_like)
+            assert view_there.untyped_storage().data_ptr() == image_like.untyped_storage().data_ptr()
+            assert torch.equal(view_there, view)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_edges_are_listed_in_the_order_of_the_elements(case: Case) -> None:
+    graph = NeuralGraph.from_model(case.build())
+    index, types, slices = graph.edges()
+    assert index.shape == (2, graph.num_edges)
+    assert types.shape == (graph.num_edges,)
+    assert index.min() == 0
+    assert index.max() == graph.num_nodes - 1
+
+    edge_list, state = graph.edge_list(), numbered(graph)
+    elements = edge_list.values({name: tensor.double() for name, tensor in state.items()})
+    total = 0
+    for name, place in slices.items():
+        assert place.start == total
+        total = place.stop
+        of_edges = elements[place]
+        assert (of_edges[1:, 0] > of_edges[:-1, 0]).all(), name
+        filled = of_edges[edge_list.feature_mask()[place]]  # positions of a kernel follow each other
+        assert torch.equal(filled.long(), state[name].reshape(-1)), name
+    assert list(slices) == list(graph.shapes)
+    assert total == edge_list.num_parameter_edges
+
+    nodes = torch.arange(graph.num_nodes)
+    assert torch.equal(index[:, -graph.num_nodes :], torch.stack([nodes, nodes]))
+    assert (types[-graph.num_nodes :] == EdgeType.SELF_LOOP).all()
+    assert set(types[total : -graph.num_nodes].tolist()) <= AUXILIARY
+    assert not set(types[:total].tolist()) & (AUXILIARY | {int(EdgeType.SELF_LOOP)})
+    assert (index[0, : -graph.num_nodes] != index[1, : -graph.num_nodes]).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_go_to_edges_and_back(case: Case) -> None:
+    model = case.model().to(memory_format=torch.channels_last)
+    graph = NeuralGraph.from_model(model)
+    edges = graph.edge_list()
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    values = edges.values(state)
+    assert torch.equal(values != 0, edges.feature_mask())
+    back = edges.parameters(values)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    features = edges.features({name: torch.stack([tensor, 2 * tensor]) for name, tensor in state.items()})
+    features = features.view(graph.num_edges, 9, 2)
+    assert torch.equal(features[: len(values), :, 0], values)
+    assert torch.equal(features[: len(values), :, 1], 2 * values)
+    constants = features[len(values) :, 0, :]
+    assert (constants[: -graph.num_nodes] == 1).all()
+    assert (constants[-graph.num_nodes :] == 2).all()
+    assert (features[len(values) :, 1:] == 0).all()
+
+
+# Worked examples
+
+
+def test_a_linear_layer_edge_by_edge() -> None:
+    """Nodes: inputs 0, 1; the bias 2; outputs 3, 4, 5. A weight [output, input] is listed row by row."""
+    graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(2, 3)))
+    index, types, slices = graph.edges()
+    assert slices == {"0.weight": slice(0, 6), "0.bias": slice(6, 9)}
+    assert index[:, :9].tolist() == [[0, 1, 0, 1, 0, 1, 2, 2, 2], [3, 3, 4, 4, 5, 5, 3, 4, 5]]
+    assert types[:9].tolist() == [EdgeType.LINEAR] * 6 + [EdgeType.BIAS] * 3
+    assert (graph.num_nodes, graph.num_edges) == (6, 15)
+
+
+def test_wide_kernels_become_parallel_edges() -> None:
+    """5 x 5 kernels: three edges of 9, 9 and 7 positions for each pair of channels."""
+    graph = NeuralGraph.from_model(wide_kernel_cnn())
+    index, types, slices = graph.edges()
+    first = slices["0.weight"]
+    assert first == slice(0, 4 * 3 * 3)
+    assert index[:, :6].tolist() == [[0, 0, 0, 1, 1, 1], [4, 4, 4, 4, 4, 4]]  # input channels, then the bias, outputs
+    assert (types[first] == EdgeType.CONV).all()
+    assert graph.edge_list().feature_mask()[:3].sum(1).tolist() == [9, 9, 7]
+
+
+def test_flattened_features_read_each_channel_once_per_place() -> None:
+    graph = NeuralGraph.from_model(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 4, 1, bias=False)))
+    index, _, slices = graph.edges()
+    assert index[0, slices["2.weight"]].tolist() == [2, 2, 2, 2, 3, 3, 3, 3]  # input 0, bias 1, channels 2 and 3
+    assert index[1, slices["2.weight"]].tolist() == [4] * 8
+
+
+def test_a_depthwise_convolution_is_diagonal() -> None:
+    graph = NeuralGraph.from_model(
+        nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 4, 3, groups=2, bias=False), nn.Conv2d(4, 1, 1))
+    )
+    index, _, slices = graph.edges()
+    assert index[:, slices["1.weight"]].tolist() == [[1, 1, 2, 2], [3, 4, 5, 6]]
+
+
+def test_the_official_wiring_does_not_tell_keys_from_queries() -> None:
+    model = gpt2(n_layer=1)
+    exact, official = NeuralGraph.from_model(model), NeuralGraph.from_model(model, "official")
+    assert exact.num_nodes - official.num_nodes == 12
+    assert list(exact.shapes) == list(official.shapes)
+    assert_covers(official)
+
+
+def test_words_are_numbered() -> None:
+    graph = NeuralGraph.from_model(gpt2(n_layer=1))
+    words = graph.words()
+    assert words.shape == (graph.num_nodes,)
+    assert words[words > 0].tolist() == list(range(1, 12))
+
+
+# What is refused
+
+
+def test_only_two_wirings_can_be_asked_for() -> None:
+    with pytest.raises(nino.GraphError, match=r"^wiring must be 'exact' or 'official', got 'per-parameter'$"):
+        NeuralGraph.from_model(mlp(), wiring="per-parameter")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (llama, "exists for convnets, MLPs and GPT-2 only"),
+        (wide_kernel_cnn, "takes kernels up to 3x3, got (5, 5)"),
+        (lambda: nn.LSTM(3, 4), "is not possible: "),
+    ],
+)
+def test_the_official_wiring_exists_for_few(model: object, message: str) -> None:
+    with pytest.raises(nino.GraphError) as caught:
+        NeuralGraph.from_model(model(), wiring="official")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_known_family_with_a_foreign_parameter_is_refused() -> None:
+    for model in (llama(), gpt2()):
+        model.base_model.register_parameter("gate", nn.Parameter(torch.ones(3)))
+        with pytest.raises(nino.GraphError, match=r"gate \(0 of 3 elements\)"):
+            NeuralGraph.from_model(model)
+
+
+def test_a_model_without_floating_parameters_is_refused() -> None:
+    with pytest.raises(nino.GraphError, match="no floating point parameters"):
+        NeuralGraph.from_model(nn.Sequential(nn.ReLU()))
+
+
+def test_the_builder_refuses_incomplete_and_double_wiring() -> None:
+    def start() -> tuple[GraphBuilder, nino.graph.NeuronGroup, nino.graph.NeuronGroup]:
+        builder = GraphBuilder(nn.Sequential(nn.Linear(2, 4, bias=False)))
+        return builder, builder.group("a", builder.axis("a", 2)), builder.group("b", builder.axis("b", 4))
+
+    builder, a, b = start()
+    with pytest.raises(nino.GraphError, match=r"0\.weight \(0 of 8 elements\)"):
+        builder.finish("test", "exact")
+    with pytest.raises(nino.GraphError, match="does not split into its axes a=2 x b=4"):
+        builder.dense("0.weight", a, b, source_first=True)  # transposed
+    with pytest.raises(nino.GraphError, match=r"does not join c \(3\) and b \(4\)"):
+        builder.dense("0.weight", builder.group("c", builder.axis("c", 3)), b)
+    with pytest.raises(nino.GraphError, match="joins an axis of a to itself"):
+        builder.dense("0.weight", a, a)
+    with pytest.raises(nino.GraphError, match="no parameter 'weight'"):
+        builder.dense("weight", a, b)
+    with pytest.raises(nino.GraphError, match="neuron group 'a' exists already"):
+        builder.group("a")
+    with pytest.raises(nino.GraphError, match="axis 'a' exists already"):
+        builder.axis("a", 3)
+    with pytest.raises(nino.GraphError, match="2 source slots cannot pair with 4 target slots"):
+        builder.connect("pairs", a, b, EdgeType.RESIDUAL)
+
+    half = builder.group("half", builder.axis("half", 2))
+    builder.dense("0.weight", a, half, narrow=(0, 0, 2))
+    with pytest.raises(nino.GraphError, match=r"0\.weight: some of its elements are wired twice"):
+        builder.dense("0.weight", a, half, narrow=(0, 0, 2))  # as many elements as there are, but the same ones
+    with pytest.raises(nino.GraphError, match=r"0\.weight \(4 of 8 elements\)"):
+        builder.finish("test", "exact")
+    with pytest.raises(nino.GraphError, match="leave out its axes"):
+        b.slots(half.axes[0])
+
+
+def test_a_view_refuses_another_shape() -> None:
+    block = next(iter(NeuralGraph.from_model(mlp()).parameter_blocks))
+    with pytest.raises(nino.GraphError, match=r"0\.weight: a tensor of shape \(5, 6\) does not split into its axes"):
+        block.view(torch.ones(5, 6))
+    with pytest.raises(nino.GraphError):
+        replace(block, layout=block.layout[:1]).view(torch.ones(6, 5))
+
+
+# The fallback
+
+
+class Net(nn.Module):
+    """``body`` is the forward; ``layers`` become attributes a, b, c."""
+
+    def __init__(self, body: object, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        for name, layer in zip("abc", layers, strict=False):
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+class Odd(nn.Module):
+    """Parameters of every kind that can occur."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.vector = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(2, 3), requires_grad=False)
+        self.empty = nn.Parameter(torch.ones(0, 3))
+        self.integer = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.kernel = nn.Parameter(torch.ones(4, 3, 5, 5))
+        self.cube = nn.Parameter(torch.ones(1, 2, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.frozen.T * self.scalar if self.integer.sum() > x.sum() else x + self.vector
+
+
+def fallback(model: nn.Module, caplog: pytest.LogCaptureFixture) -> tuple[NeuralGraph, str]:
+    with caplog.at_level(logging.WARNING):
+        graph = NeuralGraph.from_model(model)
+    assert graph.wiring == "per-parameter"
+    assert_covers(graph)
+    assert permutable_axes(graph) == []
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("nino")]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"{type(model).__name__} is of no family that Nino knows (")
+    assert "\n" not in messages[0]
+    return graph, messages[0]
+
+
+def test_parameters_of_every_kind_get_a_block(caplog: pytest.LogCaptureFixture) -> None:
+    graph, _ = fallback(Odd(), caplog)
+    assert list(graph.shapes) == ["scalar", "vector", "frozen", "kernel", "cube"]
+    index, _, slices = graph.edges()
+    lengths = {name: place.stop - place.start for name, place in slices.items()}
+    assert lengths == {"scalar": 1, "vector": 3, "frozen": 6, "kernel": 4 * 3 * 3, "cube": 2 * 2}
+    ends = [set(index[:, place].flatten().tolist()) for place in slices.values()]
+    assert sum(map(len, ends)) == len(set().union(*ends)) == graph.num_nodes  # no two parameters share a node
+
+
+@pytest.mark.parametrize("model", [nn.LSTM(3, 4), nn.TransformerEncoderLayer(4, 2, 8), nn.Bilinear(2, 3, 4)])
+def test_models_of_other_kinds_fall_back(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    graph, _ = fallback(model, caplog)
+    assert list(graph.shapes) == [name for name, _ in model.named_parameters()]
+
+
+CONVOLUTION = (nn.Conv2d(3, 6, 3), nn.Linear(36, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Net(lambda net, x: net.b(x + net.a(x)), nn.Linear(3, 3), nn.Linear(3, 2)), "branch at add"),
+        (Net(lambda net, x: net.b(net.a(x) * 2), nn.Linear(3, 3), nn.Linear(3, 2)), "applies 'mul'"),
+        (Net(lambda net, x: net.b(net.a(net.a(x))), nn.Linear(3, 3), nn.Linear(3, 2)), "a is applied twice"),
+        (Net(lambda net, x: net.a(x), nn.Linear(3, 3), nn.Linear(3, 2)), "b.weight (0 of 6 elements)"),
+        (Net(lambda net, x: net.b(net.a(x).mean(1).flatten(1)), *CONVOLUTION), "mean over dimensions (1,)"),
+        (Net(lambda net, x: net.b(net.a(x).flatten(2)), *CONVOLUTION), "flatten over dimensions (2, -1)"),
+        (Net(lambda net, x: net.b(net.a(x).transpose(1, 3)), *CONVOLUTION), "applies 'transpose'"),
+        (Net(lambda net, x: net.b(F.max_pool1d(net.a(x), 1)), nn.Linear(3, 3), nn.Linear(3, 2)), "pools the neurons"),
+        (nn.Sequential(nn.Linear(3, 4), nn.AvgPool1d(3, 1, 1), nn.Linear(4, 2)), "pools the neurons of 0"),
+        (nn.Sequential(nn.Conv2d(3, 8, 5), nn.GLU(1), nn.Flatten(), nn.Linear(64, 4)), "1 is a GLU"),
+        (nn.Sequential(nn.Conv2d(3, 6, 3), nn.Linear(6, 4)), "1 reads the outputs of 0 along another dimension"),
+        (nn.Sequential(nn.Linear(6, 3), nn.Conv1d(3, 4, 1)), "1 reads the outputs of 0 along another dimension"),
+        (nn.Sequential(nn.Conv2d(3, 6, 3), nn.LayerNorm(6), nn.Flatten(), nn.Linear(216, 4)), "does not normalise"),
+        (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm([2, 4]), nn.Linear(4, 2)), "does not normalise the 4 neurons"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.Conv2d(4, 4, 3, groups=2)), "a convolution in 2 groups"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)), "depthwise convolution that ends"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)),
+            "depthwise convolution that feeds a group normalisation",
+        ),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), "0 acts on inputs"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 2)), "1 reads 5 features but '0' gives 4"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3)), "1 is a ConvTranspose2d"),
+        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2)), "'0.weight'"),
+    ],
+)
+def test_what_is_no_chain_is_not_guessed(model: nn.Module, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    _, message = fallback(model, caplog)
+    assert reason in message
+
+
+def test_shared_layers_are_no_chain(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    graph, _ = fallback(model, caplog)
+    assert list(graph.shapes) == ["0.weight", "0.bias", "2.bias"]

@@ -1,0 +1,151 @@
+"""The scripts, driven as a person would: help, bad input, small real runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recordings import record_collection
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+ALL_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
+
+
+def run(script: str, *arguments: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *expected: str) -> None:
+    """Exit code 2 and one clear line."""
+    assert result.returncode == 2, result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    for part in expected:
+        assert part in message
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data folder in the form that collect_trajectories reads."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def encoded(shape: tuple[int, ...]) -> dict[str, object]:
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(buffer, format="PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    for name, column, shape in (("cifar10", "img", (32, 32, 3)), ("mnist", "image", (28, 28))):
+        labels = rng.integers(0, 10, 60)
+        rows = [encoded(shape) for _ in labels]
+        parquet.write_table(pyarrow.table({column: rows, "label": labels}), folder / f"{name}-train.parquet")
+    (folder / "text" / "gutenberg").mkdir(parents=True)
+    words = rng.choice(["the", "cat", "sat", "on", "a", "mat", "and", "slept"], 4000)
+    for name in ("tinyshakespeare.txt", "gutenberg/a.txt", "gutenberg/b.txt", "gutenberg/c.txt"):
+        (folder / "text" / name).write_text(" ".join(words))
+    return folder
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_help_says_what_it_does(script: str) -> None:
+    result = run(script, "--help")
+    assert result.returncode == 0
+    assert "usage:" in result.stdout and f"python scripts/{script}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("collect_trajectories.py", ["--data", "nowhere", "--out", "x"], ["--data", "does not exist"]),
+        ("collect_trajectories.py", ["--data", "x", "--out", "x", "--runs", "0"], ["--runs", "at least 1"]),
+        ("pretrain_nowcaster.py", ["--runs", "nowhere", "--out", "x"], ["--runs", "is not a folder"]),
+        ("pretrain_nowcaster.py", ["--runs", ".", "--out", "x", "--steps", "two"], ["--steps", "whole number"]),
+        ("demo.py", ["--updates", "3"], ["--updates", "at least 100"]),
+        ("demo.py", ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
+    ],
+)
+def test_bad_input_is_one_line(script: str, arguments: list[str], expected: list[str], tmp_path: Path) -> None:
+    assert_refused(run(script, *arguments), *expected)
+
+
+def test_too_few_runs_is_one_line(tmp_path: Path) -> None:
+    record_collection(tmp_path / "runs", runs=2)
+    assert_refused(
+        run("pretrain_nowcaster.py", "--runs", tmp_path / "runs", "--out", tmp_path / "out"), "4 finished runs"
+    )
+
+
+def test_collect_then_pretrain(data_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--data", data_folder, "--out", tmp_path / "runs", "--updates", 12, "--interval", 1, "--runs", 6]
+    planned = run("collect_trajectories.py", *arguments, "--dry-run")
+    assert planned.returncode == 0 and "12 runs planned, 0 already recorded" in planned.stdout
+    assert not (tmp_path / "runs" / "collection.json").exists()
+    collected = run("collect_trajectories.py", *arguments, "--jobs", 2)
+    assert collected.returncode == 0, collected.stderr
+    summary = json.loads((tmp_path / "runs" / "collection.json").read_text())
+    assert summary == {"recorded": 12, "skipped": 0, "failed": {}}
+    again = run("collect_trajectories.py", *arguments)
+    assert "12 already recorded" in again.stdout
+
+    options = ["--hidden", 8, "--steps", 2, "--strides", 1, "--evaluate-every", 1, "--validation-windows", 1]
+    trained = run("pretrain_nowcaster.py", "--runs", tmp_path / "runs", "--out", tmp_path / "nowcaster", *options)
+    assert trained.returncode == 0, trained.stderr
+    record = json.loads(trained.stdout.strip().splitlines()[-1])
+    assert {"images/nowcaster", "images/copy", "language/linear", "train"} <= set(record)
+    from nino import Nowcaster
+
+    assert Nowcaster.from_pretrained(tmp_path / "nowcaster").config.hidden == 8
+
+
+def test_recorded_text_and_images_are_split_before_training() -> None:
+    from tasks.images import load_digits
+    from tasks.text import fixed_windows, random_windows, tokenize
+
+    digits = load_digits()
+    assert len(digits.train_images) == 1400 and len(digits.eval_images) == 397
+    assert digits.train_images.mean().abs() < 1e-5 and digits.train_images.std() == pytest.approx(1, abs=1e-3)
+
+    data = tokenize("abc " * 400 + "xyz " * 40, vocab_size=300)
+    windows = random_windows(data.train_tokens, 5, 8, torch.Generator().manual_seed(0))
+    assert windows.shape == (5, 8)
+    assert torch.equal(fixed_windows(data.eval_tokens, 3, 8), fixed_windows(data.eval_tokens, 3, 8))
+    assert len(data.eval_tokens) < len(data.train_tokens)
+
+
+def test_demo_tells_wins_and_losses_alike() -> None:
+    from demo import summarise, verdicts
+
+    def finished(task: str, method: str, curve: list[list[float]]) -> dict[str, object]:
+        return {"task": task, "method": method, "curve": curve, "seconds": 1.0, "nowcast_seconds": 0.0, "nowcasts": []}
+
+    runs = {
+        ("llama-pydoc", "adam"): finished("llama-pydoc", "adam", [[100, 3.0], [200, 2.0]]),
+        ("llama-pydoc", "nowcast"): finished("llama-pydoc", "nowcast", [[100, 1.9], [200, 1.8]]),
+        ("cnn-digits", "adam"): finished("cnn-digits", "adam", [[100, 1.0], [200, 0.5]]),
+        ("cnn-digits", "nowcast"): finished("cnn-digits", "nowcast", [[100, 1.0], [200, 0.6]]),
+    }
+    won, lost = verdicts(summarise(runs), 200)  # type: ignore[arg-type]
+    assert won == "llama-pydoc: nowcasting reached Adam's final loss after 100 of 200 updates (50%)"
+    assert lost == "cnn-digits: nowcasting lost: it never reached Adam's final loss within 200 updates"
+
+
+@pytest.mark.slow
+def test_demo_runs_end_to_end(tmp_path: Path) -> None:
+    result = run("demo.py", "--updates", 1100, "--out", tmp_path / "demo", timeout=1200)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "demo" / "results.json").read_text())
+    nowcast_runs = [r for r in content["runs"] if r["method"] == "nowcast"]
+    assert all([report["step"] for report in r["nowcasts"]] == [500, 1000] for r in nowcast_runs)
+    assert all(report["accepted"] for r in nowcast_runs for report in r["nowcasts"])
+    assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000

@@ -1,0 +1,68 @@
+"""A tiny model, a nowcaster that jumps a little, and one that does what a test tells it to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nino
+from nino.model import build_network
+
+PERIOD = 6
+"""With a context of 3: snapshots after 2, 4, 6, 8, ... updates, nowcasts after 6, 12, 18, ..."""
+
+Weights = dict[str, Tensor]
+
+
+def tiny_config(**settings: Any) -> nino.NowcasterConfig:
+    return nino.NowcasterConfig(**{"hidden": 8, "context": 3, "max_horizon": 4, **settings})
+
+
+def tiny_nowcaster(**settings: Any) -> nino.Nowcaster:
+    """Random weights; a small head, so that its jumps do not wreck a training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_network(tiny_config(**settings))
+    with torch.no_grad():
+        network.head.weight.mul_(0.3)
+    return nino.Nowcaster(network)
+
+
+class ScriptedNowcaster(nino.Nowcaster):
+    """Answers ``predict`` by ``answer(newest snapshot)`` and keeps what it was asked."""
+
+    def __init__(self, answer: Callable[[Weights], Weights], **settings: Any) -> None:
+        super().__init__(build_network(tiny_config(**settings)))
+        self.answer = answer
+        self.asked: list[tuple[int, list[Weights]]] = []
+
+    def predict(self, snapshots: Sequence[Mapping[str, Tensor]], horizon: int, *args: Any, **kwargs: Any) -> Weights:
+        self.asked.append((horizon, [{name: value.clone() for name, value in each.items()} for each in snapshots]))
+        return self.answer({name: value.clone() for name, value in snapshots[-1].items()})
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def batch(index: int) -> tuple[Tensor, Tensor]:
+    """The training data of update ``index``."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    inputs = torch.randn(8, 4, generator=generator)
+    return inputs, torch.stack([inputs.sum(1), inputs.prod(1)], dim=1)
+
+
+def weights_of(model: nn.Module) -> Weights:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different, f"{different} differ"
