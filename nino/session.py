@@ -2,7 +2,8 @@
 
 A session is told of every real optimizer update. It takes snapshots, nowcasts when one is due, writes the
 prediction into the live weights and reports what happened. Whatever goes wrong in a nowcast is logged and leaves
-the weights as they were; it never ends the run.
+the weights as they were; it never ends the run. With data parallelism every process holds a session and nowcasts the
+whole model; if one of them cannot, none does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nino.distributed import agree, from_first_process
 from nino.errors import NinoError, SnapshotError
 from nino.history import Place, SnapshotStore
 from nino.nowcaster import Nowcaster
@@ -154,18 +156,10 @@ class NowcastSession:
         if is_snapshot_step(self.step, self.schedule):
             self._snapshot()
         if is_nowcast_step(self.step, self.schedule):
-            if self.store.is_full:
-                self.reports.append(self._nowcast())
-                self._losses.clear()
-                self._awaits_loss = True
-            else:
-                logger.warning(
-                    "no nowcast after update %d: it needs %d snapshots and there are %d since the history began",
-                    self.step,
-                    self.store.context,
-                    len(self.store),
-                )
+            self.reports.append(self._nowcast())
             self.store.clear()
+            self._losses.clear()
+            self._awaits_loss = True
         return completed
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -278,14 +272,27 @@ class NowcastSession:
         )
         began = time.perf_counter()
         parameters = self.trainable_parameters()
+        new: dict[str, Tensor] = {}
+        moved, norm, reason = math.nan, math.nan, ""
         try:
             new = self._predict(horizon, parameters)
-            relative_jump = measure_jump(parameters, new)
+            moved, norm = measure_jump(parameters, new)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
-            logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, error)
-            return replace(report, reason=str(error), seconds=time.perf_counter() - began)
+            reason = str(error) or repr(error)
+        everyone_did, are_alike = agree(not reason, norm, self._device(parameters))
+        if not everyone_did:
+            reason = reason or "another process refused it"
+            logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, reason)
+            return replace(report, reason=reason, seconds=time.perf_counter() - began)
+        if are_alike:
+            new = from_first_process({name: new[name] for name in parameters})
         write_parameters(parameters, new)
-        report = replace(report, accepted=True, seconds=time.perf_counter() - began, relative_jump=relative_jump)
+        report = replace(
+            report,
+            accepted=True,
+            seconds=time.perf_counter() - began,
+            relative_jump=moved / norm if norm else math.nan,
+        )
         logger.info(
             "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",
             report.step,
@@ -299,16 +306,24 @@ class NowcastSession:
     def _predict(self, horizon: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         live = {n: p.detach() for n, p in self.model.named_parameters() if n in self.graph.shapes}
         fixed = {name: value for name, value in live.items() if name not in parameters}
+        if not self.store.is_full:
+            raise SnapshotError(
+                f"{len(self.store)} of {self.store.context} snapshots were taken since the history began"
+            )
         # The newest snapshot is of this very update: the live weights in its place are exact whatever the snapshots'
         # dtype, so that a nowcast does not round them.
         snapshots = [*({**fixed, **snapshot} for snapshot in self.store.snapshots[:-1]), live]
-        device = next(iter(parameters.values())).device
+        device = self._device(parameters)
         return self.nowcaster.predict(snapshots, horizon, self.graph, positions=self._positions, device=device)
+
+    @staticmethod
+    def _device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
+        return next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
 
 
 @torch.no_grad()
-def measure_jump(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> float:
-    """Return the norm of the change over the norm of the parameters.
+def measure_jump(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Return the norm of the change and the norm of the parameters.
 
     Raises:
         SnapshotError: if a new value does not fit its parameter, or is not finite in the parameter's dtype.
@@ -320,7 +335,7 @@ def measure_jump(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tenso
             raise SnapshotError(f"the nowcast of {name} is not finite as {parameter.dtype}, or of another shape")
         moved += float((value.float() - parameter.float()).square().sum())
         total += float(parameter.float().square().sum())
-    return math.sqrt(moved / total) if total else math.nan
+    return math.sqrt(moved), math.sqrt(total)
 
 
 @torch.no_grad()

@@ -163,6 +163,100 @@ def test_the_official_wiring_does_not_tell_keys_from_queries() -> None:
     assert_covers(official)
 
 
+def test_a_single_number_reaches_all_the_neurons_that_it_acts_on() -> None:
+    """Nodes: input 0, bias 1, outputs 2 and 3, the hub 4 of the PReLU, its node 5; 6 and 7 are the last layer's."""
+    graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(1, 2), nn.PReLU(), nn.Linear(2, 1)))
+    index, types, slices = graph.edges()
+    assert index[:, slices["1.weight"]].tolist() == [[5], [4]]
+    assert index[:, types == EdgeType.HEAD].tolist() == [[4, 4], [2, 3]]
+
+
+def wires(graph: NeuralGraph, *names: str) -> dict[str, tuple[str, str]]:
+    """Per block the groups that it joins, with the long names of layers left out."""
+
+    def short(name: str) -> str:
+        for prefix in names:
+            name = name.removeprefix(prefix)
+        return name
+
+    return {
+        short(b.name) + (f".{b.narrow[1]}" if b.narrow else ""): (
+            short(b.source.group.name),
+            short(b.target.group.name),
+        )
+        for b in graph.blocks
+    }
+
+
+def hung(*parameters: str, on: str) -> dict[str, tuple[str, str]]:
+    return {parameter: (f"{parameter}.node", on) for parameter in parameters}
+
+
+HEADS = {
+    "self_attn.query_heads": ("self_attn.heads", "self_attn.queries"),
+    "self_attn.key_heads": ("self_attn.heads", "self_attn.keys"),
+    "self_attn.value_heads": ("self_attn.heads", "self_attn.values"),
+    "self_attn.query_key": ("self_attn.queries", "self_attn.keys"),
+    "self_attn.key_query": ("self_attn.keys", "self_attn.queries"),
+}
+
+
+def test_the_wires_of_llama() -> None:
+    """Symmetry cannot tell the streams before and after a layer apart (they share an axis), so they are written out."""
+    graph = NeuralGraph.from_model(llama("Qwen3", num_key_value_heads=2, tie_word_embeddings=False))
+    norms = {
+        f"self_attn.{part}_norm.weight{reach}": (f"self_attn.{part}_norm.weight.{source}", target)
+        for part, neurons in (("q", "self_attn.queries"), ("k", "self_attn.keys"))
+        for reach, source, target in (
+            ("", "node", f"self_attn.{part}_norm.weight.dims"),
+            (".reach", "dims", neurons),
+        )
+    }
+    assert wires(graph, "model.layers.0.", "model.") == {
+        "embed_tokens.weight": ("words", "stream.0"),
+        **hung("input_layernorm.weight", on="stream.0"),
+        "self_attn.q_proj.weight": ("stream.0", "self_attn.queries"),
+        "self_attn.k_proj.weight": ("stream.0", "self_attn.keys"),
+        "self_attn.v_proj.weight": ("stream.0", "self_attn.values"),
+        **HEADS,
+        **norms,
+        "self_attn.o_proj.weight": ("self_attn.values", "stream.0.attention"),
+        "self_attn.residual": ("stream.0", "stream.0.attention"),
+        **hung("post_attention_layernorm.weight", on="stream.0.attention"),
+        "mlp.gate_proj.weight": ("stream.0.attention", "mlp.hidden"),
+        "mlp.up_proj.weight": ("stream.0.attention", "mlp.hidden"),
+        "mlp.down_proj.weight": ("mlp.hidden", "stream.1"),
+        "mlp.residual": ("stream.0.attention", "stream.1"),
+        **hung("norm.weight", on="stream.1"),
+        "lm_head.weight": ("stream.1", "outputs"),
+    }
+
+
+def test_the_wires_of_gpt2() -> None:
+    graph = NeuralGraph.from_model(gpt2(n_layer=1))
+    attention = {
+        name.replace("self_attn", "attn"): (source.replace("self_attn", "attn"), target.replace("self_attn", "attn"))
+        for name, (source, target) in HEADS.items()
+    }
+    parts = ("queries", "keys", "values")
+    assert wires(graph, "transformer.h.0.", "transformer.") == {
+        "wte.weight": ("words", "stream.0"),
+        "wpe.weight": ("places", "stream.0"),
+        **hung("ln_1.weight", "ln_1.bias", on="stream.0"),
+        **attention,
+        **{f"attn.c_attn.weight.{12 * i}": ("stream.0", f"attn.{part}") for i, part in enumerate(parts)},
+        **{f"attn.c_attn.bias.{12 * i}": (f"attn.c_attn.bias.{i}", f"attn.{part}") for i, part in enumerate(parts)},
+        "attn.c_proj.weight": ("attn.values", "stream.0.attention"),
+        "attn.residual": ("stream.0", "stream.0.attention"),
+        **hung("attn.c_proj.bias", "ln_2.weight", "ln_2.bias", on="stream.0.attention"),
+        "mlp.c_fc.weight": ("stream.0.attention", "mlp.hidden"),
+        **hung("mlp.c_fc.bias", on="mlp.hidden"),
+        "mlp.c_proj.weight": ("mlp.hidden", "stream.1"),
+        "mlp.residual": ("stream.0.attention", "stream.1"),
+        **hung("mlp.c_proj.bias", "ln_f.weight", "ln_f.bias", on="stream.1"),
+    }
+
+
 def test_words_are_numbered() -> None:
     graph = NeuralGraph.from_model(gpt2(n_layer=1))
     words = graph.words()

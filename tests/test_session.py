@@ -124,8 +124,9 @@ def test_a_history_that_starts_late_skips_one_nowcast_and_says_so(caplog: pytest
 
     assert asked(nowcaster) == [(3, [5, 7, 9])]
     assert warnings_in(caplog) == [
-        "no nowcast after update 6: it needs 3 snapshots and there are 2 since the history began"
+        "nowcast after update 6 was refused, training goes on: 2 of 3 snapshots were taken since the history began"
     ]
+    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
 
 
 # What a nowcast leaves alone
@@ -331,9 +332,25 @@ def test_a_snapshot_that_cannot_be_taken_does_not_end_the_run(
 
     assert warnings_in(caplog) == [
         "no snapshot after update 4, training goes on: out of memory",
-        "no nowcast after update 6: it needs 3 snapshots and there are 1 since the history began",
+        "nowcast after update 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
     ]
-    assert [(r.step, r.accepted) for r in session.reports] == [(12, True)]
+    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
+
+
+def test_freezing_and_unfreezing_during_the_run() -> None:
+    # The first layer is trained from update 5 on, so its history is incomplete at 6. All is frozen at 18.
+    model = mlp()
+    model[0].requires_grad_(False)
+    session = NowcastSession(model, tiny_nowcaster(), period=PERIOD)
+    update(session, 4)
+    model[0].requires_grad_(True)
+    update(session, PERIOD - 4 + PERIOD)
+    model.requires_grad_(False)
+    update(session, PERIOD)
+
+    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True), (18, True)]
+    assert "['0.bias', '0.weight']" in session.reports[0].reason
+    assert math.isnan(session.reports[2].relative_jump)  # nothing to move
 
 
 # Reports
