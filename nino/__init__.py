@@ -1,5 +1,6 @@
 """Nino: nowcast the weights of a training neural network (NiNo, arXiv:2409.04434)."""
 
+from nino import callbacks
 from nino.check import WiringReport, check_wiring
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError, TrajectoryError
 from nino.graph import NeuralGraph
@@ -26,5 +27,6 @@ __all__ = [
     "TrajectoryError",
     "WiringReport",
     "__version__",
+    "callbacks",
     "check_wiring",
 ]

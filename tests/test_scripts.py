@@ -136,7 +136,7 @@ def test_demo_tells_wins_and_losses_alike() -> None:
         ("cnn-digits", "nowcast"): finished("cnn-digits", "nowcast", [[100, 1.0], [200, 0.6]]),
     }
     won, lost = verdicts(summarise(runs), 200)  # type: ignore[arg-type]
-    assert won == "llama-pydoc: nowcasting reached Adam's final loss after 100 of 200 updates (50%)"
+    assert won == "llama-pydoc: nowcasting reached Adam's final loss after 100 updates, Adam after 200 (50%)"
     assert lost == "cnn-digits: nowcasting lost: it never reached Adam's final loss within 200 updates"
 
 
@@ -146,6 +146,6 @@ def test_demo_runs_end_to_end(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "demo" / "results.json").read_text())
     nowcast_runs = [r for r in content["runs"] if r["method"] == "nowcast"]
-    assert all([report["step"] for report in r["nowcasts"]] == [500, 1000] for r in nowcast_runs)
-    assert all(report["accepted"] for r in nowcast_runs for report in r["nowcasts"])
+    assert all([report["nowcast/step"] for report in r["nowcasts"]] == [500, 1000] for r in nowcast_runs)
+    assert all(report["nowcast/accepted"] for r in nowcast_runs for report in r["nowcasts"])
     assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000

@@ -117,3 +117,13 @@ def _decode_parquet(path: Path, cache: Path) -> tuple[np.ndarray, np.ndarray]:
     np.savez(temporary, images=images, labels=labels)
     temporary.replace(cached)
     return images, labels
+
+
+def shift_randomly(images: Tensor, pixels: int = 1) -> Tensor:
+    """Move each image ``[n, channels, height, width]`` by up to ``pixels``, repeating its border."""
+    count, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (pixels,) * 4, mode="replicate")
+    top, left = torch.randint(2 * pixels + 1, (2, count, 1))
+    rows = (top + torch.arange(height))[:, None, :, None].expand(-1, channels, -1, padded.shape[-1])
+    columns = (left + torch.arange(width))[:, None, None, :].expand(-1, channels, height, -1)
+    return padded.gather(2, rows).gather(3, columns)
