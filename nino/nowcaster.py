@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor
 
 from nino.engine import predict_blockwise, predict_edgewise
+from nino.engine.blockwise import Progress
+from nino.engine.hardware import fusing_pays, product_dtype
+from nino.engine.tiling import Sizes
+from nino.engine.weights import Jump, PredictionWriter, SnapshotReader
 from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
 from nino.model.config import NowcasterConfig
 from nino.model.networks import Network, build_network_with_weights
-from nino.standardise import Standardiser, check_snapshots
+from nino.standardise import check_snapshots, measure_snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +122,6 @@ class Nowcaster:
                 "use a nowcaster without a word table"
             )
 
-    @torch.no_grad()
     def predict(
         self,
         snapshots: Sequence[Mapping[str, Tensor]],
@@ -127,6 +131,10 @@ class Nowcaster:
         engine: Engine = "blockwise",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        *,
+        memory_budget: int | None = None,
+        fuse: bool | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Tensor]:
         """Predict the weights ``horizon`` snapshot intervals after the last snapshot.
 
@@ -136,41 +144,113 @@ class Nowcaster:
             graph: of the model that the snapshots are from.
             positions: node features ``[num_nodes, num_positions]``; by default the graph's own.
             engine: ``"blockwise"``, or ``"edges"`` for the definition (small models only); they agree to rounding.
-            dtype: in which the network computes; snapshots may have any floating dtype.
+            dtype: in which the network computes; snapshots may have any floating dtype. Below float32 the blockwise
+                engine computes its large products in it, where the hardware can, and everything else in float32.
             device: where to compute; by default where the first snapshot lies.
+            memory_budget: bytes that the blockwise engine may use beyond snapshots and predictions; ``None`` for what
+                is fastest (node features, and a tile of some MB on a CPU, some 100 MB on a GPU).
+            fuse: whether the blockwise engine compiles its inner loop (``torch.compile``); ``None`` where it pays.
+            progress: called by the blockwise engine with the work done and the total.
 
         Returns:
-            Per parameter name the predicted tensor, with the dtype and device of the last snapshot.
+            Per parameter name the predicted tensor, with the dtype, device and memory format of the last snapshot.
 
         Raises:
             SnapshotError: if the snapshots do not fit the graph or hold NaN or infinity, or the prediction does.
-            NinoError: if the horizon, the engine, the dtype or the positions are out of range.
+            NinoError: if the horizon, the engine, the dtype, the positions or the budget are out of range.
         """
         self._check_arguments(horizon, graph, positions, engine, dtype)
         check_snapshots(snapshots, graph.shapes, self.config.context)
-        last = snapshots[-1]
-        device = torch.device(device) if device is not None else next(iter(last.values())).device
-        network = deepcopy(self.network).to(device=device, dtype=dtype)  # small; the original keeps its precision
-        exact = torch.promote_types(dtype, torch.float32)  # of everything but the network: weights stay unrounded
-        raw = {name: torch.stack([s[name].to(device=device, dtype=exact) for s in snapshots]) for name in graph.shapes}
-        scalers = {name: Standardiser.of(values) for name, values in raw.items()}
-        states = {name: scalers[name].apply(values).to(dtype) for name, values in raw.items()}
-        node_features = (graph.positions(self.config.num_positions) if positions is None else positions).to(
-            device, dtype
+        out = {name: torch.empty_like(snapshots[-1][name]) for name in graph.shapes}
+        how = _Computation(engine, dtype, _device(snapshots, device), memory_budget, fuse, progress)
+        self._predict_into(out, snapshots, horizon, graph, positions, how)
+        return out
+
+    @torch.no_grad()
+    def predict_(
+        self,
+        parameters: Mapping[str, Tensor],
+        snapshots: Sequence[Mapping[str, Tensor]],
+        horizon: int,
+        graph: NeuralGraph,
+        positions: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        memory_budget: int | None = None,
+        fuse: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Jump:
+        """Predict straight into live parameters, piece by piece: no second copy of the weights is made.
+
+        If anything fails half way (an interrupt included), the parameters are restored from the last snapshot before
+        the error goes on.
+
+        Args:
+            parameters: what to overwrite, by name; parameters of the graph that are left out stay as they are.
+            snapshots: as in :meth:`predict`; the last one must hold what ``parameters`` hold now, bit for bit, in
+                memory of its own.
+            horizon: as in :meth:`predict`.
+            graph: as in :meth:`predict`.
+            positions: as in :meth:`predict`.
+            dtype: as in :meth:`predict`.
+            device: as in :meth:`predict`.
+            memory_budget: as in :meth:`predict`.
+            fuse: as in :meth:`predict`.
+            progress: as in :meth:`predict`.
+
+        Returns:
+            How far the weights moved.
+
+        Raises:
+            SnapshotError: as :meth:`predict`, or if the last snapshot is not a copy of the parameters.
+            NinoError: as :meth:`predict`.
+        """
+        self._check_arguments(horizon, graph, positions, "blockwise", dtype)
+        check_snapshots(snapshots, graph.shapes, self.config.context)
+        live = {name: parameter.detach() for name, parameter in parameters.items()}
+        _check_backup(live, snapshots[-1])
+        how = _Computation("blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress)
+        try:
+            return self._predict_into(live, snapshots, horizon, graph, positions, how)
+        except BaseException:
+            for name, parameter in live.items():
+                parameter.copy_(snapshots[-1][name])
+            raise
+
+    @torch.no_grad()
+    def _predict_into(
+        self,
+        tensors: Mapping[str, Tensor],
+        snapshots: Sequence[Mapping[str, Tensor]],
+        horizon: int,
+        graph: NeuralGraph,
+        positions: Tensor | None,
+        how: _Computation,
+    ) -> Jump:
+        device, exact = how.device, torch.promote_types(how.dtype, torch.float32)
+        scalers = measure_snapshots(snapshots, graph.shapes, device)
+        node_features = graph.positions(self.config.num_positions) if positions is None else positions
+        writer = PredictionWriter(graph, tensors, scalers)
+        # The network is small; the original keeps its precision.
+        if how.engine == "edges":
+            network = deepcopy(self.network).to(device, how.dtype)
+            predict_edgewise(network, graph, snapshots, scalers, writer, node_features, horizon)
+            return writer.finish()
+        network = deepcopy(self.network).to(device, exact)
+        predict_blockwise(
+            network,
+            graph,
+            SnapshotReader(graph, snapshots, scalers, device, exact),
+            writer,
+            node_features,
+            horizon,
+            Sizes.within(how.memory_budget, graph, self.config.hidden, exact, device),
+            product_dtype=product_dtype(how.dtype, device),
+            fuse=fusing_pays(graph.num_edges, device) if how.fuse is None else how.fuse,
+            progress=how.progress,
         )
-        words = graph.words()
-        if engine == "edges":
-            moved = predict_edgewise(network, graph.edge_list(), states, node_features, words, horizon)
-        else:
-            moved = predict_blockwise(network, graph, states, node_features, words, horizon)
-        predicted = {}
-        for name, movement in moved.items():
-            new = scalers[name].invert(scalers[name].apply(raw[name][-1]) + movement)
-            new = new.to(device=last[name].device, dtype=last[name].dtype)
-            if not bool(torch.isfinite(new).all()):
-                raise SnapshotError(f"the nowcast of {name} is NaN or infinite; it was refused")
-            predicted[name] = new
-        return predicted
+        return writer.finish()
 
     def _check_arguments(
         self, horizon: int, graph: NeuralGraph, positions: Tensor | None, engine: str, dtype: torch.dtype
@@ -185,6 +265,35 @@ class Nowcaster:
         if positions is not None and tuple(positions.shape) != expected:
             raise NinoError(f"positions must have shape {expected}, got {tuple(positions.shape)}")
         self.check_fits(graph)
+
+
+@dataclass(frozen=True)
+class _Computation:
+    """How a nowcast is computed; the arguments of :meth:`Nowcaster.predict` that do not change its meaning."""
+
+    engine: Engine
+    dtype: torch.dtype
+    device: torch.device
+    memory_budget: int | None
+    fuse: bool | None
+    progress: Progress | None
+
+
+def _device(snapshots: Sequence[Mapping[str, Tensor]], device: torch.device | str | None) -> torch.device:
+    return torch.device(device) if device is not None else next(iter(snapshots[-1].values())).device
+
+
+def _check_backup(parameters: Mapping[str, Tensor], snapshot: Mapping[str, Tensor]) -> None:
+    """Refuse a last snapshot from which the parameters could not be restored."""
+    for name, parameter in parameters.items():
+        copy = snapshot.get(name)
+        if copy is None or copy.dtype != parameter.dtype or not torch.equal(copy.to(parameter.device), parameter):
+            raise SnapshotError(
+                f"the last snapshot does not hold the present values of {name}; take it after the last update, in the "
+                "parameters' own dtype, so that they can be restored from it"
+            )
+        if copy.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+            raise SnapshotError(f"the last snapshot shares the memory of {name}; pass a copy to restore it from")
 
 
 def _read_text(path: Path) -> str:

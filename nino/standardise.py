@@ -5,7 +5,7 @@ NiNo, section 3.3. Everything here returns new tensors; snapshots are never chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from nino.errors import SnapshotError
 
 EPSILON = 1e-6
+PIECE = 2**20
+"""Elements that are measured at once."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,31 @@ class Standardiser:
     std: Tensor
 
     @staticmethod
-    def of(snapshots: Tensor) -> Standardiser:
-        """Measure snapshots ``[context, *shape]``; the deviation is the unbiased one."""
-        return Standardiser(snapshots.mean(), snapshots.std())
+    def of(snapshots: Iterable[Tensor], device: torch.device | str | None = None) -> Standardiser:
+        """Measure the snapshots of one parameter, a piece at a time; the deviation is the unbiased one.
+
+        Args:
+            snapshots: tensors of one shape, of any floating dtype, on any device; or one tensor with a first dimension
+                for the snapshots.
+            device: where to compute; by default where the snapshots lie.
+
+        Returns:
+            Numbers of at least float32. NaN or infinity in a snapshot makes both of them NaN or infinite.
+        """
+        snapshots = list(snapshots)
+        exact = torch.promote_types(snapshots[0].dtype, torch.float32)
+        number = sum(snapshot.numel() for snapshot in snapshots)
+        device = snapshots[0].device if device is None else device
+
+        def total(measure: Callable[[Tensor], Tensor]) -> Tensor:
+            pieces = (measure(p.to(device, exact)).double() for snapshot in snapshots for p in _pieces(snapshot))
+            return sum(pieces, torch.zeros((), dtype=torch.float64, device=device))
+
+        mean = total(Tensor.sum) / number
+        rounded = mean.to(exact)
+        # Corrected for the mean's own rounding, so that equal snapshots have no deviation at all.
+        squares = total(lambda piece: (piece - rounded).square_().sum()) - number * (mean - rounded) ** 2
+        return Standardiser(rounded, (squares.clamp(min=0) / max(number - 1, 1)).sqrt().to(exact))
 
     def apply(self, weights: Tensor) -> Tensor:
         """``(w - mean) / (std + 1e-6)``."""
@@ -35,6 +59,37 @@ class Standardiser:
     def invert(self, weights: Tensor) -> Tensor:
         """``w * std + mean``."""
         return weights * self.std + self.mean
+
+
+def _pieces(tensor: Tensor) -> Iterable[Tensor]:
+    """Cut a tensor along its first dimension into pieces of about ``PIECE`` elements."""
+    if tensor.ndim == 0 or tensor.numel() <= PIECE:
+        return [tensor]
+    return tensor.split(max(PIECE * len(tensor) // tensor.numel(), 1))
+
+
+def measure_snapshots(
+    snapshots: Sequence[Mapping[str, Tensor]], names: Iterable[str], device: torch.device | str | None = None
+) -> dict[str, Standardiser]:
+    """Measure every parameter's snapshots.
+
+    Args:
+        snapshots: oldest first.
+        names: of the parameters.
+        device: where to compute; by default where the snapshots lie.
+
+    Raises:
+        SnapshotError: if a snapshot holds NaN or infinity.
+    """
+    scalers = {name: Standardiser.of((s[name] for s in snapshots), device) for name in names}
+    for name, scaler in scalers.items():
+        if not bool(torch.isfinite(scaler.std)):
+            broken = [age for age, s in enumerate(snapshots) if not bool(torch.isfinite(s[name]).all())]
+            what = "holds NaN or infinity" if broken else "holds numbers too large to measure"
+            raise SnapshotError(
+                f"snapshot {broken[0] if broken else 0}: {name} {what}; nowcast again from healthy snapshots"
+            )
+    return scalers
 
 
 def check_snapshots(
@@ -48,7 +103,7 @@ def check_snapshots(
         context: how many the nowcaster reads.
 
     Raises:
-        SnapshotError: too few or too many snapshots, other parameters, other shapes, NaN or infinity.
+        SnapshotError: too few or too many snapshots, other parameters, other shapes.
     """
     if len(snapshots) != context:
         raise SnapshotError(f"the nowcaster reads {context} snapshots, got {len(snapshots)}")
@@ -64,8 +119,4 @@ def check_snapshots(
             if tuple(tensor.shape) != shape:
                 raise SnapshotError(
                     f"snapshot {age}: {name} has shape {tuple(tensor.shape)}, the graph expects {shape}"
-                )
-            if not bool(torch.isfinite(tensor).all()):
-                raise SnapshotError(
-                    f"snapshot {age}: {name} holds NaN or infinity; nowcast again from healthy snapshots"
                 )

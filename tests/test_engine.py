@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from nino import NeuralGraph, Nowcaster
 from nino.engine import predict_blockwise, predict_edgewise
+from nino.engine.tiling import Sizes
+from nino.engine.weights import Place, PredictionWriter, SnapshotReader, piece_of
+from nino.graph.ir import EdgeBlock
 from nino.model import NowcasterConfig, build_network
+from nino.standardise import measure_snapshots
 
-TILES = [1, 7, 8192]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+SIZES = [Sizes(strip_edges=1, tile_edges=1), Sizes(16, 7), Sizes(300, 300), Sizes(2**18, 2**13)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+BFLOAT16_TOLERANCE = 1e-2
 State = dict[str, Tensor]
 
 sizes = st.integers(1, 5)
@@ -135,18 +140,55 @@ configs = st.builds(
 )
 
 
-def _random_states(graph: NeuralGraph, context: int, seed: int, dtype: torch.dtype) -> State:
+def _random_snapshots(graph: NeuralGraph, context: int, seed: int, dtype: torch.dtype) -> list[State]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(context, *shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in graph.shapes.items()
-    }
+    return [
+        {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            for name, shape in graph.shapes.items()
+        }
+        for _ in range(context)
+    ]
 
 
 def _random_network(config: NowcasterConfig, seed: int, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build_network(config).to(dtype).eval().requires_grad_(False)
+
+
+class Movements(PredictionWriter):
+    """Keeps what an engine predicts as it is: standardised movements, not yet weights."""
+
+    def __init__(self, graph: NeuralGraph, dtype: torch.dtype) -> None:
+        super().__init__(
+            graph, {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in graph.shapes.items()}, {}
+        )
+
+    def write(self, block: EdgeBlock, place: Place, last: Tensor, movement: Tensor) -> None:
+        piece_of(block, self.tensors[str(block.parameter)], place).copy_(movement)
+
+
+def _blockwise(
+    network: Any, graph: NeuralGraph, snapshots: list[State], horizon: int, sizes: Sizes = SIZES[-1], **options: Any
+) -> State:
+    """Standardised movements by the blockwise engine."""
+    dtype = network.head.weight.dtype
+    scalers = measure_snapshots(snapshots, graph.shapes)
+    reader = SnapshotReader(graph, snapshots, scalers, torch.device("cpu"), dtype)
+    found = Movements(graph, dtype)
+    positions = graph.positions(network.config.num_positions)
+    predict_blockwise(network, graph, reader, found, positions, horizon, sizes, **options)
+    return dict(found.tensors)
+
+
+def _edgewise(network: Any, graph: NeuralGraph, snapshots: list[State], horizon: int) -> State:
+    """Standardised movements by the definition."""
+    found = Movements(graph, torch.promote_types(network.head.weight.dtype, torch.float32))
+    scalers = measure_snapshots(snapshots, graph.shapes)
+    positions = graph.positions(network.config.num_positions)
+    predict_edgewise(network, graph, snapshots, scalers, found, positions, horizon, backend="native")
+    return dict(found.tensors)
 
 
 def _relative_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], floor: float = 0.0) -> float:
@@ -160,39 +202,44 @@ def _relative_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     return float(difference.norm() / max(size.norm(), floor * len(size) ** 0.5))
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "scrambled" and tensor.ndim:
+        return _scrambled(tensor)
+    if layout == "channels_last" and tensor.ndim == 4:
+        return tensor.to(memory_format=torch.channels_last)
+    return tensor
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     graph=graphs(),
     config=configs,
     horizon=st.integers(1, 6),
-    tile=st.sampled_from(TILES),
+    sizes=st.sampled_from(SIZES),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    channels_last=st.booleans(),
+    layout=st.sampled_from(["contiguous", "channels_last", "scrambled"]),
     seed=st.integers(0, 99),
 )
 def test_blockwise_equals_the_definition(
     graph: NeuralGraph,
     config: NowcasterConfig,
     horizon: int,
-    tile: int,
+    sizes: Sizes,
     dtype: torch.dtype,
-    channels_last: bool,
+    layout: str,
     seed: int,
 ) -> None:
     network = _random_network(config, seed, dtype)
-    states = _random_states(graph, config.context, seed, dtype)
-    if channels_last:
-        states = {
-            name: state.to(memory_format=torch.channels_last_3d) if state.ndim == 5 else state
-            for name, state in states.items()
-        }
-    before = {name: state.clone() for name, state in states.items()}
-    arguments = states, graph.positions(config.num_positions).to(dtype), graph.words(), horizon
-    fast = predict_blockwise(network, graph, *arguments, tile_edges=tile)
-    slow = predict_edgewise(network, graph.edge_list(), *arguments, backend="native")
+    snapshots = [
+        {name: _laid_out(tensor, layout) for name, tensor in snapshot.items()}
+        for snapshot in _random_snapshots(graph, config.context, seed, dtype)
+    ]
+    before = deepcopy(snapshots)
+    fast, slow = _blockwise(network, graph, snapshots, horizon, sizes), _edgewise(network, graph, snapshots, horizon)
     # A random network may happen to predict next to nothing, as the difference of much larger terms: hence the floor.
     assert _relative_error(fast, slow, floor=0.05) <= TOLERANCE[dtype]
-    assert all(torch.equal(states[name], before[name]) for name in states)
+    for old, new in zip(before, snapshots, strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -200,10 +247,10 @@ def test_every_family(case: Case) -> None:
     graph = NeuralGraph.from_model(case.build())
     config = NowcasterConfig(hidden=8, max_horizon=6, num_words=VOCABULARY + 1)
     network = _random_network(config, 0, torch.float64)
-    arguments = _random_states(graph, config.context, 0, torch.float64), graph.positions().double(), graph.words(), 4
-    slow = predict_edgewise(network, graph.edge_list(), *arguments)
-    for tile in (97, 8192):
-        assert _relative_error(predict_blockwise(network, graph, *arguments, tile_edges=tile), slow) < 1e-12
+    snapshots = _random_snapshots(graph, config.context, 0, torch.float64)
+    slow = _edgewise(network, graph, snapshots, 4)
+    for sizes in (Sizes(500, 97), SIZES[-1]):
+        assert _relative_error(_blockwise(network, graph, snapshots, 4, sizes), slow) < 1e-12
 
 
 def _small_models() -> dict[str, nn.Module]:
@@ -231,15 +278,8 @@ def test_strides_of_snapshots_do_not_matter(engine: Any, family: str, layout: st
     graph = NeuralGraph.from_model(_small_models()[family])
     config = NowcasterConfig(hidden=8, max_horizon=6)
     nowcaster = Nowcaster(_random_network(config, 0, torch.float32))
-    states = _random_states(graph, config.context, 0, torch.float32)
-    plain = [{name: state[age] for name, state in states.items()} for age in range(config.context)]
-    if layout == "scrambled":
-        odd = [{name: _scrambled(tensor) for name, tensor in snapshot.items()} for snapshot in plain]
-    else:
-        odd = [
-            {n: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in snapshot.items()}
-            for snapshot in plain
-        ]
+    plain = _random_snapshots(graph, config.context, 0, torch.float32)
+    odd = [{name: _laid_out(tensor, layout) for name, tensor in snapshot.items()} for snapshot in plain]
     expected = nowcaster.predict(plain, 3, graph, engine=engine)
     found = nowcaster.predict(odd, 3, graph, engine=engine)
     for name in expected:
@@ -256,9 +296,8 @@ def test_several_nowcasts_in_a_row_and_models_in_turn(kind: Any) -> None:
     def run(engine: Any, families: list[str]) -> dict[str, State]:
         windows = {}
         for family in families:
-            states = _random_states(graphs[family], config.context, 1, torch.float64)
-            windows[family] = [{name: state[age] for name, state in states.items()} for age in range(config.context)]
-        for horizon in (6, 3, 1):
+            windows[family] = _random_snapshots(graphs[family], config.context, 1, torch.float64)
+        for horizon in (6, 3, 1, 2, 5):
             for family in families:
                 new = nowcaster.predict(windows[family], horizon, graphs[family], engine=engine, dtype=torch.float64)
                 windows[family] = [*windows[family][1:], new]
@@ -275,31 +314,26 @@ def test_float32_of_both_engines_is_close_to_float64() -> None:
     graph = NeuralGraph.from_model(_small_models()["cnn"])
     config = NowcasterConfig(hidden=32, max_horizon=6)
     exact, single = (_random_network(config, 0, dtype) for dtype in (torch.float64, torch.float32))
-    states = _random_states(graph, config.context, 0, torch.float64)
-    positions, words = graph.positions(), graph.words()
-    expected = predict_edgewise(exact, graph.edge_list(), states, positions.double(), words, 6)
-    single_states = {name: state.float() for name, state in states.items()}
-    fast = predict_blockwise(single, graph, single_states, positions, words, 6)
-    slow = predict_edgewise(single, graph.edge_list(), single_states, positions, words, 6)
-    assert _relative_error(fast, expected) < 2e-6
-    assert _relative_error(slow, expected) < 2e-6
+    snapshots = _random_snapshots(graph, config.context, 0, torch.float64)
+    expected = _edgewise(exact, graph, snapshots, 6)
+    single_snapshots = [{name: tensor.float() for name, tensor in snapshot.items()} for snapshot in snapshots]
+    assert _relative_error(_blockwise(single, graph, single_snapshots, 6), expected) < 2e-6
+    assert _relative_error(_edgewise(single, graph, single_snapshots, 6), expected) < 2e-6
 
 
-@pytest.mark.parametrize("kind", ["nino", "wnn"])
-@pytest.mark.parametrize("tile", [4, 8192])
-def test_bfloat16_is_close(kind: Any, tile: int) -> None:
+@pytest.mark.parametrize("weights", ["random", "trained", "wnn"])
+@pytest.mark.parametrize("sizes", [Sizes(4, 4), SIZES[-1]], ids=["small tiles", "large tiles"])
+@pytest.mark.parametrize("family", ["wide", "cnn"])
+def test_bfloat16_is_close(weights: str, sizes: Sizes, family: str) -> None:
     """With 1000 messages per neuron, one tile each: adding up their number in bfloat16 would stop at 256."""
-    graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(1000, 4), nn.ReLU(), nn.Linear(4, 3)))
-    config = NowcasterConfig(kind=kind, hidden=16, max_horizon=6)
-    exact = _random_network(config, 0, torch.float32)
-    for weights in exact.parameters():
-        weights.mul_(2)  # so that the messages matter
-    half = deepcopy(exact).bfloat16()
-    states = _random_states(graph, config.context, 0, torch.float32)
-    positions, words = graph.positions(), graph.words()
-    expected = predict_blockwise(exact, graph, states, positions, words, 6)
-    half_states = {name: state.bfloat16() for name, state in states.items()}
-    found = predict_blockwise(half, graph, half_states, positions.bfloat16(), words, 6, tile_edges=tile)
-    assert _relative_error(found, expected) < 5e-2
-    defined = predict_edgewise(half, graph.edge_list(), half_states, positions.bfloat16(), words, 6)
-    assert _relative_error(defined, expected) < 5e-2
+    models = {"wide": nn.Sequential(nn.Linear(1000, 4), nn.ReLU(), nn.Linear(4, 3)), "cnn": _small_models()["cnn"]}
+    graph = NeuralGraph.from_model(models[family])
+    config = NowcasterConfig(kind="wnn" if weights == "wnn" else "nino", hidden=32, max_horizon=6)
+    random = _random_network(config, 0, torch.float32)
+    network = Nowcaster.from_pretrained("nino-tiny").network if weights == "trained" else random
+    snapshots = _random_snapshots(graph, config.context, 0, torch.float32)
+    expected = _edgewise(network, graph, snapshots, 6)
+    found = _blockwise(network, graph, snapshots, 6, sizes, product_dtype=torch.bfloat16)
+    assert _relative_error(found, expected) < BFLOAT16_TOLERANCE
+    if weights != "wnn":
+        assert _relative_error(found, expected) > 1e-5, "nothing was computed in bfloat16"

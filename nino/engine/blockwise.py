@@ -10,107 +10,28 @@ layer computes from the two ends:
 - round 2 needs ``sum_j z`` and ``sum_j (W z) S_j``: one H x H product per edge, summed at once;
 - edge update 2 and the head are two more H x H products per edge and one dot product for the asked horizon.
 
-Work per weight: 3 H^2 multiply-adds. Memory: node features and one tile.
+Work per weight: 3 H^2 multiply-adds. Memory: the features of all nodes before and after a round, the message sums of
+one neuron group, one tile. What depends on nodes is computed for a strip at a time and never kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nino.graph.edge_list import AUXILIARY_VALUE, SELF_LOOP_VALUE
-from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph
-from nino.model.networks import Convolution, NiNo, Wnn
+from nino.engine import kernels
+from nino.engine.fusion import fused
+from nino.engine.tiling import Blocks, Sizes, Strip, constant_of
+from nino.engine.weights import PredictionWriter, SnapshotReader
+from nino.graph.ir import NeuralGraph
+from nino.model.networks import Convolution, EdgeUpdate, NiNo, Wnn
 
-TILE_EDGES = 8192
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Some edges of one block. Dense: ``[s, t]`` edges from s source slots to t target slots. Paired: ``[n]`` edges."""
-
-    values: Tensor
-    """Standardised snapshots on the edges: ``[s, t, F * C]`` or ``[n, F * C]``."""
-    source: Tensor
-    """Source nodes ``[s]`` or ``[n]``."""
-    target: Tensor
-    """Target nodes ``[t]`` or ``[n]``."""
-    type: int
-    dense: bool
-    block: EdgeBlock | None = None
-    place: tuple[slice, ...] = ()
-    """Where the tile lies in the block's view."""
-
-    def from_source(self, nodes: Tensor) -> Tensor:
-        """Node features of the source ends, to be broadcast over the tile."""
-        return nodes[self.source][:, None] if self.dense else nodes[self.source]
-
-    def from_target(self, nodes: Tensor) -> Tensor:
-        """Node features of the target ends, to be broadcast over the tile."""
-        return nodes[self.target]
-
-    def add_to_targets(self, sums: Tensor, messages: Tensor) -> None:
-        """Add the edges' messages ``[s, t, H]`` or ``[n, H]`` to ``sums`` ``[N, H]`` at their targets."""
-        sums.index_add_(0, self.target, messages.sum(0, dtype=sums.dtype) if self.dense else messages.to(sums.dtype))
-
-    def write(self, parameters: Mapping[str, Tensor], values: Tensor) -> None:
-        """Write one number per weight, ``[s, t, F]`` or ``[n, F]``, where the tile lies in its parameter."""
-        if self.block is not None:
-            self.block.view(parameters[str(self.block.parameter)])[self.place] = values
-
-
-class Tiling:
-    """Cuts a graph's blocks into tiles of bounded size, again for every pass."""
-
-    def __init__(self, graph: NeuralGraph, states: Mapping[str, Tensor], tile_edges: int = TILE_EDGES) -> None:
-        self.graph = graph
-        self.states = states
-        self.tile_edges = tile_edges
-        example = next(iter(states.values()))
-        self.context, self.device, self.dtype = example.shape[0], example.device, example.dtype
-        first = graph.first_nodes()
-        ends = {side for block in graph.blocks for side in (block.source, block.target)}
-        self._nodes = {side: (side.local_index() + first[side.group]).to(self.device) for side in ends}
-
-    def parameters(self) -> Iterator[Tile]:
-        """Tiles of the edges that carry parameters."""
-        for block in self.graph.parameter_blocks:
-            views = [block.view(state) for state in self.states[str(block.parameter)]]
-            source, target = self._nodes[block.source], self._nodes[block.target]
-            for place in self._places(views[0].shape[: 2 if block.kind is BlockKind.DENSE else 1]):
-                values = torch.stack([view[place] for view in views], dim=-1).flatten(-2)
-                yield Tile(values, source[place[0]], target[place[-1]], block.type, len(place) == 2, block, place)
-
-    def auxiliary(self) -> Iterator[Tile]:
-        """Tiles of the auxiliary edges and the self loops, all paired."""
-        for block in self.graph.blocks:
-            if block.parameter is None:
-                yield self._constant(self._nodes[block.source], self._nodes[block.target], block.type, AUXILIARY_VALUE)
-        nodes = torch.arange(self.graph.num_nodes, device=self.device)
-        yield self._constant(nodes, nodes, EdgeType.SELF_LOOP, SELF_LOOP_VALUE)
-
-    def all(self) -> Iterator[Tile]:
-        """Tiles of all edges."""
-        yield from self.parameters()
-        yield from self.auxiliary()
-
-    def _constant(self, source: Tensor, target: Tensor, edge_type: int, value: float) -> Tile:
-        values = torch.full((len(source), self.context), value, device=self.device, dtype=self.dtype)
-        return Tile(values, source, target, edge_type, dense=False)
-
-    def _places(self, sizes: torch.Size) -> Iterator[tuple[slice, ...]]:
-        if len(sizes) == 1:
-            yield from ((slice(start, start + self.tile_edges),) for start in range(0, sizes[0], self.tile_edges))
-            return
-        columns = min(sizes[1], self.tile_edges)
-        rows = max(self.tile_edges // columns, 1)
-        for top in range(0, sizes[0], rows):
-            for left in range(0, sizes[1], columns):
-                yield slice(top, top + rows), slice(left, left + columns)
+Progress = Callable[[int, int], None]
+"""Called with the work done and the total, in H x H products on edges."""
 
 
 @dataclass(frozen=True)
@@ -121,162 +42,261 @@ class Fold:
     constant: Tensor
     """``[num_types, H]`` if it depends on the edge type, else ``[H]``."""
 
-    def then(self, layer: nn.Linear) -> Fold:
-        """Follow this map by a linear layer."""
-        return self.followed_by(layer.weight, layer.bias)
-
-    def followed_by(self, weight: Tensor, bias: Tensor) -> Fold:
-        """Follow this map by ``weight @ v + bias``."""
-        return Fold(weight @ self.weight, F.linear(self.constant, weight, bias))
-
     @staticmethod
     def of(layer: nn.Linear) -> Fold:
         """A single layer."""
         return Fold(layer.weight, layer.bias)
+
+    def then(self, layer: nn.Linear) -> Fold:
+        """Follow this map by a linear layer."""
+        return Fold(layer.weight @ self.weight, F.linear(self.constant, layer.weight, layer.bias))
 
     def halves(self) -> tuple[Fold, Fold]:
         """Split the output channels in two (an edge encoder's scale and shift)."""
         weights, constants = self.weight.chunk(2), self.constant.chunk(2, dim=-1)
         return Fold(weights[0], constants[0]), Fold(weights[1], constants[1])
 
-    def on_values(self, tile: Tile) -> Tensor:
-        """Apply to the snapshots on a tile's edges; unused kernel positions are zero and drop out."""
-        return F.linear(tile.values, self.weight[:, : tile.values.shape[-1]], self.constant[tile.type])
+    def transposed(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as the right factor of a product, ``[inputs, outputs]``."""
+        return self.weight.t().to(dtype or self.weight.dtype).contiguous()
 
-    def on_hidden(self, hidden: Tensor) -> Tensor:
-        """Apply to hidden vectors ``[..., H]``."""
-        return F.linear(hidden, self.weight, self.constant)
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Apply to vectors ``[..., inputs]``."""
+        return F.linear(vectors, self.weight, self.constant)
 
 
 @torch.no_grad()
 def predict_blockwise(
     network: NiNo | Wnn,
     graph: NeuralGraph,
-    states: Mapping[str, Tensor],
+    reader: SnapshotReader,
+    writer: PredictionWriter,
     positions: Tensor,
-    words: Tensor,
     horizon: int,
-    tile_edges: int = TILE_EDGES,
-) -> dict[str, Tensor]:
-    """Predict the movement of every standardised weight from its last snapshot.
+    sizes: Sizes,
+    *,
+    product_dtype: torch.dtype | None = None,
+    fuse: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Predict the weights that the writer wants.
 
     Args:
-        network: in evaluation mode, on the device and in the dtype of ``states``.
+        network: in evaluation mode, on the reader's device and in its dtype.
         graph: of the model.
-        states: per parameter name the standardised snapshots ``[context, *shape]``.
+        reader: of its snapshots.
+        writer: of the predictions; it may write into what the reader reads, which is read for the last time then.
         positions: ``[num_nodes, num_positions]``.
-        words: int64 ``[num_nodes]``.
         horizon: snapshot intervals ahead.
-        tile_edges: edges computed at once.
+        sizes: of strips and tiles.
+        product_dtype: in which H x H products on edges are computed; by default the reader's dtype.
+        fuse: whether to compile what is computed on a tile.
+        progress: is told how much is done.
     """
-    tiling = Tiling(graph, states, tile_edges)
-    movement = {name: torch.empty_like(state[-1]) for name, state in states.items()}
+    blocks = Blocks(graph, sizes, reader.device)
     if isinstance(network, Wnn):
-        outputs = _wnn_outputs(network, tiling, horizon)
+        _predict_alone(network, blocks, reader, writer, horizon, progress)
     else:
-        outputs = _nino_outputs(network, tiling, positions.to(tiling.device), words.to(tiling.device), horizon)
-    for tile, values in outputs:
-        tile.write(movement, values)
-    return movement
+        run = _Run(network, blocks, reader, product_dtype or reader.dtype, fuse, _Progress(progress, graph, writer))
+        run.predict(writer, positions, horizon)
 
 
-def _wnn_outputs(network: Wnn, tiling: Tiling, horizon: int) -> Iterator[tuple[Tile, Tensor]]:
-    for tile in tiling.parameters():
-        values = tile.values.unflatten(-1, (-1, tiling.context))
-        yield tile, network.predict_weights(values, torch.tensor(tile.type, device=tiling.device), horizon)
+def _predict_alone(
+    network: Wnn,
+    blocks: Blocks,
+    reader: SnapshotReader,
+    writer: PredictionWriter,
+    horizon: int,
+    progress: Progress | None,
+) -> None:
+    """WNN: every weight by itself."""
+    tell = _Progress(progress, blocks.graph, writer)
+    for block in blocks.graph.parameter_blocks:
+        for strip in blocks.strips(block) if writer.wants(block) else ():
+            values = reader.read(block, strip.place).unflatten(0, (-1, reader.context))
+            movement = torch.empty_like(values[:, 0])
+            edge_type = torch.tensor(int(block.type), device=reader.device)
+            for rows, columns in strip.tiles(blocks.sizes.tile_edges):
+                tile = values[:, :, rows, columns].movedim(1, -1)
+                movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
+            writer.write(block, strip.place, values[:, -1], movement)
+            tell.did(2 * strip.num_edges)
 
 
-def _nino_outputs(
-    network: NiNo, tiling: Tiling, positions: Tensor, words: Tensor, horizon: int
-) -> Iterator[tuple[Tile, Tensor]]:
-    counts = _count_messages(tiling)
-    nodes = network.embed_nodes(positions, words)
-    raw = Fold(network.edge_proj.weight, network.edge_proj.bias + network.type_embed.weight)
-    (conv, update), (last_conv, last_update) = network.rounds()
-    nodes = _round_on_values(conv, raw, nodes, tiling, counts)
+class _Progress:
+    """Adds up the work: one product per edge for the second round's messages, two for the movements."""
 
-    first = raw.then(update.from_edge)
-    ends = update.from_source(nodes), update.from_target(nodes)
-    hidden = Fold.of(update.lin)
-    nodes = _round_on_hidden(last_conv, first, ends, hidden, nodes, tiling, counts)
+    def __init__(self, tell: Progress | None, graph: NeuralGraph, writer: PredictionWriter) -> None:
+        self.tell = tell
+        self.done = 0
+        wanted = sum(block.num_edges for block in graph.parameter_blocks if writer.wants(block))
+        self.total = graph.num_edges + 2 * wanted
 
-    second = hidden.then(last_update.from_edge)
-    second_ends = last_update.from_source(nodes), last_update.from_target(nodes)
-    third = Fold.of(last_update.lin).then(network.head_hidden)
-    weight, bias = network.head_rows(horizon)
-    for tile in tiling.parameters():
-        z = _first_hidden(first, ends, tile)
-        u = second.on_hidden(z).add_(tile.from_source(second_ends[0])).add_(tile.from_target(second_ends[1]))
-        v = F.silu(third.on_hidden(F.silu(u, inplace=True)), inplace=True)
-        num_features = tile.values.shape[-1] // tiling.context
-        yield tile, F.linear(v, weight[:num_features], bias[:num_features])
+    def did(self, products: int) -> None:
+        self.done += products
+        if self.tell is not None:
+            self.tell(min(self.done, self.total), self.total)
 
 
-def _first_hidden(first: Fold, ends: tuple[Tensor, Tensor], tile: Tile) -> Tensor:
-    """The hidden vectors of edge update 1: ``silu(B s + S_j + T_i)``."""
-    z = first.on_values(tile).add_(tile.from_source(ends[0])).add_(tile.from_target(ends[1]))
-    return F.silu(z, inplace=True)
+class _Run:
+    """One nowcast of NiNo."""
+
+    def __init__(
+        self,
+        network: NiNo,
+        blocks: Blocks,
+        reader: SnapshotReader,
+        product_dtype: torch.dtype,
+        fuse: bool,
+        progress: _Progress,
+    ) -> None:
+        self.network = network
+        self.blocks = blocks
+        self.reader = reader
+        self.product_dtype = product_dtype
+        self.progress = progress
+        self.message_sums = fused(kernels.message_sums) if fuse else kernels.message_sums
+        self.movements = fused(kernels.movements) if fuse else kernels.movements
+        (self.conv, self.update), (self.last_conv, self.last_update) = network.rounds()
+        self.raw = Fold(network.edge_proj.weight, network.edge_proj.bias + network.type_embed.weight)
+        self.first = self.raw.then(self.update.from_edge)
+        self.first_weight = self.first.transposed()
+        self.hidden = Fold.of(self.update.lin)
+
+    def predict(self, writer: PredictionWriter, positions: Tensor, horizon: int) -> None:
+        words = self.blocks.graph.words().to(self.reader.device)
+        nodes = self.network.embed_nodes(positions.to(self.reader.device, self.reader.dtype), words)
+        nodes = self._round_on_values(nodes)
+        after_first = nodes
+        nodes = self._round_on_hidden(nodes)
+        self._write_movements(writer, after_first, nodes, horizon)
+
+    def _round_on_values(self, nodes: Tensor) -> Tensor:
+        """Round 1: edges are still linear in the snapshots, so no H-vector per edge is formed."""
+        scale, shift = self.raw.then(self.conv.edge_encoder).halves()
+
+        def messages(strip: Strip) -> Tensor:
+            return _messages_on_values(self._values(strip), strip, nodes, self.conv, scale, shift)
+
+        return self._round(self.conv, nodes, messages, nodes.shape[1], lambda old, mean: mean)
+
+    def _round_on_hidden(self, nodes: Tensor) -> Tensor:
+        """Round 2: one H x H product per edge for the scale; the shift is applied to the summed hidden vectors."""
+        conv = self.last_conv
+        scale, shift = self.hidden.then(conv.edge_encoder).halves()
+        weight = scale.transposed(self.product_dtype)
+
+        def messages(strip: Strip) -> Tensor:
+            values, (from_source, from_target) = self._values(strip), self._first_ends(strip, nodes)
+            as_source = strip.at_source(conv.as_source(nodes[strip.source]))
+            sums = nodes.new_zeros(2, len(strip.target), nodes.shape[1])
+            first = self.first_weight[: len(values)]  # unused kernel positions are zero and drop out
+            for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+                at = strip.rows_of_source(rows), columns
+                hidden, scaled = self.message_sums(
+                    values[:, rows, columns], from_source[at], from_target[rows], as_source[at], first, weight
+                )
+                sums[0, rows] += hidden
+                sums[1, rows] += scaled
+            sums[1] += scale.constant * as_source.sum(1)
+            self.progress.did(strip.num_edges)
+            return torch.cat([*sums], dim=-1)
+
+        def complete(old: Tensor, means: Tensor) -> Tensor:
+            hidden, scaled = means.chunk(2, dim=-1)
+            return scaled + conv.as_target(old) * F.linear(hidden, scale.weight, scale.constant) + shift(hidden)
+
+        return self._round(conv, nodes, messages, 2 * nodes.shape[1], complete)
+
+    def _round(
+        self,
+        conv: Convolution,
+        nodes: Tensor,
+        messages: Callable[[Strip], Tensor],
+        width: int,
+        complete: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """One round of message passing, group by group.
+
+        Args:
+            conv: of the round.
+            nodes: before the round, ``[N, H]``.
+            messages: sums of what a strip sends to its targets, ``[t, width]``.
+            width: of those sums.
+            complete: turns nodes and the means of what arrived into the means of the messages.
+        """
+        new = torch.empty_like(nodes)
+        for group in self.blocks.graph.groups:
+            sums = nodes.new_zeros(group.size, width)
+            for strip in self.blocks.strips_into(group):
+                sums.index_add_(0, strip.local_target, messages(strip))
+            sums /= self.blocks.counts(group)
+            own = self.blocks.nodes(group)
+            parts = zip(*(x.split(self.blocks.sizes.tile_edges) for x in (nodes[own], sums, new[own])), strict=True)
+            for old_part, means, new_part in parts:
+                new_part.copy_(conv.finish(old_part, complete(old_part, means)))
+        return new
+
+    def _write_movements(self, writer: PredictionWriter, after_first: Tensor, nodes: Tensor, horizon: int) -> None:
+        """The last edge update and the head."""
+        second = self.hidden.then(self.last_update.from_edge)
+        third = Fold.of(self.last_update.lin).then(self.network.head_hidden)
+        second_weight, third_weight = second.transposed(self.product_dtype), third.transposed(self.product_dtype)
+        head, head_bias = self.network.head_rows(horizon)
+        for block in self.blocks.graph.parameter_blocks:
+            num_features = block.num_features
+            weights = kernels.MovementWeights(
+                first=self.first_weight[: num_features * self.reader.context],
+                second=second_weight,
+                third=third_weight,
+                third_bias=third.constant,
+                head=head[:num_features],
+                head_bias=head_bias[:num_features],
+            )
+            for strip in self.blocks.strips(block) if writer.wants(block) else ():
+                values = self._values(strip)
+                ends = self._first_ends(strip, after_first), _ends(strip, self.last_update, nodes, second.constant)
+                movement = values.new_empty(num_features, *values.shape[1:])
+                for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+                    at = strip.rows_of_source(rows), columns
+                    first_ends, second_ends = ((source[at], target[rows]) for source, target in ends)
+                    movement[:, rows, columns] = self.movements(
+                        values[:, rows, columns], first_ends, second_ends, weights
+                    )
+                last = values.unflatten(0, (-1, self.reader.context))[:, -1]
+                writer.write(block, strip.place, last, movement)
+                self.progress.did(2 * strip.num_edges)
+
+    def _values(self, strip: Strip) -> Tensor:
+        """The standardised snapshots of a strip, ``[Q, t, s]``."""
+        if strip.block.parameter is not None:
+            return self.reader.read(strip.block, strip.place)
+        shape = self.reader.context, len(strip.target), 1
+        return torch.full(shape, constant_of(strip.block), device=self.reader.device, dtype=self.reader.dtype)
+
+    def _first_ends(self, strip: Strip, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        return _ends(strip, self.update, nodes, self.first.constant[strip.block.type])
 
 
-def _count_messages(tiling: Tiling) -> Tensor:
-    """How many edges arrive at each node: ``[N, 1]``."""
-    counts = _zero_sums(tiling, 1)
-    for tile in tiling.all():
-        tile.add_to_targets(counts, tile.values.new_ones(*tile.values.shape[:-1], 1))
-    return counts
+def _ends(strip: Strip, update: EdgeUpdate, nodes: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
+    """What an edge update adds from the two ends of a strip's edges: ``[1 or t, s, H]`` and ``[t, 1, H]``."""
+    from_source = strip.at_source(update.from_source(nodes[strip.source]))
+    return from_source, (update.from_target(nodes[strip.target]) + constant)[:, None]
 
 
-def _zero_sums(tiling: Tiling, width: int) -> Tensor:
-    """Sums over edges are at least float32: adding up many messages in bfloat16 loses most of them."""
-    dtype = torch.promote_types(tiling.dtype, torch.float32)
-    return torch.zeros(tiling.graph.num_nodes, width, device=tiling.device, dtype=dtype)
-
-
-def _finish_round(conv: Convolution, nodes: Tensor, mean: Tensor) -> Tensor:
-    return F.silu(conv.lin(conv.post(torch.cat([nodes, mean], dim=-1))))
-
-
-def _round_on_values(conv: Convolution, raw: Fold, nodes: Tensor, tiling: Tiling, counts: Tensor) -> Tensor:
-    """Round 1: edges are still linear in the snapshots, so no H-vector per edge is formed."""
-    scale, shift = raw.then(conv.edge_encoder).halves()
-    as_target, as_source = conv.split_pre(nodes)
-    sums = _zero_sums(tiling, nodes.shape[1])
-    for tile in tiling.all():
-        num_values = tile.values.shape[-1]
-        sources = as_source[tile.source]
-        if tile.dense:
-            products = torch.einsum("stq,sh->tqh", tile.values, sources)
-            value_sums, source_sums, count = tile.values.sum(0), sources.sum(0), len(sources)
-        else:
-            products = torch.einsum("tq,th->tqh", tile.values, sources)
-            value_sums, source_sums, count = tile.values, sources, 1
-        b_scale, b_shift = scale.constant[tile.type], shift.constant[tile.type]
-        w_scale, w_shift = scale.weight[:, :num_values], shift.weight[:, :num_values]
-        out = torch.einsum("tqh,hq->th", products, w_scale) + b_scale * source_sums
-        out += tile.from_target(as_target) * (F.linear(value_sums, w_scale) + count * b_scale)
-        out += F.linear(value_sums, w_shift) + count * b_shift
-        sums.index_add_(0, tile.target, out.to(sums.dtype))
-    return _finish_round(conv, nodes, (sums / counts).to(nodes.dtype))
-
-
-def _round_on_hidden(
-    conv: Convolution,
-    first: Fold,
-    ends: tuple[Tensor, Tensor],
-    hidden: Fold,
-    nodes: Tensor,
-    tiling: Tiling,
-    counts: Tensor,
+def _messages_on_values(
+    values: Tensor, strip: Strip, nodes: Tensor, conv: Convolution, scale: Fold, shift: Fold
 ) -> Tensor:
-    """Round 2: one H x H product per edge for the scale; the shift is applied to the summed hidden vectors."""
-    scale, shift = hidden.then(conv.edge_encoder).halves()
-    as_target, as_source = conv.split_pre(nodes)
-    hidden_sums = _zero_sums(tiling, nodes.shape[1])
-    sums = _zero_sums(tiling, nodes.shape[1])
-    for tile in tiling.all():
-        z = _first_hidden(first, ends, tile)
-        tile.add_to_targets(hidden_sums, z)
-        tile.add_to_targets(sums, scale.on_hidden(z).mul_(tile.from_source(as_source)))
-    mean, hidden_mean = (sums / counts).to(nodes.dtype), (hidden_sums / counts).to(nodes.dtype)
-    mean = mean + as_target * scale.on_hidden(hidden_mean) + shift.on_hidden(hidden_mean)
-    return _finish_round(conv, nodes, mean)
+    """Sums over the sources of ``(B s + b)(T_i + S_j) + B' s + b'``: ``[t, H]``."""
+    num_values, num_targets, num_sources = values.shape
+    as_source, as_target = conv.as_source(nodes[strip.source]), conv.as_target(nodes[strip.target])
+    b_scale, b_shift = scale.constant[strip.block.type], shift.constant[strip.block.type]
+    w_scale, w_shift = scale.weight[:, :num_values], shift.weight[:, :num_values]
+    value_sums = values.sum(2).t()
+    scale_sums = F.linear(value_sums, w_scale) + num_sources * b_scale
+    shift_sums = F.linear(value_sums, w_shift) + num_sources * b_shift
+    if not strip.is_dense:
+        return scale_sums * (as_target + as_source) + shift_sums
+    products = values.flatten(0, 1) @ as_source  # per snapshot the weights times S
+    scaled = torch.einsum("qth,hq->th", products.view(num_values, num_targets, -1), w_scale)
+    return scaled + b_scale * as_source.sum(0) + as_target * scale_sums + shift_sums

@@ -5,13 +5,17 @@ Memory grows by several H-vectors per weight, so this is for small models, tests
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from nino.engine.weights import PredictionWriter, block_shape, piece_of
 from nino.graph.edge_list import EdgeList
+from nino.graph.ir import NeuralGraph
 from nino.model.networks import EdgeInputs, Network
 from nino.model.segments import SegmentBackend
+from nino.standardise import Standardiser
 
 
 def graph_inputs(edges: EdgeList, states: Mapping[str, Tensor], positions: Tensor, words: Tensor) -> EdgeInputs:
@@ -35,15 +39,42 @@ def graph_inputs(edges: EdgeList, states: Mapping[str, Tensor], positions: Tenso
     )
 
 
+@torch.no_grad()
 def predict_edgewise(
     network: Network,
-    edges: EdgeList,
-    states: Mapping[str, Tensor],
+    graph: NeuralGraph,
+    snapshots: Sequence[Mapping[str, Tensor]],
+    scalers: Mapping[str, Standardiser],
+    writer: PredictionWriter,
     positions: Tensor,
-    words: Tensor,
     horizon: int,
     backend: SegmentBackend = "auto",
-) -> dict[str, Tensor]:
-    """Predict the movement of every standardised weight from its last snapshot; arguments as :func:`graph_inputs`."""
-    movement = network(graph_inputs(edges, states, positions, words), horizon, backend)
-    return edges.parameters(movement)
+) -> None:
+    """Predict the weights that the writer wants.
+
+    Args:
+        network: in evaluation mode, on the device and in the dtype in which to compute.
+        graph: of the model.
+        snapshots: oldest first.
+        scalers: of every parameter.
+        writer: of the predictions.
+        positions: ``[num_nodes, num_positions]``.
+        horizon: snapshot intervals ahead.
+        backend: how messages are averaged.
+    """
+    device, dtype = network.head.weight.device, network.head.weight.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    states = {
+        name: scalers[name].apply(torch.stack([s[name].to(device, exact) for s in snapshots])) for name in graph.shapes
+    }
+    edges = graph.edge_list()
+    rounded = {name: state.to(dtype) for name, state in states.items()}
+    inputs = graph_inputs(edges, rounded, positions.to(device, dtype), graph.words())
+    movement = edges.parameters(network(inputs, horizon, backend).to(exact))
+    for block in graph.parameter_blocks:
+        if writer.wants(block):
+            targets, sources = block_shape(block)
+            place = slice(0, targets), slice(0, sources)
+            name = str(block.parameter)
+            last, moved = (piece_of(block, tensor, place) for tensor in (states[name][-1], movement[name]))
+            writer.write(block, place, last, moved)

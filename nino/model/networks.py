@@ -60,15 +60,21 @@ class Convolution(nn.Module):
         """Map nodes ``[N, H]`` and edges ``[E, H]`` to new nodes ``[N, H]``."""
         source, target = index
         scale, shift = self.edge_encoder(edges).chunk(2, dim=-1)
-        from_target, from_source = self.split_pre(nodes)
-        messages = torch.addcmul(shift, scale, from_target[target] + from_source[source])
+        messages = torch.addcmul(shift, scale, self.as_target(nodes)[target] + self.as_source(nodes)[source])
         mean = segment_mean(messages, target, len(nodes), backend).to(nodes.dtype)
-        return F.silu(self.lin(self.post(torch.cat([nodes, mean], dim=-1))))
+        return self.finish(nodes, mean)
 
-    def split_pre(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """``pre([x_target, x_source])`` as two terms per node, ``[N, H]`` each: as target (with bias), as source."""
-        for_target, for_source = self.pre.weight.chunk(2, dim=1)
-        return F.linear(nodes, for_target, self.pre.bias), F.linear(nodes, for_source)
+    def as_target(self, nodes: Tensor) -> Tensor:
+        """The part of ``pre([x_target, x_source])`` that depends on the target, with the bias: ``[N, H]``."""
+        return F.linear(nodes, self.pre.weight[:, : nodes.shape[-1]], self.pre.bias)
+
+    def as_source(self, nodes: Tensor) -> Tensor:
+        """The part that depends on the source: ``[N, H]``."""
+        return F.linear(nodes, self.pre.weight[:, nodes.shape[-1] :])
+
+    def finish(self, nodes: Tensor, mean: Tensor) -> Tensor:
+        """New nodes from old ones and the mean of the messages, ``[N, H]`` each."""
+        return F.silu(self.lin(self.post(torch.cat([nodes, mean], dim=-1))))
 
 
 class EdgeUpdate(nn.Module):

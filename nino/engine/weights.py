@@ -1,0 +1,168 @@
+"""The weights as the blockwise engine sees them: read and written piece by piece, whatever their format and device.
+
+Standardised copies of a model's snapshots would take C times its memory. Here a piece of a block is standardised when
+it is read, and a predicted movement is mapped back when it is written, so nothing of the model's size is ever made.
+
+Pieces are laid out ``[.., t, s]``: targets, then sources. An edge block's piece is t targets by s sources; paired
+blocks (diagonal and fan-out) are t edges by one source each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nino.errors import SnapshotError
+from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph
+from nino.standardise import EPSILON, Standardiser
+
+Place = tuple[slice, slice]
+"""Which targets and which sources of a block; for a paired block which edges, and ``slice(0, 1)``."""
+
+
+def block_shape(block: EdgeBlock) -> tuple[int, int]:
+    """Targets and sources of a block; for a paired block the number of edges, and 1."""
+    return block.target.size, block.source.size if block.kind is BlockKind.DENSE else 1
+
+
+def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor) -> Tensor:
+    """The tensor itself, or a contiguous copy if its strides do not allow the blocks' views."""
+    try:
+        for block in blocks:
+            block.view(tensor)
+    except RuntimeError:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+def _blocks_by_parameter(graph: NeuralGraph) -> dict[str, list[EdgeBlock]]:
+    blocks: dict[str, list[EdgeBlock]] = {name: [] for name in graph.shapes}
+    for block in graph.parameter_blocks:
+        blocks[str(block.parameter)].append(block)
+    return blocks
+
+
+def piece_of(block: EdgeBlock, parameter: Tensor, place: Place) -> Tensor:
+    """View a piece of a parameter as ``[F, t, s]``, F elements per edge."""
+    view = block.view(parameter)
+    if block.kind is BlockKind.DENSE:
+        return view[place[1], place[0]].permute(2, 1, 0)
+    return view[place[0]].t()[..., None]
+
+
+@dataclass(frozen=True)
+class Jump:
+    """How far a nowcast moves the weights."""
+
+    distance: float
+    """Norm of the change."""
+    norm: float
+    """Norm of the weights before."""
+
+    @property
+    def relative(self) -> float:
+        """Norm of the change over the norm of the weights; NaN if those are all zero."""
+        return self.distance / self.norm if self.norm else math.nan
+
+
+class SnapshotReader:
+    """Reads standardised snapshots.
+
+    Args:
+        graph: of the model.
+        snapshots: oldest first, per parameter name a tensor of any floating dtype on any device.
+        scalers: of every parameter.
+        device: where pieces are wanted.
+        dtype: in which they are wanted.
+    """
+
+    def __init__(
+        self,
+        graph: NeuralGraph,
+        snapshots: Sequence[Mapping[str, Tensor]],
+        scalers: Mapping[str, Standardiser],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        blocks = _blocks_by_parameter(graph)
+        self._snapshots = {
+            name: [viewable(blocks[name], snapshot[name]) for snapshot in snapshots] for name in graph.shapes
+        }
+        self.scalers = scalers
+        self.context = len(snapshots)
+        self.device = device
+        self.dtype = dtype
+
+    def read(self, block: EdgeBlock, place: Place) -> Tensor:
+        """The standardised snapshots of a piece: ``[F * C, t, s]``, kernel-position-major."""
+        name = str(block.parameter)
+        pieces = [piece_of(block, snapshot, place) for snapshot in self._snapshots[name]]
+        num_features, *shape = pieces[0].shape
+        out = torch.empty(num_features, self.context, *shape, dtype=self.dtype, device=self.device)
+        for age, piece in enumerate(pieces):
+            out[:, age].copy_(piece)
+        return self.scalers[name].apply(out).flatten(0, 1)
+
+
+class PredictionWriter:
+    """Writes predicted weights into tensors, and measures how far they moved.
+
+    Args:
+        graph: of the model.
+        tensors: what to write into, by parameter name; parameters of the graph that are left out stay as they are.
+        scalers: of every parameter.
+    """
+
+    def __init__(self, graph: NeuralGraph, tensors: Mapping[str, Tensor], scalers: Mapping[str, Standardiser]) -> None:
+        blocks = _blocks_by_parameter(graph)
+        self.tensors = tensors
+        self._views = {name: viewable(blocks[name], tensor) for name, tensor in tensors.items()}
+        self.scalers = scalers
+        self._sums: dict[str, Tensor] = {}
+
+    def wants(self, block: EdgeBlock) -> bool:
+        """Whether the block's parameter is to be predicted."""
+        return block.parameter in self.tensors
+
+    def write(self, block: EdgeBlock, place: Place, last: Tensor, movement: Tensor) -> None:
+        """Write a piece.
+
+        Args:
+            block: of the graph.
+            place: which of its edges.
+            last: the standardised last snapshot, ``[F, t, s]``.
+            movement: how far each standardised weight moves from there, ``[F, t, s]``.
+        """
+        name = str(block.parameter)
+        scaler = self.scalers[name]
+        target = piece_of(block, self._views[name], place)
+        new = scaler.invert(last + movement)
+        target.copy_(new)
+        # Of what arrived in the target: a value that overflows its dtype is infinite only there.
+        arrived = target.to(new)
+        old = last * (scaler.std + EPSILON) + scaler.mean
+        sums = torch.stack([(arrived - old).square().sum(), old.square().sum()]).double()
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def finish(self) -> Jump:
+        """Complete what was written.
+
+        Raises:
+            SnapshotError: if any prediction is NaN or infinite in its tensor's dtype.
+        """
+        for name, view in self._views.items():
+            if view is not self.tensors[name]:
+                self.tensors[name].copy_(view)
+        moved, total = 0.0, 0.0
+        for name, sums in self._sums.items():
+            moved_here, total_here = sums.tolist()
+            if not math.isfinite(moved_here):
+                raise SnapshotError(
+                    f"the nowcast of {name} is NaN or infinite in {self.tensors[name].dtype}; it was refused"
+                )
+            moved, total = moved + moved_here, total + total_here
+        return Jump(math.sqrt(moved), math.sqrt(total))
