@@ -288,6 +288,8 @@ def _check_backup(parameters: Mapping[str, Tensor], snapshot: Mapping[str, Tenso
     for name, parameter in parameters.items():
         copy = snapshot.get(name)
         if copy is None or copy.dtype != parameter.dtype or not torch.equal(copy.to(parameter.device), parameter):
+            if not bool(torch.isfinite(parameter).all()):
+                raise SnapshotError(f"{name} holds NaN or infinity; there is nothing to nowcast from")
             raise SnapshotError(
                 f"the last snapshot does not hold the present values of {name}; take it after the last update, in the "
                 "parameters' own dtype, so that they can be restored from it"

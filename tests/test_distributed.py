@@ -38,6 +38,7 @@ def _train(rank: int, folder: str) -> None:
     torch.save(
         {"weights": weights, "reports": [(r.step, r.accepted, r.reason) for r in optimizer.reports]}, f"{folder}/{rank}"
     )
+    dist.barrier()  # a process that leaves early can take the other one down
     dist.destroy_process_group()
 
 

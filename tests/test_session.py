@@ -234,14 +234,6 @@ def _key_error(newest: Weights) -> Weights:
     raise KeyError("0.weight")
 
 
-def _second_not_finite(newest: Weights) -> Weights:
-    return {**add(1)(newest), "2.bias": torch.tensor([0.0, math.nan])}
-
-
-def _second_of_other_shape(newest: Weights) -> Weights:
-    return {**add(1)(newest), "2.bias": torch.zeros(1)}  # would broadcast
-
-
 def _second_missing(newest: Weights) -> Weights:
     return {name: value + 1 for name, value in newest.items() if name != "2.bias"}
 
@@ -251,8 +243,6 @@ def _second_missing(newest: Weights) -> Weights:
     [
         (_out_of_memory, "out of memory"),
         (_key_error, "0.weight"),
-        (_second_not_finite, "2.bias is not finite"),
-        (_second_of_other_shape, "of another shape"),
         (_second_missing, "2.bias"),
     ],
 )
@@ -305,14 +295,14 @@ def test_nan_in_a_snapshot_costs_one_nowcast(caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_jump_beyond_the_range_of_half_precision_is_refused() -> None:
+    nowcaster = tiny_nowcaster()
+    nn.init.constant_(nowcaster.network.head.bias, 1e6)  # deviations ahead: finite until it is written
     model = one_layer().half()
-    session = NowcastSession(
-        model, ScriptedNowcaster(lambda newest: {n: v.float() + 1e6 for n, v in newest.items()}), period=PERIOD
-    )
+    session = NowcastSession(model, nowcaster, period=PERIOD)
 
     update(session, PERIOD)
 
-    assert "not finite as torch.float16" in session.reports[0].reason
+    assert "0.weight is NaN or infinite in torch.float16" in session.reports[0].reason
     assert model[0].weight.tolist() == [[6, 6]]
 
 

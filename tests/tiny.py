@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nino
+from nino.engine.weights import Jump
 from nino.model import build_network
 
 PERIOD = 6
@@ -32,16 +33,29 @@ def tiny_nowcaster(**settings: Any) -> nino.Nowcaster:
 
 
 class ScriptedNowcaster(nino.Nowcaster):
-    """Answers ``predict`` by ``answer(newest snapshot)`` and keeps what it was asked."""
+    """Predicts ``answer(newest snapshot)``, one parameter after another, and keeps what it was asked."""
 
     def __init__(self, answer: Callable[[Weights], Weights], **settings: Any) -> None:
         super().__init__(build_network(tiny_config(**settings)))
         self.answer = answer
         self.asked: list[tuple[int, list[Weights]]] = []
 
-    def predict(self, snapshots: Sequence[Mapping[str, Tensor]], horizon: int, *args: Any, **kwargs: Any) -> Weights:
+    def _predict_into(
+        self,
+        tensors: Mapping[str, Tensor],
+        snapshots: Sequence[Mapping[str, Tensor]],
+        horizon: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Jump:
         self.asked.append((horizon, [{name: value.clone() for name, value in each.items()} for each in snapshots]))
-        return self.answer({name: value.clone() for name, value in snapshots[-1].items()})
+        answer = self.answer({name: value.clone() for name, value in snapshots[-1].items()})
+        moved, norm = 0.0, 0.0
+        for name, tensor in tensors.items():
+            norm += float(tensor.float().square().sum())
+            moved += float((answer[name].float() - tensor.float()).square().sum())
+            tensor.copy_(answer[name])
+        return Jump(moved**0.5, norm**0.5)
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
