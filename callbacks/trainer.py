@@ -34,7 +34,8 @@ class NowcastCallback(TrainerCallback):
     Args:
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
         period: optimizer updates between nowcasts.
-        snapshots_on: where snapshots are kept: ``"cpu"`` or the parameters' ``"device"``.
+        snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
+        snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one that is neither
             in its output folder nor named by ``args.resume_from_checkpoint``.
@@ -52,12 +53,14 @@ class NowcastCallback(TrainerCallback):
         period: int = 1000,
         *,
         snapshots_on: Place = "cpu",
+        snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
         resume_from: str | Path | None = None,
     ) -> None:
         self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
         self.period = period
         self.snapshots_on = snapshots_on
+        self.snapshot_folder = snapshot_folder
         self.snapshot_dtype = snapshot_dtype
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
@@ -85,6 +88,7 @@ class NowcastCallback(TrainerCallback):
             period=self.period,
             max_steps=state.max_steps if state.max_steps > 0 else None,
             snapshots_on=self.snapshots_on,
+            snapshot_folder=self.snapshot_folder,
             snapshot_dtype=self.snapshot_dtype,
             optimizer=optimizer,
             on_report=self._to_log.append,

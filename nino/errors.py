@@ -18,7 +18,7 @@ class SnapshotError(NinoError):
 
 
 class CheckpointError(NinoError):
-    """A nowcaster's weights or config cannot be read."""
+    """A nowcaster's weights or config, or a training checkpoint, cannot be read."""
 
 
 class TrajectoryError(NinoError):

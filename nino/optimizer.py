@@ -36,7 +36,8 @@ class NowcastOptimizer(Optimizer):
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
         period: optimizer updates between nowcasts.
         max_steps: optimizer updates of the whole run; horizons shrink towards its end. ``None`` if unknown.
-        snapshots_on: where snapshots are kept: ``"cpu"`` or the parameters' ``"device"``.
+        snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
+        snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         on_report: called with every :class:`NowcastReport`, one update after the nowcast.
 
@@ -62,6 +63,7 @@ class NowcastOptimizer(Optimizer):
         period: int = 1000,
         max_steps: int | None = None,
         snapshots_on: Place = "cpu",
+        snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
@@ -74,6 +76,7 @@ class NowcastOptimizer(Optimizer):
             period=period,
             max_steps=max_steps,
             snapshots_on=snapshots_on,
+            snapshot_folder=snapshot_folder,
             snapshot_dtype=snapshot_dtype,
             optimizer=optimizer,
             on_report=on_report,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.distributed import agree, from_first_process
+from nino.engine.weights import Jump
 from nino.errors import NinoError, SnapshotError
 from nino.history import Place, SnapshotStore
 from nino.nowcaster import Nowcaster
@@ -77,7 +78,8 @@ class NowcastSession:
         nowcaster: a nowcaster, or a name for :meth:`Nowcaster.from_pretrained`.
         period: optimizer updates between nowcasts; a multiple of the nowcaster's context.
         max_steps: optimizer updates of the whole run, if known; see :class:`ScheduleConfig`.
-        snapshots_on: where snapshots are kept, ``"cpu"`` or the parameters' ``"device"``.
+        snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
+        snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
         on_report: called with each nowcast's report once the loss after it is known.
@@ -95,6 +97,7 @@ class NowcastSession:
         period: int = 1000,
         max_steps: int | None = None,
         snapshots_on: Place = "cpu",
+        snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
         optimizer: Optimizer | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
@@ -117,7 +120,7 @@ class NowcastSession:
         self.graph = self.nowcaster.graph_of(self.model)
         self.nowcaster.check_fits(self.graph)
         self._check_parameters()
-        self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype)
+        self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
         self.on_report = on_report
         self.step = 0
         self.reports: list[NowcastReport] = []
@@ -272,27 +275,22 @@ class NowcastSession:
         )
         began = time.perf_counter()
         parameters = self.trainable_parameters()
-        new: dict[str, Tensor] = {}
-        moved, norm, reason = math.nan, math.nan, ""
+        jump, reason, before = Jump(math.nan, math.nan), "", {}
         try:
-            new = self._predict(horizon, parameters)
-            moved, norm = measure_jump(parameters, new)
+            before = self._backup(parameters)
+            jump = self._predict(horizon, parameters, before)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
             reason = str(error) or repr(error)
-        everyone_did, are_alike = agree(not reason, norm, self._device(parameters))
+        everyone_did, are_alike = agree(not reason, jump.norm, self._device(parameters))
         if not everyone_did:
-            reason = reason or "another process refused it"
+            if not reason:
+                write_parameters(parameters, before)
+                reason = "another process refused it"
             logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, reason)
             return replace(report, reason=reason, seconds=time.perf_counter() - began)
         if are_alike:
-            new = from_first_process({name: new[name] for name in parameters})
-        write_parameters(parameters, new)
-        report = replace(
-            report,
-            accepted=True,
-            seconds=time.perf_counter() - began,
-            relative_jump=moved / norm if norm else math.nan,
-        )
+            write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
+        report = replace(report, accepted=True, seconds=time.perf_counter() - began, relative_jump=jump.relative)
         logger.info(
             "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",
             report.step,
@@ -303,39 +301,33 @@ class NowcastSession:
         )
         return report
 
-    def _predict(self, horizon: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        live = {n: p.detach() for n, p in self.model.named_parameters() if n in self.graph.shapes}
-        fixed = {name: value for name, value in live.items() if name not in parameters}
+    def _backup(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Copies of the parameters as they are: the newest snapshot, which is of this very update, if it is exact."""
         if not self.store.is_full:
             raise SnapshotError(
                 f"{len(self.store)} of {self.store.context} snapshots were taken since the history began"
             )
-        # The newest snapshot is of this very update: the live weights in its place are exact whatever the snapshots'
-        # dtype, so that a nowcast does not round them.
-        snapshots = [*({**fixed, **snapshot} for snapshot in self.store.snapshots[:-1]), live]
-        device = self._device(parameters)
-        return self.nowcaster.predict(snapshots, horizon, self.graph, positions=self._positions, device=device)
+        if self.store.exact:
+            return self.store.snapshots[-1]
+        return {
+            name: parameter.detach().to(parameter.device if self.store.place == "device" else "cpu", copy=True)
+            for name, parameter in parameters.items()
+        }
+
+    def _predict(self, horizon: int, parameters: Mapping[str, nn.Parameter], newest: Mapping[str, Tensor]) -> Jump:
+        fixed = {
+            name: parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if name in self.graph.shapes and name not in parameters
+        }
+        snapshots = [{**fixed, **snapshot} for snapshot in (*self.store.snapshots[:-1], newest)]
+        return self.nowcaster.predict_(
+            parameters, snapshots, horizon, self.graph, positions=self._positions, device=self._device(parameters)
+        )
 
     @staticmethod
     def _device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
         return next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
-
-
-@torch.no_grad()
-def measure_jump(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Return the norm of the change and the norm of the parameters.
-
-    Raises:
-        SnapshotError: if a new value does not fit its parameter, or is not finite in the parameter's dtype.
-    """
-    moved, total = 0.0, 0.0
-    for name, parameter in parameters.items():
-        value = new[name].to(device=parameter.device, dtype=parameter.dtype)
-        if value.shape != parameter.shape or not bool(torch.isfinite(value).all()):
-            raise SnapshotError(f"the nowcast of {name} is not finite as {parameter.dtype}, or of another shape")
-        moved += float((value.float() - parameter.float()).square().sum())
-        total += float(parameter.float().square().sum())
-    return math.sqrt(moved), math.sqrt(total)
 
 
 @torch.no_grad()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
+
 from nino.errors import NinoError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def fail(message: str) -> NoReturn:
@@ -22,6 +27,25 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return value
+
+
+def memory_size(text: str) -> int:
+    """An argparse type for numbers of bytes: 500MB, 2GB, 1.5GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.strip().upper())
+    value = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}")
+    return value
+
+
+def torch_device(text: str) -> torch.device:
+    """An argparse type for devices that are there."""
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises whatever the backend does
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; use cpu or cuda") from error
+    return device
 
 
 def run_main(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:

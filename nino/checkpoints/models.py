@@ -1,0 +1,97 @@
+"""The model behind a checkpoint: built without memory, and by what names the checkpoint holds its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nino.checkpoints.reading import CONFIG_FILE, one_line
+from nino.errors import CheckpointError, NinoError, SnapshotError
+
+PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+"""What the wrappers of data parallelism and ``torch.compile`` put before every name."""
+
+
+def model_from_config(folder: str | Path) -> nn.Module:
+    """Build the transformers model of a ``config.json`` on the meta device; no code that comes with it is run.
+
+    Raises:
+        CheckpointError: if transformers cannot build it.
+        NinoError: if transformers is not installed.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; expected the folder of a transformers model")
+    try:
+        import transformers
+    except ImportError as error:
+        raise NinoError(f"{path} describes a transformers model: pip install 'nino[trainer]' ({error})") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(path.parent), local_files_only=True, trust_remote_code=False
+        )
+        name = next(iter(config.architectures or []), "")
+        make = getattr(transformers, name, None) or transformers.AutoModelForCausalLM.from_config
+        with torch.device("meta"):
+            return make(config)
+    except Exception as error:  # whatever a foreign library raises for a config that it does not know
+        raise CheckpointError(
+            f"{path} is of no model that transformers can build; give it: {one_line(error)}"
+        ) from error
+
+
+def model_from_factory(make: Callable[[], object], name: str) -> nn.Module:
+    """Call a function that returns the model: on the meta device, or with memory if it does not work there.
+
+    Args:
+        make: takes no arguments.
+        name: of the function, for errors.
+
+    Raises:
+        NinoError: if it fails, or returns anything else.
+    """
+    try:
+        try:
+            with torch.device("meta"):
+                model = make()
+        except Exception:  # it reads values, loads weights, moves the model, ...
+            model = make()
+    except Exception as error:  # code of the user
+        raise NinoError(f"{name}() failed: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise NinoError(f"{name}() must return the model, a torch.nn.Module, got a {type(model).__name__}")
+    return model
+
+
+def entries_of(model: nn.Module, parameters: Iterable[str], saved: Collection[str]) -> dict[str, list[str]]:
+    """Find under which names a checkpoint holds the model's parameters.
+
+    Tied parameters may be saved under any of their names, or under several.
+
+    Args:
+        model: on any device.
+        parameters: names that are wanted, of ``model.named_parameters()``.
+        saved: names in the checkpoint.
+
+    Returns:
+        Per parameter the names of its entries, at least one.
+
+    Raises:
+        SnapshotError: if parameters are missing.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    aliases = {group[0]: group for group in names.values()}
+    missing: list[str] = []
+    for prefix in PREFIXES:
+        found = {p: [prefix + alias for alias in aliases[p] if prefix + alias in saved] for p in parameters}
+        if all(found.values()):
+            return found
+        missing = missing or sorted(p for p in found if not found[p])
+    raise SnapshotError(
+        f"the checkpoints are not of {type(model).__name__}: they lack its {missing[0]} ({len(missing)} in all)"
+    )

@@ -1,0 +1,248 @@
+"""A nowcast outside the training process: from saved checkpoints to a new one that training resumes from."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nino.checkpoints.models import entries_of, model_from_config
+from nino.checkpoints.reading import Checkpoint, one_line, open_checkpoint
+from nino.checkpoints.sequence import OUTSIDE, check_series, find_checkpoints
+from nino.checkpoints.writing import DTYPES, NewCheckpoint, check_destination
+from nino.errors import NinoError, SnapshotError
+from nino.nowcaster import Nowcaster
+from nino.schedule import ScheduleConfig, horizon_at
+from nino.session import unwrap
+
+logger = logging.getLogger(__name__)
+
+Snapshot = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointNowcast:
+    """What :func:`nowcast_checkpoints` did."""
+
+    checkpoints: list[str]
+    """Where the snapshots came from, oldest first."""
+    steps: list[int] | None
+    """The updates after which they were saved, if that is known."""
+    horizon: int
+    """How far ahead, in intervals between checkpoints."""
+    relative_jump: float
+    """Norm of the change over the norm of the weights."""
+    parameters: int
+    """Tensors that were predicted."""
+    unchanged: int
+    """Parameters that are the same in all checkpoints (frozen), and stay so."""
+    seconds: float
+    """Wall-clock time of everything."""
+
+
+def nowcast_checkpoints(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    nowcaster: Nowcaster,
+    horizon: int | None = None,
+    *,
+    model: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    memory_budget: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckpointNowcast:
+    """Predict from saved checkpoints and write the prediction as a new checkpoint.
+
+    The new checkpoint is a copy of the last one in everything but the predicted weights. It appears at ``out`` once it
+    is whole; whatever goes wrong before, nothing does.
+
+    Args:
+        paths: ``nowcaster.config.context`` checkpoint folders, or files with state dicts, oldest first; or one output
+            folder of the Trainer, of which the newest evenly spaced checkpoints are taken.
+        out: the new folder, or file; must not exist.
+        nowcaster: that predicts.
+        horizon: intervals between checkpoints to look ahead, 1 to ``nowcaster.config.max_horizon``; by default what
+            :class:`nino.callbacks.NowcastCallback` would choose at this point of the run.
+        model: whose weights these are, on any device, meta included; by default that of the ``config.json`` beside the
+            weights.
+        dtype: in which the network computes.
+        device: where it computes; by default on the CPU.
+        memory_budget: bytes, as in :meth:`Nowcaster.predict_`.
+        progress: called with the work done and the total.
+
+    Raises:
+        CheckpointError: if a checkpoint cannot be read.
+        SnapshotError: if the checkpoints are not a series of one model, or hold NaN.
+        NinoError: if an argument is out of range, or the destination cannot be written.
+
+    Example:
+        >>> nowcast_checkpoints(["run"], "nowcast", Nowcaster.from_pretrained("nino-tiny"))  # doctest: +SKIP
+    """
+    began = time.perf_counter()
+    out, config = Path(out), nowcaster.config
+    if horizon is not None and not (isinstance(horizon, int) and 1 <= horizon <= config.max_horizon):
+        raise NinoError(f"horizon must be 1 to {config.max_horizon} intervals between checkpoints, got {horizon!r}")
+    checkpoints = [open_checkpoint(path) for path in find_checkpoints(paths, config.context)]
+    last = checkpoints[-1]
+    check_destination(out, last)
+    steps = check_series(checkpoints)
+    _warn_at_the_end(steps, last.trainer_state)
+    horizon = horizon or default_horizon(steps, last.trainer_state, nowcaster)
+    model = _model_of(last) if model is None else unwrap(model)
+    graph = nowcaster.graph_of(model)
+    nowcaster.check_fits(graph)
+    entries = entries_of(model, graph.shapes, last.tensors)
+    snapshots = [_snapshot(checkpoint, entries, graph.shapes) for checkpoint in checkpoints]
+    _check_ties(last, entries)
+    moving = _moving(snapshots)
+    _refuse_strangers(checkpoints, entries, model)
+    try:
+        with NewCheckpoint(last, out) as new:
+            parameters = {name: new.tensors[entries[name][0]] for name in moving}
+            moved = nowcaster.predict_(
+                parameters,
+                snapshots,
+                horizon,
+                graph,
+                dtype=dtype,
+                device=device,
+                memory_budget=memory_budget,
+                progress=progress,
+            )
+            _write_ties(new.tensors, {name: entries[name] for name in moving})
+            result = CheckpointNowcast(
+                checkpoints=[str(checkpoint.path) for checkpoint in checkpoints],
+                steps=steps,
+                horizon=horizon,
+                relative_jump=moved.relative,
+                parameters=len(moving),
+                unchanged=len(graph.shapes) - len(moving),
+                seconds=time.perf_counter() - began,
+            )
+            new.commit(asdict(result), _log_entry(result))
+    except OSError as error:
+        raise NinoError(f"{out} could not be written, and nothing was: {one_line(error)}") from error
+    return result
+
+
+def default_horizon(steps: Sequence[int] | None, trainer_state: Mapping[str, Any], nowcaster: Nowcaster) -> int:
+    """Return the horizon that the callback would choose, with a period of as many intervals as there are checkpoints.
+
+    It shrinks towards the end of the run; if that is not known, one period.
+    """
+    context = nowcaster.config.context
+    end = trainer_state.get("max_steps")
+    known = steps is not None and isinstance(end, int) and end > 0
+    schedule = ScheduleConfig(
+        period=context * (steps[1] - steps[0]) if steps else context,
+        context=context,
+        max_steps=end if known else None,
+        max_horizon=nowcaster.config.max_horizon,
+    )
+    return horizon_at(steps[-1] if steps else context, schedule)
+
+
+def _warn_at_the_end(steps: Sequence[int] | None, trainer_state: Mapping[str, Any]) -> None:
+    end = trainer_state.get("max_steps")
+    if steps is not None and isinstance(end, int) and 0 < end <= steps[-1]:
+        logger.warning(
+            "training was to end after %d updates and has: a nowcast needs training after it: resume with more updates",
+            end,
+        )
+
+
+def _model_of(last: Checkpoint) -> nn.Module:
+    if not last.config:
+        raise NinoError(
+            f"{last.path} has no config.json that says what model it is; give the model (--model or --config)"
+        )
+    return model_from_config(last.path)
+
+
+def _snapshot(
+    checkpoint: Checkpoint, entries: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, ...]]
+) -> Snapshot:
+    """The model's parameters by their names; refused if they do not fit it or are not healthy."""
+    snapshot = {}
+    for name, shape in shapes.items():
+        value = checkpoint.tensors[entries[name][0]].detach()
+        if value.dtype not in DTYPES.values():
+            raise SnapshotError(
+                f"{checkpoint.path}: {name} is {value.dtype}; weights must be floating point of 16 bits or more"
+            )
+        if tuple(value.shape) != shape:
+            raise SnapshotError(
+                f"{checkpoint.path}: {name} has shape {tuple(value.shape)}, the model expects {shape}; give "
+                "the model that was trained"
+            )
+        # The extremes are NaN if any element is: much faster than isfinite, and no copy.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(value))).all()):
+            raise SnapshotError(f"{checkpoint.path}: {name} holds NaN or infinity; nowcast from healthy checkpoints")
+        snapshot[name] = value
+    return snapshot
+
+
+def _moving(snapshots: Sequence[Snapshot]) -> list[str]:
+    """The parameters that training changes; the others are frozen."""
+    moving = [name for name in snapshots[-1] if _differs([snapshot[name] for snapshot in snapshots])]
+    if not moving:
+        raise SnapshotError("the checkpoints hold the same weights: nothing was trained between them; choose others")
+    return moving
+
+
+def _differs(values: Sequence[Tensor]) -> bool:
+    return any(not torch.equal(value, values[-1]) for value in values[:-1])
+
+
+def _check_ties(last: Checkpoint, entries: Mapping[str, Sequence[str]]) -> None:
+    for first, *others in entries.values():
+        for other in others:
+            if not torch.equal(last.tensors[first], last.tensors[other]):
+                raise SnapshotError(
+                    f"{last.path}: {first} and {other} differ, but the model ties them; give the model that was trained"
+                )
+
+
+def _write_ties(tensors: Mapping[str, Tensor], entries: Mapping[str, Sequence[str]]) -> None:
+    """Give the other entries of tied parameters, which may be copies, the predicted values."""
+    for first, *others in entries.values():
+        for other in others:
+            tensors[other].copy_(tensors[first])
+
+
+def _refuse_strangers(
+    checkpoints: Sequence[Checkpoint], entries: Mapping[str, Sequence[str]], model: nn.Module
+) -> None:
+    """Refuse weights that were trained but are not in the model; buffers and constants may be saved along."""
+    known = {name for group in entries.values() for name in group}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, value in checkpoints[-1].tensors.items():
+        is_buffer = any(name == buffer or name.endswith("." + buffer) for buffer in buffers)
+        if name in known or is_buffer or not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if _differs([checkpoint.tensors[name] for checkpoint in checkpoints]):
+            raise SnapshotError(
+                f"{checkpoints[-1].path}: {name} was trained but is not in {type(model).__name__}; give the model that "
+                "was trained"
+            )
+
+
+def _log_entry(result: CheckpointNowcast) -> dict[str, Any]:
+    """The nowcast as an entry of the Trainer's log, named as the callback names its own."""
+    step = result.steps[-1] if result.steps else 0
+    return {
+        "step": step,
+        "nowcast/step": step,
+        "nowcast/horizon": result.horizon,
+        "nowcast/accepted": 1.0,
+        "nowcast/seconds": result.seconds,
+        "nowcast/relative_jump": result.relative_jump,
+        OUTSIDE: 1.0,
+    }

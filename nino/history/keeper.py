@@ -1,0 +1,45 @@
+"""What every place for snapshots can do: take a copy, let go of one, and say when copies are complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass
+class Kept:
+    """One stored snapshot."""
+
+    tensors: dict[str, Tensor]
+    """By parameter name."""
+    origin: Any
+    """What its keeper needs to know it by."""
+    is_exact: bool = False
+    """Whether it is a bit-for-bit copy."""
+    is_lent: bool = False
+    """Whether someone may hold its tensors for good: they must never be overwritten."""
+
+
+class Keeper(Protocol):
+    """A place for snapshots."""
+
+    def keep(self, parameters: Mapping[str, Tensor]) -> Kept:
+        """Copy the parameters; the copy may still be under way on return (see ``finish``)."""
+
+    def release(self, kept: Kept) -> None:
+        """Let go of a snapshot; its memory may be held for a later one."""
+
+    def trim(self) -> None:
+        """Give back memory that is held for later snapshots."""
+
+    def wait(self) -> None:
+        """Make the work that is queued on devices from now on wait for copies under way; does not block."""
+
+    def finish(self) -> None:
+        """Block until all copies are complete."""
+
+    def close(self) -> None:
+        """Leave no trace; all snapshots were released before."""

@@ -1,0 +1,320 @@
+"""Measure what a nowcast costs: seconds per weight, extra memory, and how near the engine is to the machine's limits.
+
+    python scripts/benchmark_nowcast.py
+    python scripts/benchmark_nowcast.py --models llama-1b --nowcaster nino-tiny --out results/benchmark-1b
+
+Weights are random (only shapes matter). Every model is measured in a process of its own: wiring, positions, then
+nowcasts straight into the live weights by the blockwise engine, in turns with the edge-by-edge definition where that
+fits in memory, so that ratios come from one run on one machine. The limits are measured in the same process: how long
+the matrix products of a nowcast take at the machine's rate, and its non-linearities. Extra memory is the peak beyond
+weights and snapshots. Results: a table here, ``results.json`` and ``cost.png`` in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from nino import NeuralGraph, Nowcaster, NowcasterConfig
+from nino.data import build_model
+from nino.engine.hardware import product_dtype
+from nino.engine.tiling import TILE_EDGES
+from nino.model import build_network
+from tasks.cli import memory_size, positive_int, run_main, torch_device
+from tasks.machine import describe_machine
+from tasks.report import format_table
+from tasks.sizes import ARCHITECTURES
+
+HORIZON = 20
+PRODUCTS = 3
+"""H x H products per weight."""
+NON_LINEARITIES = 4
+"""H-wide non-linearities per weight: the first hidden vector twice, the second, the third."""
+BUSY_PERCENT = 15.0
+"""If others use more of the cores than this, a measurement is marked as disturbed."""
+HALF_PRECISION_FROM = 500_000_000
+"""Larger models are held in bfloat16, weights and snapshots."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def random_snapshots(
+    graph: NeuralGraph, context: int, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Weights that drift, oldest first."""
+    generator = torch.Generator(device).manual_seed(0)
+    snapshots: list[dict[str, Tensor]] = [{} for _ in range(context)]
+    for name, shape in graph.shapes.items():
+        start, drift = (torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2))
+        for age, snapshot in enumerate(snapshots):
+            snapshot[name] = torch.add(start, drift, alpha=0.05 * age).mul_(0.02)
+    return snapshots
+
+
+def load_nowcaster(name: str) -> Nowcaster:
+    """A nowcaster by name, from a published ``.pt`` file, or ``hidden-128``: random weights of the published width."""
+    if name.startswith("hidden-") and name[7:].isdigit():
+        torch.manual_seed(0)
+        return Nowcaster(build_network(NowcasterConfig(hidden=int(name[7:]))))
+    return Nowcaster.from_official(name) if name.endswith(".pt") else Nowcaster.from_pretrained(name)
+
+
+class Memory:
+    """The peak of memory in use beyond what was in use at the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak_bytes = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch while something runs: the allocator's own count on CUDA, else samples of the resident memory."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            yield
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device) - before)
+            return
+        process, stop = psutil.Process(), threading.Event()
+        before = process.memory_info().rss
+
+        def sample() -> None:
+            while not stop.wait(0.005):
+                self.peak_bytes = max(self.peak_bytes, process.memory_info().rss - before)
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        yield
+        stop.set()
+        thread.join()
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds of an action; on CUDA between two events on the device."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        action()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def limits(hidden: int, num_weights: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The least seconds that a nowcast's products and non-linearities take on this machine, each by itself."""
+    vectors = torch.randn(TILE_EDGES[device.type], hidden, device=device)
+    products = product_dtype(dtype, device)
+    weight, factor = torch.randn(hidden, hidden, device=device, dtype=products), vectors.to(products)
+    out = torch.empty_like(factor)
+
+    def best(action: Callable[[], object]) -> float:
+        return min(timed(action, device) for _ in range(50)) / len(vectors)
+
+    product = best(lambda: torch.mm(factor, weight, out=out))
+    non_linearity = best(lambda: F.silu(vectors, inplace=True))
+    return {
+        "products seconds": PRODUCTS * product * num_weights,
+        "non-linearities seconds": NON_LINEARITIES * non_linearity * num_weights,
+        "product rate flops": 2 * hidden**2 / product,
+    }
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one model; runs in a process of its own."""
+    device: torch.device = args.device
+    torch.set_num_threads(args.threads)
+    busy = psutil.cpu_percent(interval=1.0)
+    nowcaster = load_nowcaster(args.nowcaster)
+    context = nowcaster.config.context
+    began = time.perf_counter()
+    graph = NeuralGraph.from_model(build_model(ARCHITECTURES[name], device="meta"))
+    wired = time.perf_counter()
+    positions = graph.positions(nowcaster.config.num_positions)
+    placed = time.perf_counter()
+    num_weights = sum(torch.Size(shape).numel() for shape in graph.shapes.values())
+    _warm_up(nowcaster, device)
+
+    weights_dtype = torch.bfloat16 if num_weights >= HALF_PRECISION_FROM else torch.float32
+    snapshots = random_snapshots(graph, context, weights_dtype, device)
+    live = {parameter: tensor.clone() for parameter, tensor in snapshots[-1].items()}
+    memory = Memory(device)
+
+    def nowcast(dtype: torch.dtype, bar: Any) -> None:
+        def progress(done: int, total: int) -> None:
+            bar.update((done / total - bar.n) if done < total else 1 - bar.n)
+
+        for parameter, tensor in live.items():
+            tensor.copy_(snapshots[-1][parameter])
+        with memory.watched():
+            nowcaster.predict_(
+                live,
+                snapshots,
+                HORIZON,
+                graph,
+                positions,
+                dtype=dtype,
+                fuse=args.fuse,
+                memory_budget=args.memory_budget,
+                progress=progress,
+            )
+
+    def define() -> None:
+        nowcaster.predict(snapshots, HORIZON, graph, positions, engine="edges")
+
+    seconds: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
+    edges: list[float] = []
+    for _ in range(args.repeats):
+        for dtype in args.dtypes:
+            bar_format = "{desc}: {percentage:3.0f}% in {elapsed}, {remaining} to go"
+            with tqdm(total=1.0, desc=f"{name} {dtype}", bar_format=bar_format, mininterval=1, leave=False) as bar:
+                seconds[dtype].append(timed(lambda d=dtype, b=bar: nowcast(DTYPES[d], b), device))  # type: ignore[misc]
+        if num_weights <= args.edges_up_to:
+            edges.append(timed(define, device))
+    return {
+        "model": name,
+        "weights": num_weights,
+        "nodes": graph.num_nodes,
+        "weights dtype": str(weights_dtype).removeprefix("torch."),
+        "wiring seconds": wired - began,
+        "positions seconds": placed - wired,
+        "blockwise seconds": seconds,
+        "edges seconds": edges,
+        "extra bytes": memory.peak_bytes,
+        "weights and snapshots bytes": (context + 1) * num_weights * weights_dtype.itemsize,
+        "peak bytes": psutil.Process().memory_info().rss if device.type == "cpu" else None,
+        "limits": {dtype: limits(nowcaster.config.hidden, num_weights, DTYPES[dtype], device) for dtype in args.dtypes},
+        "busy percent before": busy,
+    }
+
+
+def _warm_up(nowcaster: Nowcaster, device: torch.device) -> None:
+    """Start threads and libraries, so that they count neither as time nor as memory."""
+    graph = NeuralGraph.from_model(build_model(ARCHITECTURES["cnn-14k"], device="meta"))
+    snapshots = random_snapshots(graph, nowcaster.config.context, torch.float32, device)
+    nowcaster.predict(snapshots, HORIZON, graph)
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model and dtype; medians."""
+    rows = []
+    for run in runs:
+        edges = median(run["edges seconds"]) if run["edges seconds"] else None
+        for dtype, seconds in run["blockwise seconds"].items():
+            spent, limit = median(seconds), run["limits"][dtype]
+            rows.append(
+                {
+                    "model": run["model"],
+                    "weights": run["weights"],
+                    "dtype": dtype,
+                    "seconds": spent,
+                    "us/weight": 1e6 * spent / run["weights"],
+                    "x edges": edges / spent if edges else None,
+                    "% products": 100 * limit["products seconds"] / spent,
+                    "% non-lin.": 100 * limit["non-linearities seconds"] / spent,
+                    "extra MB": run["extra bytes"] / 1e6,
+                    "wiring + positions s": run["wiring seconds"] + run["positions seconds"],
+                }
+            )
+    return rows
+
+
+def draw(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Time per weight and extra memory against the size of the model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = [run["weights"] for run in runs]
+    figure, (cost, memory) = plt.subplots(1, 2, figsize=(12, 4))
+    for number, dtype in enumerate(runs[0]["blockwise seconds"]):
+        per_weight = [1e6 * median(run["blockwise seconds"][dtype]) / run["weights"] for run in runs]
+        floor = [1e6 * run["limits"][dtype]["products seconds"] / run["weights"] for run in runs]
+        cost.plot(sizes, per_weight, "o-", color=f"C{number}", label=f"blockwise, {dtype}")
+        cost.plot(sizes, floor, ":", color=f"C{number}", label=f"its matrix products alone, {dtype}")
+    defined = [
+        (run["weights"], 1e6 * median(run["edges seconds"]) / run["weights"]) for run in runs if run["edges seconds"]
+    ]
+    if defined:
+        cost.plot(*zip(*defined, strict=True), "s--", color="C3", label="edge by edge, float32")
+    cost.set(xscale="log", yscale="log", xlabel="weights", ylabel="microseconds per weight", title="time")
+    memory.plot(sizes, [run["extra bytes"] / 1e9 for run in runs], "o-", label="beyond weights and snapshots")
+    memory.plot(sizes, [run["weights and snapshots bytes"] / 1e9 for run in runs], ":", label="weights and snapshots")
+    memory.set(xscale="log", yscale="log", xlabel="weights", ylabel="GB", title="memory")
+    for axes in (cost, memory):
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES)[:-1])
+    parser.add_argument(
+        "--nowcaster",
+        default="hidden-128",
+        help="a name, a published .pt file, or hidden-H for random weights of width H",
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
+    parser.add_argument("--repeats", type=positive_int, default=3)
+    parser.add_argument("--edges-up-to", type=float, default=4e6, help="weights up to which to run the definition too")
+    parser.add_argument("--memory-budget", type=memory_size, help="for the engine, such as 500MB")
+    parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, help="compile the engine's inner loop")
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark-nowcast"))
+    args = parser.parse_args(argv)
+    load_nowcaster(args.nowcaster)
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    runs = []
+    for name in args.models:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            run = fresh.submit(measure, name, args).result()
+        if run["busy percent before"] > BUSY_PERCENT:
+            print(
+                f"warning: before {name} other programs used {run['busy percent before']:.0f}% of the cores",
+                file=sys.stderr,
+            )
+        runs.append(run)
+        print(format_table(summarise([run])), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = summarise(runs)
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
+    result = {
+        "machine": describe_machine(),
+        "device": args.device.type,
+        "arguments": settings,
+        "summary": rows,
+        "runs": runs,
+    }
+    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    draw(args.out / "cost.png", runs)
+    print(f"\n{format_table(rows)}\n\nall numbers are in {args.out / 'results.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
