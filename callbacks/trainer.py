@@ -21,7 +21,8 @@ from nino.errors import CheckpointError, NinoError
 from nino.history import Place
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
-from nino.session import NowcastReport, NowcastSession, unwrap
+from nino.report import NowcastReport
+from nino.session import NowcastSession, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
+        probation: updates in which the training loss must recover from a jump, else the jump is undone; 0 for never.
         resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one that is neither
             in its output folder nor named by ``args.resume_from_checkpoint``.
 
@@ -55,6 +57,7 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
+        probation: int = 0,
         resume_from: str | Path | None = None,
     ) -> None:
         self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
@@ -62,6 +65,7 @@ class NowcastCallback(TrainerCallback):
         self.snapshots_on = snapshots_on
         self.snapshot_folder = snapshot_folder
         self.snapshot_dtype = snapshot_dtype
+        self.probation = probation
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
         self._to_log: list[NowcastReport] = []
@@ -90,6 +94,7 @@ class NowcastCallback(TrainerCallback):
             snapshots_on=self.snapshots_on,
             snapshot_folder=self.snapshot_folder,
             snapshot_dtype=self.snapshot_dtype,
+            probation=self.probation,
             optimizer=optimizer,
             on_report=self._to_log.append,
         )

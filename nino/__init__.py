@@ -7,8 +7,9 @@ from nino.graph import NeuralGraph
 from nino.model import NowcasterConfig
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
+from nino.report import NowcastReport
 from nino.schedule import ScheduleConfig
-from nino.session import NowcastReport, NowcastSession
+from nino.session import NowcastSession
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from nino.errors import NinoError
 from nino.history import Place
 from nino.nowcaster import Nowcaster
-from nino.session import NowcastReport, NowcastSession
+from nino.report import NowcastReport
+from nino.session import NowcastSession
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,10 @@ class NowcastOptimizer(Optimizer):
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
-        on_report: called with every :class:`NowcastReport`, one update after the nowcast.
+        probation: updates in which the training loss must recover from a jump, else the jump is undone;
+            0 for never. Only with losses, see :meth:`observe`.
+        on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or at the
+            end of its probation.
 
     Raises:
         NinoError: if the optimizer holds parameters that are not the model's, or a setting is out of range.
@@ -65,6 +69,7 @@ class NowcastOptimizer(Optimizer):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
+        probation: int = 0,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -78,6 +83,7 @@ class NowcastOptimizer(Optimizer):
             snapshots_on=snapshots_on,
             snapshot_folder=snapshot_folder,
             snapshot_dtype=snapshot_dtype,
+            probation=probation,
             optimizer=optimizer,
             on_report=on_report,
         )
@@ -108,7 +114,7 @@ class NowcastOptimizer(Optimizer):
         return self.session.reports
 
     def observe(self, loss: Tensor | float) -> None:
-        """Optionally tell the loss before each step, so that reports say what a nowcast did to it."""
+        """Tell the training loss before each step, so that a nowcast is on probation and reports say what it did."""
         self.session.observe(loss)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -13,7 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +21,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nino.distributed import agree, from_first_process
+from nino.distributed import agree, from_first_process, is_true_everywhere, mean_over_processes
 from nino.engine.weights import Jump
 from nino.errors import NinoError, SnapshotError
 from nino.history import Place, SnapshotStore
 from nino.nowcaster import Nowcaster
+from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
+from nino.report import Loss, NowcastReport, OpenReport
+from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
-LOSSES_BEFORE = 20
-"""``loss_before`` is the mean loss of this many updates before a nowcast."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NowcastReport:
-    """What one nowcast did."""
-
-    step: int
-    """Optimizer updates done."""
-    horizon: int
-    """Snapshot intervals ahead."""
-    accepted: bool
-    """Whether the weights were replaced."""
-    reason: str = ""
-    """Why not, if they were not."""
-    seconds: float = 0.0
-    """Wall-clock time of the prediction and of writing it back."""
-    relative_jump: float = math.nan
-    """Norm of the change over the norm of the weights."""
-    loss_before: float = math.nan
-    """Mean training loss of the last updates before the jump; NaN if no losses were observed."""
-    loss_after: float = math.nan
-    """Training loss of the first update after the jump."""
-
-    def as_log(self) -> dict[str, float]:
-        """Numbers for a logger, named ``nowcast/...``; what is not known is left out."""
-        values = {
-            "nowcast/step": self.step,
-            "nowcast/horizon": self.horizon,
-            "nowcast/accepted": float(self.accepted),
-            "nowcast/seconds": self.seconds,
-            "nowcast/relative_jump": self.relative_jump,
-            "nowcast/loss_before": self.loss_before,
-            "nowcast/loss_after": self.loss_after,
-        }
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+STATE_VERSION = 2
+MIN_LOSSES_BEFORE = 3
+"""Fewer losses before a jump than this say nothing of their noise."""
 
 
 class NowcastSession:
@@ -81,6 +49,8 @@ class NowcastSession:
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
+        probation: updates in which the training loss must recover from a jump, else the jump is undone;
+            0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
         on_report: called with each nowcast's report once the loss after it is known.
 
@@ -99,6 +69,7 @@ class NowcastSession:
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
+        probation: int = 0,
         optimizer: Optimizer | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
@@ -121,13 +92,18 @@ class NowcastSession:
         self.nowcaster.check_fits(self.graph)
         self._check_parameters()
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
+        self.probation = ProbationConfig(updates=probation)
+        if self.probation.updates >= period:
+            raise NinoError(f"probation={probation} must end before the next nowcast, period={period} updates later")
+        self.restore_point = RestorePoint(snapshots_on, snapshot_folder)
+        self.trust = Trust()
         self.on_report = on_report
         self.step = 0
         self.reports: list[NowcastReport] = []
         self._positions = self.graph.positions(config.num_positions)
-        self._losses: deque[float | Tensor] = deque(maxlen=LOSSES_BEFORE)
-        self._observed: list[float | Tensor] = []
-        self._awaits_loss = False
+        self._losses: deque[Loss] = deque(maxlen=self.probation.losses_before)
+        self._observed: list[Loss] = []
+        self._open: OpenReport | None = None
         self._has_begun = False
 
     def observe(self, loss: Tensor | float) -> None:
@@ -159,10 +135,10 @@ class NowcastSession:
         if is_snapshot_step(self.step, self.schedule):
             self._snapshot()
         if is_nowcast_step(self.step, self.schedule):
-            self.reports.append(self._nowcast())
+            self._open = self._nowcast()
+            self.reports.append(self._open.report)
             self.store.clear()
             self._losses.clear()
-            self._awaits_loss = True
         return completed
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -183,7 +159,9 @@ class NowcastSession:
         self.store.clear()
         self._losses.clear()
         self._observed.clear()
-        self._awaits_loss = False
+        self._open = None
+        self.restore_point.clear()
+        self.trust = Trust()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session: numbers, lists and tensors only."""
@@ -194,7 +172,9 @@ class NowcastSession:
             "context": self.schedule.context,
             "history": self.store.state_dict(),
             "losses": [float(loss) for loss in self._losses],
-            "awaits_loss": asdict(self.reports[-1]) if self._awaits_loss else None,
+            "open_report": self._open.state_dict() if self._open is not None else None,
+            "restore_point": self.restore_point.state_dict() if self._is_on_probation else None,
+            "trust": asdict(self.trust),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,18 +195,22 @@ class NowcastSession:
             step, losses = int(state["step"]), [float(loss) for loss in state["losses"]]
             if step < max(state["history"]["steps"], default=0):
                 raise NinoError(f"saved nowcasting state is damaged: snapshots from after its {step} updates")
-            report = NowcastReport(**state["awaits_loss"]) if state["awaits_loss"] is not None else None
-            self.store.load_state_dict(state["history"], self.trainable_parameters())  # last: it may still refuse
+            open_report = OpenReport.from_state_dict(state["open_report"]) if state["open_report"] is not None else None
+            trust, parameters = Trust(**state["trust"]), self.trainable_parameters()
+            if state["restore_point"] is not None:
+                self.restore_point.load_state_dict(state["restore_point"], self.model, parameters)
+            self.store.load_state_dict(state["history"], parameters)  # last: it may still refuse
         except NinoError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise NinoError(f"saved nowcasting state is damaged: {error!r}") from error
         self.step = step
-        self._losses = deque(losses, maxlen=LOSSES_BEFORE)
+        self._losses = deque(losses, maxlen=self.probation.losses_before)
         self._observed.clear()
-        self._awaits_loss = report is not None
-        if report is not None:
-            self.reports = [other for other in self.reports if other.step != report.step] + [report]
+        self._open, self.trust = open_report, trust
+        if open_report is not None:
+            others = [other for other in self.reports if other.step != open_report.report.step]
+            self.reports = [*others, open_report.report]
 
     def _check_parameters(self) -> None:
         parameters = self.trainable_parameters()
@@ -255,30 +239,74 @@ class NowcastSession:
         self._observed.clear()
         if loss is not None:
             self._losses.append(loss)
-        if not self._awaits_loss:
+        if self._open is None or not self._open.book(loss):
             return None
-        self._awaits_loss = False
-        if loss is not None:
-            self.reports[-1] = replace(self.reports[-1], loss_after=float(loss))
+        self.reports[-1] = self._judge(self._open) if self._open.on_probation else self._open.with_losses()
+        self._open = None
         if self.on_report is not None:
             self.on_report(self.reports[-1])
         return self.reports[-1]
 
-    def _nowcast(self) -> NowcastReport:
-        horizon = horizon_at(self.step, self.schedule)
+    @property
+    def _is_on_probation(self) -> bool:
+        return self._open is not None and self._open.on_probation
+
+    def _judge(self, nowcast: OpenReport) -> NowcastReport:
+        """Keep a nowcast whose probation is over, or undo it."""
+        parameters = self.trainable_parameters()
+        after = [float(loss) for loss in nowcast.after]
+        report = nowcast.with_losses()
+        if is_true_everywhere(bool(after), self._device(parameters)):
+            own = gather_evidence(nowcast.before, after)
+            evidence = Evidence(*mean_over_processes(list(vars(own).values()), self._device(parameters)))
+            is_kept = has_recovered(evidence, self.probation)
+            self.trust = self.trust.after(is_kept, self.probation)
+            report = replace(report, loss_recovered=evidence.after)
+            if not is_kept:
+                report = self._roll_back(replace(report, rolled_back=True), evidence, parameters)
+        self.restore_point.clear()
+        return report
+
+    def _roll_back(
+        self, report: NowcastReport, evidence: Evidence, parameters: Mapping[str, nn.Parameter]
+    ) -> NowcastReport:
+        self.restore_point.restore(self.model, parameters, self.optimizer)
+        self.store.clear()  # snapshots of the undone weights, if there are any
+        self._losses.clear()
+        reason = (
+            f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {self.probation.updates} updates"
+        )
+        logger.warning("nowcast after update %d was undone, training goes on from there: %s", report.step, reason)
+        return replace(report, reason=reason)
+
+    def _nowcast(self) -> OpenReport:
+        """Nowcast, and open the report of it."""
         losses = [float(loss) for loss in self._losses]
         report = NowcastReport(
             step=self.step,
-            horizon=horizon,
+            horizon=self.trust.shorten(horizon_at(self.step, self.schedule)),
             accepted=False,
             loss_before=sum(losses) / len(losses) if losses else math.nan,
         )
-        began = time.perf_counter()
+        if self.trust.periods_to_skip:
+            self.trust = self.trust.after_skipping()
+            return OpenReport(replace(report, reason=f"left out: {self.trust.failures} in a row were undone"), 1)
         parameters = self.trainable_parameters()
+        can_judge = self.probation.updates > 0 and len(losses) >= MIN_LOSSES_BEFORE and self.optimizer is not None
+        on_probation = is_true_everywhere(can_judge, self._device(parameters))
+        report = self._jump(report, parameters, on_probation)
+        if not (report.accepted and on_probation):
+            self.restore_point.clear()
+            return OpenReport(report, 1)
+        return OpenReport(report, self.probation.updates, on_probation=True, before=losses)
+
+    def _jump(self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> NowcastReport:
+        """Replace the weights by their prediction, in every process or in none."""
+        began = time.perf_counter()
         jump, reason, before = Jump(math.nan, math.nan), "", {}
         try:
-            before = self._backup(parameters)
-            jump = self._predict(horizon, parameters, before)
+            before = self._backup(parameters, on_probation)
+            jump = self._predict(report.horizon, parameters, before)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
             reason = str(error) or repr(error)
         everyone_did, are_alike = agree(not reason, jump.norm, self._device(parameters))
@@ -301,12 +329,15 @@ class NowcastSession:
         )
         return report
 
-    def _backup(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _backup(self, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> dict[str, Tensor]:
         """Copies of the parameters as they are: the newest snapshot, which is of this very update, if it is exact."""
         if not self.store.is_full:
             raise SnapshotError(
                 f"{len(self.store)} of {self.store.context} snapshots were taken since the history began"
             )
+        if on_probation:
+            self.restore_point.take(self.step, self.model, parameters, self.optimizer)
+            return self.restore_point.weights
         if self.store.exact:
             return self.store.snapshots[-1]
         return {

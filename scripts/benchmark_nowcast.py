@@ -48,6 +48,8 @@ NON_LINEARITIES = 4
 """H-wide non-linearities per weight: the first hidden vector twice, the second, the third."""
 BUSY_PERCENT = 15.0
 """If others use more of the cores than this, a measurement is marked as disturbed."""
+ONCE_FROM = 50_000_000
+"""Larger models take minutes and are nowcast once."""
 HALF_PRECISION_FROM = 500_000_000
 """Larger models are held in bfloat16, weights and snapshots."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -181,7 +183,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     seconds: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
     edges: list[float] = []
-    for _ in range(args.repeats):
+    for _ in range(args.repeats if num_weights < ONCE_FROM else 1):
         for dtype in args.dtypes:
             bar_format = "{desc}: {percentage:3.0f}% in {elapsed}, {remaining} to go"
             with tqdm(total=1.0, desc=f"{name} {dtype}", bar_format=bar_format, mininterval=1, leave=False) as bar:
@@ -275,7 +277,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="a name, a published .pt file, or hidden-H for random weights of width H",
     )
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
-    parser.add_argument("--repeats", type=positive_int, default=3)
+    parser.add_argument("--repeats", type=positive_int, default=3, help="of models below 50M weights")
     parser.add_argument("--edges-up-to", type=float, default=4e6, help="weights up to which to run the definition too")
     parser.add_argument("--memory-budget", type=memory_size, help="for the engine, such as 500MB")
     parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, help="compile the engine's inner loop")

@@ -1,0 +1,130 @@
+"""Was the jump a good one? The rule by which a nowcast is kept or taken back: pure functions of training losses.
+
+A nowcast looks bad before it is good: the loss right after a jump rises and comes back within some tens of updates. So
+a nowcast is not judged at once but put on probation for R updates. It is taken back if the loss at the end of them is
+still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. The worst
+that a bad nowcaster can do is then R lost updates in every period, and horizons shrink after each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nino.errors import NinoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbationConfig:
+    """How long a nowcast has to prove itself, and how strictly it is judged."""
+
+    updates: int
+    """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
+    tolerance: float = 3.0
+    """By how many standard errors the mean loss after the jump may exceed that before it."""
+    shrink: float = 0.5
+    """What horizons are multiplied by after a nowcast that was taken back."""
+    grow: float = 1.5
+    """What they are multiplied by after one that was kept, up to the schedule's own horizon."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.updates, int) or isinstance(self.updates, bool) or self.updates < 0:
+            raise NinoError(f"probation must be a number of updates, 0 for none; got {self.updates!r}")
+
+    @property
+    def losses_before(self) -> int:
+        """How many losses before a jump it is compared with."""
+        return max(2 * self.updates, 20)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the losses of one process say; of several processes the mean of each number counts."""
+
+    before: float
+    """Mean loss of the last updates before the jump."""
+    after: float
+    """Mean loss of the second half of the probation."""
+    error_variance: float
+    """Squared standard error of ``after - before`` if the jump had changed nothing."""
+
+
+def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence:
+    """Sum up the losses around a jump.
+
+    The noise is that of the losses before the jump around their own trend, a straight line.
+
+    Args:
+        before: training losses of the last updates before the jump, oldest first; at least 3.
+        after: training losses of the probation, oldest first; at least 1.
+
+    Example:
+        Losses 5, 4, 3, 4, 5, ... have no trend; their variance around 4 is 6 / (8 - 2) = 1. Four losses are compared
+        with eight:
+
+        >>> gather_evidence([5, 3, 5, 3, 5, 3, 4, 4], [9, 9, 9, 9, 4, 4, 4, 4])
+        Evidence(before=4.0, after=4.0, error_variance=0.3...)
+    """
+    late = after[len(after) // 2 :]
+    mean = sum(before) / len(before)
+    offsets = [index - (len(before) - 1) / 2 for index in range(len(before))]
+    slope = sum(o * loss for o, loss in zip(offsets, before, strict=True)) / sum(o * o for o in offsets)
+    residuals = sum((loss - mean - slope * o) ** 2 for o, loss in zip(offsets, before, strict=True))
+    variance = residuals / (len(before) - 2)
+    return Evidence(mean, sum(late) / len(late), variance * (1 / len(before) + 1 / len(late)))
+
+
+def has_recovered(evidence: Evidence, config: ProbationConfig) -> bool:
+    """Whether to keep the nowcast.
+
+    Losses that are NaN or infinite have not recovered. Where the losses before the jump had no noise at all, none is
+    tolerated after it.
+
+    Example:
+        >>> config = ProbationConfig(updates=50, tolerance=3.0)
+        >>> has_recovered(Evidence(before=2.0, after=2.2, error_variance=0.01), config)  # 2 standard errors
+        True
+        >>> has_recovered(Evidence(before=2.0, after=2.4, error_variance=0.01), config)  # 4
+        False
+    """
+    if not math.isfinite(evidence.after):
+        return False
+    return not evidence.after - evidence.before > config.tolerance * math.sqrt(evidence.error_variance)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far the nowcaster is trusted, by how its nowcasts went so far."""
+
+    scale: float = 1.0
+    """What the schedule's horizons are multiplied by."""
+    failures: int = 0
+    """Nowcasts in a row that were taken back."""
+    periods_to_skip: int = 0
+    """Nowcasts to leave out."""
+
+    def after(self, kept: bool, config: ProbationConfig) -> Trust:
+        """The trust after one more nowcast.
+
+        From the third failure in a row on, nowcasts are left out: 1, 2, 4, at most 8 before the next one.
+
+        Example:
+            >>> config = ProbationConfig(updates=50)
+            >>> Trust().after(False, config)
+            Trust(scale=0.5, failures=1, periods_to_skip=0)
+            >>> Trust(0.5).after(True, config)
+            Trust(scale=0.75, failures=0, periods_to_skip=0)
+        """
+        if kept:
+            return Trust(min(self.scale * config.grow, 1.0))
+        failures = self.failures + 1
+        return Trust(self.scale * config.shrink, failures, min(2 ** (failures - 3), 8) if failures >= 3 else 0)
+
+    def after_skipping(self) -> Trust:
+        """The trust after a nowcast was left out."""
+        return Trust(self.scale, self.failures, self.periods_to_skip - 1)
+
+    def shorten(self, horizon: int) -> int:
+        """A horizon of the schedule, shortened; at least 1."""
+        return max(round(horizon * self.scale), 1)

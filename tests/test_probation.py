@@ -1,0 +1,176 @@
+"""Nowcasts on probation: the rule by hand-worked numbers, and a session that undoes a bad jump to the last bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
+from torch import nn
+
+from nino import NinoError, NowcastOptimizer
+from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
+
+PERIOD, R = 30, 10
+CONFIG = ProbationConfig(updates=R)
+
+
+def test_noise_is_measured_around_the_trend() -> None:
+    # A falling line has no noise at all, however steep: mean 3, slope -1, residuals 0.
+    assert gather_evidence([5, 4, 3, 2, 1], [7, 3]) == Evidence(before=3, after=3, error_variance=0)
+
+
+def test_a_worked_example() -> None:
+    # Before: 4 6 4 6 4 6 around the line 5 + 2 o / 17.5 * 1.5...: slope = sum(o * loss) / sum(o^2) = 3 / 17.5; the
+    # residual sum of squares is 6 - 3^2 / 17.5 = 5.4857, the variance a quarter of that, 1.3714. The second half of
+    # four losses has two: variance of the difference 1.3714 * (1 / 6 + 1 / 2) = 0.9143.
+    evidence = gather_evidence([4, 6, 4, 6, 4, 6], [9, 9, 7, 8])
+
+    assert evidence.before == 5
+    assert evidence.after == 7.5
+    assert evidence.error_variance == pytest.approx(0.9143, abs=1e-4)
+    assert has_recovered(evidence, ProbationConfig(updates=4, tolerance=3))  # 2.5 < 3 * 0.956
+    assert not has_recovered(evidence, ProbationConfig(updates=4, tolerance=2.6))  # 2.5 > 2.486
+
+
+def test_the_loss_right_after_the_jump_does_not_count() -> None:
+    before = [1.0, 1.1] * 10
+    assert has_recovered(gather_evidence(before, [9.0] * 5 + [1.0] * 5), CONFIG)
+    assert not has_recovered(gather_evidence(before, [1.0] * 5 + [9.0] * 5), CONFIG)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_has_not_recovered(broken: float) -> None:
+    assert not has_recovered(gather_evidence([1, 2, 1], [1, broken]), CONFIG)
+
+
+def test_trust_shrinks_after_failures_and_comes_back() -> None:
+    trust, scales, skipped = Trust(), [], []
+    for _ in range(6):
+        trust = trust.after(False, CONFIG)
+        scales.append(trust.shorten(40))
+        skipped.append(trust.periods_to_skip)
+    assert scales == [20, 10, 5, 2, 1, 1]  # 40 halved; round(2.5) = 2; round(0.625) = 1
+    assert skipped == [0, 0, 1, 2, 4, 8]
+
+    for _ in range(11):
+        trust = trust.after(True, CONFIG)
+    assert trust == Trust()
+
+
+@pytest.mark.parametrize("updates", [-1, 2.5, True])
+def test_bad_settings(updates: Any) -> None:
+    with pytest.raises(NinoError, match="number of updates"):
+        ProbationConfig(updates=updates)
+
+
+def test_a_probation_longer_than_the_period_is_refused() -> None:
+    with pytest.raises(NinoError, match="must end before the next nowcast"):
+        _optimizer(mlp(), add(0), probation=PERIOD)
+
+
+def add(amount: float) -> Any:
+    return lambda newest: {name: value + amount for name, value in newest.items()}
+
+
+def good(newest: Weights) -> Weights:
+    return {name: value * 1.001 for name, value in newest.items()}
+
+
+def _optimizer(model: nn.Module, answer: Any, probation: int = R, base: str = "adam") -> NowcastOptimizer:
+    bases = {
+        "adam": lambda: torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "momentum": lambda: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
+    }
+    return NowcastOptimizer(bases[base](), model, ScriptedNowcaster(answer), period=PERIOD, probation=probation)
+
+
+def _train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+    """Updates first + 1 ... last, on five batches in turn: the losses of ten updates are those of every batch twice."""
+    for index in range(first, last):
+        inputs, targets = batch(index % 5)
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(inputs), targets)
+        loss.backward()
+        if isinstance(optimizer, NowcastOptimizer):
+            optimizer.observe(loss)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("base", ["adam", "momentum"])
+def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
+    optimizer = _optimizer(model, add(3), base=base)
+    _train(model, optimizer, 0, PERIOD)
+    assert optimizer.reports[-1].accepted
+    _train(model, optimizer, PERIOD, PERIOD + R - 1)
+    assert not optimizer.reports[-1].rolled_back
+    _train(model, optimizer, PERIOD + R - 1, PERIOD + R)
+
+    plain = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
+    other = _optimizer(plain, add(3), probation=0, base=base).optimizer
+    _train(plain, other, 0, PERIOD)
+
+    report = optimizer.reports[-1]
+    assert report.rolled_back
+    assert "before and" in report.reason
+    assert sum("was undone" in record.getMessage() for record in caplog.records) == 1
+    assert_same(model.state_dict(), plain.state_dict())  # buffers too
+    mine, expected = optimizer.optimizer.state_dict()["state"], other.state_dict()["state"]
+    for index, entries in expected.items():
+        for name, value in entries.items():
+            assert torch.equal(torch.as_tensor(mine[index][name]), torch.as_tensor(value))
+    assert report.as_log()["nowcast/rolled_back"] == 1
+
+    _train(model, optimizer, PERIOD + R, 2 * PERIOD)
+    assert [r.horizon for r in optimizer.reports] == [3, 2]  # round(3 * 0.5) = 2
+
+
+def test_a_good_jump_is_kept() -> None:
+    model = mlp()
+    optimizer = _optimizer(model, good)
+    _train(model, optimizer, 0, 2 * PERIOD + R)
+
+    assert [(r.accepted, r.rolled_back) for r in optimizer.reports] == [(True, False)] * 2
+    assert all(math.isfinite(r.loss_recovered) for r in optimizer.reports)
+
+
+def test_without_losses_there_is_no_probation() -> None:
+    model = mlp()
+    optimizer = _optimizer(model, add(3))
+    for _ in range(PERIOD + R):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    assert [(r.accepted, r.rolled_back) for r in optimizer.reports] == [(True, False)]
+
+
+@pytest.mark.parametrize("answer", [add(3), good], ids=["undone", "kept"])
+@pytest.mark.parametrize("stop", [PERIOD, PERIOD + 4, PERIOD + R])
+def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: int) -> None:
+    straight = mlp()
+    whole = _optimizer(straight, answer)
+    _train(straight, whole, 0, 2 * PERIOD + R)
+
+    model = mlp()
+    first = _optimizer(model, answer)
+    _train(model, first, 0, stop)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed_model = mlp(seed=1)
+    second = _optimizer(resumed_model, answer)
+    resumed_model.load_state_dict(saved["model"])
+    second.load_state_dict(copy.deepcopy(saved["optimizer"]))
+    _train(resumed_model, second, stop, 2 * PERIOD + R)
+
+    assert_same(weights_of(resumed_model), weights_of(straight))
+    assert [r.rolled_back for r in second.reports][-1:] == [r.rolled_back for r in whole.reports][-1:]
+    assert second.session.trust == whole.session.trust
