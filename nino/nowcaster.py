@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
@@ -20,17 +21,18 @@ from nino.engine import predict_blockwise, predict_edgewise
 from nino.engine.blockwise import Progress
 from nino.engine.hardware import fusing_pays, product_dtype
 from nino.engine.tiling import Sizes
-from nino.engine.weights import Jump, PredictionWriter, SnapshotReader
+from nino.engine.weights import Jump, PredictionWriter, SnapshotReader, bytes_of_copies
 from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
 from nino.model.config import NowcasterConfig
 from nino.model.networks import Network, build_network_with_weights
-from nino.standardise import check_snapshots, measure_snapshots
+from nino.standardise import check_snapshots, is_finite, measure_snapshots, pieces_of
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Engine = Literal["blockwise", "edges"]
 
 
@@ -48,6 +50,7 @@ class Nowcaster:
 
     def __init__(self, network: Network) -> None:
         self.network = network.eval().requires_grad_(False)
+        self._said_wiring = False
 
     @property
     def config(self) -> NowcasterConfig:
@@ -107,6 +110,7 @@ class Nowcaster:
                 logger.warning(
                     "%s; the published weights will run on the exact wiring, on which they were not trained", error
                 )
+                self._said_wiring = True
         return NeuralGraph.from_model(model)
 
     def check_fits(self, graph: NeuralGraph) -> None:
@@ -146,9 +150,10 @@ class Nowcaster:
             engine: ``"blockwise"``, or ``"edges"`` for the definition (small models only); they agree to rounding.
             dtype: in which the network computes; snapshots may have any floating dtype. Below float32 the blockwise
                 engine computes its large products in it, where the hardware can, and everything else in float32.
-            device: where to compute; by default where the first snapshot lies.
-            memory_budget: bytes that the blockwise engine may use beyond snapshots and predictions; ``None`` for what
-                is fastest (node features, and a tile of some MB on a CPU, some 100 MB on a GPU).
+            device: where to compute; by default where the last snapshot lies.
+            memory_budget: bytes that the blockwise engine may use beyond snapshots and predictions (not counting what
+                a compiler needs); ``None`` for what is fastest (node features, and a tile of some MB on a CPU, some
+                100 MB on a GPU).
             fuse: whether the blockwise engine compiles its inner loop (``torch.compile``); ``None`` where it pays.
             progress: called by the blockwise engine with the work done and the total.
 
@@ -159,7 +164,7 @@ class Nowcaster:
             SnapshotError: if the snapshots do not fit the graph or hold NaN or infinity, or the prediction does.
             NinoError: if the horizon, the engine, the dtype, the positions or the budget are out of range.
         """
-        self._check_arguments(horizon, graph, positions, engine, dtype)
+        self._check_arguments(horizon, graph, positions, engine, dtype, memory_budget)
         check_snapshots(snapshots, graph.shapes, self.config.context)
         out = {name: torch.empty_like(snapshots[-1][name]) for name in graph.shapes}
         how = _Computation(engine, dtype, _device(snapshots, device), memory_budget, fuse, progress)
@@ -187,7 +192,8 @@ class Nowcaster:
         the error goes on.
 
         Args:
-            parameters: what to overwrite, by name; parameters of the graph that are left out stay as they are.
+            parameters: what to overwrite, by name; parameters of the graph that are left out stay as they are, and so
+                do those that no graph holds (empty, or not floating point).
             snapshots: as in :meth:`predict`; the last one must hold what ``parameters`` hold now, bit for bit, in
                 memory of its own.
             horizon: as in :meth:`predict`.
@@ -206,9 +212,9 @@ class Nowcaster:
             SnapshotError: as :meth:`predict`, or if the last snapshot is not a copy of the parameters.
             NinoError: as :meth:`predict`.
         """
-        self._check_arguments(horizon, graph, positions, "blockwise", dtype)
+        self._check_arguments(horizon, graph, positions, "blockwise", dtype, memory_budget)
         check_snapshots(snapshots, graph.shapes, self.config.context)
-        live = {name: parameter.detach() for name, parameter in parameters.items()}
+        live = _live(parameters, graph)
         _check_backup(live, snapshots[-1])
         how = _Computation("blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress)
         try:
@@ -229,42 +235,70 @@ class Nowcaster:
         how: _Computation,
     ) -> Jump:
         device, exact = how.device, torch.promote_types(how.dtype, torch.float32)
+        network = self._network(device, how.dtype if how.engine == "edges" else exact)
+        copies = bytes_of_copies(graph, *snapshots, tensors) + self._bytes_of_copy(network)
+        sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, copies)
         scalers = measure_snapshots(snapshots, graph.shapes, device)
         node_features = graph.positions(self.config.num_positions) if positions is None else positions
         writer = PredictionWriter(graph, tensors, scalers)
-        # The network is small; the original keeps its precision.
-        if how.engine == "edges":
-            network = deepcopy(self.network).to(device, how.dtype)
-            predict_edgewise(network, graph, snapshots, scalers, writer, node_features, horizon)
-            return writer.finish()
-        network = deepcopy(self.network).to(device, exact)
-        predict_blockwise(
-            network,
-            graph,
-            SnapshotReader(graph, snapshots, scalers, device, exact),
-            writer,
-            node_features,
-            horizon,
-            Sizes.within(how.memory_budget, graph, self.config.hidden, exact, device),
-            product_dtype=product_dtype(how.dtype, device),
-            fuse=fusing_pays(graph.num_edges, device) if how.fuse is None else how.fuse,
-            progress=how.progress,
-        )
+        with _full_precision(device):
+            if how.engine == "edges":
+                predict_edgewise(network, graph, snapshots, scalers, writer, node_features, horizon)
+            else:
+                predict_blockwise(
+                    network,
+                    graph,
+                    SnapshotReader(graph, snapshots, scalers, device, exact),
+                    writer,
+                    node_features,
+                    horizon,
+                    sizes,
+                    product_dtype=product_dtype(how.dtype, device),
+                    fuse=fusing_pays(graph.num_edges, device) if how.fuse is None else how.fuse,
+                    progress=how.progress,
+                )
         return writer.finish()
 
+    def _network(self, device: torch.device, dtype: torch.dtype) -> Network:
+        """The network, or where it must be moved or converted a copy: it may hold a large table of words."""
+        weight = self.network.head.weight
+        if (weight.device, weight.dtype) == (device, dtype):
+            return self.network
+        return deepcopy(self.network).to(device, dtype)
+
+    def _bytes_of_copy(self, network: Network) -> int:
+        copied = () if network is self.network else network.parameters()
+        return sum(weights.numel() * weights.itemsize for weights in copied)
+
     def _check_arguments(
-        self, horizon: int, graph: NeuralGraph, positions: Tensor | None, engine: str, dtype: torch.dtype
+        self,
+        horizon: int,
+        graph: NeuralGraph,
+        positions: Tensor | None,
+        engine: str,
+        dtype: torch.dtype,
+        memory_budget: int | None,
     ) -> None:
         if not isinstance(horizon, int) or not 1 <= horizon <= self.config.max_horizon:
             raise NinoError(f"horizon must be 1 to {self.config.max_horizon} snapshot intervals, got {horizon!r}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise NinoError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise NinoError(f"dtype must be a floating point torch.dtype of 16 bits or more, got {dtype!r}")
         if engine not in ("blockwise", "edges"):
             raise NinoError(f"engine must be 'blockwise' or 'edges', got {engine!r}")
         expected = (graph.num_nodes, self.config.num_positions)
         if positions is not None and tuple(positions.shape) != expected:
             raise NinoError(f"positions must have shape {expected}, got {tuple(positions.shape)}")
+        if memory_budget is not None and not isinstance(memory_budget, int):
+            raise NinoError(f"memory_budget must be a whole number of bytes, got {memory_budget!r}")
         self.check_fits(graph)
+        if graph.wiring in ("exact", "official") and graph.wiring != self.config.wiring and not self._said_wiring:
+            self._said_wiring = True
+            logger.warning(
+                "this nowcaster was trained on the %s wiring and predicts on the %s one; nowcaster.graph_of(model) makes "
+                "a graph that fits",
+                self.config.wiring,
+                graph.wiring,
+            )
 
 
 @dataclass(frozen=True)
@@ -283,19 +317,68 @@ def _device(snapshots: Sequence[Mapping[str, Tensor]], device: torch.device | st
     return torch.device(device) if device is not None else next(iter(snapshots[-1].values())).device
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Keep a caller's autocast out of the engines, which choose formats themselves."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _live(parameters: Mapping[str, Tensor], graph: NeuralGraph) -> dict[str, Tensor]:
+    """The parameters that a nowcast may write into; those that no graph holds are left out."""
+    live = {}
+    for name, parameter in parameters.items():
+        if name not in graph.shapes:
+            if parameter.is_floating_point() and parameter.numel():
+                raise NinoError(f"{name} is no parameter of the graph; pass the named_parameters() of its model")
+            continue
+        if parameter.is_meta:
+            raise NinoError(f"{name} is on the meta device: there is nothing to write into")
+        if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+            raise NinoError(f"elements of {name} share their memory (an expanded tensor); pass a copy of its own")
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise NinoError(f"{name} was made in torch.inference_mode() and can only be changed there")
+        live[name] = parameter.detach()
+    return live
+
+
 def _check_backup(parameters: Mapping[str, Tensor], snapshot: Mapping[str, Tensor]) -> None:
     """Refuse a last snapshot from which the parameters could not be restored."""
     for name, parameter in parameters.items():
-        copy = snapshot.get(name)
-        if copy is None or copy.dtype != parameter.dtype or not torch.equal(copy.to(parameter.device), parameter):
-            if not bool(torch.isfinite(parameter).all()):
+        if not _are_equal(snapshot[name], parameter):
+            if not is_finite(parameter):
                 raise SnapshotError(f"{name} holds NaN or infinity; there is nothing to nowcast from")
             raise SnapshotError(
                 f"the last snapshot does not hold the present values of {name}; take it after the last update, in the "
                 "parameters' own dtype, so that they can be restored from it"
             )
-        if copy.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
-            raise SnapshotError(f"the last snapshot shares the memory of {name}; pass a copy to restore it from")
+    shared = _shared_memory(parameters, {name: snapshot[name] for name in parameters})
+    if shared is not None:
+        raise SnapshotError(f"the last snapshot shares the memory of {shared}; pass a copy to restore it from")
+
+
+def _are_equal(copy: Tensor, parameter: Tensor) -> bool:
+    """Bit for bit, but for the sign of zero; a piece at a time, since the copy may be on another device."""
+    if copy.dtype != parameter.dtype or copy.shape != parameter.shape:
+        return False
+    pieces = zip(pieces_of(copy), pieces_of(parameter), strict=True)
+    return all(torch.equal(piece.to(parameter.device), other) for piece, other in pieces)
+
+
+def _shared_memory(parameters: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> str | None:
+    """The name of a parameter or copy whose span of memory reaches into one of the other kind."""
+    spans = sorted(
+        (str(tensor.device), tensor.data_ptr(), is_copy, name, tensor)
+        for is_copy, tensors in ((False, parameters), (True, copies))
+        for name, tensor in tensors.items()
+    )
+    ends: dict[tuple[str, bool], int] = {}
+    for device, start, is_copy, name, tensor in spans:
+        if start < ends.get((device, not is_copy), 0):
+            return name
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        ends[device, is_copy] = max(ends.get((device, is_copy), 0), start + (last + 1) * tensor.itemsize)
+    return None
 
 
 def _read_text(path: Path) -> str:

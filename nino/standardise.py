@@ -5,7 +5,7 @@ NiNo, section 3.3. Everything here returns new tensors; snapshots are never chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,34 +38,58 @@ class Standardiser:
             Numbers of at least float32. NaN or infinity in a snapshot makes both of them NaN or infinite.
         """
         snapshots = list(snapshots)
-        exact = torch.promote_types(snapshots[0].dtype, torch.float32)
+        exact = exact_dtype(*snapshots)
         number = sum(snapshot.numel() for snapshot in snapshots)
         device = snapshots[0].device if device is None else device
 
-        def total(measure: Callable[[Tensor], Tensor]) -> Tensor:
-            pieces = (measure(p.to(device, exact)).double() for snapshot in snapshots for p in _pieces(snapshot))
-            return sum(pieces, torch.zeros((), dtype=torch.float64, device=device))
+        def about(centre: Tensor, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            """Sums of the differences from a number, and of their squares."""
+            total = torch.zeros(2, dtype=torch.float64, device=device)
+            for piece in (piece for snapshot in some for piece in pieces_of(snapshot)):
+                difference = piece.to(device, exact) - centre
+                total += torch.stack([difference.sum(), difference.square_().sum()])
+            return total[0], total[1]
 
-        mean = total(Tensor.sum) / number
-        rounded = mean.to(exact)
-        # Corrected for the mean's own rounding, so that equal snapshots have no deviation at all.
-        squares = total(lambda piece: (piece - rounded).square_().sum()) - number * (mean - rounded) ** 2
-        return Standardiser(rounded, (squares.clamp(min=0) / max(number - 1, 1)).sqrt().to(exact))
+        # What is summed must be small however far from zero the weights are, and exactly zero if they are all equal:
+        # differences from the first snapshot's mean, itself a sum of differences from the first weight. That mean is
+        # never further than sqrt(C) deviations from the mean of all, so nothing is lost when the squares are corrected.
+        first = snapshots[0][(0,) * snapshots[0].ndim].to(device, exact)
+        centre = (first + about(first, snapshots[:1])[0] / snapshots[0].numel()).to(exact)
+        differences, squares = about(centre, snapshots)
+        variance = (squares - differences**2 / number).clamp(min=0) / max(number - 1, 1)
+        return Standardiser((centre + differences / number).to(exact), variance.sqrt().to(exact))
 
     def apply(self, weights: Tensor) -> Tensor:
         """``(w - mean) / (std + 1e-6)``."""
         return (weights - self.mean) / (self.std + EPSILON)
+
+    def apply_(self, weights: Tensor) -> Tensor:
+        """The same in place."""
+        return weights.sub_(self.mean).div_(self.std + EPSILON)
 
     def invert(self, weights: Tensor) -> Tensor:
         """``w * std + mean``."""
         return weights * self.std + self.mean
 
 
-def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """Cut a tensor along its first dimension into pieces of about ``PIECE`` elements."""
-    if tensor.ndim == 0 or tensor.numel() <= PIECE:
-        return [tensor]
-    return tensor.split(max(PIECE * len(tensor) // tensor.numel(), 1))
+def exact_dtype(*tensors: Tensor) -> torch.dtype:
+    """The format in which to measure tensors: float32, or float64 if any of them is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
+    """Cut a tensor into pieces of at most ``PIECE`` elements, without copying."""
+    if tensor.numel() <= PIECE:
+        yield tensor
+        return
+    rows = PIECE * len(tensor) // tensor.numel()
+    for part in tensor.split(rows) if rows else tensor:
+        yield from pieces_of(part)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    return all(bool(torch.isfinite(piece.to(exact_dtype(tensor))).all()) for piece in pieces_of(tensor))
 
 
 def measure_snapshots(
@@ -84,7 +108,7 @@ def measure_snapshots(
     scalers = {name: Standardiser.of((s[name] for s in snapshots), device) for name in names}
     for name, scaler in scalers.items():
         if not bool(torch.isfinite(scaler.std)):
-            broken = [age for age, s in enumerate(snapshots) if not bool(torch.isfinite(s[name]).all())]
+            broken = [age for age, snapshot in enumerate(snapshots) if not is_finite(snapshot[name])]
             what = "holds NaN or infinity" if broken else "holds numbers too large to measure"
             raise SnapshotError(
                 f"snapshot {broken[0] if broken else 0}: {name} {what}; nowcast again from healthy snapshots"
@@ -116,6 +140,8 @@ def check_snapshots(
             )
         for name, shape in shapes.items():
             tensor = snapshot[name]
+            if tensor.is_meta:
+                raise SnapshotError(f"snapshot {age}: {name} is on the meta device, which holds no numbers")
             if tuple(tensor.shape) != shape:
                 raise SnapshotError(
                     f"snapshot {age}: {name} has shape {tuple(tensor.shape)}, the graph expects {shape}"

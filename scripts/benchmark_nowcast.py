@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -146,8 +147,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     busy = psutil.cpu_percent(interval=1.0)
     nowcaster = load_nowcaster(args.nowcaster)
     context = nowcaster.config.context
+    model = build_model(ARCHITECTURES[name], device="meta")
     began = time.perf_counter()
-    graph = NeuralGraph.from_model(build_model(ARCHITECTURES[name], device="meta"))
+    graph = NeuralGraph.from_model(model)
     wired = time.perf_counter()
     positions = graph.positions(nowcaster.config.num_positions)
     placed = time.perf_counter()
@@ -289,33 +291,36 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> int:
-    args = parse_args(argv)
-    runs = []
-    for name in args.models:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            run = fresh.submit(measure, name, args).result()
-        if run["busy percent before"] > BUSY_PERCENT:
-            print(
-                f"warning: before {name} other programs used {run['busy percent before']:.0f}% of the cores",
-                file=sys.stderr,
-            )
-        runs.append(run)
-        print(format_table(summarise([run])), flush=True)
+def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
+    """Write what is known so far."""
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = summarise(runs)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
-    result = {
-        "machine": describe_machine(),
-        "device": args.device.type,
-        "arguments": settings,
-        "summary": rows,
-        "runs": runs,
-    }
+    about = {"machine": describe_machine(), "device": args.device.type, "arguments": settings}
+    result = {**about, "summary": summarise(runs), "runs": runs}
     (args.out / "results.json").write_text(json.dumps(result, indent=1))
     draw(args.out / "cost.png", runs)
-    print(f"\n{format_table(rows)}\n\nall numbers are in {args.out / 'results.json'}")
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    runs: list[dict[str, Any]] = []
+    failed = []
+    for name in args.models:
+        try:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                runs.append(fresh.submit(measure, name, args).result())
+        except BrokenProcessPool:
+            failed.append(name)
+            print(f"error: {name}: its process was killed, most likely for want of memory", file=sys.stderr)
+            continue
+        busy = runs[-1]["busy percent before"]
+        if busy > BUSY_PERCENT:
+            print(f"warning: before {name} other programs used {busy:.0f}% of the cores", file=sys.stderr)
+        print(format_table(summarise(runs[-1:])), flush=True)
+        save(runs, args)
+    if runs:
+        print(f"\n{format_table(summarise(runs))}\n\nall numbers are in {args.out / 'results.json'}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

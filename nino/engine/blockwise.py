@@ -97,7 +97,8 @@ def predict_blockwise(
     if isinstance(network, Wnn):
         _predict_alone(network, blocks, reader, writer, horizon, progress)
     else:
-        run = _Run(network, blocks, reader, product_dtype or reader.dtype, fuse, _Progress(progress, graph, writer))
+        tell = _Progress(progress, graph.num_edges + 2 * _num_wanted(graph, writer))
+        run = _Run(network, blocks, reader, product_dtype or reader.dtype, fuse, tell)
         run.predict(writer, positions, horizon)
 
 
@@ -110,32 +111,36 @@ def _predict_alone(
     progress: Progress | None,
 ) -> None:
     """WNN: every weight by itself."""
-    tell = _Progress(progress, blocks.graph, writer)
+    tell = _Progress(progress, 2 * _num_wanted(blocks.graph, writer))
     for block in blocks.graph.parameter_blocks:
         for strip in blocks.strips(block) if writer.wants(block) else ():
             values = reader.read(block, strip.place).unflatten(0, (-1, reader.context))
             movement = torch.empty_like(values[:, 0])
             edge_type = torch.tensor(int(block.type), device=reader.device)
-            for rows, columns in strip.tiles(blocks.sizes.tile_edges):
+            for rows, columns in strip.tiles(max(blocks.sizes.tile_edges // block.num_features, 1)):
                 tile = values[:, :, rows, columns].movedim(1, -1)
                 movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
             writer.write(block, strip.place, values[:, -1], movement)
             tell.did(2 * strip.num_edges)
 
 
-class _Progress:
-    """Adds up the work: one product per edge for the second round's messages, two for the movements."""
+def _num_wanted(graph: NeuralGraph, writer: PredictionWriter) -> int:
+    """How many edges the writer wants predicted."""
+    return sum(block.num_edges for block in graph.parameter_blocks if writer.wants(block))
 
-    def __init__(self, tell: Progress | None, graph: NeuralGraph, writer: PredictionWriter) -> None:
+
+class _Progress:
+    """Adds up the work: one product per edge for the second round's messages, two for a movement."""
+
+    def __init__(self, tell: Progress | None, total: int) -> None:
         self.tell = tell
         self.done = 0
-        wanted = sum(block.num_edges for block in graph.parameter_blocks if writer.wants(block))
-        self.total = graph.num_edges + 2 * wanted
+        self.total = total
 
     def did(self, products: int) -> None:
         self.done += products
         if self.tell is not None:
-            self.tell(min(self.done, self.total), self.total)
+            self.tell(self.done, self.total)
 
 
 class _Run:
@@ -176,7 +181,8 @@ class _Run:
         scale, shift = self.raw.then(self.conv.edge_encoder).halves()
 
         def messages(strip: Strip) -> Tensor:
-            return _messages_on_values(self._values(strip), strip, nodes, self.conv, scale, shift)
+            tile_edges = self.blocks.sizes.tile_edges
+            return _messages_on_values(self._values(strip), strip, nodes, self.conv, scale, shift, tile_edges)
 
         return self._round(self.conv, nodes, messages, nodes.shape[1], lambda old, mean: mean)
 
@@ -230,9 +236,9 @@ class _Run:
             sums = nodes.new_zeros(group.size, width)
             for strip in self.blocks.strips_into(group):
                 sums.index_add_(0, strip.local_target, messages(strip))
-            sums /= self.blocks.counts(group)
-            own = self.blocks.nodes(group)
-            parts = zip(*(x.split(self.blocks.sizes.tile_edges) for x in (nodes[own], sums, new[own])), strict=True)
+            sums /= self.blocks.counts(group).to(sums)
+            own, rows = self.blocks.nodes(group), self.blocks.sizes.longest_side
+            parts = zip(*(x.split(rows) for x in (nodes[own], sums, new[own])), strict=True)
             for old_part, means, new_part in parts:
                 new_part.copy_(conv.finish(old_part, complete(old_part, means)))
         return new
@@ -285,10 +291,11 @@ def _ends(strip: Strip, update: EdgeUpdate, nodes: Tensor, constant: Tensor) -> 
 
 
 def _messages_on_values(
-    values: Tensor, strip: Strip, nodes: Tensor, conv: Convolution, scale: Fold, shift: Fold
+    values: Tensor, strip: Strip, nodes: Tensor, conv: Convolution, scale: Fold, shift: Fold, tile_edges: int
 ) -> Tensor:
     """Sums over the sources of ``(B s + b)(T_i + S_j) + B' s + b'``: ``[t, H]``."""
-    num_values, num_targets, num_sources = values.shape
+    num_values, _, num_sources = values.shape
+    rows = max(tile_edges // num_values, 1)
     as_source, as_target = conv.as_source(nodes[strip.source]), conv.as_target(nodes[strip.target])
     b_scale, b_shift = scale.constant[strip.block.type], shift.constant[strip.block.type]
     w_scale, w_shift = scale.weight[:, :num_values], shift.weight[:, :num_values]
@@ -297,6 +304,9 @@ def _messages_on_values(
     shift_sums = F.linear(value_sums, w_shift) + num_sources * b_shift
     if not strip.is_dense:
         return scale_sums * (as_target + as_source) + shift_sums
-    products = values.flatten(0, 1) @ as_source  # per snapshot the weights times S
-    scaled = torch.einsum("qth,hq->th", products.view(num_values, num_targets, -1), w_scale)
-    return scaled + b_scale * as_source.sum(0) + as_target * scale_sums + shift_sums
+    sums = shift_sums + as_target * scale_sums + b_scale * as_source.sum(0)
+    # Per snapshot the weights times S; of a convolution's many snapshots, for a few targets at a time.
+    for some, some_sums in zip(values.split(rows, 1), sums.split(rows), strict=True):
+        products = some.flatten(0, 1) @ as_source
+        some_sums += torch.einsum("qth,hq->th", products.view(num_values, len(some_sums), -1), w_scale)
+    return sums

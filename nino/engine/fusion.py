@@ -17,20 +17,25 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 @cache
 def fused(function: Function) -> Function:
     """Compile a function; if that fails, say so once and go on with the plain one."""
-    compiled = torch.compile(function, dynamic=True)
+    compiled: Callable[..., Any] | None = None
     works = True
 
     def call(*arguments: Any) -> Any:
-        nonlocal works
+        nonlocal compiled, works
         if works:
             try:
+                compiled = compiled or torch.compile(function, dynamic=True)
                 return compiled(*arguments)
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
                 works = False
-                reason = str(error).strip().splitlines()[0]
-                logger.warning("%s could not be compiled, nowcasting goes on without: %s", function.__name__, reason)
+                _say_once(*(str(error).strip().splitlines() or [type(error).__name__])[:1])
         return function(*arguments)
 
     return call  # type: ignore[return-value]
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("nowcasts could not be compiled and go on without: %s", reason)

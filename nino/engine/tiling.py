@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,15 +12,44 @@ from torch import Tensor
 from nino.engine.weights import Place, block_shape
 from nino.errors import NinoError
 from nino.graph.edge_list import AUXILIARY_VALUE, SELF_LOOP_VALUE
-from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph, NeuronGroup
+from nino.graph.ir import (
+    MAX_FEATURES,
+    NUM_EDGE_TYPES,
+    BlockKind,
+    EdgeBlock,
+    EdgeType,
+    NeuralGraph,
+    NeuronGroup,
+)
+from nino.model.config import NowcasterConfig
+from nino.standardise import PIECE
 
 STRIP_EDGES = 2**18
 TILE_EDGES = {"cpu": 2**13, "cuda": 2**18}
-MIN_TILE_EDGES = 2**6
-NODE_TENSORS = 2
-"""Node features that live at once: before and after a round."""
+MIN_TILE_EDGES = 2**8
+STRIP_PER_TILE = 16
+"""Tiles' worth of edges that are read at once, at most."""
+SIDE_PER_TILE = 4
+"""A strip has at most one neuron at each side per so many edges of a tile: vectors of neurons then take no more memory
+than those of edges, however long and narrow a block is."""
+
+# What lives at once, counted by hand and held against the allocator's own records in tests/test_in_place.py.
 TILE_TENSORS = 5
-"""Hidden vectors per edge that live at once."""
+"""Hidden vectors per edge of a tile, those of the neurons at the sides of its strip included."""
+STRIP_NUMBERS = 8
+"""Numbers per element of a strip, besides its snapshots."""
+PIECE_NUMBERS = 3
+"""Numbers per element of what is measured at once."""
+NODE_TENSORS = 2
+"""Hidden vectors per node: before and after a round; one more with a table of words."""
+GROUP_TENSORS = 2
+"""Hidden vectors per neuron of one group: its message sums."""
+INDEX_BYTES = 32
+"""Per node and per slot at the sides of a block: integers that say which node it is."""
+FOLDED_MATRICES = 16
+"""H x H matrices of the folded network."""
+SMALL_BYTES = 2**16
+"""Everything that is a few numbers."""
 
 
 @dataclass(frozen=True)
@@ -30,35 +60,70 @@ class Sizes:
     tile_edges: int
 
     @staticmethod
-    def within(budget: int | None, graph: NeuralGraph, hidden: int, dtype: torch.dtype, device: torch.device) -> Sizes:
+    def within(
+        budget: int | None,
+        graph: NeuralGraph,
+        config: NowcasterConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        held: int = 0,
+    ) -> Sizes:
         """Choose sizes so that node features and working memory stay within a budget.
 
         Args:
             budget: bytes, or ``None`` for what is fastest.
             graph: of the model.
-            hidden: width of the network.
+            config: of the network.
             dtype: of node features.
             device: where to compute.
+            held: bytes that are needed whatever the sizes: copies of the network and of snapshots.
 
         Raises:
-            NinoError: if the node features alone, with the smallest tile, need more.
+            NinoError: if the smallest tile needs more.
         """
         tile = TILE_EDGES.get(device.type, TILE_EDGES["cuda"])
         if budget is None:
             return Sizes(max(STRIP_EDGES, tile), tile)
-        vector = hidden * dtype.itemsize
-        largest_group = max(group.size for group in graph.groups)
-        fixed = vector * (NODE_TENSORS * graph.num_nodes + 2 * largest_group)
-        # A strip holds few vectors, one per neuron at its sides, but 45 numbers per edge of a convolution.
-        available = (budget - fixed) // (vector * TILE_TENSORS)
-        if available < 2 * MIN_TILE_EDGES:
-            needed = fixed + 2 * MIN_TILE_EDGES * vector * TILE_TENSORS
+        held += SMALL_BYTES
+        fixed, per_edge = _fixed_bytes(graph, config, dtype) + held, _bytes_per_edge(graph, config, dtype)
+        piece = min(PIECE, max(prod(shape) for shape in graph.shapes.values()))
+        needed = max(fixed + MIN_TILE_EDGES * per_edge, held + PIECE_NUMBERS * dtype.itemsize * piece)
+        if budget < needed:
             raise NinoError(
                 f"a memory budget of {budget:,} bytes is too small: the features of this model's {graph.num_nodes:,} "
                 f"neurons and the smallest tile need {needed:,}"
             )
-        tile = min(tile, available // 2)
-        return Sizes(max(min(STRIP_EDGES, tile * 16), tile), tile)
+        tile = min(tile, (budget - fixed) // per_edge)
+        return Sizes(max(min(STRIP_EDGES, tile * STRIP_PER_TILE), tile), tile)
+
+    @property
+    def longest_side(self) -> int:
+        """Neurons that a strip may have at one side."""
+        return max(self.tile_edges // SIDE_PER_TILE, 1)
+
+
+def _fixed_bytes(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype) -> int:
+    """What a nowcast needs besides strips and tiles."""
+    vector = config.hidden * dtype.itemsize
+    largest_group = max(group.size for group in graph.groups)
+    longest_sides = max(block.source.size + block.target.size for block in graph.blocks)
+    node = config.num_positions * (torch.float32.itemsize + dtype.itemsize) + INDEX_BYTES
+    if config.kind == "nino":
+        node += vector * (NODE_TENSORS + (config.num_words > 0))
+    group = vector * GROUP_TENSORS + INDEX_BYTES
+    return (
+        node * graph.num_nodes
+        + group * largest_group
+        + INDEX_BYTES * longest_sides
+        + vector * (FOLDED_MATRICES * config.hidden + 4 * (MAX_FEATURES * config.context + NUM_EDGE_TYPES))
+    )
+
+
+def _bytes_per_edge(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype) -> int:
+    """What one more edge in a tile adds, with the strip that grows along."""
+    num_features = max(block.num_features for block in graph.parameter_blocks)
+    tile = TILE_TENSORS * config.hidden + num_features * (2 * config.context + 1)
+    return dtype.itemsize * (tile + STRIP_PER_TILE * (config.context + STRIP_NUMBERS))
 
 
 @dataclass(frozen=True)
@@ -125,21 +190,20 @@ class Blocks:
         return slice(self._first[group], self._first[group] + group.size)
 
     def counts(self, group: NeuronGroup) -> Tensor:
-        """How many edges arrive at each neuron of a group: float64 ``[size, 1]``."""
+        """How many edges arrive at each neuron of a group: float64 ``[size, 1]``, on the CPU."""
         counts = torch.zeros(group.size, dtype=torch.float64)
         for block in self._into[group]:
-            sources = block_shape(block)[1]
-            counts.index_add_(
-                0, block.target.local_index(), torch.full((block.target.size,), float(sources), dtype=counts.dtype)
-            )
-        return counts[:, None].to(self.device)
+            sources = torch.tensor(float(block_shape(block)[1]), dtype=counts.dtype)
+            counts.index_add_(0, block.target.local_index(), sources.expand(block.target.size))
+        return counts[:, None]
 
     def strips(self, block: EdgeBlock) -> Iterator[Strip]:
         """Cut a block into strips."""
         source, target = block.source.local_index().to(self.device), block.target.local_index().to(self.device)
         is_dense = block.kind is BlockKind.DENSE
         edges = self.sizes.strip_edges // block.num_features if is_dense else self.sizes.tile_edges
-        for rows, columns in places(block_shape(block), max(edges, self.sizes.tile_edges)):
+        edges = max(edges, self.sizes.tile_edges)
+        for rows, columns in places(block_shape(block), edges, self.sizes.longest_side):
             local_source, local_target = source[columns if is_dense else rows], target[rows]
             yield Strip(
                 block,
@@ -155,12 +219,13 @@ def constant_of(block: EdgeBlock) -> float:
     return SELF_LOOP_VALUE if block.type is EdgeType.SELF_LOOP else AUXILIARY_VALUE
 
 
-def places(shape: tuple[int, int], edges: int) -> Iterator[Place]:
+def places(shape: tuple[int, int], edges: int, longest_side: int | None = None) -> Iterator[Place]:
     """Cut ``t`` targets by ``s`` sources into pieces of at most ``edges``, as square as possible."""
     num_targets, num_sources = shape
+    longest_side = longest_side or edges
     side = max(int(edges**0.5), 1)
-    rows = min(num_targets, max(edges // num_sources, side))
-    columns = min(num_sources, max(edges // rows, 1))
+    rows = min(num_targets, max(edges // num_sources, side), longest_side)
+    columns = min(num_sources, max(edges // rows, 1), longest_side)
     for top in range(0, num_targets, rows):
         for left in range(0, num_sources, columns):
             yield slice(top, min(top + rows, num_targets)), slice(left, min(left + columns, num_sources))

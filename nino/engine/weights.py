@@ -31,12 +31,23 @@ def block_shape(block: EdgeBlock) -> tuple[int, int]:
 
 def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor) -> Tensor:
     """The tensor itself, or a contiguous copy if its strides do not allow the blocks' views."""
+    return tensor if _is_viewable(blocks, tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor]) -> int:
+    """The size of the copies that reading or writing these tensors takes because their strides allow no views."""
+    blocks = _blocks_by_parameter(graph)
+    tensors = ((blocks[name], state[name]) for state in states for name in blocks if name in state)
+    return sum(tensor.numel() * tensor.itemsize for of_tensor, tensor in tensors if not _is_viewable(of_tensor, tensor))
+
+
+def _is_viewable(blocks: Sequence[EdgeBlock], tensor: Tensor) -> bool:
     try:
         for block in blocks:
             block.view(tensor)
     except RuntimeError:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor
+        return False
+    return True
 
 
 def _blocks_by_parameter(graph: NeuralGraph) -> dict[str, list[EdgeBlock]]:
@@ -105,7 +116,7 @@ class SnapshotReader:
         out = torch.empty(num_features, self.context, *shape, dtype=self.dtype, device=self.device)
         for age, piece in enumerate(pieces):
             out[:, age].copy_(piece)
-        return self.scalers[name].apply(out).flatten(0, 1)
+        return self.scalers[name].apply_(out).flatten(0, 1)
 
 
 class PredictionWriter:
