@@ -26,7 +26,7 @@ from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
 from nino.model.config import NowcasterConfig
 from nino.model.networks import Network, build_network_with_weights
-from nino.standardise import check_snapshots, is_finite, measure_snapshots, pieces_of
+from nino.standardise import check_snapshots, is_finite, measure_snapshots, piece_size, pieces_of
 
 logger = logging.getLogger(__name__)
 
@@ -294,8 +294,8 @@ class Nowcaster:
         if graph.wiring in ("exact", "official") and graph.wiring != self.config.wiring and not self._said_wiring:
             self._said_wiring = True
             logger.warning(
-                "this nowcaster was trained on the %s wiring and predicts on the %s one; nowcaster.graph_of(model) makes "
-                "a graph that fits",
+                "this nowcaster was trained on the %s wiring and predicts on the %s one; "
+                "nowcaster.graph_of(model) makes a graph that fits",
                 self.config.wiring,
                 graph.wiring,
             )
@@ -361,7 +361,8 @@ def _are_equal(copy: Tensor, parameter: Tensor) -> bool:
     """Bit for bit, but for the sign of zero; a piece at a time, since the copy may be on another device."""
     if copy.dtype != parameter.dtype or copy.shape != parameter.shape:
         return False
-    pieces = zip(pieces_of(copy), pieces_of(parameter), strict=True)
+    size = piece_size(parameter.device)
+    pieces = zip(pieces_of(copy, size), pieces_of(parameter, size), strict=True)
     return all(torch.equal(piece.to(parameter.device), other) for piece, other in pieces)
 
 

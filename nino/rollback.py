@@ -27,9 +27,18 @@ class RestorePoint:
     """
 
     def __init__(self, place: Place = "cpu", folder: str | Path | None = None) -> None:
-        self._store = SnapshotStore(1, place, None, folder)
+        self._place: Place = place
+        self._folder = folder
+        self._made: SnapshotStore | None = None
         self._numbers: dict[str, Any] = {}
         """Optimizer state that is not a tensor."""
+
+    @property
+    def _store(self) -> SnapshotStore:
+        """Made when it is first needed: on disk it takes a folder."""
+        if self._made is None:
+            self._made = SnapshotStore(1, self._place, None, self._folder)
+        return self._made
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -64,12 +73,9 @@ class RestorePoint:
 
     def clear(self) -> None:
         """Forget the copies."""
-        self._store.clear()
+        if self._made is not None:
+            self._made.clear()
         self._numbers = {}
-
-    def close(self) -> None:
-        """Give back memory and files."""
-        self._store.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: numbers and tensors only."""

@@ -263,8 +263,8 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
     memory.plot(sizes, [run["extra bytes"] / 1e9 for run in runs], "o-", label="beyond weights and snapshots")
     memory.plot(sizes, [run["weights and snapshots bytes"] / 1e9 for run in runs], ":", label="weights and snapshots")
     memory.set(xscale="log", yscale="log", xlabel="weights", ylabel="GB", title="memory")
-    for axes in (cost, memory):
-        axes.legend()
+    cost.legend(loc="center right")
+    memory.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -292,7 +292,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
-    """Write what is known so far."""
+    """Write what is known so far, the smallest model first."""
+    runs = sorted(runs, key=lambda run: run["weights"])
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
     about = {"machine": describe_machine(), "device": args.device.type, "arguments": settings}

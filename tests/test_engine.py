@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import CASES, VOCABULARY, Case
 from torch import Tensor, nn
 
 from nino import NeuralGraph, Nowcaster
-from nino.engine import predict_blockwise, predict_edgewise
+from nino.engine import fusion, hardware, kernels, predict_blockwise, predict_edgewise
 from nino.engine.tiling import Sizes
 from nino.engine.weights import Place, PredictionWriter, SnapshotReader, piece_of
 from nino.graph.ir import EdgeBlock
@@ -210,7 +211,7 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     graph=graphs(),
     config=configs,
@@ -337,3 +338,176 @@ def test_bfloat16_is_close(weights: str, sizes: Sizes, family: str) -> None:
     assert _relative_error(found, expected) < BFLOAT16_TOLERANCE
     if weights != "wnn":
         assert _relative_error(found, expected) > 1e-5, "nothing was computed in bfloat16"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_on_a_gpu_as_defined_on_the_cpu(case: Case, fuse: bool, dtype: torch.dtype) -> None:
+    graph = NeuralGraph.from_model(case.build())
+    config = NowcasterConfig(hidden=32, max_horizon=6)
+    nowcaster = Nowcaster(_random_network(config, 0, torch.float64))
+    snapshots = _random_snapshots(graph, config.context, 0, torch.float64)
+    defined = nowcaster.predict(snapshots, 4, graph, engine="edges", dtype=torch.float64)
+    on_gpu = [{name: tensor.cuda() for name, tensor in snapshot.items()} for snapshot in snapshots]
+    for source in (snapshots, on_gpu):  # copied piece by piece, or already there
+        found = nowcaster.predict(source, 4, graph, dtype=dtype, device="cuda", fuse=fuse)
+        moved = {name: found[name].cpu() - snapshots[-1][name] for name in found}
+        expected = {name: defined[name] - snapshots[-1][name] for name in defined}
+        tolerance = TOLERANCE.get(dtype, BFLOAT16_TOLERANCE)
+        assert _relative_error(moved, expected, floor=0.05) <= 2 * tolerance
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.name in ("wide_kernel_cnn", "gpt2", "llama_gqa")],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("kind", ["nino", "wnn"])
+def test_float64_weights_in_float64(case: Case, kind: Any) -> None:
+    """From snapshots to weights: measured, standardised and mapped back in float64 as well."""
+    graph = NeuralGraph.from_model(case.build())
+    nowcaster = Nowcaster(_random_network(NowcasterConfig(kind=kind, hidden=8, max_horizon=6), 0, torch.float64))
+    snapshots = _random_snapshots(graph, 5, 0, torch.float64)
+    fast, slow = (
+        nowcaster.predict(snapshots, 4, graph, engine=engine, dtype=torch.float64) for engine in ("blockwise", "edges")
+    )
+    assert all(tensor.dtype == torch.float64 for tensor in fast.values())
+    assert _relative_error(fast, slow) < 1e-12
+    single = nowcaster.predict(snapshots, 4, graph)
+    assert 1e-9 < _relative_error(single, slow) < 1e-6
+
+
+# What the machine can do
+
+
+@pytest.fixture
+def _forgotten() -> Iterator[None]:
+    """What was found out and said about this machine is forgotten, before and after."""
+    remembered = (fusion.fused, fusion._say_once, hardware._cpu_multiplies, hardware._say_once)
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+def _predicting(dtype: torch.dtype = torch.float32) -> Callable[..., State]:
+    graph = NeuralGraph.from_model(_small_models()["cnn"])
+    nowcaster = Nowcaster(_random_network(NowcasterConfig(hidden=32, max_horizon=6), 0, torch.float32))
+    snapshots = _random_snapshots(graph, 5, 0, dtype)
+    return lambda **options: nowcaster.predict(snapshots, 4, graph, **options)
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_formats_without_instructions_are_computed_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False}, raising=False)
+    caplog.set_level(logging.INFO)
+    predict = _predicting()
+    expected = predict()
+    for _ in range(3):
+        found = predict(dtype=dtype)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [str(dtype) in message for message in caplog.messages] == [True]
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_formats_with_instructions_are_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    caplog.set_level(logging.INFO)
+    predict = _predicting()
+    found, expected = predict(dtype=torch.bfloat16), predict()
+    assert 1e-5 < _relative_error(found, expected) < BFLOAT16_TOLERANCE
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_float64_is_never_lowered(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    caplog.set_level(logging.INFO)
+    predict = _predicting(torch.float64)
+    assert _relative_error(predict(dtype=torch.float64), predict(dtype=torch.float64, engine="edges")) < 1e-12
+    assert not caplog.records
+
+
+class CompilerError(Exception):
+    """Of a compiler, whatever it raises."""
+
+
+def _raises(*arguments: Any, **options: Any) -> Any:
+    raise CompilerError(*(["no compiler was found\nsecond line"] if arguments else []))
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        (_raises, "no compiler was found"),
+        (lambda function, **options: _raises, "no compiler was found"),
+        (lambda function, **options: lambda *arguments: _raises(), "CompilerError"),
+    ],
+    ids=["at once", "when called", "without a word"],
+)
+def test_without_a_compiler_it_goes_on_and_says_so_once(
+    fails: Callable[..., Any], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    predict = _predicting()
+    expected = predict(fuse=False)
+    monkeypatch.setattr(torch, "compile", fails)
+    for _ in range(2):
+        found = predict(fuse=True)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].endswith(reason)
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.cuda.OutOfMemoryError])
+def test_what_is_no_failure_of_the_compiler_goes_on(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: interrupted)
+    with pytest.raises(error):
+        _predicting()(fuse=True)
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_what_is_compiled_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def count(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", count)
+    predict = _predicting()
+    predict()
+    assert not compiled, "on a CPU compiling does not pay"
+    for _ in range(2):
+        predict(fuse=True)
+    assert compiled == [kernels.message_sums, kernels.movements]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_compute_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Really compiled, for several families, tiles and convolutions in turn."""
+    monkeypatch.setattr(hardware, "_cpu_multiplies", lambda dtype: True)
+    nowcaster = Nowcaster(_random_network(NowcasterConfig(hidden=32, max_horizon=6), 0, torch.float32))
+    for case in [case for case in CASES if case.name in ("mlp", "wide_kernel_cnn", "gpt2", "llama_gqa")]:
+        graph = NeuralGraph.from_model(case.build())
+        snapshots = _random_snapshots(graph, 5, 0, torch.float32)
+        plain, compiled = (nowcaster.predict(snapshots, 4, graph, dtype=dtype, fuse=fuse) for fuse in (False, True))
+        assert _relative_error(compiled, plain) < (1e-6 if dtype == torch.float32 else BFLOAT16_TOLERANCE)
+    assert "could not be compiled" not in caplog.text

@@ -411,7 +411,18 @@ def test_the_engine_is_checked() -> None:
     _refused(NinoError, "engine", "'blockwise' or 'edges'", "'fast'", engine="fast")
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, "float32"])
+@pytest.mark.parametrize("budget", [1e9, "1GB", 0, -1])
+def test_the_memory_budget_is_checked(budget: Any) -> None:
+    _refused(NinoError, "memory", "budget", budget, "bytes", memory_budget=budget)
+
+
+def test_snapshots_without_values_are_refused() -> None:
+    snapshots = _snapshots(_graph())
+    snapshots[1]["2.bias"] = snapshots[1]["2.bias"].to("meta")
+    _refused(SnapshotError, "snapshot 1", "2.bias", "meta", snapshots=snapshots)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, "float32", torch.float8_e4m3fn, None])
 def test_the_dtype_is_checked(dtype: Any) -> None:
     _refused(NinoError, "dtype", "floating point", repr(dtype), dtype=dtype)
 
@@ -439,7 +450,7 @@ def test_vocabularies_larger_than_the_word_table_are_refused() -> None:
 
 @pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG], ids=["nino", "wnn"])
 @pytest.mark.parametrize("engine", ["blockwise", "edges"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])
 def test_snapshots_of_any_precision(config: NowcasterConfig, engine: Any, dtype: torch.dtype) -> None:
     graph = _graph()
     nowcaster = _nowcaster(config)
@@ -538,6 +549,33 @@ def test_graph_of_follows_the_wiring_and_falls_back_to_the_exact_one(caplog: pyt
     assert official.graph_of(llama()).wiring == "exact"
     assert "were not trained" in caplog.text
     assert _nowcaster().graph_of(mlp()).wiring == "exact"
+
+
+@pytest.mark.parametrize(("trained", "used"), [("official", "exact"), ("exact", "official")])
+def test_another_wiring_than_the_trained_one_is_said_once(
+    trained: Any, used: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from models import gpt2
+
+    nowcaster = _nowcaster(NowcasterConfig(hidden=8, context=3, wiring=trained))
+    right, wrong = (NeuralGraph.from_model(gpt2(n_layer=1), wiring) for wiring in (trained, used))
+    nowcaster.predict(_snapshots(right), 5, right)
+    assert not caplog.records
+    for _ in range(2):
+        nowcaster.predict(_snapshots(wrong), 5, wrong)
+    assert len(caplog.messages) == 1
+    assert f"trained on the {trained} wiring" in caplog.text
+    assert "graph_of" in caplog.text
+
+
+def test_what_graph_of_has_said_of_the_wiring_is_not_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    from models import llama
+
+    nowcaster = _nowcaster(NowcasterConfig(hidden=8, context=3, wiring="official"))
+    graph = nowcaster.graph_of(llama())
+    caplog.clear()
+    nowcaster.predict(_snapshots(graph), 5, graph)
+    assert not caplog.records
 
 
 def test_errors_are_value_errors() -> None:

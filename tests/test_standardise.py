@@ -81,11 +81,10 @@ def test_nearly_equal_weights_have_the_deviation_of_the_few_that_differ() -> Non
 
 
 @pytest.mark.parametrize("shape", [(1000,), (), (1, 500), (500, 1), (3, 200), (2, 3, 5, 20), (64, 64)])
-def test_pieces_hold_every_element_once_and_are_small(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", 64)
+def test_pieces_hold_every_element_once_and_are_small(shape: tuple[int, ...]) -> None:
     elements = torch.arange(torch.Size(shape).numel()).view(shape)
     for tensor in (elements, elements.permute(tuple(reversed(range(len(shape)))))):
-        pieces = list(pieces_of(tensor))
+        pieces = list(pieces_of(tensor, 64))
         assert all(piece.numel() <= 64 for piece in pieces)
         assert all(piece.untyped_storage().data_ptr() == elements.untyped_storage().data_ptr() for piece in pieces)
         assert torch.equal(torch.cat([piece.flatten() for piece in pieces]).sort().values, elements.flatten())
@@ -99,7 +98,7 @@ def test_pieces_do_not_matter(layout: str, monkeypatch: pytest.MonkeyPatch) -> N
     elif layout == "strided":
         snapshots = [part.repeat_interleave(2, dim=1)[:, ::2] for part in snapshots]
     whole = Standardiser.of(snapshots)
-    monkeypatch.setattr(module, "PIECE", 7)
+    monkeypatch.setitem(module.PIECE, "cpu", 7)
     cut = Standardiser.of(snapshots)
     torch.testing.assert_close(cut.mean, whole.mean, rtol=FLOAT32, atol=0)
     torch.testing.assert_close(cut.std, whole.std, rtol=2 * FLOAT32, atol=0)
@@ -135,7 +134,7 @@ def test_mapping_there_and_back() -> None:
 def test_what_is_not_finite_is_named(
     value: float, age: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PIECE", 16)
+    monkeypatch.setitem(module.PIECE, "cpu", 16)
     snapshots = [{"whole": part.to(dtype), "some.weight": part.to(dtype)} for part in _normal(10, 7, count=3)]
     snapshots[age]["some.weight"][9, 6] = value
     with pytest.raises(SnapshotError, match=rf"snapshot {age}: some\.weight holds NaN or infinity"):

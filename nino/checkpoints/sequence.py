@@ -181,10 +181,10 @@ def _jumps_between(first: Checkpoint, last: Checkpoint, steps: list[int]) -> lis
 
 
 def _jump_to_be_logged(checkpoint: Checkpoint) -> set[int]:
-    """The callback logs a nowcast one update later; until then it is in the callback's own file."""
+    """The callback logs a nowcast when its report is complete; until then it is in the callback's own file."""
     try:
         path = str(checkpoint.path / HISTORY_FILE)
-        report = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["awaits_loss"]
+        report = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["open_report"]["report"]
         return {int(report["step"])} if report["accepted"] else set()
     except Exception:  # there is none, or the file is damaged, which is none of our business
         return set()

@@ -22,7 +22,7 @@ from nino.graph.ir import (
     NeuronGroup,
 )
 from nino.model.config import NowcasterConfig
-from nino.standardise import PIECE
+from nino.standardise import piece_size
 
 STRIP_EDGES = 2**18
 TILE_EDGES = {"cpu": 2**13, "cuda": 2**18}
@@ -48,6 +48,8 @@ INDEX_BYTES = 32
 """Per node and per slot at the sides of a block: integers that say which node it is."""
 FOLDED_MATRICES = 16
 """H x H matrices of the folded network."""
+ALLOCATED = 2
+"""Bytes taken from the system per byte in use, of what comes and goes: allocators cannot reuse every gap."""
 SMALL_BYTES = 2**16
 """Everything that is a few numbers."""
 
@@ -86,8 +88,9 @@ class Sizes:
             return Sizes(max(STRIP_EDGES, tile), tile)
         held += SMALL_BYTES
         fixed, per_edge = _fixed_bytes(graph, config, dtype) + held, _bytes_per_edge(graph, config, dtype)
-        piece = min(PIECE, max(prod(shape) for shape in graph.shapes.values()))
-        needed = max(fixed + MIN_TILE_EDGES * per_edge, held + PIECE_NUMBERS * dtype.itemsize * piece)
+        piece = min(piece_size(device), max(prod(shape) for shape in graph.shapes.values()))
+        measuring = ALLOCATED * PIECE_NUMBERS * dtype.itemsize * piece
+        needed = max(fixed + MIN_TILE_EDGES * per_edge, held + measuring)
         if budget < needed:
             raise NinoError(
                 f"a memory budget of {budget:,} bytes is too small: the features of this model's {graph.num_nodes:,} "
@@ -123,7 +126,7 @@ def _bytes_per_edge(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dt
     """What one more edge in a tile adds, with the strip that grows along."""
     num_features = max(block.num_features for block in graph.parameter_blocks)
     tile = TILE_TENSORS * config.hidden + num_features * (2 * config.context + 1)
-    return dtype.itemsize * (tile + STRIP_PER_TILE * (config.context + STRIP_NUMBERS))
+    return ALLOCATED * dtype.itemsize * (tile + STRIP_PER_TILE * (config.context + STRIP_NUMBERS))
 
 
 @dataclass(frozen=True)

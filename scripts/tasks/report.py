@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Curve = Sequence[Sequence[float]]
+LINES = ("-", "--", ":")
+"""Ten colours each."""
 
 
-def updates_to_reach(curve: Curve, target: float) -> int | None:
-    """The first evaluated update at which the loss is at most ``target``; ``None`` if it never is."""
-    return next((int(step) for step, loss in curve if loss <= target), None)
+def updates_to_reach(curve: Curve, target: float, higher_is_better: bool = False) -> int | None:
+    """The first evaluated update at which the value is as good as ``target``; ``None`` if it never is."""
+    sign = -1 if higher_is_better else 1
+    return next((int(step) for step, value in curve if sign * value <= sign * target), None)
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of aligned columns; numbers with four significant digits, ``-`` for ``None``."""
+def _as_text(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The header and the rows; numbers with four significant digits, ``-`` for ``None``."""
 
     def show(value: Any) -> str:
         if value is None:
@@ -23,10 +27,37 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     columns = list(rows[0])
-    cells = [columns] + [[show(row[column]) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return [columns] + [[show(row[column]) for column in columns] for row in rows]
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of aligned columns."""
+    cells = _as_text(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same table in Markdown."""
+    header, *lines = ["| " + " | ".join(cells) + " |" for cells in _as_text(rows)]
+    return "\n".join([header, "|---" * len(rows[0]) + "|", *lines])
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes with curves."""
+
+    title: str
+    curves: Mapping[str, Curve]
+    """Method -> ``[[update, value], ...]``; the first is the reference."""
+    jumps: Sequence[int] = ()
+    """Updates after which a nowcast happened."""
+    quantity: str = "validation loss"
+    is_loss: bool = True
+    """Whether lower is better, and a logarithmic axis suits it."""
+    target: float | None = None
+    """Marked by a dotted line; by default the last value of the first curve."""
 
 
 def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], jumps: Mapping[str, Sequence[int]]) -> None:
@@ -37,20 +68,33 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], jumps: Ma
         panels: task -> method -> ``[[update, loss], ...]``.
         jumps: task -> updates after which a nowcast happened.
     """
+    draw_panels(path, [Panel(task, curves, jumps.get(task, ())) for task, curves in panels.items()])
+
+
+def draw_panels(path: Path, panels: Sequence[Panel], panels_per_row: int = 3) -> None:
+    """Draw panels, row by row; a dotted line marks the target, vertical lines the nowcasts."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
-    for axes, (task, curves) in zip(all_axes[0], panels.items(), strict=True):
-        for number, (method, curve) in enumerate(curves.items()):
-            steps, losses = zip(*curve, strict=True)
-            axes.plot(steps, losses, label=method, color=f"C{number}")
-        for step in jumps.get(task, ()):
+    columns = min(len(panels), panels_per_row)
+    rows = -(-len(panels) // columns)
+    figure, all_axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False)
+    for axes in all_axes.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(all_axes.flat, panels, strict=False):
+        for number, (method, curve) in enumerate(panel.curves.items()):
+            steps, values = zip(*curve, strict=True) if curve else ((), ())
+            axes.plot(steps, values, label=method, color=f"C{number}", linestyle=LINES[number // 10 % 3])
+        for step in panel.jumps:
             axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
-        axes.axhline(next(iter(curves.values()))[-1][1], color="C0", linestyle=":", linewidth=0.8)
-        axes.set(title=task, xlabel="optimizer updates", ylabel="validation loss", yscale="log")
+        reference = next(iter(panel.curves.values()))
+        target = reference[-1][1] if panel.target is None and reference else panel.target
+        if target is not None:
+            axes.axhline(target, color="C0", linestyle=":", linewidth=0.8)
+        scale = "log" if panel.is_loss else "linear"
+        axes.set(title=panel.title, xlabel="optimizer updates", ylabel=panel.quantity, yscale=scale)
         axes.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

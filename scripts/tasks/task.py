@@ -11,18 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.images import ImageData
+from tasks.images import ImageData, shift_randomly
 from tasks.text import TextData, fixed_windows, random_windows
 
-EVAL_BATCH = 500
+EVAL_BATCH = 250
+Batch = tuple[Tensor, ...]
 
 
 class Task(Protocol):
     """One data set with its loss; batches are tuples of tensors."""
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]: ...
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch: ...
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor: ...
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]: ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]: ...
 
@@ -41,20 +44,32 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """Classify images; ``mirror`` flips half of the training images left to right."""
+    """Classify images; half of the training images may be mirrored, and each be shifted by up to some pixels."""
 
     data: ImageData
     mirror: bool = False
+    shift: int = 0
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        indices = torch.randint(len(self.data.train_images), (batch_size,), generator=generator)
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Draw training images at random."""
+        return self._take(torch.randint(len(self.data.train_images), (batch_size,), generator=generator), generator)
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """All training images in random order, again and again; the last batch of an epoch may be smaller."""
+        while True:
+            for indices in torch.randperm(len(self.data.train_images), generator=generator).split(batch_size):
+                yield self._take(indices, generator)
+
+    def _take(self, indices: Tensor, generator: torch.Generator) -> Batch:
         images = self.data.train_images[indices]
         if self.mirror:
-            flips = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
+            flips = torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5
             images = torch.where(flips, images.flip(-1), images)
+        if self.shift:
+            images = shift_randomly(images, self.shift, generator)
         return images, self.data.train_labels[indices]
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
         return F.cross_entropy(model(images), labels)
 
@@ -76,10 +91,16 @@ class TextTask:
     length: int = 64
     eval_windows: int = 128
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Draw windows of the training text at random."""
         return (random_windows(self.data.train_tokens, batch_size, self.length, generator),)
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Random windows, without end."""
+        while True:
+            yield self.batch(batch_size, generator)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         (tokens,) = batch
         output: Any = model(input_ids=tokens)
         return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())

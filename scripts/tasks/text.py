@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,15 +75,20 @@ def tokenize(text: str, vocab_size: int) -> TextData:
     return TextData(train_tokens=train, eval_tokens=evaluation, vocab_size=tokenizer.get_vocab_size())
 
 
+def read_text_files(paths: list[Path], vocab_size: int) -> TextData:
+    """Read and tokenize text files, one after the other."""
+    return tokenize("\n".join(path.read_text(errors="replace") for path in paths), vocab_size)
+
+
 def load_text_files(paths: list[Path], vocab_size: int, cache: Path) -> TextData:
-    """Read and tokenize text files; the tokens are kept in ``cache``."""
+    """As :func:`read_text_files`; the tokens are kept in ``cache``."""
     key = "-".join(path.stem for path in paths)
     cached = cache / f"{key}-{vocab_size}.pt"
     if cached.exists():
         return TextData(**torch.load(cached, weights_only=True))
-    data = tokenize("\n".join(path.read_text(errors="replace") for path in paths), vocab_size)
+    data = read_text_files(paths, vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(".part")
+    temporary = cached.with_suffix(f".{os.getpid()}.part")  # several processes may do the same at once
     torch.save(vars(data), temporary)
     temporary.replace(cached)
     return data

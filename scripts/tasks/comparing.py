@@ -1,0 +1,256 @@
+"""The numbers of a comparison, from the curves of its trainings: pure functions of the results of cells.
+
+A *setting* is what the trainings of a fair comparison share: task, learning rate, schedule and budget. Within one,
+every training is measured against Adam's of the same seed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from tasks.report import Curve, updates_to_reach
+
+ADAM = "adam"
+Result = Mapping[str, Any]
+"""The content of a cell's file."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is measured."""
+
+    metric: str
+    higher_is_better: bool
+    targets: Sequence[float]
+    """Values of the metric to reach."""
+
+    def best(self, values: Iterable[float]) -> float:
+        """The best of some values."""
+        return max(values) if self.higher_is_better else min(values)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over seeds."""
+
+    mean: float
+    deviation: float | None
+    """Sample standard deviation; ``None`` of a single seed."""
+    known: int
+    """Seeds that have the number; a target may not be reached with all of them."""
+    of: int
+
+    def __str__(self) -> str:
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.2g}"
+        return f"{self.mean:.4g}{deviation}" + (f" ({self.known} of {self.of})" if self.known < self.of else "")
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Mean and deviation of what is known; ``None`` if nothing is.
+
+    Example:
+        >>> str(spread([1200, None, 1400]))
+        '1300 ± 1.4e+02 (2 of 3)'
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return Spread(fmean(known), stdev(known) if len(known) > 1 else None, len(known), len(values))
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What the trainings of a fair comparison share."""
+
+    task: str
+    learning_rate: float
+    schedule: str
+    updates: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, lr {self.learning_rate:g}, {self.schedule}, {self.updates:,} updates"
+
+
+Runs = dict[str, dict[int, Result]]
+"""Method -> seed -> result, of one setting."""
+
+
+def by_setting(results: Iterable[Result]) -> dict[Setting, Runs]:
+    """Sort results into settings; settings, methods and seeds keep their order."""
+    settings: dict[Setting, Runs] = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        cell = result["cell"]
+        setting = Setting(cell["task"], cell["learning_rate"], cell["schedule"], cell["updates"])
+        settings[setting][cell["method"]][cell["seed"]] = result
+    return settings
+
+
+def curve_of(result: Result, metric: str) -> Curve:
+    """``[[update, value], ...]``, where the value was finite."""
+    return [[point["step"], point[metric]] for point in result["curve"] if point.get(metric) is not None]
+
+
+def final_value(result: Result, metric: str) -> float | None:
+    """The value after the last update; ``None`` of a training that diverged."""
+    return result["curve"][-1].get(metric) if result["curve"] and not result["diverged"] else None
+
+
+def best_value(result: Result, goal: Goal) -> float | None:
+    """The best value of a training."""
+    curve = curve_of(result, goal.metric)
+    return goal.best(value for _, value in curve) if curve else None
+
+
+def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
+    """The numbers of one training, against Adam's of the same seed (or of another learning rate)."""
+    target = best_value(adam, goal) if adam is not None else None
+    own, adams = (None if run is None else first_update(run, goal, target) for run in (result, adam))
+    return {
+        "to Adam's best": own,
+        "% of Adam's updates": 100 * own / adams if own is not None and adams else None,
+        **{f"to {value:g}": first_update(result, goal, value) for value in goal.targets},
+        "final": final_value(result, goal.metric),
+        "best": best_value(result, goal),
+        "CPU s": result["cpu_seconds"],
+        "nowcasting s": sum(nowcast.get("nowcast/seconds", 0.0) for nowcast in result["nowcasts"]),
+    }
+
+
+def first_update(result: Result, goal: Goal, target: float | None) -> int | None:
+    """When a training first reached a target."""
+    if target is None:
+        return None
+    return updates_to_reach(curve_of(result, goal.metric), target, goal.higher_is_better)
+
+
+def over_seeds(rows: Sequence[Row]) -> dict[str, Spread | None]:
+    """Column by column, mean and deviation."""
+    return {column: spread([row[column] for row in rows]) for column in rows[0]}
+
+
+def summarise(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[Row]:
+    """One row per setting and method: the means over seeds of :func:`measure`."""
+    rows = []
+    for setting, runs in settings.items():
+        adams = runs.get(ADAM, {})
+        for method, seeds in runs.items():
+            numbers = [measure(result, adams.get(seed), goals[setting.task]) for seed, result in seeds.items()]
+            rows.append({**vars(setting), "method": method, "seeds": len(seeds), **over_seeds(numbers)})
+    return rows
+
+
+def at_best_rates(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[Row]:
+    """Every method at its own best learning rate, against Adam at its own; for tasks with several rates.
+
+    The best rate is that of the best mean over seeds of the best value.
+    """
+    families: dict[tuple[str, str, int], dict[float, Runs]] = defaultdict(dict)
+    for setting, runs in settings.items():
+        families[setting.task, setting.schedule, setting.updates][setting.learning_rate] = runs
+    rows = []
+    for (task, schedule, updates), by_rate in families.items():
+        goal = goals[task]
+        methods = dict.fromkeys(method for runs in by_rate.values() for method in runs)
+        best = {method: best_rate(by_rate, method, goal) for method in methods if len(by_rate) > 1}
+        for method, rate in best.items():
+            if rate is None:
+                continue
+            adam_rate = best.get(ADAM)
+            adams = by_rate[adam_rate][ADAM] if adam_rate is not None else {}
+            numbers = [measure(result, adams.get(seed), goal) for seed, result in by_rate[rate][method].items()]
+            named = {"task": task, "schedule": schedule, "updates": updates, "method": method, "best lr": rate}
+            rows.append({**named, "seeds": len(numbers), **over_seeds(numbers)})
+    return rows
+
+
+def best_rate(by_rate: Mapping[float, Runs], method: str, goal: Goal) -> float | None:
+    """The learning rate with the best mean; only rates at which no seed diverged count."""
+    means: dict[float, float] = {}
+    for rate, runs in by_rate.items():
+        results = runs.get(method, {}).values()
+        values = [best_value(result, goal) for result in results if not result["diverged"]]
+        known = [value for value in values if value is not None]
+        if known and len(known) == len(results):
+            means[rate] = fmean(known)
+    best = goal.best(means.values()) if means else None
+    return next((rate for rate, value in means.items() if value == best), None)
+
+
+def by_budget(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[Row]:
+    """Final quality q(T): a row per method, learning rate and schedule, a column per budget, if there are several."""
+    budgets: dict[str, list[int]] = defaultdict(list)
+    finals: dict[tuple[str, float, str, str], dict[int, Spread | None]] = defaultdict(dict)
+    for setting, runs in settings.items():
+        if setting.updates not in budgets[setting.task]:
+            budgets[setting.task].append(setting.updates)
+        for method, seeds in runs.items():
+            values = [final_value(result, goals[setting.task].metric) for result in seeds.values()]
+            finals[setting.task, setting.learning_rate, setting.schedule, method][setting.updates] = spread(values)
+    rows = []
+    for (task, rate, schedule, method), row in finals.items():
+        if len(budgets[task]) > 1:
+            columns = {f"q({budget:,})": row.get(budget) for budget in budgets[task]}
+            rows.append({"task": task, "learning_rate": rate, "schedule": schedule, "method": method, **columns})
+    return rows
+
+
+def verdicts(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[str]:
+    """Plain sentences: every method against Adam (or else the first), and later nowcasters against the first."""
+    sentences = []
+    for setting, runs in settings.items():
+        reference = ADAM if ADAM in runs else next(iter(runs))
+        pairs = [(method, reference) for method in runs if method != reference]
+        nowcasters = [method for method in runs if is_plain_nowcaster(method)]
+        pairs += [(later, nowcasters[0]) for later in nowcasters[1:] if nowcasters[0] != reference]
+        sentences += [f"{setting}: {compare(runs, *pair, goals[setting.task])}" for pair in pairs]
+    return sentences
+
+
+def is_plain_nowcaster(method: str) -> bool:
+    """Whether a method is a nowcaster's weights and nothing else."""
+    return method.partition(":")[0] in ("nino", "official", "wnn") and "+" not in method
+
+
+def compare(runs: Runs, method: str, reference: str, goal: Goal) -> str:
+    """One sentence on two methods, over the seeds that both have."""
+    seeds = [seed for seed in runs[method] if seed in runs[reference]]
+    if not seeds:
+        return f"{method} and {reference} have no seed in common"
+    reached, needed = [], []
+    for seed in seeds:
+        target = best_value(runs[reference][seed], goal)
+        if target is not None:
+            reached.append(first_update(runs[method][seed], goal, target))
+            needed.append(first_update(runs[reference][seed], goal, target))
+    finals = {
+        name: spread([final_value(runs[name][seed], goal.metric) for seed in seeds]) for name in (method, reference)
+    }
+    text = f"{reference}'s best, there after {spread(needed)} updates, {method} reached "
+    if None in reached or not reached:
+        count = sum(update is not None for update in reached)
+        text += "never" if not count else f"with {count} of {len(reached)} seeds, after {spread(reached)}"
+    else:
+        share = fmean(100 * own / other for own, other in zip(reached, needed, strict=True) if own and other)
+        text += f"after {spread(reached)} ({share:.0f}%)"
+    return f"{text}; final {finals[method] or 'diverged'} against {finals[reference] or 'diverged'}"
+
+
+def mean_curve(results: Iterable[Result], metric: str) -> Curve:
+    """The mean over seeds, at the updates that all have."""
+    curves = [{step: value for step, value in curve_of(result, metric)} for result in results]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    return [[step, fmean(curve[step] for curve in curves)] for step in shared]
+
+
+def map_numbers(value: Any, change: Callable[[Spread], Any]) -> Any:
+    """Rows with every :class:`Spread` changed, for a table or for JSON."""
+    if isinstance(value, Spread):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_numbers(item, change) for key, item in value.items()}
+    return [map_numbers(item, change) for item in value] if isinstance(value, list) else value

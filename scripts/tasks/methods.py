@@ -1,0 +1,327 @@
+"""Training methods by name: parts joined with ``+``, such as ``adam``, ``nino:nino-tiny`` or ``muon+ema+linear``.
+
+==================  =====================================================================================
+optimizer           ``adam`` (AdamW, if none is named), ``muon``, ``schedulefree``
+slow weights        ``lookahead[:every]``
+what is evaluated   ``ema[:decay]``, ``lawa[:count]``
+jump                ``nino:NAME-OR-FOLDER``, ``wnn:FOLDER-OR-PT``, ``official:FILE.pt``, ``linear``, ``rre[:cap]``
+==================  =====================================================================================
+
+At most one of each. ``@`` and settings at the end hold for this method's jumps alone:
+``nino:nino-tiny@max_horizon=12,probation=0``. A new method is one row in ``KINDS`` and one branch where it is set up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from nino import Nowcaster, NowcastOptimizer, NowcastReport, ScheduleConfig
+from nino.errors import NinoError
+from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
+from tasks.rivals import (
+    ExponentialAverage,
+    Follower,
+    LatestAverage,
+    Lookahead,
+    MuonWithAdamW,
+    ScheduleFreeAverage,
+    find_muon,
+    find_schedule_free,
+)
+
+SNAPSHOTS_PER_PERIOD = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """When and how far to jump."""
+
+    period: int = 1000
+    """Optimizer updates between jumps."""
+    max_horizon: int | None = None
+    """The first jump's horizon in snapshot intervals; ``None`` for the nowcaster's longest."""
+    decay_power: float = 2.0
+    """How fast horizons shrink; 1 is linear."""
+    probation: int = 0
+    """Updates in which the training loss must recover, else the jump is undone; 0 for never."""
+
+    def schedule(self, nowcaster: Nowcaster, updates: int) -> ScheduleConfig:
+        """The schedule of a run.
+
+        Raises:
+            NinoError: if it is out of the nowcaster's range.
+        """
+        longest = nowcaster.config.max_horizon
+        if self.max_horizon is not None and self.max_horizon > longest:
+            raise NinoError(f"max_horizon={self.max_horizon} is beyond the nowcaster's longest, {longest}")
+        return ScheduleConfig(
+            period=self.period,
+            context=nowcaster.config.context,
+            max_steps=updates,
+            max_horizon=longest if self.max_horizon is None else self.max_horizon,
+            decay_power=self.decay_power,
+        )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A part that a method can have."""
+
+    slot: str
+    """Of which a method has at most one part."""
+    read: Callable[[str], Any]
+    """Reads what follows the colon, ``""`` if nothing does; ``ValueError`` says what was expected."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a method, read."""
+
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method by name, with its parts."""
+
+    name: str
+    optimizer: Part
+    slow: Part | None
+    average: Part | None
+    jump: Part | None
+    rhythm: Rhythm
+
+    @property
+    def has_rhythm(self) -> bool:
+        """Whether it depends on the period."""
+        return self.jump is not None or (self.average is not None and self.average.kind == "lawa")
+
+
+def _nothing(text: str) -> None:
+    if text:
+        raise ValueError("nothing after it")
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise ValueError("a name or a path after a colon")
+    return text
+
+
+def _count(default: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if text and not (text.isdigit() and int(text) >= 1):
+            raise ValueError("a whole number of at least 1 after a colon")
+        return int(text) if text else default
+
+    return read
+
+
+def _fraction(default: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text) if text else default
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1:
+            raise ValueError("a number between 0 and 1 after a colon")
+        return value
+
+    return read
+
+
+KINDS: dict[str, Kind] = {
+    "adam": Kind("optimizer", _nothing),
+    "muon": Kind("optimizer", _nothing),
+    "schedulefree": Kind("optimizer", _nothing),
+    "lookahead": Kind("slow", _count(5)),
+    "ema": Kind("average", _fraction(0.999)),
+    "lawa": Kind("average", _count(5)),
+    "nino": Kind("jump", _name),
+    "official": Kind("jump", _name),
+    "wnn": Kind("jump", _name),
+    "linear": Kind("jump", _nothing),
+    "rre": Kind("jump", _fraction(0.05)),
+}
+
+
+def parse_method(name: str, rhythm: Rhythm) -> Method:
+    """Read a method's name.
+
+    Args:
+        name: as described above.
+        rhythm: of jumps, where the name does not say otherwise.
+
+    Raises:
+        NinoError: saying what was expected.
+    """
+    text, _, settings = name.partition("@")
+    parts: dict[str, Part] = {}
+    for piece in text.split("+"):
+        kind, _, argument = piece.partition(":")
+        if kind not in KINDS:
+            _refuse(name, f"{kind!r} is none of {', '.join(KINDS)}")
+        slot = KINDS[kind].slot
+        if slot in parts:
+            _refuse(name, f"{parts[slot].kind} and {kind} exclude each other")
+        try:
+            parts[slot] = Part(kind, KINDS[kind].read(argument))
+        except ValueError as error:
+            _refuse(name, f"{kind} expects {error}, got {piece!r}")
+    parts.setdefault("optimizer", Part("adam", None))
+    slots = {slot: parts.get(slot) for slot in ("slow", "average", "jump")}
+    return Method(name=name, optimizer=parts["optimizer"], rhythm=_read_settings(name, settings, rhythm), **slots)
+
+
+def _read_settings(name: str, text: str, rhythm: Rhythm) -> Rhythm:
+    known = {field.name for field in fields(Rhythm)}
+    values: dict[str, Any] = {}
+    for setting in filter(None, text.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in known:
+            _refuse(name, f"setting {key!r} is none of {', '.join(sorted(known))}")
+        try:
+            values[key] = float(value) if key == "decay_power" else int(value)
+        except ValueError:
+            _refuse(name, f"{key} expects a number, got {value!r}")
+    return replace(rhythm, **values)
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
+    raise NinoError(f"method {name!r}: {reason}")
+
+
+def load_jump(part: Part) -> Nowcaster:
+    """What makes a method's jumps.
+
+    Raises:
+        NinoError: if there are no such weights, or they are of the other kind.
+    """
+    if part.kind == "linear":
+        return LinearExtrapolator()
+    if part.kind == "rre":
+        return ReducedRankExtrapolator(part.value)
+    is_published = part.kind == "official" or (part.kind == "wnn" and part.value.endswith(".pt"))
+    nowcaster = Nowcaster.from_official(part.value) if is_published else Nowcaster.from_pretrained(part.value)
+    expected = {"nino": "nino", "wnn": "wnn"}.get(part.kind, nowcaster.config.kind)
+    if nowcaster.config.kind != expected:
+        raise NinoError(f"{part.kind}:{part.value} holds the weights of a {nowcaster.config.kind}")
+    return nowcaster
+
+
+def check_method(method: Method, updates: int) -> str | None:
+    """Load everything that a method needs, so that it fails before training and not after.
+
+    Returns:
+        A fingerprint of its nowcaster's weights, if it has one: a folder may hold others the next day.
+
+    Raises:
+        NinoError: if something is missing or out of range.
+    """
+    if method.optimizer.kind == "muon":
+        find_muon()
+    if method.optimizer.kind == "schedulefree":
+        find_schedule_free()
+    if method.jump is None:
+        return None
+    nowcaster = load_jump(method.jump)
+    try:
+        method.rhythm.schedule(nowcaster, updates)
+        if not 0 <= method.rhythm.probation < method.rhythm.period:
+            raise NinoError(f"probation={method.rhythm.probation} must be shorter than the period")
+    except NinoError as error:
+        _refuse(method.name, str(error))
+    digest = hashlib.sha256(nowcaster.config.to_json().encode())
+    for key, tensor in sorted(nowcaster.network.state_dict().items()):
+        digest.update(key.encode() + tensor.numpy().tobytes())
+    return None if method.jump.kind in ("linear", "rre") else digest.hexdigest()[:12]
+
+
+class Setup:
+    """A method at work on a model.
+
+    Args:
+        method: with its rhythm.
+        model: to be trained.
+        learning_rate: of the optimizer.
+        weight_decay: of the optimizer.
+        updates: of the whole run.
+    """
+
+    def __init__(
+        self, method: Method, model: nn.Module, learning_rate: float, weight_decay: float, updates: int
+    ) -> None:
+        base = _base_optimizer(method.optimizer, model, learning_rate, weight_decay)
+        self.optimizer: Optimizer = base
+        self.rates = [group["lr"] for group in base.param_groups]
+        self.followers = _followers(method, base, model)
+        self._jumps = 0
+        if method.jump is not None:
+            nowcaster, rhythm = load_jump(method.jump), method.rhythm
+            self.optimizer = NowcastOptimizer(
+                base, model, nowcaster, period=rhythm.period, max_steps=updates, probation=rhythm.probation
+            )
+            self.optimizer.session.schedule = rhythm.schedule(nowcaster, updates)
+
+    @property
+    def reports(self) -> list[NowcastReport]:
+        """Of its nowcasts."""
+        return self.optimizer.reports if isinstance(self.optimizer, NowcastOptimizer) else []
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Multiply the learning rates of the beginning."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def update(self, loss: torch.Tensor) -> None:
+        """One update with the gradients of ``loss``, and a jump if one is due."""
+        if isinstance(self.optimizer, NowcastOptimizer):
+            self.optimizer.observe(loss)
+        self.optimizer.step()
+        for follower in self.followers:
+            follower.after_update()
+        jumps = sum(report.accepted + report.rolled_back for report in self.reports)
+        if jumps != self._jumps:
+            self._jumps = jumps
+            for follower in self.followers:
+                follower.restart()
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """The model with the weights that the method would hand over."""
+        with ExitStack() as stack:
+            for follower in self.followers:
+                stack.enter_context(follower.evaluated())
+            yield
+
+
+def _base_optimizer(part: Part, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    if part.kind == "muon":
+        return MuonWithAdamW(model, learning_rate, weight_decay)
+    if part.kind == "schedulefree":
+        optimizer: Optimizer = find_schedule_free()(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        return optimizer
+    return AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+
+
+def _followers(method: Method, optimizer: Optimizer, model: nn.Module) -> list[Follower]:
+    followers: list[Follower] = []
+    if method.optimizer.kind == "schedulefree":
+        followers.append(ScheduleFreeAverage(optimizer))
+    if method.slow is not None:
+        followers.append(Lookahead(optimizer, model, method.slow.value))
+    if method.average is not None and method.average.kind == "ema":
+        followers.append(ExponentialAverage(model, method.average.value))
+    if method.average is not None and method.average.kind == "lawa":
+        interval = max(method.rhythm.period // SNAPSHOTS_PER_PERIOD, 1)
+        followers.append(LatestAverage(model, method.average.value, interval))
+    return followers

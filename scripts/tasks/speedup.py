@@ -1,0 +1,150 @@
+"""The tasks on which methods are compared, by name: what is trained, on which data, how it is measured.
+
+``c10-*`` are those of the published NiNo experiments (``C10/16``, ``C10/32``): the same network, optimizer, batches
+and split. The language models are as small as the published ones and read a text that fits on a laptop. ``digits-16``
+needs no data but scikit-learn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from nino.data.architecture import Architecture
+from nino.errors import NinoError
+from tasks.images import convnet, load_digits, load_train_and_test
+from tasks.task import ImageTask, Task, TextTask
+from tasks.text import gpt2, llama, read_text_files
+
+SEQUENCE_LENGTH = 64
+VOCAB_SIZE = 1024
+TEXT_FILES = ("text/wikitext2-valid.txt", "text/wikitext2-test.txt")
+"""Read as one text, of which the last tenth is held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedupTask:
+    """A task with the settings that every method shares."""
+
+    architecture: Architecture
+    data: Callable[[Path], Task]
+    """Reads the data from a folder; kept, since consecutive runs of a process often share it."""
+    files: tuple[str, ...] = ()
+    """What the folder must hold."""
+    metric: str
+    """Name of the evaluation that counts."""
+    higher_is_better: bool
+    targets: tuple[float, ...]
+    """Values of the metric to reach."""
+    learning_rate: float
+    weight_decay: float
+    batch_size: int
+    updates: int
+    seconds_per_update: float
+    """On one thread of a server of 2023; only for estimates."""
+    seconds_per_evaluation: float
+
+    def check_data(self, name: str, folder: Path | None) -> None:
+        """Refuse a folder without the files.
+
+        Raises:
+            NinoError: naming what is expected.
+        """
+        if self.files and folder is None:
+            raise NinoError(f"task {name} needs --data FOLDER, which holds {', '.join(self.files)}")
+        for file in self.files:
+            if folder is not None and not (folder / file).is_file():
+                raise NinoError(f"--data: {folder / file} does not exist; task {name} needs {', '.join(self.files)}")
+
+
+@lru_cache(maxsize=1)
+def _images(name: str, folder: Path) -> Task:
+    return ImageTask(load_train_and_test(name, folder))
+
+
+@lru_cache(maxsize=1)
+def _digits(folder: Path) -> Task:
+    return ImageTask(load_digits(), shift=1)
+
+
+@lru_cache(maxsize=1)
+def _wikitext(folder: Path) -> Task:
+    data = read_text_files([folder / file for file in TEXT_FILES], VOCAB_SIZE)
+    return TextTask(data, SEQUENCE_LENGTH, eval_windows=256)
+
+
+def _cnn(
+    name: str,
+    channels: int,
+    hidden: tuple[int, int, int],
+    targets: tuple[float, ...],
+    seconds_per_update: float,
+    seconds_per_evaluation: float,
+) -> SpeedupTask:
+    """A published CNN on images in parquet files, trained and tested as published."""
+    return SpeedupTask(
+        architecture=convnet(channels, hidden, first_padding=0),
+        data=partial(_images, name),
+        files=(f"{name}-train.parquet", f"{name}-test.parquet"),
+        metric="eval_accuracy",
+        higher_is_better=True,
+        targets=targets,
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        batch_size=128,
+        updates=10_000,
+        seconds_per_update=seconds_per_update,
+        seconds_per_evaluation=seconds_per_evaluation,
+    )
+
+
+def _language_model(
+    architecture: Architecture, seconds_per_update: float, seconds_per_evaluation: float
+) -> SpeedupTask:
+    return SpeedupTask(
+        architecture=architecture,
+        data=_wikitext,
+        files=TEXT_FILES,
+        metric="eval_loss",
+        higher_is_better=False,
+        targets=(4.5, 4.0, 3.75, 3.5, 3.25, 3.0),
+        learning_rate=2e-4,
+        weight_decay=1e-2,
+        batch_size=16,
+        updates=5_000,
+        seconds_per_update=seconds_per_update,
+        seconds_per_evaluation=seconds_per_evaluation,
+    )
+
+
+DIGITS = SpeedupTask(
+    architecture=convnet(1, (16, 32, 32)),
+    data=_digits,
+    metric="eval_accuracy",
+    higher_is_better=True,
+    targets=(0.8, 0.9, 0.95, 0.97),
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    batch_size=64,
+    updates=3_000,
+    seconds_per_update=0.0045,
+    seconds_per_evaluation=0.005,
+)
+
+C10_TARGETS = (0.50, 0.55, 0.58, 0.60, 0.62, 0.64, 0.66, 0.68, 0.70)
+MNIST_TARGETS = (0.95, 0.97, 0.98, 0.985, 0.99)
+GPT2 = partial(gpt2, vocab_size=VOCAB_SIZE, num_positions=SEQUENCE_LENGTH)
+LLAMA = partial(llama, vocab_size=VOCAB_SIZE)
+
+TASKS: dict[str, SpeedupTask] = {
+    "c10-16": _cnn("cifar10", 3, (16, 32, 32), C10_TARGETS, 0.045, 1.4),
+    "c10-32": _cnn("cifar10", 3, (32, 64, 64), C10_TARGETS, 0.15, 4.7),
+    "mnist-16": _cnn("mnist", 1, (16, 32, 32), MNIST_TARGETS, 0.033, 0.75),
+    "gpt2-2-32": _language_model(GPT2(layers=2, width=32, heads=2), 0.021, 0.11),
+    "gpt2-3-64": _language_model(GPT2(layers=3, width=64, heads=4), 0.049, 0.28),
+    "llama-2-32": _language_model(LLAMA(layers=2, width=32, heads=2, kv_heads=1), 0.022, 0.1),
+    "llama-3-64": _language_model(LLAMA(layers=3, width=64, heads=4, kv_heads=2), 0.044, 0.22),
+    "digits-16": DIGITS,
+}
