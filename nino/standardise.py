@@ -146,6 +146,9 @@ def check_snapshots(
             )
         for name, shape in shapes.items():
             tensor = snapshot[name]
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise SnapshotError(f"snapshot {age}: {name} must be a tensor of floating point numbers, got {what}")
             if tensor.is_meta:
                 raise SnapshotError(f"snapshot {age}: {name} is on the meta device, which holds no numbers")
             if tuple(tensor.shape) != shape:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nino import NeuralGraph, Nowcaster
 from nino.engine import fusion, hardware, kernels, predict_blockwise, predict_edgewise
-from nino.engine.tiling import Sizes
+from nino.engine.tiling import Sizes, places
 from nino.engine.weights import Place, PredictionWriter, SnapshotReader, piece_of
 from nino.graph.ir import EdgeBlock
 from nino.model import NowcasterConfig, build_network
@@ -243,6 +243,24 @@ def test_blockwise_equals_the_definition(
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@settings(deadline=None, max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    graph=graphs(),
+    config=configs,
+    horizon=st.integers(1, 6),
+    sizes=st.sampled_from(SIZES),
+    snapshots_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_bfloat16_products_stay_near_the_definition(
+    graph: NeuralGraph, config: NowcasterConfig, horizon: int, sizes: Sizes, snapshots_dtype: torch.dtype, seed: int
+) -> None:
+    network = _random_network(config, seed, torch.float32)
+    snapshots = _random_snapshots(graph, config.context, seed, snapshots_dtype)
+    found = _blockwise(network, graph, snapshots, horizon, sizes, product_dtype=torch.bfloat16)
+    assert _relative_error(found, _edgewise(network, graph, snapshots, horizon), floor=0.05) <= BFLOAT16_TOLERANCE
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_family(case: Case) -> None:
     graph = NeuralGraph.from_model(case.build())
@@ -252,6 +270,31 @@ def test_every_family(case: Case) -> None:
     slow = _edgewise(network, graph, snapshots, 4)
     for sizes in (Sizes(500, 97), SIZES[-1]):
         assert _relative_error(_blockwise(network, graph, snapshots, 4, sizes), slow) < 1e-12
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    edges=st.integers(1, 300),
+    longest_side=st.none() | st.integers(1, 40),
+)
+def test_places_cover_every_edge_once_and_are_small(
+    shape: tuple[int, int], edges: int, longest_side: int | None
+) -> None:
+    covered = torch.zeros(shape, dtype=torch.int64)
+    for rows, columns in places(shape, edges, longest_side):
+        piece = covered[rows, columns]
+        assert piece.numel() <= edges
+        assert max(piece.shape) <= (longest_side or edges)
+        piece += 1
+    assert bool((covered == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("shape", "number"), [((50_257, 3), 20), ((3, 50_257), 20), ((1, 10**6), 123), ((10**6, 1), 123)]
+)
+def test_long_and_narrow_blocks_are_cut_into_few_places(shape: tuple[int, int], number: int) -> None:
+    assert len(list(places(shape, 2**13))) <= number
 
 
 def _small_models() -> dict[str, nn.Module]:

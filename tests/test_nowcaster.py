@@ -416,10 +416,20 @@ def test_the_memory_budget_is_checked(budget: Any) -> None:
     _refused(NinoError, "memory", "budget", budget, "bytes", memory_budget=budget)
 
 
-def test_snapshots_without_values_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("convert", "what"),
+    [
+        (lambda tensor: tensor.to("meta"), "meta"),
+        (lambda tensor: tensor.to(torch.int8), "torch.int8"),
+        (lambda tensor: tensor.to(torch.complex64), "torch.complex64"),
+        (Tensor.numpy, "ndarray"),
+    ],
+    ids=["meta", "quantised", "complex", "numpy"],
+)
+def test_snapshots_that_hold_no_weights_are_refused(convert: Callable[[Tensor], Any], what: str) -> None:
     snapshots = _snapshots(_graph())
-    snapshots[1]["2.bias"] = snapshots[1]["2.bias"].to("meta")
-    _refused(SnapshotError, "snapshot 1", "2.bias", "meta", snapshots=snapshots)
+    snapshots[1]["2.bias"] = convert(snapshots[1]["2.bias"])
+    _refused(SnapshotError, "snapshot 1", "2.bias", what, snapshots=snapshots)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, "float32", torch.float8_e4m3fn, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, prod
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class Sizes:
     @property
     def longest_side(self) -> int:
         """Neurons that a strip may have at one side."""
-        return max(self.tile_edges // SIDE_PER_TILE, 1)
+        return max(self.tile_edges // SIDE_PER_TILE, isqrt(self.tile_edges))
 
 
 def _fixed_bytes(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype) -> int:
@@ -226,7 +226,7 @@ def places(shape: tuple[int, int], edges: int, longest_side: int | None = None) 
     """Cut ``t`` targets by ``s`` sources into pieces of at most ``edges``, as square as possible."""
     num_targets, num_sources = shape
     longest_side = longest_side or edges
-    side = max(int(edges**0.5), 1)
+    side = max(isqrt(edges), 1)
     rows = min(num_targets, max(edges // num_sources, side), longest_side)
     columns = min(num_sources, max(edges // rows, 1), longest_side)
     for top in range(0, num_targets, rows):
