@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import subprocess
 import sys
@@ -434,7 +433,6 @@ def _peak_bytes(action: Callable[[], object]) -> int:
     """The most that was allocated at once during the action, by the records of the allocator."""
     from torch.profiler import ProfilerActivity, profile
 
-    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         action()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

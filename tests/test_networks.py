@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nino import Nowcaster
 from nino.model import EdgeInputs, NiNo, NowcasterConfig, Wnn, build_network
 from nino.model.segments import has_torch_scatter, segment_mean
 
@@ -209,3 +210,13 @@ def test_asking_for_torch_scatter_without_it_names_the_pip_command(monkeypatch: 
     monkeypatch.setitem(__import__("sys").modules, "torch_scatter", None)  # makes its import fail
     with pytest.raises(ImportError, match="pip install"):
         segment_mean(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), 1, "torch_scatter")
+
+
+def test_the_default_dtype_does_not_round_loaded_weights() -> None:
+    expected = Nowcaster.from_pretrained("nino-tiny").network.state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = Nowcaster.from_pretrained("nino-tiny").network.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

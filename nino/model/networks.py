@@ -193,5 +193,5 @@ def build_network_with_weights(config: NowcasterConfig, state: Mapping[str, Tens
     """
     with torch.device("meta"):
         network = build_network(config)
-    network.to_empty(device="cpu").load_state_dict(state)
+    network.to_empty(device="cpu").float().load_state_dict(state)  # whatever the caller's default dtype is
     return network
