@@ -102,9 +102,11 @@ class Memory:
 
         thread = threading.Thread(target=sample)
         thread.start()
-        yield
-        stop.set()
-        thread.join()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
@@ -203,7 +205,6 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "edges seconds": edges,
         "extra bytes": memory.peak_bytes,
         "weights and snapshots bytes": (context + 1) * num_weights * weights_dtype.itemsize,
-        "peak bytes": psutil.Process().memory_info().rss if device.type == "cpu" else None,
         "limits": {dtype: limits(nowcaster.config.hidden, num_weights, DTYPES[dtype], device) for dtype in args.dtypes},
         "busy percent before": busy,
     }
