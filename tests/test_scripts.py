@@ -149,3 +149,28 @@ def test_demo_runs_end_to_end(tmp_path: Path) -> None:
     assert all([report["nowcast/step"] for report in r["nowcasts"]] == [500, 1000] for r in nowcast_runs)
     assert all(report["nowcast/accepted"] for r in nowcast_runs for report in r["nowcasts"])
     assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
+
+
+def test_benchmark_of_a_nowcast(tmp_path: Path) -> None:
+    arguments = ("--models", "cnn-14k", "--nowcaster", "hidden-8", "--repeats", 1, "--out", tmp_path / "out")
+    done = run("benchmark_nowcast.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]
+    assert row["weights"] == 3 * 16 * 9 + 16 + 16 * 32 * 9 + 32 + 32 * 32 * 9 + 32 + 32 * 10 + 10
+    assert row["seconds"] > 0
+    assert row["x edges"] > 0
+    assert (tmp_path / "out" / "cost.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--memory-budget", "1KB"), ("memory budget of 1,000 bytes is too small",)),
+        (("--nowcaster", "nino-tin"), ("no nowcaster 'nino-tin'",)),
+    ],
+    ids=["too small a budget", "unknown nowcaster"],
+)
+def test_the_benchmark_ends_after_bad_input(arguments: tuple[str, str], words: tuple[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert_refused(run("benchmark_nowcast.py", "--models", "cnn-14k", "--out", out, *arguments, timeout=100), *words)
+    assert not out.exists()
