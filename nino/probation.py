@@ -19,7 +19,7 @@ from nino.errors import NinoError
 class ProbationConfig:
     """How long a nowcast has to prove itself, and how strictly it is judged."""
 
-    updates: int
+    updates: int = 50
     """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
     tolerance: float = 3.0
     """By how many standard errors the mean loss after the jump may exceed that before it."""

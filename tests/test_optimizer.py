@@ -41,7 +41,11 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.99**step),
     "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=200),
     "one-cycle": lambda opt: lr_scheduler.OneCycleLR(
-        opt, max_lr=0.03, total_steps=150, pct_start=0.02, cycle_momentum=not {"momentum", "betas"}.isdisjoint(opt.defaults)
+        opt,
+        max_lr=0.03,
+        total_steps=150,
+        pct_start=0.02,
+        cycle_momentum=not {"momentum", "betas"}.isdisjoint(opt.defaults),
     ),
     "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, factor=0.95, patience=1),
 }

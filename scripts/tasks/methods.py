@@ -57,6 +57,8 @@ class Rhythm:
     """Updates in which the training loss must recover, else the jump is undone; 0 for never."""
     moments: Moments = "keep"
     """What becomes of the optimizer's moments after a jump."""
+    batch_norm: bool = True
+    """Whether batch norms estimate their running statistics anew after a jump."""
 
     def __post_init__(self) -> None:
         check_moments(self.moments)
@@ -200,7 +202,13 @@ def parse_method(name: str, rhythm: Rhythm) -> Method:
     return Method(name=name, optimizer=parts["optimizer"], rhythm=_read_settings(name, settings, rhythm), **slots)
 
 
-SETTINGS: dict[str, Callable[[str], Any]] = {"decay_power": float, "moments": str}
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError
+    return text == "yes"
+
+
+SETTINGS: dict[str, Callable[[str], Any]] = {"decay_power": float, "moments": str, "batch_norm": _yes_or_no}
 """How settings are read that are no whole numbers."""
 
 
@@ -214,7 +222,7 @@ def _read_settings(name: str, text: str, rhythm: Rhythm) -> Rhythm:
         try:
             values[key] = SETTINGS.get(key, int)(value)
         except ValueError:
-            _refuse(name, f"{key} expects a number, got {value!r}")
+            _refuse(name, f"{key} expects {'yes or no' if key == 'batch_norm' else 'a number'}, got {value!r}")
     return replace(rhythm, **values)
 
 
@@ -314,6 +322,7 @@ class Setup:
                 max_steps=updates,
                 probation=rhythm.probation,
                 moments=rhythm.moments,
+                batch_norm=rhythm.batch_norm,
             )
             self.optimizer.session.schedule = rhythm.schedule(nowcaster, updates)
 
