@@ -36,8 +36,8 @@ def test_a_constant_rate_changes_nothing() -> None:
 
 
 def test_linear_decay_by_hand() -> None:
-    # At 5,000 the rates are 0.58 .. 0.5, mean 0.54. Ten intervals are 2,000 updates, along which the rate falls from 0.5
-    # to 0.3: mass 800. At the pace of the history, 0.54 * 200 = 108 an interval, that is 7.4 intervals.
+    # At 5,000 the rates are 0.58 .. 0.5, mean 0.54. Ten intervals are 2,000 updates, along which the rate falls from
+    # 0.5 to 0.3: mass 800. At the pace of the history, 0.54 * 200 = 108 an interval, that is 7.4 intervals.
     assert horizon_by_mass(10, seen(linear, 5000), 5000, CONFIG) == 7
     # At 9,000 five intervals reach the end: 0.1 * 1,000 / 2 = 50 of 0.14 * 200 = 28 an interval, 1.8.
     assert horizon_by_mass(5, seen(linear, 9000), 9000, CONFIG) == 2
