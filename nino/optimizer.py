@@ -42,7 +42,7 @@ class NowcastOptimizer(Optimizer):
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
-            0 for never. Only with losses, see :meth:`observe`.
+            by default a twentieth of the period, 0 for never. Only with losses, see :meth:`observe`.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
@@ -73,7 +73,7 @@ class NowcastOptimizer(Optimizer):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        probation: int = 0,
+        probation: int | None = None,
         moments: Moments = "keep",
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,

@@ -14,6 +14,19 @@ from dataclasses import dataclass
 
 from nino.errors import NinoError
 
+PART_OF_PERIOD = 20
+"""By default a probation takes one part in so many of a period, which bounds what bad nowcasts can cost: 5%."""
+
+
+def default_probation(period: int) -> int:
+    """Updates that a nowcast has to recover in, unless told otherwise.
+
+    Example:
+        >>> default_probation(1000)
+        50
+    """
+    return period // PART_OF_PERIOD
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbationConfig:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ from nino.errors import NinoError, SnapshotError
 from nino.history import Place, SnapshotStore
 from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
-from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
+from nino.probation import (
+    Evidence,
+    ProbationConfig,
+    Trust,
+    default_probation,
+    gather_evidence,
+    has_recovered,
+)
 from nino.rates import has_risen, horizon_by_mass
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
@@ -53,7 +60,7 @@ class NowcastSession:
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
-            0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
+            by default a twentieth of the period, 0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``; see
             :func:`nino.moments.settle_moments`.
         batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
@@ -76,7 +83,7 @@ class NowcastSession:
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        probation: int = 0,
+        probation: int | None = None,
         moments: Moments = "keep",
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
@@ -102,7 +109,7 @@ class NowcastSession:
         self.nowcaster.check_fits(self.graph)
         self._check_parameters()
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
-        self.probation = ProbationConfig(updates=probation)
+        self.probation = ProbationConfig(updates=default_probation(period) if probation is None else probation)
         if self.probation.updates >= period:
             raise NinoError(f"probation={probation} must end before the next nowcast, period={period} updates later")
         self.restore_point = RestorePoint(snapshots_on, snapshot_folder)
@@ -120,6 +127,7 @@ class NowcastSession:
         self._observed: list[Loss] = []
         self._open: OpenReport | None = None
         self._has_begun = False
+        self._said_unjudged = False
 
     def observe(self, loss: Tensor | float) -> None:
         """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
@@ -341,13 +349,24 @@ class NowcastSession:
             logger.info("nowcast after update %d was %s", self.step, reason)
             return OpenReport(report, 1)
         parameters = self.trainable_parameters()
-        can_judge = self.probation.updates > 0 and len(losses) >= MIN_LOSSES_BEFORE and self.optimizer is not None
-        on_probation = is_true_everywhere(can_judge, self._device(parameters))
+        on_probation = is_true_everywhere(self._can_judge(losses), self._device(parameters))
         report = self._jump(report, parameters, on_probation)
         if not (report.accepted and on_probation):
             self.restore_point.clear()
             return OpenReport(report, 1)
         return OpenReport(report, self.probation.updates, on_probation=True, before=losses)
+
+    def _can_judge(self, losses: Sequence[float]) -> bool:
+        """Whether enough is known to put a nowcast on probation; says so once if it is wanted and nothing is."""
+        if not self.probation.updates or self.optimizer is None:
+            return False
+        if not losses and not self._said_unjudged:
+            self._said_unjudged = True
+            logger.warning(
+                "no training losses are observed, so nowcasts are kept without probation: call observe(loss) before "
+                "each step, or set probation=0"
+            )
+        return len(losses) >= MIN_LOSSES_BEFORE
 
     def _horizon(self) -> tuple[int, str]:
         """How far to look, and why this nowcast is left out, if it is."""

@@ -1,12 +1,13 @@
-"""How often does the rule of probation err? Judge the jumps of finished trainings by it, after the fact.
+"""How often does the rule of probation err? Judge the first jumps of finished trainings by it, after the fact.
 
-    python scripts/evaluate_speedup.py --methods adam nino:nino-tiny untrained --period 500 --out results/calibration
-    python scripts/calibrate_probation.py results/calibration --updates 25 50 100 --tolerances 2 3 5
+    python scripts/evaluate_speedup.py --methods adam nino:nino-tiny untrained --period 500 --updates 1000 --out CELLS
+    python scripts/calibrate_probation.py CELLS --updates 25 50 100 --tolerances 2 3 5
 
-Reads the trainings that scripts/evaluate_speedup.py kept in ``cells/``, of methods that jump without probation. A jump
-was *harmful* if at the end of its period the held-out metric is worse than just before it: a whole period was lost. The
-others were *harmless*. A false alarm is a harmless jump that the rule would have undone, a miss a harmful one that it
-would have kept. Writes ``calibration.json`` beside the cells.
+Reads the trainings that scripts/evaluate_speedup.py kept in ``CELLS/cells``: methods that jump without probation at a
+constant learning rate, and Adam's with the same seed. Up to its first jump a training *is* Adam's, so what Adam did
+next is what would have happened without the jump. The jump was *harmful* if one period later the held-out loss is above
+Adam's by more than 1%, otherwise harmless. A false alarm is a harmless jump that the rule would have undone, a miss a
+harmful one that it would have kept. Writes ``calibration.json`` beside the cells.
 """
 
 from __future__ import annotations
@@ -15,80 +16,106 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nino.probation import ProbationConfig, gather_evidence, has_recovered
 from tasks.cli import fail, positive_float, positive_int, run_main
+from tasks.comparing import ADAM
 from tasks.report import format_table
-from tasks.speedup import TASKS
+
+HARM = 0.01
+"""Part of the loss by which a harmful jump is behind."""
 
 
 @dataclass(frozen=True)
-class PastJump:
-    """A jump of a finished training, with the losses around it."""
+class FirstJump:
+    """The first jump of a finished training, and what became of it."""
 
     task: str
     method: str
     seed: int
+    learning_rate: float
     step: int
     horizon: int
-    is_harmful: bool
+    loss: float
+    """Held-out, one period after the jump; NaN if the training has diverged."""
+    loss_without: float
+    """Adam's at the same update."""
     before: list[float]
-    """Training losses since the jump before, or since the beginning."""
+    """Training losses up to the jump."""
     after: list[float]
-    """Training losses up to the next jump, or to the end."""
+    """Training losses after it."""
+
+    @property
+    def is_harmful(self) -> bool:
+        """Whether it would have been better not to jump."""
+        return not self.loss <= self.loss_without * (1 + HARM)
 
 
-def jumps_of(result: dict[str, Any]) -> Iterator[PastJump]:
-    """The jumps of a training that were accepted and can be judged by what followed."""
-    cell, spec = result["cell"], TASKS[result["cell"]["task"]]
+def first_jump(result: dict[str, Any], adam: dict[str, Any]) -> FirstJump | None:
+    """The first jump of a training, if it was accepted and both trainings go on for a period."""
+    cell, jump = result["cell"], next(iter(result["nowcasts"]), None)
+    if jump is None or not jump["nowcast/accepted"]:
+        return None
+    step, period = int(jump["nowcast/step"]), cell["rhythm"]["period"]
     losses = [math.nan if loss is None else loss for loss in result["training_losses"]]
-    metric = {int(point["step"]): point[spec.metric] for point in result["curve"]}
-    steps = [int(jump["nowcast/step"]) for jump in result["nowcasts"] if jump["nowcast/accepted"]]
-    horizons = [int(jump["nowcast/horizon"]) for jump in result["nowcasts"] if jump["nowcast/accepted"]]
-    for index, (step, horizon) in enumerate(zip(steps, horizons, strict=True)):
-        first = steps[index - 1] if index else 0
-        last = steps[index + 1] if index + 1 < len(steps) else len(losses)
-        # Evaluations at the jump's own update already see it; the last one before is up to one evaluation old.
-        known = [at for at in metric if first < at < step], [at for at in metric if step < at < last]
-        if known[0] and known[1]:
-            before, end = metric[max(known[0])], metric[max(known[1])]
-            is_harmful = end is None or (before is not None and (end < before) == spec.higher_is_better)
-            yield PastJump(
-                cell["task"],
-                cell["method"],
-                cell["seed"],
-                step,
-                horizon,
-                is_harmful,
-                losses[first:step],
-                losses[step:last],
-            )
+    ends = [at for at in held_out_losses(adam) if step < at < step + period]
+    if not ends:
+        return None
+    return FirstJump(
+        task=cell["task"],
+        method=cell["method"],
+        seed=cell["seed"],
+        learning_rate=cell["learning_rate"],
+        step=step,
+        horizon=int(jump["nowcast/horizon"]),
+        loss=held_out_losses(result).get(max(ends), math.nan),
+        loss_without=held_out_losses(adam)[max(ends)],
+        before=losses[:step],
+        after=losses[step : step + period],
+    )
 
 
-def is_undone(jump: PastJump, config: ProbationConfig) -> bool:
+def held_out_losses(result: dict[str, Any]) -> dict[int, float]:
+    """By update."""
+    return {int(p["step"]): math.nan if p["eval_loss"] is None else p["eval_loss"] for p in result["curve"]}
+
+
+def is_undone(jump: FirstJump, config: ProbationConfig) -> bool:
     """Whether the rule would have undone a jump."""
     before = jump.before[-config.losses_before :]
     return not has_recovered(gather_evidence(before, jump.after[: config.updates]), config)
 
 
-def read_jumps(folder: Path) -> list[PastJump]:
-    """All jumps of a comparison without probation."""
+def read_jumps(folder: Path) -> list[FirstJump]:
+    """The first jumps of a comparison that can be judged."""
     paths = sorted((folder / "cells").glob("*.json"))
     if not paths:
         fail(f"{folder} holds no cells/*.json; make some with scripts/evaluate_speedup.py --out {folder}")
     results = [json.loads(path.read_text()) for path in paths]
-    plain = [result for result in results if not (result["cell"]["rhythm"] or {}).get("probation")]
-    jumps = [jump for result in plain for jump in jumps_of(result)]
+    constant = [result for result in results if result["cell"]["schedule"] == "constant"]
+    adams = {same_beginning(r): r for r in sorted(constant, key=lambda r: len(r["training_losses"])) if is_adam(r)}
+    plain = [r for r in constant if not (r["cell"]["rhythm"] or {}).get("probation") and same_beginning(r) in adams]
+    jumps = [jump for r in plain if (jump := first_jump(r, adams[same_beginning(r)])) is not None]
     if not jumps:
-        fail(f"{folder}: none of its {len(paths)} trainings jumps without probation and goes on after it")
+        fail(f"{folder}: none of its {len(paths)} trainings jumps without probation and has Adam's beside it")
     return jumps
 
 
-def count(jumps: Sequence[PastJump], updates: Sequence[int], tolerances: Sequence[float]) -> list[dict[str, Any]]:
+def is_adam(result: dict[str, Any]) -> bool:
+    """Whether a training is the one to compare with."""
+    return bool(result["cell"]["method"] == ADAM)
+
+
+def same_beginning(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What trainings share that are the same up to the first jump."""
+    return tuple(result["cell"][name] for name in ("task", "seed", "learning_rate"))
+
+
+def count(jumps: Sequence[FirstJump], updates: Sequence[int], tolerances: Sequence[float]) -> list[dict[str, Any]]:
     """A row per setting of the rule."""
     rows = []
     for config in (ProbationConfig(updates=u, tolerance=t) for u in updates for t in tolerances):
@@ -108,13 +135,20 @@ def count(jumps: Sequence[PastJump], updates: Sequence[int], tolerances: Sequenc
     return rows
 
 
-def by_method(jumps: Sequence[PastJump], config: ProbationConfig) -> list[dict[str, Any]]:
+def by_method(jumps: Sequence[FirstJump], config: ProbationConfig) -> list[dict[str, Any]]:
     """A row per task and method, at one setting of the rule."""
     rows = []
     for task, method in dict.fromkeys((jump.task, jump.method) for jump in jumps):
         own = [jump for jump in jumps if (jump.task, jump.method) == (task, method)]
         rows.append({"task": task, "method": method, **count(own, [config.updates], [config.tolerance])[0]})
     return rows
+
+
+def verdict(jump: FirstJump, config: ProbationConfig) -> dict[str, Any]:
+    """A jump without its losses, and what the rule says of it."""
+    known = {name: value for name, value in asdict(jump).items() if name not in ("before", "after")}
+    loss = known["loss"] if math.isfinite(jump.loss) else None
+    return {**known, "loss": loss, "harmful": jump.is_harmful, "undone": is_undone(jump, config)}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -133,10 +167,7 @@ def main(argv: list[str]) -> int:
     per_method = by_method(jumps, default)
     print(f"{format_table(rows)}\n\nat the default, {default.updates} updates and {default.tolerance:g}:\n")
     print(format_table(per_method))
-    verdicts = [
-        {**{k: v for k, v in asdict(jump).items() if k not in ("before", "after")}, "undone": is_undone(jump, default)}
-        for jump in jumps
-    ]
+    verdicts = [verdict(jump, default) for jump in jumps]
     content = {"default": asdict(default), "rule": rows, "methods": per_method, "jumps": verdicts}
     (args.folder / "calibration.json").write_text(json.dumps(content, indent=1))
     return 0

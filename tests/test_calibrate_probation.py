@@ -7,48 +7,63 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calibrate_probation import count, jumps_of, main
+from calibrate_probation import FirstJump, count, first_jump, main
 
 from nino.probation import ProbationConfig
 
 LOW, HIGH = [1.0, 1.1], [5.0, 5.1]
+PERIOD = 80
 
 
-def result(losses: list[float], accuracy: dict[int, float], jumps: list[int], **rhythm: int) -> dict[str, Any]:
-    """A cell's file, as far as it is read."""
+def result(method: str, losses: list[float], held_out: dict[int, float], **rhythm: int) -> dict[str, Any]:
+    """A cell's file, as far as it is read; a method that jumps does so after 80 updates."""
+    jump = {"nowcast/step": PERIOD, "nowcast/horizon": 3, "nowcast/accepted": 1.0}
+    is_adam = method == "adam"
     return {
-        "cell": {"task": "digits-16", "method": "nino:x", "seed": 0, "rhythm": {"probation": 0, **rhythm}},
+        "cell": {
+            "task": "digits-16",
+            "method": method,
+            "seed": 0,
+            "learning_rate": 1e-3,
+            "schedule": "constant",
+            "rhythm": None if is_adam else {"probation": 0, "period": PERIOD, **rhythm},
+        },
         "training_losses": losses,
-        "curve": [{"step": step, "eval_accuracy": value} for step, value in accuracy.items()],
-        "nowcasts": [{"nowcast/step": s, "nowcast/horizon": 3, "nowcast/accepted": 1.0} for s in jumps],
+        "curve": [{"step": step, "eval_loss": value} for step, value in held_out.items()],
+        "nowcasts": [] if is_adam else [jump],
     }
 
 
-def two_jumps() -> dict[str, Any]:
-    """The first jump helps, the second one does harm and the losses show it."""
-    losses = LOW * 40 + LOW * 40 + HIGH * 40
-    accuracy = {70: 0.5, 80: 0.1, 150: 0.6, 160: 0.1, 230: 0.4}
-    return result(losses, accuracy, [80, 160])
+def adam() -> dict[str, Any]:
+    return result("adam", LOW * 80, {70: 1.0, 80: 1.0, 150: 0.8, 160: 0.8})
 
 
-def test_a_jump_is_harmful_if_its_period_ends_worse_than_it_began() -> None:
-    jumps = list(jumps_of(two_jumps()))
-    assert [(jump.step, jump.is_harmful) for jump in jumps] == [(80, False), (160, True)]
-    assert [(len(jump.before), len(jump.after)) for jump in jumps] == [(80, 80), (80, 80)]
+def good() -> dict[str, Any]:
+    return result("nino:x", LOW * 80, {70: 1.0, 80: 9.0, 150: 0.805, 160: 9.0})
+
+
+def bad() -> dict[str, Any]:
+    return result("untrained", LOW * 40 + HIGH * 40, {70: 1.0, 80: 9.0, 150: 0.81, 160: 9.0})
+
+
+def jumps() -> list[FirstJump]:
+    found = [first_jump(each, adam()) for each in (good(), bad())]
+    return [jump for jump in found if jump is not None]
+
+
+def test_a_jump_is_harmful_if_adam_is_ahead_one_period_later() -> None:
+    # The last evaluation before the next jump, at 150: 0.805 is within 1% of 0.8, 0.81 is not.
+    assert [(jump.loss, jump.loss_without, jump.is_harmful) for jump in jumps()] == [
+        (0.805, 0.8, False),
+        (0.81, 0.8, True),
+    ]
+    assert [(len(jump.before), len(jump.after)) for jump in jumps()] == [(80, 80), (80, 80)]
 
 
 def test_errors_are_counted() -> None:
-    jumps = list(jumps_of(two_jumps()))
-    [row] = count(jumps, [20], [3.0])
-    assert row == {
-        "updates": 20,
-        "tolerance": 3.0,
-        "harmless": 1,
-        "false alarms": 0,
-        "harmful": 1,
-        "misses": 0,
-    }
-    [lenient] = count(jumps, [20], [1000.0])
+    [row] = count(jumps(), [20], [3.0])
+    assert row == {"updates": 20, "tolerance": 3.0, "harmless": 1, "false alarms": 0, "harmful": 1, "misses": 0}
+    [lenient] = count(jumps(), [20], [1000.0])
     assert (lenient["false alarms"], lenient["misses"]) == (0, 1)
 
 
@@ -56,8 +71,9 @@ def test_the_script_reads_cells_and_leaves_trainings_with_probation_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cells").mkdir()
-    for name, content in (("a", two_jumps()), ("b", {**two_jumps(), **result([], {}, [80], probation=20)})):
-        (tmp_path / "cells" / f"{name}.json").write_text(json.dumps(content))
+    on_probation = result("nino:x", LOW * 80, {150: 1.0}, probation=20)
+    for number, content in enumerate((adam(), good(), bad(), on_probation)):
+        (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(content))
     assert main([str(tmp_path), "--updates", "20", "--tolerances", "3"]) == 0
     assert "digits-16" in capsys.readouterr().out
     written = json.loads((tmp_path / "calibration.json").read_text())
@@ -65,7 +81,7 @@ def test_the_script_reads_cells_and_leaves_trainings_with_probation_out(
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for content, expected in ((None, "holds no cells"), (result([], {}, []), "none of its 1 trainings jumps")):
+    for content, expected in ((None, "holds no cells"), (adam(), "none of its 1 trainings jumps")):
         if content is not None:
             (tmp_path / "cells").mkdir()
             (tmp_path / "cells" / "a.json").write_text(json.dumps(content))

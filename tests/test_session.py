@@ -484,10 +484,14 @@ def _damage(**changes: Any) -> Callable[[State], State]:
         (_damage(open_report={"accuracy": 1}), "damaged: KeyError"),
         (_damage(history={"steps": [2]}), "damaged"),
         (
-            _damage(history={"steps": [2], "snapshots": [{"0.weight": torch.ones(2, 3)}]}),
+            _damage(history={"steps": [2], "snapshots": [{"0.weight": torch.ones(2, 3)}]}, learning_rates=[1.0]),
             r"another model: \['0.weight'\] differ",
         ),
-        (_damage(history={"steps": [2], "snapshots": [{"weight": torch.ones(1, 2)}]}), "another model"),
+        (_damage(learning_rates=[1.0]), "damaged: 1 learning rates of 2 snapshots"),
+        (
+            _damage(history={"steps": [2], "snapshots": [{"weight": torch.ones(1, 2)}]}, learning_rates=[1.0]),
+            "another model",
+        ),
     ],
 )
 def test_damaged_and_foreign_states_change_nothing(spoil: Callable[[State], Any], message: str) -> None:
