@@ -27,6 +27,7 @@ from nino.errors import NinoError, SnapshotError
 from nino.history import Place, SnapshotStore
 from nino.nowcaster import Nowcaster
 from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
+from nino.rates import learning_rate_of
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
@@ -99,6 +100,7 @@ class NowcastSession:
         self.trust = Trust()
         self.on_report = on_report
         self.step = 0
+        self.learning_rate: float | None = None
         self.reports: list[NowcastReport] = []
         self._positions = self.graph.positions(config.num_positions)
         self._losses: deque[Loss] = deque(maxlen=self.probation.losses_before)
@@ -120,8 +122,11 @@ class NowcastSession:
         # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
         self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
 
-    def after_update(self) -> NowcastReport | None:
+    def after_update(self, *, learning_rate: float | None = None) -> NowcastReport | None:
         """Count one real optimizer update, and snapshot or nowcast if that is due.
+
+        Args:
+            learning_rate: of this update; ``None`` takes the largest that the optimizer's groups hold now.
 
         Returns:
             A report if this call completed one, else ``None``.
@@ -131,6 +136,7 @@ class NowcastSession:
             self._check_parameters()
             self._has_begun = True
         self.step += 1
+        self.learning_rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
         completed = self._take_loss()
         if is_snapshot_step(self.step, self.schedule):
             self._snapshot()

@@ -1,0 +1,386 @@
+"""One training through every door: the same model, batches, optimizer and schedule, in the loops that people write.
+
+A *door* is a function ``(setting, folder, start, save) -> Outcome``. It trains ``setting.calls`` steps, or what is left of them
+after a checkpoint of ``start`` steps in ``folder``; with ``save`` it writes one after every step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, GradientState
+from tiny import PERIOD, Weights, tiny_nowcaster, weights_of
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from nino import Nowcaster, NowcastOptimizer, NowcastReport, NowcastSession
+from nino.callbacks import NowcastCallback
+
+BATCH = 4
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedulers that are told a metric, by evaluations, and not stepped after each update."""
+EVALUATE_EVERY = 2
+CLIP = 0.5
+
+Example = dict[str, Tensor]
+
+
+class Net(nn.Module):
+    """Returns its loss, as models for the Trainer do."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(layers or (nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 2))))
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        outputs = self.layers(inputs)
+        return {"loss": F.mse_loss(outputs, labels), "logits": outputs}
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A training, whatever door it goes through."""
+
+    build: Callable[[], nn.Module] = Net
+    base: Callable[[nn.Module], Optimizer] = adamw
+    nowcaster: Callable[[], Nowcaster] = tiny_nowcaster
+    scheduler: str = "linear"
+    scheduler_settings: dict[str, Any] = field(default_factory=dict)
+    warmup: int = 0
+    accumulation: int = 1
+    clip: float = 0.0
+    precision: str = "no"
+    scale: float = 2.0**14
+    """Of fp16 gradients, at the start; doubled after three good updates."""
+    compiled: bool = False
+    counts_tokens: bool = False
+    """The model divides its loss by the tokens of the whole update, as language models in the Trainer do."""
+    calls: int = 14
+    """Of the optimizer's step, skipped ones included."""
+    period: int = PERIOD
+    knows_end: bool = True
+    attach: dict[str, Any] = field(default_factory=dict)
+    """More settings of the wrapper or the callback."""
+
+    def model(self, seed: int = 0) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.build()
+
+    def wrapped(self, model: nn.Module, base: Optimizer | None = None) -> NowcastOptimizer:
+        return NowcastOptimizer(
+            self.base(model) if base is None else base,
+            model,
+            self.nowcaster(),
+            period=self.period,
+            max_steps=self.calls if self.knows_end else None,
+            **self.attach,
+        )
+
+    def schedule(self, optimizer: Optimizer) -> Any:
+        return get_scheduler(self.scheduler, optimizer, self.warmup, self.calls, self.scheduler_settings or None)
+
+    @property
+    def is_by_metric(self) -> bool:
+        return self.scheduler in BY_METRIC
+
+    def examples(self) -> list[Example]:
+        make = _texts if self.counts_tokens else _vectors
+        return make(BATCH * self.accumulation * self.calls)
+
+
+def _vectors(count: int) -> list[Example]:
+    inputs = torch.randn(count, 16, generator=torch.Generator().manual_seed(1))
+    return [{"inputs": each, "labels": torch.stack([each.sum(), each[:4].prod()])} for each in inputs]
+
+
+def _texts(count: int) -> list[Example]:
+    """Some labels are masked, so that micro-batches differ in how many words they predict."""
+    words = torch.randint(32, (count, 8), generator=torch.Generator().manual_seed(1))
+    masked = [torch.where(torch.arange(8) < index % 6, -100, text) for index, text in enumerate(words)]
+    return [{"input_ids": text, "labels": labels} for text, labels in zip(words, masked, strict=True)]
+
+
+@dataclass
+class Outcome:
+    """What a training came to."""
+
+    session: NowcastSession
+    rates: list[float | None]
+    """The learning rate of every update, as the session was told."""
+    weights: Weights
+    model: nn.Module
+
+    @property
+    def nowcasts(self) -> list[tuple[Any, ...]]:
+        """Everything that doors must agree on."""
+        return [
+            (r.step, r.horizon, r.accepted, r.rolled_back, r.relative_jump if r.accepted else 0.0)
+            for r in self.reports
+        ]
+
+    @property
+    def reports(self) -> list[NowcastReport]:
+        return self.session.reports
+
+
+@contextmanager
+def watched() -> Iterator[dict[int, list[float | None]]]:
+    """The learning rates that sessions, by ``id``, are told meanwhile."""
+    rates: dict[int, list[float | None]] = defaultdict(list)
+    after_update = NowcastSession.after_update
+
+    @functools.wraps(after_update)
+    def spy(session: NowcastSession, **told: Any) -> NowcastReport | None:
+        report = after_update(session, **told)
+        rates[id(session)].append(session.learning_rate)
+        return report
+
+    with mock.patch.object(NowcastSession, "after_update", spy):
+        yield rates
+
+
+# A plain loop
+
+
+def plain(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+    model = setting.model(seed=start)
+    optimizer = setting.wrapped(model)
+    scheduler = setting.schedule(optimizer)
+    scaler = torch.amp.GradScaler("cpu", setting.scale, growth_interval=3) if setting.precision == "fp16" else None
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    if start:
+        saved = torch.load(folder / f"{start}.pt", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    called = torch.compile(model, backend="eager") if setting.compiled else model
+    batches = [*DataLoader(setting.examples(), BATCH)]  # type: ignore[arg-type]
+    with watched() as rates:
+        for call in range(start, setting.calls):
+            micro_batches = batches[setting.accumulation * call : setting.accumulation * (call + 1)]
+            for keywords in _with_token_counts(setting, micro_batches):
+                with _autocast(setting):
+                    loss = called(**keywords)["loss"]
+                optimizer.observe(loss)
+                if not setting.counts_tokens:
+                    loss = loss / setting.accumulation
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            skipped = _step(setting, model, optimizer, scaler)
+            optimizer.zero_grad()
+            _follow(setting, scheduler, skipped, model, batches[0], call)
+            if save:
+                torch.save({name: part.state_dict() for name, part in parts.items()}, folder / f"{call + 1}.pt")
+    return Outcome(optimizer.session, rates[id(optimizer.session)], weights_of(model), model)
+
+
+def _autocast(setting: Setting) -> Any:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast("cpu", dtypes[setting.precision]) if setting.precision != "no" else nullcontext()
+
+
+def _with_token_counts(setting: Setting, batches: list[Any]) -> list[dict[str, Any]]:
+    if not setting.counts_tokens:
+        return batches
+    count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    return [{**batch, "num_items_in_batch": count} for batch in batches]
+
+
+def _step(setting: Setting, model: nn.Module, optimizer: NowcastOptimizer, scaler: Any) -> bool:
+    """Whether the scaler skipped it."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if setting.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
+    if scaler is None:
+        optimizer.step()
+        return False
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return bool(scaler.get_scale() < before)
+
+
+def _follow(setting: Setting, scheduler: Any, skipped: bool, model: nn.Module, batch: Any, call: int) -> None:
+    if not setting.is_by_metric:
+        if not skipped:
+            scheduler.step()
+    elif (call + 1) % EVALUATE_EVERY == 0:
+        model.eval()
+        with torch.no_grad():
+            scheduler.step(model(**batch)["loss"].item())
+        model.train()
+
+
+# Accelerate
+
+
+def accelerate(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+    """Wrap, then prepare."""
+    return _accelerate(setting, folder, start, save, wrap_first=True)
+
+
+def accelerate_wrapped_late(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+    """Prepare, then wrap."""
+    return _accelerate(setting, folder, start, save, wrap_first=False)
+
+
+def _accelerate(setting: Setting, folder: Path, start: int, save: bool, wrap_first: bool) -> Outcome:
+    _forget_accelerators()
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=setting.accumulation,
+        mixed_precision="bf16" if setting.precision == "bf16" else "no",
+        dynamo_backend="eager" if setting.compiled else None,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
+    _use_fp16(accelerator, setting)
+    model = setting.model(seed=start)
+    base = setting.base(model)
+    scheduled = wrapper = setting.wrapped(model, base) if wrap_first else base
+    loader = DataLoader(setting.examples(), BATCH)  # type: ignore[arg-type]
+    prepared, optimizer, loader, scheduler = accelerator.prepare(model, scheduled, loader, setting.schedule(scheduled))
+    if not wrap_first:
+        optimizer = wrapper = setting.wrapped(model, optimizer)
+    assert isinstance(wrapper, NowcastOptimizer)
+    if start:
+        accelerator.load_state(str(folder / str(start)))
+    batches = loader if not start else accelerator.skip_first_batches(loader, start * setting.accumulation)
+    waiting: list[Any] = []
+    call = start
+    with watched() as rates:
+        for batch in batches:
+            waiting.append(batch)
+            if len(waiting) < setting.accumulation:
+                continue
+            call += 1
+            for keywords in _with_token_counts(setting, waiting):
+                with accelerator.accumulate(prepared):
+                    loss = prepared(**keywords)["loss"]
+                    wrapper.observe(loss)
+                    accelerator.backward(loss * (setting.accumulation if setting.counts_tokens else 1))
+                    if accelerator.sync_gradients and setting.clip:
+                        accelerator.clip_grad_norm_(prepared.parameters(), setting.clip)
+                    optimizer.step()
+                    if not setting.is_by_metric:
+                        scheduler.step()
+                    optimizer.zero_grad()
+            waiting.clear()
+            if setting.is_by_metric:
+                _follow(setting, scheduler, False, prepared, keywords, call - 1)
+            if save:
+                accelerator.save_state(str(folder / str(call)))
+    return Outcome(wrapper.session, rates[id(wrapper.session)], weights_of(model), model)
+
+
+def _use_fp16(accelerator: Any, setting: Setting) -> None:
+    """What an accelerator does on a GPU, on the CPU: it insists on a GPU itself."""
+    if setting.precision == "fp16":
+        accelerator.scaler = torch.amp.GradScaler("cpu", setting.scale, growth_interval=3)
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16"
+
+
+def _forget_accelerators() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+# The Trainer
+
+
+def callback(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+    attached = NowcastCallback(setting.nowcaster(), setting.period, **setting.attach)
+    model = setting.model(seed=start)
+    trained = trainer(setting, folder, model, save, optimizers=(setting.base(model), None), callbacks=[attached])
+    return _trained(trained, lambda: attached.session, start)
+
+
+def trainer_optimizers(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+    model = setting.model(seed=start)
+    wrapper = setting.wrapped(model)
+    return _trained(trainer(setting, folder, model, save, optimizers=(wrapper, None)), lambda: wrapper.session, start)
+
+
+def trainer_factory(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+    made: list[NowcastOptimizer] = []
+
+    class Factory:
+        def __call__(self, model: nn.Module, **settings: Any) -> Optimizer:
+            made.append(setting.wrapped(model, **settings))
+            return made[-1]
+
+    model = setting.model(seed=start)
+    trained = trainer(setting, folder, model, save, optimizer_cls_and_kwargs=(Factory, {}))
+    return _trained(trained, lambda: made[-1].session, start)
+
+
+def trainer(setting: Setting, folder: Path, model: nn.Module, save: bool = False, **more: Any) -> Trainer:
+    _forget_accelerators()
+    arguments: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": EVALUATE_EVERY} if setting.is_by_metric else {}
+    if setting.compiled:
+        arguments["torch_compile_backend"] = "eager"
+    made = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=setting.calls,
+            per_device_train_batch_size=BATCH,
+            per_device_eval_batch_size=BATCH,
+            gradient_accumulation_steps=setting.accumulation,
+            max_grad_norm=setting.clip,
+            bf16=setting.precision == "bf16",
+            lr_scheduler_type=setting.scheduler,
+            lr_scheduler_kwargs=setting.scheduler_settings or None,
+            warmup_steps=setting.warmup,
+            metric_for_best_model="loss",
+            train_sampling_strategy="sequential",
+            logging_strategy="no",
+            save_strategy="steps" if save else "no",
+            save_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **arguments,
+        ),
+        train_dataset=setting.examples(),
+        eval_dataset=setting.examples()[:BATCH],
+        **more,
+    )
+    _use_fp16(made.accelerator, setting)
+    return made
+
+
+def _trained(trained: Trainer, session: Callable[[], NowcastSession | None], start: int) -> Outcome:
+    with watched() as rates:
+        trained.train(resume_from_checkpoint=f"{trained.args.output_dir}/checkpoint-{start}" if start else None)
+    found = session()
+    assert found is not None
+    return Outcome(found, rates[id(found)], weights_of(trained.model), trained.model)
+
+
+DOORS = {
+    "callback": callback,
+    "trainer-optimizers": trainer_optimizers,
+    "trainer-factory": trainer_factory,
+    "accelerate": accelerate,
+    "accelerate-wrapped-late": accelerate_wrapped_late,
+}
+"""All but the plain loop, which the others are held against."""
