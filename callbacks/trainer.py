@@ -21,6 +21,7 @@ from nino.errors import CheckpointError, NinoError
 from nino.history import Place
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
+from nino.rates import learning_rate_of
 from nino.report import NowcastReport
 from nino.session import NowcastSession, unwrap
 
@@ -68,6 +69,7 @@ class NowcastCallback(TrainerCallback):
         self.probation = probation
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
+        self._learning_rate: float | None = None
         self._to_log: list[NowcastReport] = []
         self._loss_hook: Any = None
         self._losses: list[Tensor] = []
@@ -103,6 +105,12 @@ class NowcastCallback(TrainerCallback):
         if args.n_gpu <= 1:  # replicas of DataParallel would call the hook from their own threads and devices
             self._loss_hook = unwrap(model).register_forward_hook(self._observe_output, with_kwargs=True)
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the rate of this update: when ``on_step_end`` comes, the scheduler has gone on to the next."""
+        self._learning_rate = learning_rate_of(kwargs.get("optimizer"))
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
@@ -111,7 +119,7 @@ class NowcastCallback(TrainerCallback):
         if self.session is not None and not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             if losses:
                 self.session.observe(self._loss_of_update(losses, args))
-            self.session.after_update()
+            self.session.after_update(learning_rate=self._learning_rate)
             control.should_log = control.should_log or bool(self._to_log)
         return control
 
@@ -184,6 +192,7 @@ class NowcastCallback(TrainerCallback):
             return Path(named)
         return _checkpoint_folder(args, state)
 
+    @torch.compiler.disable  # of a compiled model, the hook runs outside of the graph: there is nothing to gain from it
     def _observe_output(self, module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
         """Note the training loss that the model returns, if it does (a forward hook)."""
         if not module.training or not torch.is_grad_enabled():

@@ -122,7 +122,8 @@ class NowcastOptimizer(Optimizer):
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe(loss)
-        self.session.after_update()
+        if _did_update(self.optimizer):
+            self.session.after_update()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -180,6 +181,12 @@ class NowcastOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"NowcastOptimizer(every {self.session.schedule.period} updates, {self.optimizer!r})"
+
+
+def _did_update(optimizer: Optimizer) -> bool:
+    """Whether the step just called was one: accelerate's optimizers skip those within an accumulation or an overflow."""
+    gradients = getattr(optimizer, "gradient_state", None)
+    return getattr(gradients, "sync_gradients", True) and not getattr(optimizer, "step_was_skipped", False)
 
 
 def _check_parameters(param_groups: list[dict[str, Any]], model: nn.Module) -> None:

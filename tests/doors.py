@@ -71,7 +71,7 @@ class Setting:
     """Of fp16 gradients, at the start; doubled after three good updates."""
     compiled: bool = False
     counts_tokens: bool = False
-    """The model divides its loss by the tokens of the whole update, as language models in the Trainer do."""
+    """The model divides its loss by a number of tokens, as language models in the Trainer do; not if accumulated."""
     calls: int = 14
     """Of the optimizer's step, skipped ones included."""
     period: int = PERIOD
@@ -175,12 +175,11 @@ def plain(setting: Setting, folder: Path, start: int = 0, save: bool = False) ->
     with watched() as rates:
         for call in range(start, setting.calls):
             micro_batches = batches[setting.accumulation * call : setting.accumulation * (call + 1)]
-            for keywords in _with_token_counts(setting, micro_batches):
+            for batch in micro_batches:
                 with _autocast(setting):
-                    loss = called(**keywords)["loss"]
+                    loss = called(**_keywords(setting, batch))["loss"]
                 optimizer.observe(loss)
-                if not setting.counts_tokens:
-                    loss = loss / setting.accumulation
+                loss = loss / setting.accumulation
                 (loss if scaler is None else scaler.scale(loss)).backward()
             skipped = _step(setting, model, optimizer, scaler)
             optimizer.zero_grad()
@@ -195,11 +194,10 @@ def _autocast(setting: Setting) -> Any:
     return torch.autocast("cpu", dtypes[setting.precision]) if setting.precision != "no" else nullcontext()
 
 
-def _with_token_counts(setting: Setting, batches: list[Any]) -> list[dict[str, Any]]:
+def _keywords(setting: Setting, batch: Any) -> dict[str, Any]:
     if not setting.counts_tokens:
-        return batches
-    count = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-    return [{**batch, "num_items_in_batch": count} for batch in batches]
+        return batch
+    return {**batch, "num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
 
 
 def _step(setting: Setting, model: nn.Module, optimizer: NowcastOptimizer, scaler: Any) -> bool:
@@ -262,30 +260,20 @@ def _accelerate(setting: Setting, folder: Path, start: int, save: bool, wrap_fir
     if start:
         accelerator.load_state(str(folder / str(start)))
     batches = loader if not start else accelerator.skip_first_batches(loader, start * setting.accumulation)
-    waiting: list[Any] = []
-    call = start
+    first = next(iter(DataLoader(setting.examples(), BATCH)))  # type: ignore[arg-type]
     with watched() as rates:
-        for batch in batches:
-            waiting.append(batch)
-            if len(waiting) < setting.accumulation:
-                continue
-            call += 1
-            for keywords in _with_token_counts(setting, waiting):
-                with accelerator.accumulate(prepared):
-                    loss = prepared(**keywords)["loss"]
-                    wrapper.observe(loss)
-                    accelerator.backward(loss * (setting.accumulation if setting.counts_tokens else 1))
-                    if accelerator.sync_gradients and setting.clip:
-                        accelerator.clip_grad_norm_(prepared.parameters(), setting.clip)
-                    optimizer.step()
-                    if not setting.is_by_metric:
-                        scheduler.step()
-                    optimizer.zero_grad()
-            waiting.clear()
-            if setting.is_by_metric:
-                _follow(setting, scheduler, False, prepared, keywords, call - 1)
-            if save:
-                accelerator.save_state(str(folder / str(call)))
+        for call, batch in enumerate(batches, start=start * setting.accumulation):
+            with accelerator.accumulate(prepared):
+                loss = prepared(**_keywords(setting, batch))["loss"]
+                wrapper.observe(loss)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and setting.clip:
+                    accelerator.clip_grad_norm_(prepared.parameters(), setting.clip)
+                optimizer.step()
+                _follow(setting, scheduler, False, prepared, first, call)
+                optimizer.zero_grad()
+            if save and accelerator.sync_gradients:
+                accelerator.save_state(str(folder / str((call + 1) // setting.accumulation)))
     return Outcome(wrapper.session, rates[id(wrapper.session)], weights_of(model), model)
 
 
