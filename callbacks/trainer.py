@@ -114,11 +114,13 @@ class NowcastCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Count the update, unless mixed precision skipped it."""
+        """Count the update, unless mixed precision skipped it; the losses of both are of the same weights."""
         losses, self._losses = self._losses, []
-        if self.session is not None and not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
-            if losses:
-                self.session.observe(self._loss_of_update(losses, args))
+        if self.session is None:
+            return control
+        if losses:
+            self.session.observe(self._loss_of_update(losses, args))
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             self.session.after_update(learning_rate=self._learning_rate)
             control.should_log = control.should_log or bool(self._to_log)
         return control

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -52,6 +52,38 @@ class Net(nn.Module):
 
 def adamw(model: nn.Module) -> Optimizer:
     return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Chained(Optimizer):
+    """What people write who train some parameters with another optimizer: not a line of it knows of nowcasting."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        self.defaults: dict[str, Any] = {}
+        self.__setstate__({})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> ChainMap[Tensor, Any]:
+        return ChainMap(*(part.state for part in self.parts))
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, saved in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(saved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +167,11 @@ class Outcome:
             (r.step, r.horizon, r.accepted, r.rolled_back, r.relative_jump if r.accepted else 0.0)
             for r in self.reports
         ]
+
+    @property
+    def losses(self) -> list[float]:
+        """What reports say of the training loss."""
+        return [loss for r in self.reports for loss in (r.loss_before, r.loss_after, r.loss_recovered)]
 
     @property
     def reports(self) -> list[NowcastReport]:
