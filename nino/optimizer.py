@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ class NowcastOptimizer(Optimizer):
             end of its probation.
 
     Raises:
-        NinoError: if the optimizer holds parameters that are not the model's, or a setting is out of range.
+        NinoError: if the optimizer holds parameters that are not the model's or was prepared by accelerate before, or a
+            setting is out of range.
 
     Example:
         >>> optimizer = nino.NowcastOptimizer(                                          # doctest: +SKIP
@@ -74,6 +75,7 @@ class NowcastOptimizer(Optimizer):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise NinoError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
+        _refuse_wrapped(optimizer)
         _check_parameters(optimizer.param_groups, model)
         session = NowcastSession(
             model,
@@ -122,8 +124,7 @@ class NowcastOptimizer(Optimizer):
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe(loss)
-        if _did_update(self.optimizer):
-            self.session.after_update()
+        self.session.after_update()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -169,12 +170,18 @@ class NowcastOptimizer(Optimizer):
             self.session.load_state_dict(before)
             raise
         if nowcast is None:
-            self.session.reset()
-            logger.warning(
-                "the loaded optimizer state has no nowcasting state: snapshots start afresh and updates count from 0"
-            )
+            self._start_afresh()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _start_afresh(self) -> None:
+        self.session.reset()
+        updates, end = _updates_of(self.optimizer), self.session.schedule.max_steps
+        self.session.step = updates if end is None or updates < end else 0
+        logger.warning(
+            "the loaded optimizer state has no nowcasting state: nowcasting goes on with a fresh history from update %d",
+            self.session.step,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "session": self.session, "defaults": self.defaults}
@@ -183,10 +190,20 @@ class NowcastOptimizer(Optimizer):
         return f"NowcastOptimizer(every {self.session.schedule.period} updates, {self.optimizer!r})"
 
 
-def _did_update(optimizer: Optimizer) -> bool:
-    """Whether the step just called was one: accelerate's optimizers skip those within an accumulation or an overflow."""
-    gradients = getattr(optimizer, "gradient_state", None)
-    return getattr(gradients, "sync_gradients", True) and not getattr(optimizer, "step_was_skipped", False)
+def _refuse_wrapped(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, NowcastOptimizer):
+        raise NinoError("the optimizer is a NowcastOptimizer already: it needs no second one")
+    if any(kind.__name__ == "AcceleratedOptimizer" for kind in type(optimizer).__mro__):
+        raise NinoError(
+            "the optimizer went through accelerator.prepare already, which would neither save nor load its nowcasting "
+            "state; wrap it first and prepare the NowcastOptimizer"
+        )
+
+
+def _updates_of(optimizer: Optimizer) -> int:
+    """The updates that an optimizer counted by itself; 0 if it does not count."""
+    states = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def _check_parameters(param_groups: list[dict[str, Any]], model: nn.Module) -> None:

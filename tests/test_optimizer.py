@@ -290,19 +290,23 @@ def test_a_copied_run_goes_on_by_itself(clone: Callable[[Any], Any]) -> None:
     assert [report.step for report in twin.wrapper.reports] == [6, 12]
 
 
-def test_a_plain_optimizer_state_starts_a_fresh_history(caplog: pytest.LogCaptureFixture) -> None:
-    plain = Run(wrapped=False).train(0, 3)
-    run = Run().train(0, 9)
+@pytest.mark.parametrize(("base", "done", "step"), [("adamw", 9, 9), ("sgd-momentum", 9, 0), ("adamw", 60, 0)])
+def test_a_plain_optimizer_state_starts_a_fresh_history(
+    base: str, done: int, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Updates go on from where the optimizer counted; SGD does not count, and a run of 60 is over after 60.
+    run = Run(base).train(0, 3)
+    plain = Run(base, wrapped=False).train(0, done)
 
     run.optimizer.load_state_dict(plain.save()["optimizer"])
 
     assert logged(caplog) == [
-        "the loaded optimizer state has no nowcasting state: snapshots start afresh and updates count from 0"
+        "the loaded optimizer state has no nowcasting state: nowcasting goes on with a fresh history from update "
+        f"{step}"
     ]
-    assert (run.wrapper.session.step, len(run.wrapper.session.store)) == (0, 0)
-    run.train(3, 9)
-    assert [report.step for report in run.wrapper.reports] == [6, 6]
-    assert run.base.state[run.model[0].weight]["step"] == 9
+    assert (run.wrapper.session.step, len(run.wrapper.session.store)) == (step, 0)
+    run.train(9, 18)
+    assert [(report.step, report.accepted) for report in run.wrapper.reports][-1] == ((18, True) if step else (6, True))
 
 
 def test_the_base_alone_reads_the_wrappers_state() -> None:
