@@ -7,7 +7,6 @@ hold it. Counters and snapshots travel in a file of the checkpoint folder. Losse
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nino.errors import CheckpointError, NinoError
-from nino.files import save_whole
+from nino.files import load_whole, save_whole
 from nino.history import Place
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
@@ -183,8 +182,8 @@ class NowcastCallback(TrainerCallback):
             self.session.step = state.global_step
             return
         try:
-            self.session.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+            self.session.load_state_dict(load_whole(path))
+        except NinoError as error:
             raise CheckpointError(
                 f"{path} cannot be resumed from; delete it to go on with a fresh history: {error}"
             ) from error

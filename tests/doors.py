@@ -1,15 +1,15 @@
 """One training through every door: the same model, batches, optimizer and schedule, in the loops that people write.
 
 A *door* is a function ``(setting, folder, start, save) -> Outcome``. It trains ``setting.calls`` steps, or what is left of them
-after a checkpoint of ``start`` steps in ``folder``; with ``save`` it writes one after every step.
+after a checkpoint of ``start`` steps in ``folder``; it writes one after each number of steps in ``save``.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections import ChainMap, defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from tiny import PERIOD, Weights, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, NowcastSession
 from nino.callbacks import NowcastCallback
@@ -67,8 +67,8 @@ class Chained(Optimizer):
         return [group for part in self.parts for group in part.param_groups]
 
     @property
-    def state(self) -> ChainMap[Tensor, Any]:
-        return ChainMap(*(part.state for part in self.parts))
+    def state(self) -> dict[Tensor, Any]:
+        return {parameter: state for part in self.parts for parameter, state in part.state.items()}
 
     def step(self, closure: None = None) -> None:
         for part in self.parts:
@@ -116,9 +116,9 @@ class Setting:
             torch.manual_seed(seed)
             return self.build()
 
-    def wrapped(self, model: nn.Module, base: Optimizer | None = None) -> NowcastOptimizer:
+    def wrapped(self, model: nn.Module) -> NowcastOptimizer:
         return NowcastOptimizer(
-            self.base(model) if base is None else base,
+            self.base(model),
             model,
             self.nowcaster(),
             period=self.period,
@@ -197,7 +197,7 @@ def watched() -> Iterator[dict[int, list[float | None]]]:
 # A plain loop
 
 
-def plain(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+def plain(setting: Setting, folder: Path, start: int = 0, save: Collection[int] = ()) -> Outcome:
     model = setting.model(seed=start)
     optimizer = setting.wrapped(model)
     scheduler = setting.schedule(optimizer)
@@ -221,7 +221,7 @@ def plain(setting: Setting, folder: Path, start: int = 0, save: bool = False) ->
             skipped = _step(setting, model, optimizer, scaler)
             optimizer.zero_grad()
             _follow(setting, scheduler, skipped, model, batches[0], call)
-            if save:
+            if call + 1 in save:
                 torch.save({name: part.state_dict() for name, part in parts.items()}, folder / f"{call + 1}.pt")
     return Outcome(optimizer.session, rates[id(optimizer.session)], weights_of(model), model)
 
@@ -266,17 +266,7 @@ def _follow(setting: Setting, scheduler: Any, skipped: bool, model: nn.Module, b
 # Accelerate
 
 
-def accelerate(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
-    """Wrap, then prepare."""
-    return _accelerate(setting, folder, start, save, wrap_first=True)
-
-
-def accelerate_wrapped_late(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
-    """Prepare, then wrap."""
-    return _accelerate(setting, folder, start, save, wrap_first=False)
-
-
-def _accelerate(setting: Setting, folder: Path, start: int, save: bool, wrap_first: bool) -> Outcome:
+def accelerate(setting: Setting, folder: Path, start: int = 0, save: Collection[int] = ()) -> Outcome:
     _forget_accelerators()
     accelerator = Accelerator(
         cpu=True,
@@ -287,13 +277,9 @@ def _accelerate(setting: Setting, folder: Path, start: int, save: bool, wrap_fir
     )
     _use_fp16(accelerator, setting)
     model = setting.model(seed=start)
-    base = setting.base(model)
-    scheduled = wrapper = setting.wrapped(model, base) if wrap_first else base
+    wrapper = setting.wrapped(model)
     loader = DataLoader(setting.examples(), BATCH)  # type: ignore[arg-type]
-    prepared, optimizer, loader, scheduler = accelerator.prepare(model, scheduled, loader, setting.schedule(scheduled))
-    if not wrap_first:
-        optimizer = wrapper = setting.wrapped(model, optimizer)
-    assert isinstance(wrapper, NowcastOptimizer)
+    prepared, optimizer, loader, scheduler = accelerator.prepare(model, wrapper, loader, setting.schedule(wrapper))
     if start:
         accelerator.load_state(str(folder / str(start)))
     batches = loader if not start else accelerator.skip_first_batches(loader, start * setting.accumulation)
@@ -309,8 +295,9 @@ def _accelerate(setting: Setting, folder: Path, start: int, save: bool, wrap_fir
                 optimizer.step()
                 _follow(setting, scheduler, False, prepared, first, call)
                 optimizer.zero_grad()
-            if save and accelerator.sync_gradients:
-                accelerator.save_state(str(folder / str((call + 1) // setting.accumulation)))
+            steps, rest = divmod(call + 1, setting.accumulation)
+            if steps in save and not rest:
+                accelerator.save_state(str(folder / str(steps)))
     return Outcome(wrapper.session, rates[id(wrapper.session)], weights_of(model), model)
 
 
@@ -330,20 +317,20 @@ def _forget_accelerators() -> None:
 # The Trainer
 
 
-def callback(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+def callback(setting: Setting, folder: Path, start: int = 0, save: Collection[int] = ()) -> Outcome:
     attached = NowcastCallback(setting.nowcaster(), setting.period, **setting.attach)
     model = setting.model(seed=start)
     trained = trainer(setting, folder, model, save, optimizers=(setting.base(model), None), callbacks=[attached])
     return _trained(trained, lambda: attached.session, start)
 
 
-def trainer_optimizers(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+def trainer_optimizers(setting: Setting, folder: Path, start: int = 0, save: Collection[int] = ()) -> Outcome:
     model = setting.model(seed=start)
     wrapper = setting.wrapped(model)
     return _trained(trainer(setting, folder, model, save, optimizers=(wrapper, None)), lambda: wrapper.session, start)
 
 
-def trainer_factory(setting: Setting, folder: Path, start: int = 0, save: bool = False) -> Outcome:
+def trainer_factory(setting: Setting, folder: Path, start: int = 0, save: Collection[int] = ()) -> Outcome:
     made: list[NowcastOptimizer] = []
 
     class Factory:
@@ -356,7 +343,7 @@ def trainer_factory(setting: Setting, folder: Path, start: int = 0, save: bool =
     return _trained(trained, lambda: made[-1].session, start)
 
 
-def trainer(setting: Setting, folder: Path, model: nn.Module, save: bool = False, **more: Any) -> Trainer:
+def trainer(setting: Setting, folder: Path, model: nn.Module, save: Collection[int] = (), **more: Any) -> Trainer:
     _forget_accelerators()
     arguments: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": EVALUATE_EVERY} if setting.is_by_metric else {}
     if setting.compiled:
@@ -377,8 +364,7 @@ def trainer(setting: Setting, folder: Path, model: nn.Module, save: bool = False
             metric_for_best_model="loss",
             train_sampling_strategy="sequential",
             logging_strategy="no",
-            save_strategy="steps" if save else "no",
-            save_steps=1,
+            save_strategy="no",
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
@@ -389,8 +375,17 @@ def trainer(setting: Setting, folder: Path, model: nn.Module, save: bool = False
         eval_dataset=setting.examples()[:BATCH],
         **more,
     )
+    made.add_callback(SaveAfter(save))
     _use_fp16(made.accelerator, setting)
     return made
+
+
+class SaveAfter(TrainerCallback):
+    def __init__(self, steps: Collection[int]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step in self.steps
 
 
 def _trained(trained: Trainer, session: Callable[[], NowcastSession | None], start: int) -> Outcome:
@@ -406,6 +401,5 @@ DOORS = {
     "trainer-optimizers": trainer_optimizers,
     "trainer-factory": trainer_factory,
     "accelerate": accelerate,
-    "accelerate-wrapped-late": accelerate_wrapped_late,
 }
 """All but the plain loop, which the others are held against."""

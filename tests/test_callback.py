@@ -327,6 +327,17 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a snapshot
+    path.write_bytes(content)
+
+
+def _make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def _foreign(path: Path) -> None:
     torch.save([1, 2, 3], path)
 
@@ -343,6 +354,8 @@ def _malicious(path: Path) -> None:
     "spoil",
     [
         _truncate,
+        _flip_a_bit,
+        _make_a_folder,
         _foreign,
         _of_another_period,
         _malicious,
