@@ -7,7 +7,6 @@ after a checkpoint of ``start`` steps in ``folder``; it writes one after each nu
 from __future__ import annotations
 
 import functools
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, GradientState
-from tiny import PERIOD, Weights, tiny_nowcaster, weights_of
+from tiny import PERIOD, ScriptedNowcaster, Weights, tiny_nowcaster, weights_of
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
@@ -84,6 +83,21 @@ class Chained(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, saved in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+def chained(model: nn.Module) -> Optimizer:
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
+    return Chained(AdamW(matrices, lr=1e-2), SGD(vectors, lr=1e-3, momentum=0.9))
+
+
+def far_away() -> ScriptedNowcaster:
+    """A nowcaster that no loss recovers from."""
+    return ScriptedNowcaster(lambda newest: {name: value + 3 for name, value in newest.items()})
+
+
+def nearby() -> ScriptedNowcaster:
+    """One that does no harm."""
+    return ScriptedNowcaster(lambda newest: {name: value * 1.001 for name, value in newest.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +178,7 @@ class Outcome:
     def nowcasts(self) -> list[tuple[Any, ...]]:
         """Everything that doors must agree on."""
         return [
-            (r.step, r.horizon, r.accepted, r.rolled_back, r.relative_jump if r.accepted else 0.0)
-            for r in self.reports
+            (r.step, r.horizon, r.accepted, r.rolled_back, r.relative_jump if r.accepted else 0.0) for r in self.reports
         ]
 
     @property
@@ -343,38 +356,41 @@ def trainer_factory(setting: Setting, folder: Path, start: int = 0, save: Collec
     return _trained(trained, lambda: made[-1].session, start)
 
 
-def trainer(setting: Setting, folder: Path, model: nn.Module, save: Collection[int] = (), **more: Any) -> Trainer:
+def trainer(
+    setting: Setting,
+    folder: Path,
+    model: nn.Module,
+    save: Collection[int] = (),
+    arguments: dict[str, Any] | None = None,
+    **more: Any,
+) -> Trainer:
+    """With other ``arguments`` than the setting's, and ``more`` for the Trainer itself."""
     _forget_accelerators()
-    arguments: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": EVALUATE_EVERY} if setting.is_by_metric else {}
-    if setting.compiled:
-        arguments["torch_compile_backend"] = "eager"
-    made = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            max_steps=setting.calls,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=BATCH,
-            gradient_accumulation_steps=setting.accumulation,
-            max_grad_norm=setting.clip,
-            bf16=setting.precision == "bf16",
-            lr_scheduler_type=setting.scheduler,
-            lr_scheduler_kwargs=setting.scheduler_settings or None,
-            warmup_steps=setting.warmup,
-            metric_for_best_model="loss",
-            train_sampling_strategy="sequential",
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **arguments,
-        ),
-        train_dataset=setting.examples(),
-        eval_dataset=setting.examples()[:BATCH],
-        **more,
-    )
+    chosen: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": setting.calls,
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH,
+        "gradient_accumulation_steps": setting.accumulation,
+        "max_grad_norm": setting.clip,
+        "bf16": setting.precision == "bf16",
+        "torch_compile_backend": "eager" if setting.compiled else None,
+        "lr_scheduler_type": setting.scheduler,
+        "lr_scheduler_kwargs": setting.scheduler_settings or None,
+        "warmup_steps": setting.warmup,
+        "eval_strategy": "steps" if setting.is_by_metric else "no",
+        "eval_steps": EVALUATE_EVERY,
+        "metric_for_best_model": "loss",
+        "train_sampling_strategy": "sequential",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    data = {"train_dataset": setting.examples(), "eval_dataset": setting.examples()[:BATCH], **more}
+    made = Trainer(model=model, args=TrainingArguments(**{**chosen, **(arguments or {})}), **data)
     made.add_callback(SaveAfter(save))
     _use_fp16(made.accelerator, setting)
     return made

@@ -1,13 +1,12 @@
 """One behaviour, every door: whatever a training is like, front ends nowcast the same at the same updates.
 
-Each row is a setting, each column a door, held against a plain loop that spells everything out: the same nowcasts, the same
-learning rates and, float32 or not, the same weights to the last bit, for on a CPU the arithmetic of all loops is the same.
+Each row is a setting, each column a door, held against a plain loop that spells everything out: the same nowcasts, the
+same learning rates and, in float32 or not, the same weights to the last bit: on a CPU all loops compute the same.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,25 +15,24 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PERIOD, ScriptedNowcaster, assert_same, weights_of
+from tiny import PERIOD, assert_same, tiny_nowcaster, weights_of
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.utils.data import IterableDataset
 
 if importlib.util.find_spec("transformers") is None:  # an optional package
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 import doors
-from doors import DOORS, Chained, Net, Outcome, Setting
+from doors import DOORS, Net, Outcome, Setting, chained, far_away, nearby
+from transformers import LlamaConfig, LlamaForCausalLM, SchedulerType, TrainerCallback
+
+from nino import NinoError
+from nino.callbacks import NowcastCallback
+
 from tasks.rivals import MuonWithAdamW
-from transformers import LlamaConfig, LlamaForCausalLM, SchedulerType
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """The Trainer collects garbage in every training: it need not look at what was imported before."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 # Models and optimizers
@@ -73,26 +71,10 @@ def two_groups(model: nn.Module) -> Optimizer:
     return AdamW([{"params": first.parameters(), "lr": 2e-2}, {"params": last.parameters(), "weight_decay": 0.1}], 1e-2)
 
 
-def chained(model: nn.Module) -> Optimizer:
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
-    return Chained(AdamW(matrices, lr=1e-2), SGD(vectors, lr=1e-3, momentum=0.9))
-
-
 def muon(model: nn.Module) -> Optimizer:
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
     return MuonWithAdamW(model, lr=1e-2, weight_decay=0.1)
-
-
-# What nowcasters may say
-
-
-def far_away() -> ScriptedNowcaster:
-    return ScriptedNowcaster(lambda newest: {name: value + 3 for name, value in newest.items()})
-
-
-def nearby() -> ScriptedNowcaster:
-    return ScriptedNowcaster(lambda newest: {name: value * 1.001 for name, value in newest.items()})
 
 
 # The table
@@ -208,3 +190,117 @@ def test_conditions_are_what_they_say(condition: str) -> None:
 
 def test_no_schedule_of_the_trainer_is_left_out() -> None:
     assert {kind.value for kind in SchedulerType} == {*SCHEDULERS}
+
+
+# Mistakes
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def two_objects() -> list[NowcastCallback]:
+    return [NowcastCallback(tiny_nowcaster(), PERIOD), NowcastCallback(tiny_nowcaster(), PERIOD)]
+
+
+def one_object_twice() -> list[NowcastCallback]:
+    return two_objects()[:1] * 2
+
+
+@pytest.mark.parametrize("attached", [two_objects, one_object_twice])
+def test_two_callbacks_are_refused_before_training_starts(attached: Any, tmp_path: Path) -> None:
+    setting = Setting()
+    model = setting.model()
+    trainer = doors.trainer(setting, tmp_path, model, optimizers=(setting.base(model), None), callbacks=attached())
+
+    with pytest.raises(NinoError, match=r"^NowcastCallback is attached to this Trainer twice; trainer.remove_callback"):
+        trainer.train()
+    assert_same(weights_of(model), weights_of(setting.model()))
+    assert hooks_of(model) == 0
+
+    trainer.remove_callback(NowcastCallback)
+    trainer.train()
+    assert_same(weights_of(model), in_a_plain_loop("one batch an update").weights)
+    assert hooks_of(model) == 0
+
+
+def test_what_another_callback_left_behind_is_no_mistake(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    setting = Setting()
+    model = setting.model()
+    first = NowcastCallback(tiny_nowcaster(), PERIOD)
+    with pytest.raises(KeyboardInterrupt):
+        doors.trainer(setting, tmp_path, model, callbacks=[first, Interrupt()]).train()
+    assert hooks_of(model) == 1
+
+    second = NowcastCallback(tiny_nowcaster(), PERIOD)
+    doors.trainer(setting, tmp_path, model, callbacks=[second]).train()
+
+    assert [report.step for report in second.reports] == [6, 12]
+    assert hooks_of(model) == 0
+
+
+# Where a run ends
+
+
+class Stream(IterableDataset[Any]):
+    """Examples without a length."""
+
+    def __init__(self, examples: list[Any]) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.examples)
+
+
+class StreamOfKnownLength(Stream):
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        (list, {"max_steps": -1, "num_train_epochs": 1}),
+        (StreamOfKnownLength, {"max_steps": -1, "num_train_epochs": 1}),
+        (Stream, {"max_steps": 14}),
+    ],
+)
+def test_however_the_trainer_is_told_the_end(data: Any, arguments: dict[str, Any], tmp_path: Path) -> None:
+    setting = Setting()
+    model, attached = setting.model(), NowcastCallback(tiny_nowcaster(), PERIOD)
+
+    doors.trainer(
+        setting,
+        tmp_path,
+        model,
+        arguments=arguments,
+        train_dataset=data(setting.examples()),
+        optimizers=(setting.base(model), None),
+        callbacks=[attached],
+    ).train()
+
+    assert attached.session is not None
+    assert attached.session.schedule.max_steps == 14
+    assert_same(weights_of(model), in_a_plain_loop("one batch an update").weights)
+
+
+@pytest.mark.parametrize("door", ["callback", "trainer-optimizers", "accelerate"])
+def test_a_run_shorter_than_a_period_is_as_without_nowcasting(
+    door: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    setting = Setting(period=15)
+    bare = setting.model()
+    doors.trainer(setting, tmp_path, bare, optimizers=(setting.base(bare), None)).train()
+
+    outcome = DOORS[door](setting, tmp_path)
+
+    assert outcome.reports == []
+    assert_same(outcome.weights, weights_of(bare))
+    lines = [record.getMessage() for record in caplog.records if record.name == "nino.session"]
+    assert lines == [
+        "a run of 14 updates ends before its first nowcast (period=15): nothing will be nowcast; choose a shorter period"
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,43 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ScriptedNowcaster, assert_same
+from tiny import assert_same
 
 if importlib.util.find_spec("transformers") is None:  # an optional package
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 import doors
-from doors import Chained, Net, Outcome, Setting
+from doors import Net, Outcome, Setting, chained, far_away, nearby
 from torch import nn
-from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.optim import SGD, Adafactor
 
 R = 3
 """Updates of probation."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """The Trainer collects garbage in every training: it need not look at what was imported before."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def with_buffers() -> nn.Module:
     return Net(nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
-
-
-def chained(model: nn.Module) -> Optimizer:
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (True, False))
-    return Chained(AdamW(matrices, lr=1e-2), SGD(vectors, lr=1e-3, momentum=0.9))
-
-
-def far_away() -> ScriptedNowcaster:
-    return ScriptedNowcaster(lambda newest: {name: value + 3 for name, value in newest.items()})
-
-
-def nearby() -> ScriptedNowcaster:
-    return ScriptedNowcaster(lambda newest: {name: value * 1.001 for name, value in newest.items()})
 
 
 # Snapshots after 3 6 9 | 12 15 18 updates, nowcasts after 9 and 18, which are judged after 12 and 21.
