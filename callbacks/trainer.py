@@ -196,7 +196,8 @@ class NowcastCallback(TrainerCallback):
             return Path(named)
         return _checkpoint_folder(args, state)
 
-    @torch.compiler.disable  # of a compiled model, the hook runs outside of the graph: there is nothing to gain from it
+    # Of a compiled model the hook runs outside of the graph: there is nothing to compile.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _observe_output(self, module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
         """Note the training loss that the model returns, if it does (a forward hook)."""
         if not (self._reads_losses and module.training and torch.is_grad_enabled()):
@@ -225,5 +226,6 @@ def _make_way(model: nn.Module, training: TrainerState) -> None:
         other._detach()
         if is_of_this_training:
             raise NinoError(
-                "NowcastCallback is attached to this Trainer twice; trainer.remove_callback(NowcastCallback) takes one away"
+                "NowcastCallback is attached to this Trainer twice; trainer.remove_callback(NowcastCallback) takes "
+                "one away"
             )

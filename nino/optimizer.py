@@ -179,7 +179,7 @@ class NowcastOptimizer(Optimizer):
         updates, end = _updates_of(self.optimizer), self.session.schedule.max_steps
         self.session.step = updates if end is None or updates < end else 0
         logger.warning(
-            "the loaded optimizer state has no nowcasting state: nowcasting goes on with a fresh history from update %d",
+            "the loaded optimizer state is without nowcasting: that goes on with a fresh history from update %d",
             self.session.step,
         )
 

@@ -1,7 +1,7 @@
 """One training through every door: the same model, batches, optimizer and schedule, in the loops that people write.
 
-A *door* is a function ``(setting, folder, start, save) -> Outcome``. It trains ``setting.calls`` steps, or what is left of them
-after a checkpoint of ``start`` steps in ``folder``; it writes one after each number of steps in ``save``.
+A *door* is a function ``(setting, folder, start, save) -> Outcome``. It trains ``setting.calls`` steps, or what is left
+of them after a checkpoint of ``start`` steps in ``folder``; it writes one after each number of steps in ``save``.
 """
 
 from __future__ import annotations
@@ -330,10 +330,13 @@ def _forget_accelerators() -> None:
 # The Trainer
 
 
-def callback(setting: Setting, folder: Path, start: int = 0, save: Collection[int] = ()) -> Outcome:
+def callback(
+    setting: Setting, folder: Path, start: int = 0, save: Collection[int] = (), arguments: dict[str, Any] | None = None
+) -> Outcome:
     attached = NowcastCallback(setting.nowcaster(), setting.period, **setting.attach)
     model = setting.model(seed=start)
-    trained = trainer(setting, folder, model, save, optimizers=(setting.base(model), None), callbacks=[attached])
+    optimizers = (setting.base(model), None)
+    trained = trainer(setting, folder, model, save, arguments, optimizers=optimizers, callbacks=[attached])
     return _trained(trained, lambda: attached.session, start)
 
 

@@ -1,4 +1,4 @@
-"""Resume is exact: saved and resumed anywhere, through any door, a training equals the uninterrupted one to the last bit."""
+"""Resume is exact: saved and resumed anywhere, through any door, a training equals one in one go to the last bit."""
 
 from __future__ import annotations
 
@@ -109,3 +109,60 @@ def test_settings_are_what_they_say(name: str, whole: Any) -> None:
     assert outcome.session.restore_point._made is not None or "probation" not in setting.attach
     saved = torch.load(folder / f"{IN_PROBATION}.pt", weights_only=True)["optimizer"]["nowcast"]
     assert (saved["restore_point"] is not None) == ("probation" in setting.attach)
+
+
+# Checkpoints without nowcasting state
+
+
+def _drop_file(folder: Path) -> None:
+    (folder / f"checkpoint-{IN_PROBATION}" / "nowcast.pt").unlink()
+
+
+def _drop_key(path: str) -> Callable[[Path], None]:
+    def drop(folder: Path) -> None:
+        state = torch.load(folder / path, weights_only=True)
+        del state.get("optimizer", state)["nowcast"]
+        torch.save(state, folder / path)
+
+    return drop
+
+
+WITHOUT_STATE: dict[str, Callable[[Path], None]] = {
+    "plain": _drop_key(f"{IN_PROBATION}.pt"),
+    "callback": _drop_file,
+    "trainer-optimizers": _drop_key(f"checkpoint-{IN_PROBATION}/optimizer.pt"),
+    "accelerate": _drop_key(f"{IN_PROBATION}/optimizer.bin"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_without_nowcasting_state_a_fresh_history_begins(
+    door: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Snapshots after 12 15 18: the nowcast after 18 takes place, of the same horizon as if nothing had happened.
+    whole = DOORS[door](ALWAYS, tmp_path, save=[IN_PROBATION])
+    WITHOUT_STATE[door](tmp_path)
+    caplog.clear()
+
+    resumed = DOORS[door](ALWAYS, tmp_path, start=IN_PROBATION)
+
+    lines = [r.getMessage() for r in caplog.records if r.name in ("nino.optimizer", "nino.callbacks.trainer")]
+    assert len(lines) == 1
+    assert "goes on with a fresh history" in lines[0]
+    assert resumed.nowcasts == whole.nowcasts[1:]
+    assert_same(resumed.weights, whole.weights)
+
+
+def test_a_callback_joins_a_training_that_began_without_it(tmp_path: Path) -> None:
+    # What callbacks put into trainer_state.json makes the Trainer fail at the next save, if the file has no entry of
+    # theirs. Ours puts nothing there.
+    model = ALWAYS.model()
+    arguments = {"restore_callback_states_from_checkpoint": True}
+    bare = doors.trainer(ALWAYS, tmp_path, model, save=[4], optimizers=(ALWAYS.base(model), None), arguments=arguments)
+    bare.train()
+
+    joined = doors.callback(ALWAYS, tmp_path, start=4, save=[10], arguments=arguments)
+    again = doors.callback(ALWAYS, tmp_path, start=10, arguments=arguments)
+
+    assert [(report.step, report.accepted) for report in joined.reports] == [(9, False), (18, True)]
+    assert_same(again.weights, joined.weights)
