@@ -36,7 +36,7 @@ from nino.probation import (
     gather_evidence,
     has_recovered,
 )
-from nino.rates import has_risen, horizon_by_mass
+from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
@@ -143,12 +143,17 @@ class NowcastSession:
         # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
         self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
 
-    def after_update(self, learning_rate: float | None = None) -> NowcastReport | None:
+    @property
+    def snapshot_is_next(self) -> bool:
+        """Whether the coming update is one after which a snapshot is taken."""
+        return is_snapshot_step(self.step + 1, self.schedule)
+
+    def after_update(self, *, learning_rate: float | None = None) -> NowcastReport | None:
         """Count one real optimizer update, and snapshot or nowcast if that is due.
 
         Args:
-            learning_rate: of this update; by default the largest that the optimizer has now, for callers that come
-                before the scheduler's step.
+            learning_rate: of this update, for callers that come after the scheduler's step; by default the largest that
+                the optimizer's groups hold now. Read only where a snapshot is due: see :attr:`snapshot_is_next`.
 
         Returns:
             A report if this call completed one, else ``None``.
@@ -273,15 +278,11 @@ class NowcastSession:
     def _snapshot(self, learning_rate: float | None) -> None:
         try:
             self.store.append(self.step, self.trainable_parameters())
-            self._rates.append(self._learning_rate() if learning_rate is None else learning_rate)
+            rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
+            self._rates.append(1.0 if rate is None else rate)  # an optimizer without one has a constant one
         except Exception as error:  # most likely no memory; the run must go on
             self._forget_history()
             logger.warning("no snapshot after update %d, training goes on: %s", self.step, error)
-
-    def _learning_rate(self) -> float:
-        """The largest of the optimizer; 1 without one."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return max((float(group["lr"]) for group in groups if "lr" in group), default=1.0)
 
     def _forget_history(self) -> None:
         self.store.clear()

@@ -113,7 +113,19 @@ def test_bfloat16_snapshots_are_rounded_and_take_half_the_room() -> None:
     assert store.snapshots[0]["weight"].untyped_storage().nbytes() == store.nbytes == 4
 
 
-@pytest.mark.parametrize("dtype", [None, *FORMATS], ids=str)
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_files_keep_every_format(dtype: torch.dtype, tmp_path: Path) -> None:
+    # Buffers count and mask: a nowcast on probation keeps them beside the weights.
+    live = {"buffer": torch.tensor([[1.0, 0.0, 1.0]]).to(dtype), "weight": torch.ones(3)}
+    store = store_in("disk", tmp_path)
+
+    store.append(1, live)
+
+    assert_same(store.snapshots[0], live)
+    assert store.snapshots[0]["buffer"].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [None, *(dtype for dtype in FORMATS if dtype.is_floating_point)], ids=str)
 @pytest.mark.parametrize("place", PLACES)
 def test_every_format_and_shape(place: Any, dtype: torch.dtype | None, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
