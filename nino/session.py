@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nino.changes import describe_changes
 from nino.distributed import agree, from_first_process, is_true_everywhere, mean_over_processes
 from nino.engine.weights import Jump
 from nino.errors import NinoError, SnapshotError
+from nino.graph.builder import graph_parameters
 from nino.history import Place, SnapshotStore
+from nino.interrupts import held_back
 from nino.nowcaster import Nowcaster
 from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
 from nino.report import Loss, NowcastReport, OpenReport
@@ -52,7 +55,8 @@ class NowcastSession:
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
             0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
-        on_report: called with each nowcast's report once the loss after it is known.
+        on_report: called with each nowcast's report once the loss after it is known; an error that it raises is
+            logged and ends nothing.
 
     Raises:
         NinoError: if the model cannot be wired, its parameters are sharded, none of them is trained, or a setting is
@@ -105,6 +109,13 @@ class NowcastSession:
         self._observed: list[Loss] = []
         self._open: OpenReport | None = None
         self._has_begun = False
+        self._shapes = self.graph.shapes
+        self._trained: dict[str, nn.Parameter] = {}
+        """The model's parameters, and those that were trained, at the last snapshot."""
+        self._no_graph = ""
+        """Why the model cannot be wired since it has changed."""
+        self._no_snapshot = ""
+        """Why the last snapshot failed."""
 
     def observe(self, loss: Tensor | float) -> None:
         """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
@@ -129,6 +140,7 @@ class NowcastSession:
         if not self._has_begun:  # frameworks shard and replace parameters after this object was made
             _refuse_sharded(self.model)
             self._check_parameters()
+            self._begin()
             self._has_begun = True
         self.step += 1
         completed = self._take_loss()
@@ -208,6 +220,7 @@ class NowcastSession:
         self._losses = deque(losses, maxlen=self.probation.losses_before)
         self._observed.clear()
         self._open, self.trust = open_report, trust
+        self._trained = parameters
         if open_report is not None:
             others = [other for other in self.reports if other.step != open_report.report.step]
             self.reports = [*others, open_report.report]
@@ -226,12 +239,56 @@ class NowcastSession:
                 "FSDP keep copies of their own, which this release cannot nowcast)"
             )
 
+    def _begin(self) -> None:
+        """Wire the model again if parameters came or went since this object was made.
+
+        Raises:
+            NinoError: if it cannot be wired.
+        """
+        self._trained = self.trainable_parameters()
+        self._notice_changes()
+        if self._no_graph:
+            raise NinoError(self._no_graph)
+
+    def _notice_changes(self) -> None:
+        """If the model is another than at the last snapshot, start the history afresh, and say so once."""
+        shapes = graph_parameters(self.model)
+        change = describe_changes(self._shapes, shapes, self._trained, self.trainable_parameters())
+        if change:
+            unjudged = ""
+            if self._open is not None and self._open.on_probation:  # what it would be undone from fits no more
+                self._open.on_probation = False
+                self.restore_point.clear()
+                unjudged = f", the nowcast after update {self._open.report.step} is not judged"
+            message = "the model has changed by update %d, snapshots start afresh%s: %s"
+            logger.warning(message, max(self.step, 1), unjudged, change)
+            self.store.clear()
+            self._wire_again()
+        self._shapes, self._trained = shapes, self.trainable_parameters()
+
+    def _wire_again(self) -> None:
+        try:
+            graph = self.nowcaster.graph_of(self.model)
+            self.nowcaster.check_fits(graph)
+        except Exception as error:  # every nowcast is then refused, with this reason; the run goes on
+            self._no_graph = str(error) or repr(error)
+            return
+        self.graph, self._no_graph = graph, ""
+        self._positions = graph.positions(self.nowcaster.config.num_positions)
+
     def _snapshot(self) -> None:
+        self._notice_changes()
+        if self._no_graph:
+            return
         try:
             self.store.append(self.step, self.trainable_parameters())
-        except Exception as error:  # most likely no memory; the run must go on
+        except Exception as error:  # most likely no memory or no disk; the run must go on
             self.store.clear()
-            logger.warning("no snapshot after update %d, training goes on: %s", self.step, error)
+            level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
+            self._no_snapshot = str(error) or repr(error)
+            logger.log(level, "no snapshot after update %d, training goes on: %s", self.step, self._no_snapshot)
+        else:
+            self._no_snapshot = ""
 
     def _take_loss(self) -> NowcastReport | None:
         """Book the losses of the update that was just done; completes the last report if it waits for one."""
@@ -241,11 +298,20 @@ class NowcastSession:
             self._losses.append(loss)
         if self._open is None or not self._open.book(loss):
             return None
+        if self._open.on_probation:
+            self._notice_changes()
         self.reports[-1] = self._judge(self._open) if self._open.on_probation else self._open.with_losses()
         self._open = None
-        if self.on_report is not None:
-            self.on_report(self.reports[-1])
+        self._tell(self.reports[-1])
         return self.reports[-1]
+
+    def _tell(self, report: NowcastReport) -> None:
+        try:
+            if self.on_report is not None:
+                self.on_report(report)
+        except Exception as error:  # a dashboard that cannot be reached is no reason to lose a run
+            message = "on_report failed for the nowcast after update %d, training goes on: %s"
+            logger.warning(message, report.step, str(error) or repr(error), exc_info=True)
 
     @property
     def _is_on_probation(self) -> bool:
@@ -263,14 +329,14 @@ class NowcastSession:
             self.trust = self.trust.after(is_kept, self.probation)
             report = replace(report, loss_recovered=evidence.after)
             if not is_kept:
-                report = self._roll_back(replace(report, rolled_back=True), evidence, parameters)
+                report = self._roll_back(replace(report, rolled_back=True), evidence)
         self.restore_point.clear()
         return report
 
-    def _roll_back(
-        self, report: NowcastReport, evidence: Evidence, parameters: Mapping[str, nn.Parameter]
-    ) -> NowcastReport:
-        self.restore_point.restore(self.model, parameters, self.optimizer)
+    def _roll_back(self, report: NowcastReport, evidence: Evidence) -> NowcastReport:
+        saved = self.restore_point.weights
+        moved = {name: p for name, p in self.model.named_parameters() if name in saved}  # some may be frozen by now
+        self.restore_point.restore(self.model, moved, self.optimizer)
         self.store.clear()  # snapshots of the undone weights, if there are any
         self._losses.clear()
         reason = (
@@ -292,32 +358,51 @@ class NowcastSession:
             self.trust = self.trust.after_skipping()
             return OpenReport(replace(report, reason=f"left out: {self.trust.failures} in a row were undone"), 1)
         parameters = self.trainable_parameters()
-        can_judge = self.probation.updates > 0 and len(losses) >= MIN_LOSSES_BEFORE and self.optimizer is not None
+        wants_judgement = self.probation.updates > 0 and self.optimizer is not None
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        can_judge = wants_judgement and len(finite) >= MIN_LOSSES_BEFORE
         on_probation = is_true_everywhere(can_judge, self._device(parameters))
-        report = self._jump(report, parameters, on_probation)
+        refusal = ""
+        if wants_judgement and len(finite) < MIN_LOSSES_BEFORE <= len(losses):
+            bad = len(losses) - len(finite)
+            refusal = f"{bad} of the last {len(losses)} training losses are NaN or infinite, so it could not be judged"
+        report = self._jump(report, parameters, on_probation, refusal)
         if not (report.accepted and on_probation):
             self.restore_point.clear()
             return OpenReport(report, 1)
-        return OpenReport(report, self.probation.updates, on_probation=True, before=losses)
+        return OpenReport(report, self.probation.updates, on_probation=True, before=finite)
 
-    def _jump(self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> NowcastReport:
-        """Replace the weights by their prediction, in every process or in none."""
+    def _jump(
+        self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool, refusal: str
+    ) -> NowcastReport:
+        """Replace the weights by their prediction, in every process or, if one has a ``refusal``, in none."""
         began = time.perf_counter()
         jump, reason, before = Jump(math.nan, math.nan), "", {}
         try:
+            if refusal:
+                raise SnapshotError(refusal)
             before = self._backup(parameters, on_probation)
             jump = self._predict(report.horizon, parameters, before)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
             reason = str(error) or repr(error)
-        everyone_did, are_alike = agree(not reason, jump.norm, self._device(parameters))
+        try:
+            everyone_did, are_alike = agree(not reason, jump.norm, self._device(parameters))
+            if everyone_did and are_alike:
+                write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
+        except BaseException as error:
+            if not reason:
+                write_parameters(parameters, before)
+            if isinstance(error, Exception):
+                raise RuntimeError(
+                    f"nowcast after update {self.step} was undone, since another process did not answer: {error}"
+                ) from error
+            raise
         if not everyone_did:
             if not reason:
                 write_parameters(parameters, before)
                 reason = "another process refused it"
             logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, reason)
             return replace(report, reason=reason, seconds=time.perf_counter() - began)
-        if are_alike:
-            write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
         report = replace(report, accepted=True, seconds=time.perf_counter() - began, relative_jump=jump.relative)
         logger.info(
             "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",
@@ -331,9 +416,12 @@ class NowcastSession:
 
     def _backup(self, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> dict[str, Tensor]:
         """Copies of the parameters as they are: the newest snapshot, which is of this very update, if it is exact."""
+        if self._no_graph:
+            raise NinoError(self._no_graph)
         if not self.store.is_full:
             raise SnapshotError(
                 f"{len(self.store)} of {self.store.context} snapshots were taken since the history began"
+                + (f"; the last try: {self._no_snapshot}" if self._no_snapshot else "")
             )
         if on_probation:
             self.restore_point.take(self.step, self.model, parameters, self.optimizer)
@@ -364,8 +452,9 @@ class NowcastSession:
 @torch.no_grad()
 def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
     """Write new values into live parameters in place, so that storages, ties and views survive."""
-    for name, parameter in parameters.items():
-        parameter.copy_(new[name])
+    with held_back():
+        for name, parameter in parameters.items():
+            parameter.copy_(new[name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:
