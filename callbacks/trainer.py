@@ -144,9 +144,18 @@ class NowcastCallback(TrainerCallback):
         if not folder.is_dir():
             logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
-        temporary = folder / (STATE_FILE + ".part")
-        torch.save(self.session.state_dict(), temporary)
-        temporary.replace(folder / STATE_FILE)
+        path, temporary = folder / STATE_FILE, folder / (STATE_FILE + ".part")
+        path.unlink(missing_ok=True)  # of an earlier run, whose snapshots are not of these weights
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(self.session.state_dict(), file)
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # the rest of the checkpoint is whole, and so is the run
+            # What the system said is covered by what torch's writer makes of it.
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, reason)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -16,12 +16,7 @@ from typing import Any
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold back the signals that Python functions handle; afterwards the handlers run, and may raise.
-
-    Example:
-        >>> with held_back():
-        ...     parameter.copy_(saved)                                                              # doctest: +SKIP
-    """
+    """Hold back the signals that Python functions handle; afterwards the handlers run, and may raise."""
     if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread only
         yield
         return
@@ -38,11 +33,8 @@ def held_back() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _handlers() -> dict[signal.Signals, Callable[..., Any]]:
-    """What Python functions handle: Ctrl-C first, whose handler always exists."""
-    found = {}
-    for number in (signal.SIGINT, *(signal.valid_signals() - {signal.SIGINT})):
-        handler = signal.getsignal(number)
-        if callable(handler):
-            found[signal.Signals(number)] = handler
-    return found
+def _handlers() -> dict[int, Callable[..., Any]]:
+    """The functions that handle signals, by number; that of Ctrl-C first."""
+    numbers = (int(signal.SIGINT), *sorted(signal.valid_signals() - {signal.SIGINT}))
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    return {number: handler for number, handler in handlers.items() if callable(handler)}

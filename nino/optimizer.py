@@ -43,7 +43,7 @@ class NowcastOptimizer(Optimizer):
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
             0 for never. Only with losses, see :meth:`observe`.
         on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or at the
-            end of its probation.
+            end of its probation. An error that it raises is logged and ends nothing.
 
     Raises:
         NinoError: if the optimizer holds parameters that are not the model's, or a setting is out of range.

@@ -78,8 +78,8 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
 def has_recovered(evidence: Evidence, config: ProbationConfig) -> bool:
     """Whether to keep the nowcast.
 
-    Losses that are NaN or infinite have not recovered, and nothing is trusted that cannot be compared. Where the losses before the jump had no noise at all, none is
-    tolerated after it.
+    Losses that are NaN or infinite have not recovered, and what cannot be compared is not trusted. Where the losses
+    before the jump had no noise at all, none is tolerated after it.
 
     Example:
         >>> config = ProbationConfig(updates=50, tolerance=3.0)

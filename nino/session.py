@@ -385,24 +385,15 @@ class NowcastSession:
             jump = self._predict(report.horizon, parameters, before)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
             reason = str(error) or repr(error)
-        try:
-            everyone_did, are_alike = agree(not reason, jump.norm, self._device(parameters))
-            if everyone_did and are_alike:
-                write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
-        except BaseException as error:
-            if not reason:
-                write_parameters(parameters, before)
-            if isinstance(error, Exception):
-                raise RuntimeError(
-                    f"nowcast after update {self.step} was undone, since another process did not answer: {error}"
-                ) from error
-            raise
+        everyone_did, are_alike = agree(not reason, jump.norm, self._device(parameters))
         if not everyone_did:
             if not reason:
                 write_parameters(parameters, before)
                 reason = "another process refused it"
             logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, reason)
             return replace(report, reason=reason, seconds=time.perf_counter() - began)
+        if are_alike:
+            write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
         report = replace(report, accepted=True, seconds=time.perf_counter() - began, relative_jump=jump.relative)
         logger.info(
             "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, batch, mlp, tiny_nowcaster
+from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
 import nino
@@ -143,3 +144,73 @@ def train_and_die(folder: str, place: Place, arm: Callable[..., None], before: i
     run.train(before)
     arm(lambda: stop_for_good(reached))
     run.train()
+
+
+def half_of_a_torch_file(stop: Callable[[], None], suffix: str) -> None:
+    """In the next ``torch.save`` to a path that ends like this, when half of the bytes are written."""
+    save = torch.save
+
+    def dying(content: Any, file: Any, *arguments: Any, **keywords: Any) -> None:
+        save(content, file, *arguments, **keywords)
+        path = str(file if isinstance(file, (str, Path)) else file.name)
+        if path.endswith(suffix):
+            os.truncate(path, os.path.getsize(path) // 2)
+            stop()
+
+    torch.save = dying
+
+
+def train_with_accelerate(folder: Path, start: int = 0, stop: int = STEPS) -> tuple[Any, Run]:
+    """An Accelerate loop, resumed from ``folder / start`` unless it starts at 0."""
+    from accelerate import Accelerator
+
+    run = Run()
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(run.model, run.optimizer)
+    if start:
+        accelerator.load_state(str(folder / str(start)))
+    run.train(stop)
+    return accelerator, run
+
+
+def accelerate_and_die(folder: str, reached: Any) -> None:
+    """Save a state after 7 updates, and die while that after 9 is saved."""
+    accelerator, run = train_with_accelerate(Path(folder), stop=7)
+    accelerator.save_state(f"{folder}/7")
+    run.train(9)
+    half_of_a_torch_file(lambda: stop_for_good(reached), "optimizer.bin")
+    accelerator.save_state(f"{folder}/9")
+
+
+def trainer_and_die(folder: str, reached: Any) -> None:
+    """With checkpoints every three updates, die while the snapshots of the third are saved."""
+    from test_callback import callback, trainer
+    from transformers import TrainerCallback
+
+    class Arm(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 9:
+                half_of_a_torch_file(lambda: stop_for_good(reached), "nowcast.pt.part")
+
+    trainer(Path(folder), callback(probation=2), Arm(), save_strategy="steps", save_steps=3).train()
+
+
+def one_of_two(folder: str, rank: int, reached: Any) -> None:
+    """Train in two processes, of which the second stops in the first nowcast; the first writes how it ended."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.barrier()
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2), torch.distributed.group.WORLD)
+
+    def answer(newest: Weights) -> Weights:
+        if rank == 1:
+            stop_for_good(reached)
+        return {name: value + 1 for name, value in newest.items()}
+
+    run, error = Run(nowcaster=ScriptedNowcaster(answer), probation=0), ""
+    try:
+        run.train(PERIOD)
+    except Exception as caught:
+        error = str(caught)
+    torch.save({"weights": weights_of(run.model), "error": error}, f"{folder}/survivor.part")
+    os.replace(f"{folder}/survivor.part", f"{folder}/survivor")
+    os._exit(0)  # without saying farewell to the other one

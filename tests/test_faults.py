@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace as replace_fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import dying
@@ -23,7 +25,7 @@ from tiny import PERIOD, ScriptedNowcaster, assert_same, mlp, tiny_nowcaster, we
 from torch import Tensor, nn
 
 import nino
-from nino import NinoError, NowcastOptimizer
+from nino import GraphError, NinoError, NowcastOptimizer
 from nino.engine.weights import PredictionWriter
 from nino.probation import Evidence, ProbationConfig, has_recovered
 
@@ -92,10 +94,10 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
+    """A file system of one MiB."""
     folder = tmp_path / "small disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "nino-test", folder], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "nino-test", folder], capture_output=True).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     yield folder
     gc.collect()  # mapped snapshots keep it busy
@@ -112,7 +114,8 @@ def fill_up(folder: Path, free_bytes: int = 0) -> Path:
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    records = [record for record in caplog.records if record.name.startswith("nino")]
+    return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
 
 
 def test_a_full_disk_under_the_history(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -203,8 +206,8 @@ def test_nan_losses_before_a_nowcast_are_no_reason_to_trust_it(caplog: pytest.Lo
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     assert warnings_in(caplog) == [
-        "nowcast after update 6 was refused, training goes on: 6 of the last 6 training losses are NaN or infinite, so it "
-        "could not be judged"
+        "nowcast after update 6 was refused, training goes on: 6 of the last 6 training losses are NaN or infinite, so "
+        "it could not be judged"
     ]
     assert [report.accepted for report in run.train(STEPS).optimizer.reports] == [False, True, True]
 
@@ -362,17 +365,50 @@ def test_a_vocabulary_that_outgrows_the_nowcaster_ends_nowcasting_and_not_the_ru
             optimizer.step()
 
     train(9)
-    model.resize_token_embeddings(64)
+    model.resize_token_embeddings(64, mean_resizing=False)
     train(11)
     model.resize_token_embeddings(32)
     train(10)
 
     assert [report.accepted for report in optimizer.reports] == [True, False, False, False, True]
-    resized = "snapshots start afresh: resized: lm_head.weight, model.embed_tokens.weight"
-    refused = "was refused, training goes on: this nowcaster's table has rows for 32 words, the model has 64"
-    assert [
-        any(part in message for part in (resized, refused)) for message in warnings_in(caplog)
-    ] == [True, True, True, True, False]  # the last: two of three snapshots, for nowcast 24
+    start_afresh = "snapshots start afresh: resized: lm_head.weight, model.embed_tokens.weight"
+    refused = (
+        "was refused, training goes on: this nowcaster's table has rows for 32 words, the model has 64; use a "
+        "nowcaster without a word table"
+    )
+    assert warnings_in(caplog) == [
+        f"the model has changed by update 10, {start_afresh}",
+        f"nowcast after update 12 {refused}",
+        f"nowcast after update 18 {refused}",
+        f"the model has changed by update 22, {start_afresh}",
+        "nowcast after update 24 was refused, training goes on: 2 of 3 snapshots were taken since the history began",
+    ]
+
+
+def test_a_model_that_is_completed_after_it_was_wrapped(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(probation=0)
+    append(run)
+    run.train(PERIOD - 1)
+    last = weights_of(run.model[3])
+    run.session.nowcaster = ScriptedNowcaster(lambda newest: {name: value + 10 for name, value in newest.items()})
+    run.train(PERIOD)
+
+    assert (run.model[3].weight - last["weight"]).min() > 9
+    assert warnings_in(caplog) == ["the model has changed by update 1, snapshots start afresh: added: 3.bias, 3.weight"]
+
+
+def test_a_model_that_was_completed_to_what_cannot_be_wired_is_refused_at_its_first_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_graph(model: nn.Module) -> None:
+        raise GraphError("no slots for 3.weight")
+
+    run = Run()
+    append(run)
+    monkeypatch.setattr(run.session.nowcaster, "graph_of", no_graph)
+
+    with pytest.raises(NinoError, match=r"^no slots for 3.weight$"):
+        run.train(1)
 
 
 def test_a_module_that_is_replaced_in_the_probation_is_not_overwritten(caplog: pytest.LogCaptureFixture) -> None:
@@ -508,3 +544,162 @@ def test_a_run_of_unknown_length_nowcasts_to_its_end() -> None:
     assert [(r.step, r.horizon, r.accepted) for r in run.optimizer.reports] == [
         (step, 3, True) for step in (6, 12, 18, 24, 30)
     ]
+
+
+# Accelerate and the Trainer
+
+
+def test_a_run_that_is_killed_while_accelerate_saves_its_state(tmp_path: Path, processes: Any) -> None:
+    pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState, GradientState
+
+    kill_at_its_point(processes, dying.accelerate_and_die, str(tmp_path))
+    assert (tmp_path / "9" / "optimizer.bin").is_file()
+
+    try:
+        _, resumed = dying.train_with_accelerate(tmp_path, start=7)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    assert_same(weights_of(resumed.model), weights_of(Run().train().model))
+    assert [report.step for report in resumed.optimizer.reports] == [6, 12, 18]
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """A Trainer's uninterrupted run: its weights and reports."""
+    pytest.importorskip("transformers")
+    from test_callback import callback, trainer
+
+    with TemporaryDirectory() as folder:
+        nowcast = callback(probation=2)
+        run = trainer(Path(folder), nowcast)
+        run.train()
+    return weights_of(run.model), reports_of(nowcast)
+
+
+def reports_of(nowcast: Any) -> list[nino.NowcastReport]:
+    return [replace_fields(report, seconds=0) for report in nowcast.reports]
+
+
+def test_a_trainer_that_is_killed_while_snapshots_are_saved(
+    tmp_path: Path, processes: Any, whole: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from test_callback import callback, llama, trainer
+
+    kill_at_its_point(processes, dying.trainer_and_die, str(tmp_path))
+    checkpoints = tmp_path / "out"
+    assert (checkpoints / "checkpoint-9" / "nowcast.pt.part").is_file()
+
+    nowcast = callback(probation=2)
+    last = trainer(tmp_path, nowcast, model=llama(seed=1))
+    last.train(resume_from_checkpoint=str(checkpoints / "checkpoint-9"))
+    assert [(report.step, report.accepted) for report in nowcast.reports] == [(12, False)]  # 2 of 3 snapshots
+    assert (
+        sum("nowcast.pt does not exist: nowcasting goes on with a fresh" in text for text in warnings_in(caplog)) == 1
+    )
+
+    nowcast = callback(probation=2)
+    last_good = trainer(tmp_path, nowcast, model=llama(seed=1), save_strategy="steps", save_steps=3)
+    last_good.train(resume_from_checkpoint=str(checkpoints / "checkpoint-6"))
+    assert_same(weights_of(last_good.model), whole[0])
+    assert not list(checkpoints.rglob("*.part"))
+    assert reports_of(nowcast) == whole[1]
+
+
+def test_a_full_disk_under_a_checkpoint(small_disk: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from test_callback import callback, trainer
+    from transformers import TrainerCallback
+
+    class Fill(TrainerCallback):
+        """Fills the disk when the Trainer has written its part of a checkpoint."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                self.filler = fill_up(small_disk, free_bytes=2 * os.sysconf("SC_PAGE_SIZE"))
+
+    class Clear(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                fill.filler.unlink()
+
+    fill = Fill()
+    run = trainer(small_disk, fill, callback(probation=2), Clear(), save_strategy="steps", save_steps=3)
+    run.train()
+
+    assert_same(weights_of(run.model), whole[0])
+    saved = {path.parent.name: path.name for path in (small_disk / "out").rglob("nowcast*")}
+    assert saved == {f"checkpoint-{step}": "nowcast.pt" for step in (3, 9, 12, 14)}
+    messages = [message for message in warnings_in(caplog) if "nowcast.pt" in message]
+    assert len(messages) == 1
+    assert messages[0].endswith(
+        "checkpoint-6/nowcast.pt was not written, a run that resumes there starts a fresh history: "
+        "[Errno 28] No space left on device"
+    )
+
+
+def test_evaluation_and_generation_change_nothing(tmp_path: Path, whole: Any) -> None:
+    # With snapshots after 2, 4, 6 ... and probations from 7 to 8 and from 13 to 14, in the middle of both.
+    from test_callback import callback, tokens, trainer
+    from transformers import TrainerCallback
+
+    class Generate(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            words = torch.tensor([[1, 2, 3]])
+            model.generate(words, max_new_tokens=2, do_sample=False, pad_token_id=0)  # in train mode
+            with torch.no_grad():
+                model(input_ids=words, labels=words)
+            model.eval()
+            model(input_ids=words, labels=words)
+            model.train()
+
+    nowcast = callback(probation=2)
+    run = trainer(tmp_path, Generate(), nowcast, eval_dataset=tokens(8), eval_strategy="steps", eval_steps=1)
+    run.train()
+
+    assert sum("eval_loss" in entry for entry in run.state.log_history) == 14
+    assert_same(weights_of(run.model), whole[0])
+    assert reports_of(nowcast) == whole[1]
+
+
+def test_a_trainer_that_is_given_epochs_only(tmp_path: Path, whole: Any) -> None:
+    from test_callback import callback, trainer
+
+    nowcast = callback(probation=2)
+    run = trainer(tmp_path, nowcast, max_steps=-1, num_train_epochs=14 / 16)
+    run.train()
+
+    assert_same(weights_of(run.model), whole[0])
+    assert reports_of(nowcast) == whole[1]
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_a_process_that_stops_in_a_nowcast_leaves_the_other_with_whole_weights(
+    how: str, tmp_path: Path, processes: Any
+) -> None:
+    receiver, sender = processes.Pipe(duplex=False)
+    ranks = [processes.Process(target=dying.one_of_two, args=(str(tmp_path), rank, sender)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    try:
+        assert receiver.poll(TIMEOUT_S), "the second process did not reach its nowcast"
+        if how == "dies":
+            ranks[1].kill()
+        ranks[0].join(TIMEOUT_S)
+        assert ranks[0].exitcode == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join(TIMEOUT_S)
+
+    survivor = torch.load(tmp_path / "survivor", weights_only=True)
+    before = weights_of(Run(period=60, max_steps=None).train(PERIOD).model)
+    whole = {name: value + 1 for name, value in before.items()}
+    assert any(
+        all(torch.equal(survivor["weights"][name], value) for name, value in allowed.items())
+        for allowed in (before, whole)
+    )
+    assert survivor["error"]  # of a run that cannot go on as it was

@@ -31,7 +31,7 @@ FORMATS = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",  # whole numbers are no weights, but what is kept beside them: steps, counts of batches
+    torch.int64: "I64",  # from here on: buffers, which a nowcast that is undone puts back as well
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
@@ -98,7 +98,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
 
     Args:
         path: of the file, which appears whole or not at all.
-        tensors: of formats that safetensors knows, on any device.
+        tensors: on any device.
         dtype: format of the file; ``None`` keeps the tensors' own.
 
     Raises:
