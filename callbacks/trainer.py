@@ -173,7 +173,12 @@ class NowcastCallback(TrainerCallback):
         if not folder.is_dir():
             logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
-        save_whole(self.session.state_dict(), folder / STATE_FILE)
+        path = folder / STATE_FILE
+        path.unlink(missing_ok=True)  # of an earlier run, whose snapshots are not of these weights
+        try:
+            save_whole(self.session.state_dict(), path)
+        except OSError as error:  # the rest of the checkpoint is whole, and so is the run
+            logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -56,9 +56,10 @@ def _has_checksums() -> bool:
 def save(state: Any, path: Path) -> None:
     """``torch.save``; a full disk is an ``OSError``, as elsewhere."""
     try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what its own writer makes of a full disk
-        raise OSError(str(error)) from error
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # what torch's writer makes of a full disk; what the system said lies beneath
+        raise OSError(str(error.__context__ or error)) from error
 
 
 def sync_file(path: Path) -> None:

@@ -47,7 +47,7 @@ class NowcastOptimizer(Optimizer):
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or at the
-            end of its probation.
+            end of its probation. An error that it raises is logged and ends nothing.
 
     Raises:
         NinoError: if the optimizer holds parameters that are not the model's or was prepared by accelerate before, or a

@@ -356,7 +356,7 @@ def test_a_full_disk_costs_the_history_and_nothing_else(tmp_path: Path) -> None:
     assert values(fill(store, 3, 4)) == [3, 4]
 
 
-def test_a_folder_that_is_deleted_meanwhile_harms_no_snapshot(tmp_path: Path) -> None:
+def test_a_folder_that_is_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
     store = fill(store_in("disk", tmp_path), 1)
     [folder] = tmp_path.iterdir()
     for path in folder.iterdir():
@@ -364,9 +364,10 @@ def test_a_folder_that_is_deleted_meanwhile_harms_no_snapshot(tmp_path: Path) ->
     folder.rmdir()
 
     assert values(store) == [1]
-    with pytest.raises(FileNotFoundError):
-        fill(store, 2)
+    assert values(fill(store, 2)) == [1, 2]
+    assert files_in(tmp_path) == ["snapshot-000002.safetensors"]
     store.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_session_survives_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -222,6 +222,7 @@ def _forget_history(path: Path) -> None:
         if not history["steps"]:
             return
         state["nowcast"]["history"] = {part: [] for part in history}
+        state["nowcast"]["learning_rates"] = []
     except Exception:  # no such state, or an optimizer that saves more than tensors: nothing of ours is in it
         return
     save_whole(state, path)

@@ -44,7 +44,8 @@ class DiskKeeper:
     """Keeps snapshots in a folder.
 
     Args:
-        folder: in which a folder for this process is made, and deleted when the process ends.
+        folder: in which a folder for this process is made, and deleted when the process ends. If it is deleted
+            meanwhile, another one is made.
         dtype: format of the copies; ``None`` keeps the parameters' own.
 
     Raises:
@@ -53,6 +54,7 @@ class DiskKeeper:
 
     def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
+        self._parent = folder
         try:
             self._folder = OwnFolder(folder)
         except OSError as error:
@@ -61,6 +63,9 @@ class DiskKeeper:
 
     def keep(self, parameters: Mapping[str, Tensor]) -> Kept:
         """Write a file and map it."""
+        if not self._folder.path.is_dir():  # deleted, as cleaners of temporary folders do
+            self._folder.close()
+            self._folder = OwnFolder(self._parent)
         path = self._folder.path / f"snapshot-{next(self._numbers):06d}.safetensors"
         try:
             write_tensors(path, parameters, self.dtype)
