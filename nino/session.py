@@ -137,9 +137,20 @@ class NowcastSession:
         if is_nowcast_step(self.step, self.schedule):
             self._open = self._nowcast()
             self.reports.append(self._open.report)
+            if not self._open.report.accepted:  # what became of it is known already
+                _log(self._open.report)
             self.store.clear()
             self._losses.clear()
         return completed
+
+    def finish(self) -> NowcastReport | None:
+        """Close the report that still waits for losses, with those that came: the run is over.
+
+        Returns:
+            That report, if there was one.
+        """
+        self.restore_point.clear()
+        return self._complete(self._open.with_losses()) if self._open is not None else None
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
@@ -241,11 +252,16 @@ class NowcastSession:
             self._losses.append(loss)
         if self._open is None or not self._open.book(loss):
             return None
-        self.reports[-1] = self._judge(self._open) if self._open.on_probation else self._open.with_losses()
+        return self._complete(self._judge(self._open) if self._open.on_probation else self._open.with_losses())
+
+    def _complete(self, report: NowcastReport) -> NowcastReport:
         self._open = None
+        self.reports[-1] = report
+        if report.accepted:
+            _log(report)
         if self.on_report is not None:
-            self.on_report(self.reports[-1])
-        return self.reports[-1]
+            self.on_report(report)
+        return report
 
     @property
     def _is_on_probation(self) -> bool:
@@ -261,7 +277,7 @@ class NowcastSession:
             evidence = Evidence(*mean_over_processes(list(vars(own).values()), self._device(parameters)))
             is_kept = has_recovered(evidence, self.probation)
             self.trust = self.trust.after(is_kept, self.probation)
-            report = replace(report, loss_recovered=evidence.after)
+            report = replace(report, loss_after=evidence.after)
             if not is_kept:
                 report = self._roll_back(replace(report, rolled_back=True), evidence, parameters)
         self.restore_point.clear()
@@ -276,7 +292,6 @@ class NowcastSession:
         reason = (
             f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {self.probation.updates} updates"
         )
-        logger.warning("nowcast after update %d was undone, training goes on from there: %s", report.step, reason)
         return replace(report, reason=reason)
 
     def _nowcast(self) -> OpenReport:
@@ -286,11 +301,13 @@ class NowcastSession:
             step=self.step,
             horizon=self.trust.shorten(horizon_at(self.step, self.schedule)),
             accepted=False,
+            snapshot_bytes=self.store.nbytes,
             loss_before=sum(losses) / len(losses) if losses else math.nan,
         )
         if self.trust.periods_to_skip:
             self.trust = self.trust.after_skipping()
-            return OpenReport(replace(report, reason=f"left out: {self.trust.failures} in a row were undone"), 1)
+            reason = f"{self.trust.failures} in a row were undone"
+            return OpenReport(replace(report, left_out=True, reason=reason), 1)
         parameters = self.trainable_parameters()
         can_judge = self.probation.updates > 0 and len(losses) >= MIN_LOSSES_BEFORE and self.optimizer is not None
         on_probation = is_true_everywhere(can_judge, self._device(parameters))
@@ -314,20 +331,18 @@ class NowcastSession:
             if not reason:
                 write_parameters(parameters, before)
                 reason = "another process refused it"
-            logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, reason)
             return replace(report, reason=reason, seconds=time.perf_counter() - began)
         if are_alike:
             write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
-        report = replace(report, accepted=True, seconds=time.perf_counter() - began, relative_jump=jump.relative)
-        logger.info(
-            "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",
-            report.step,
-            report.horizon,
-            self.schedule.interval,
-            report.relative_jump,
-            report.seconds,
+        logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
+        return replace(
+            report,
+            accepted=True,
+            seconds=time.perf_counter() - began,
+            restore_bytes=self.restore_point.nbytes,
+            relative_jump=jump.relative,
+            relative_jump_by_kind={kind: part.relative for kind, part in jump.by_kind.items()},
         )
-        return report
 
     def _backup(self, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> dict[str, Tensor]:
         """Copies of the parameters as they are: the newest snapshot, which is of this very update, if it is exact."""
@@ -359,6 +374,12 @@ class NowcastSession:
     @staticmethod
     def _device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
         return next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+
+
+def _log(report: NowcastReport) -> None:
+    """The one log record of a nowcast, with all its numbers in ``record.nowcast``."""
+    level = logging.INFO if report.outcome in ("accepted", "left out") else logging.WARNING
+    logger.log(level, "%s", report, extra={"nowcast": report.as_record()})
 
 
 @torch.no_grad()

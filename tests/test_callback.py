@@ -217,7 +217,7 @@ def test_log_history_and_losses(tmp_path: Path, accumulation: int) -> None:
     assert numbers(run.state.log_history) == {7: nowcast.reports[0].as_log(), 13: nowcast.reports[1].as_log()}
     losses = {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
     assert nowcast.reports[0].loss_before == pytest.approx(sum(losses[step] for step in range(1, 7)) / 6, rel=1e-5)
-    assert nowcast.reports[0].loss_after == pytest.approx(losses[7], rel=1e-5)
+    assert nowcast.reports[0].loss_at == pytest.approx(losses[7], rel=1e-5)
     assert nowcast.reports[1].loss_before == pytest.approx(sum(losses[step] for step in range(7, 13)) / 6, rel=1e-5)
 
 

@@ -266,10 +266,10 @@ def test_resume_is_exact(base: str, at: int) -> None:
     assert [report.accepted for report in whole.wrapper.reports] == [True, True, True]
     assert resumed.rates == whole.rates[at:]
     assert_same(weights_of(resumed.model), weights_of(whole.model))
-    late = [(r.step, r.relative_jump, r.loss_before, r.loss_after) for r in resumed.wrapper.reports if r.step > 6]
-    assert late == [(r.step, r.relative_jump, r.loss_before, r.loss_after) for r in whole.wrapper.reports if r.step > 6]
+    late = [(r.step, r.relative_jump, r.loss_before, r.loss_at) for r in resumed.wrapper.reports if r.step > 6]
+    assert late == [(r.step, r.relative_jump, r.loss_before, r.loss_at) for r in whole.wrapper.reports if r.step > 6]
     if at == 6:  # the report that was waiting for the loss after the jump
-        assert resumed.wrapper.reports[0].loss_after == whole.wrapper.reports[0].loss_after
+        assert resumed.wrapper.reports[0].loss_at == whole.wrapper.reports[0].loss_at
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
