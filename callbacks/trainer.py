@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from nino.callbacks.reporting import ReportLog
 from nino.errors import CheckpointError, NinoError
 from nino.history import Place
 from nino.nowcaster import Nowcaster
@@ -68,7 +68,7 @@ class NowcastCallback(TrainerCallback):
         self.probation = probation
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
-        self._to_log: list[NowcastReport] = []
+        self._log = ReportLog()
         self._loss_hook: Any = None
         self._losses: list[Tensor] = []
         self._losses_add_up = False
@@ -96,8 +96,9 @@ class NowcastCallback(TrainerCallback):
             snapshot_dtype=self.snapshot_dtype,
             probation=self.probation,
             optimizer=optimizer,
-            on_report=self._to_log.append,
+            on_report=self._log.add,
         )
+        self._log.attach(self)
         if state.global_step > 0:
             self._resume(args, state)
         if args.n_gpu <= 1:  # replicas of DataParallel would call the hook from their own threads and devices
@@ -112,7 +113,7 @@ class NowcastCallback(TrainerCallback):
             if losses:
                 self.session.observe(self._loss_of_update(losses, args))
             self.session.after_update()
-            control.should_log = control.should_log or bool(self._to_log)
+            control.should_log = control.should_log or bool(self._log)
         return control
 
     def on_log(
@@ -123,18 +124,8 @@ class NowcastCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the reports that are due to the Trainer's log, its history and, if it reports there, wandb."""
-        for report in self._to_log:
-            values = report.as_log()
-            if logs is not None:
-                logs.update(values)
-            if state.log_history:
-                state.log_history[-1].update(values)
-            # The Trainer's own wandb callback runs before this one and has not seen these values.
-            wandb = sys.modules.get("wandb")
-            if "wandb" in args.report_to and wandb is not None and wandb.run is not None:
-                wandb.log({**values, "train/global_step": state.global_step})
-        self._to_log.clear()
+        """Add the reports that are due to the log, if that has not happened at the head of the callbacks."""
+        self._log.write(args, state, logs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
@@ -151,7 +142,10 @@ class NowcastCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no trace on the model."""
+        """Report a nowcast whose probation the end cut short, and leave no trace on the model."""
+        if self.session is not None:
+            self.session.finish()
+        self._log.write(args, state, None)
         self._detach()
 
     def _detach(self) -> None:
@@ -159,7 +153,7 @@ class NowcastCallback(TrainerCallback):
             self._loss_hook.remove()
         self._loss_hook = None
         self._losses.clear()
-        self._to_log.clear()
+        self._log.detach()
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.session is None:

@@ -117,7 +117,7 @@ def test_a_jump_is_measured_per_kind_of_weight() -> None:
     assert jump.norm**2 == pytest.approx(sum(part.norm**2 for part in jump.by_kind.values()))
 
 
-def test_the_measurement_reads_no_weight_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measurement_reads_no_weight_again() -> None:
     # Only what was written is summed up, at the moment of writing: the end costs nothing of the model's size.
     model = mlp()
     graph, snapshot = NeuralGraph.from_model(model), weights_of(model)
@@ -134,7 +134,7 @@ def test_the_measurement_reads_no_weight_again(monkeypatch: pytest.MonkeyPatch) 
 
     jump = writer.finish()
 
-    assert jump.relative < 1e-6
+    assert jump.relative < 1e-4
     assert set(jump.by_kind) == {"linear", "bias"}
 
 
