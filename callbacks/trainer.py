@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from nino.callbacks.reporting import ReportLog
 from nino.errors import CheckpointError, NinoError
 from nino.history import Place
+from nino.moments import Moments
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
 from nino.report import NowcastReport
@@ -38,7 +39,11 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
-        probation: updates in which the training loss must recover from a jump, else the jump is undone; 0 for never.
+        probation: updates in which the training loss must recover from a jump, else the jump is undone;
+            by default a twentieth of the period, 0 for never.
+        moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
+        batch_norm: whether batch norms estimate their running statistics anew after a jump.
+        nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one that is neither
             in its output folder nor named by ``args.resume_from_checkpoint``.
 
@@ -57,7 +62,10 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        probation: int = 0,
+        probation: int | None = None,
+        moments: Moments = "keep",
+        batch_norm: bool = True,
+        nowcast_in_warmup: bool = False,
         resume_from: str | Path | None = None,
     ) -> None:
         self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
@@ -66,6 +74,9 @@ class NowcastCallback(TrainerCallback):
         self.snapshot_folder = snapshot_folder
         self.snapshot_dtype = snapshot_dtype
         self.probation = probation
+        self.moments: Moments = moments
+        self.batch_norm = batch_norm
+        self.nowcast_in_warmup = nowcast_in_warmup
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
         self._log = ReportLog()
@@ -95,6 +106,9 @@ class NowcastCallback(TrainerCallback):
             snapshot_folder=self.snapshot_folder,
             snapshot_dtype=self.snapshot_dtype,
             probation=self.probation,
+            moments=self.moments,
+            batch_norm=self.batch_norm,
+            nowcast_in_warmup=self.nowcast_in_warmup,
             optimizer=optimizer,
             on_report=self._log.add,
         )
@@ -144,7 +158,7 @@ class NowcastCallback(TrainerCallback):
     ) -> None:
         """Report a nowcast whose probation the end cut short, and leave no trace on the model."""
         if self.session is not None:
-            self.session.finish()
+            self.session.detach()
         self._log.write(args, state, None)
         self._detach()
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.history import Place
+from nino.moments import Moments
 from nino.nowcaster import Nowcaster
 from nino.report import NowcastReport
 from nino.session import NowcastSession
@@ -41,7 +42,10 @@ class NowcastOptimizer(Optimizer):
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
-            0 for never. Only with losses, see :meth:`observe`.
+            by default a twentieth of the period, 0 for never. Only with losses, see :meth:`observe`.
+        moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
+        batch_norm: whether batch norms estimate their running statistics anew after a jump.
+        nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or at the
             end of its probation.
 
@@ -69,7 +73,10 @@ class NowcastOptimizer(Optimizer):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        probation: int = 0,
+        probation: int | None = None,
+        moments: Moments = "keep",
+        batch_norm: bool = True,
+        nowcast_in_warmup: bool = False,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -84,6 +91,9 @@ class NowcastOptimizer(Optimizer):
             snapshot_folder=snapshot_folder,
             snapshot_dtype=snapshot_dtype,
             probation=probation,
+            moments=moments,
+            batch_norm=batch_norm,
+            nowcast_in_warmup=nowcast_in_warmup,
             optimizer=optimizer,
             on_report=on_report,
         )
@@ -174,6 +184,11 @@ class NowcastOptimizer(Optimizer):
             )
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def detach(self) -> Optimizer:
+        """Nowcast no more, leave no trace on the model, and return the wrapped optimizer."""
+        self.session.detach()
+        return self.optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "session": self.session, "defaults": self.defaults}

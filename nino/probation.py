@@ -14,12 +14,25 @@ from dataclasses import dataclass
 
 from nino.errors import NinoError
 
+PART_OF_PERIOD = 20
+"""By default a probation takes one part in so many of a period, which bounds what bad nowcasts can cost: 5%."""
+
+
+def default_probation(period: int) -> int:
+    """Updates that a nowcast has to recover in, unless told otherwise.
+
+    Example:
+        >>> default_probation(1000)
+        50
+    """
+    return period // PART_OF_PERIOD
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbationConfig:
     """How long a nowcast has to prove itself, and how strictly it is judged."""
 
-    updates: int
+    updates: int = 50
     """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
     tolerance: float = 3.0
     """By how many standard errors the mean loss after the jump may exceed that before it."""

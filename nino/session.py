@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
 from nino.distributed import agree, from_first_process, is_true_everywhere, mean_over_processes
 from nino.engine.weights import Jump
 from nino.errors import NinoError, SnapshotError
 from nino.history import Place, SnapshotStore
+from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
-from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
+from nino.probation import (
+    Evidence,
+    ProbationConfig,
+    Trust,
+    default_probation,
+    gather_evidence,
+    has_recovered,
+)
+from nino.rates import has_risen, horizon_by_mass
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 MIN_LOSSES_BEFORE = 3
 """Fewer losses before a jump than this say nothing of their noise."""
 
@@ -50,7 +60,11 @@ class NowcastSession:
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
-            0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
+            by default a twentieth of the period, 0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
+        moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``; see
+            :func:`nino.moments.settle_moments`.
+        batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
+        nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
         on_report: called with each nowcast's report once the loss after it is known.
 
@@ -69,7 +83,10 @@ class NowcastSession:
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        probation: int = 0,
+        probation: int | None = None,
+        moments: Moments = "keep",
+        batch_norm: bool = True,
+        nowcast_in_warmup: bool = False,
         optimizer: Optimizer | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
@@ -92,19 +109,25 @@ class NowcastSession:
         self.nowcaster.check_fits(self.graph)
         self._check_parameters()
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
-        self.probation = ProbationConfig(updates=probation)
+        self.probation = ProbationConfig(updates=default_probation(period) if probation is None else probation)
         if self.probation.updates >= period:
             raise NinoError(f"probation={probation} must end before the next nowcast, period={period} updates later")
         self.restore_point = RestorePoint(snapshots_on, snapshot_folder)
         self.trust = Trust()
+        self.moments = check_moments(moments)
+        self.batch_norm = BatchNormRenewal(self.model, RENEWAL_UPDATES if batch_norm else 0)
+        self.nowcast_in_warmup = nowcast_in_warmup
         self.on_report = on_report
         self.step = 0
         self.reports: list[NowcastReport] = []
         self._positions = self.graph.positions(config.num_positions)
         self._losses: deque[Loss] = deque(maxlen=self.probation.losses_before)
+        self._rates: deque[float] = deque(maxlen=config.context)
+        """Learning rates at the snapshots."""
         self._observed: list[Loss] = []
         self._open: OpenReport | None = None
         self._has_begun = False
+        self._said_unjudged = False
 
     def observe(self, loss: Tensor | float) -> None:
         """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
@@ -120,8 +143,12 @@ class NowcastSession:
         # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
         self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
 
-    def after_update(self) -> NowcastReport | None:
+    def after_update(self, learning_rate: float | None = None) -> NowcastReport | None:
         """Count one real optimizer update, and snapshot or nowcast if that is due.
+
+        Args:
+            learning_rate: of this update; by default the largest that the optimizer has now, for callers that come
+                before the scheduler's step.
 
         Returns:
             A report if this call completed one, else ``None``.
@@ -132,15 +159,15 @@ class NowcastSession:
             self._has_begun = True
         self.step += 1
         completed = self._take_loss()
+        self.batch_norm.after_update()
         if is_snapshot_step(self.step, self.schedule):
-            self._snapshot()
+            self._snapshot(learning_rate)
         if is_nowcast_step(self.step, self.schedule):
             self._open = self._nowcast()
             self.reports.append(self._open.report)
             if not self._open.report.accepted:  # what became of it is known already
                 _log(self._open.report)
-            self.store.clear()
-            self._losses.clear()
+            self._forget_history()
         return completed
 
     def finish(self) -> NowcastReport | None:
@@ -167,12 +194,21 @@ class NowcastSession:
     def reset(self) -> None:
         """Forget snapshots and losses and count updates from 0 again."""
         self.step = 0
-        self.store.clear()
-        self._losses.clear()
+        self._forget_history()
         self._observed.clear()
         self._open = None
         self.restore_point.clear()
+        self.batch_norm.end()
         self.trust = Trust()
+
+    def detach(self) -> None:
+        """Leave no trace: give back the memory of snapshots, and end what a jump has begun. Reports stay.
+
+        A report that still waits for losses is closed, with those that came.
+        """
+        self.finish()
+        self.batch_norm.end()
+        self._forget_history()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session: numbers, lists and tensors only."""
@@ -182,10 +218,12 @@ class NowcastSession:
             "period": self.schedule.period,
             "context": self.schedule.context,
             "history": self.store.state_dict(),
+            "learning_rates": list(self._rates),
             "losses": [float(loss) for loss in self._losses],
             "open_report": self._open.state_dict() if self._open is not None else None,
             "restore_point": self.restore_point.state_dict() if self._is_on_probation else None,
             "trust": asdict(self.trust),
+            "batch_norm": self.batch_norm.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,12 +242,19 @@ class NowcastSession:
                         f"resume with the same {name}"
                     )
             step, losses = int(state["step"]), [float(loss) for loss in state["losses"]]
+            rates = [float(rate) for rate in state["learning_rates"]]
+            if len(rates) != len(state["history"]["steps"]):
+                raise NinoError(
+                    f"saved nowcasting state is damaged: {len(rates)} learning rates of "
+                    f"{len(state['history']['steps'])} snapshots"
+                )
             if step < max(state["history"]["steps"], default=0):
                 raise NinoError(f"saved nowcasting state is damaged: snapshots from after its {step} updates")
             open_report = OpenReport.from_state_dict(state["open_report"]) if state["open_report"] is not None else None
             trust, parameters = Trust(**state["trust"]), self.trainable_parameters()
             if state["restore_point"] is not None:
                 self.restore_point.load_state_dict(state["restore_point"], self.model, parameters)
+            self.batch_norm.load_state_dict(state["batch_norm"])
             self.store.load_state_dict(state["history"], parameters)  # last: it may still refuse
         except NinoError:
             raise
@@ -217,6 +262,7 @@ class NowcastSession:
             raise NinoError(f"saved nowcasting state is damaged: {error!r}") from error
         self.step = step
         self._losses = deque(losses, maxlen=self.probation.losses_before)
+        self._rates = deque(rates, maxlen=self.schedule.context)
         self._observed.clear()
         self._open, self.trust = open_report, trust
         if open_report is not None:
@@ -237,12 +283,23 @@ class NowcastSession:
                 "FSDP keep copies of their own, which this release cannot nowcast)"
             )
 
-    def _snapshot(self) -> None:
+    def _snapshot(self, learning_rate: float | None) -> None:
         try:
             self.store.append(self.step, self.trainable_parameters())
+            self._rates.append(self._learning_rate() if learning_rate is None else learning_rate)
         except Exception as error:  # most likely no memory; the run must go on
-            self.store.clear()
+            self._forget_history()
             logger.warning("no snapshot after update %d, training goes on: %s", self.step, error)
+
+    def _learning_rate(self) -> float:
+        """The largest of the optimizer; 1 without one."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return max((float(group["lr"]) for group in groups if "lr" in group), default=1.0)
+
+    def _forget_history(self) -> None:
+        self.store.clear()
+        self._rates.clear()
+        self._losses.clear()
 
     def _take_loss(self) -> NowcastReport | None:
         """Book the losses of the update that was just done; completes the last report if it waits for one."""
@@ -287,8 +344,8 @@ class NowcastSession:
         self, report: NowcastReport, evidence: Evidence, parameters: Mapping[str, nn.Parameter]
     ) -> NowcastReport:
         self.restore_point.restore(self.model, parameters, self.optimizer)
-        self.store.clear()  # snapshots of the undone weights, if there are any
-        self._losses.clear()
+        self.batch_norm.end(counts=False)
+        self._forget_history()  # snapshots of the undone weights, if there are any
         reason = (
             f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {self.probation.updates} updates"
         )
@@ -297,25 +354,50 @@ class NowcastSession:
     def _nowcast(self) -> OpenReport:
         """Nowcast, and open the report of it."""
         losses = [float(loss) for loss in self._losses]
+        horizon, reason = self._horizon()
         report = NowcastReport(
             step=self.step,
-            horizon=self.trust.shorten(horizon_at(self.step, self.schedule)),
+            horizon=horizon,
             accepted=False,
+            left_out=bool(reason),
+            reason=reason,
             snapshot_bytes=self.store.nbytes,
             loss_before=sum(losses) / len(losses) if losses else math.nan,
         )
-        if self.trust.periods_to_skip:
-            self.trust = self.trust.after_skipping()
-            reason = f"{self.trust.failures} in a row were undone"
-            return OpenReport(replace(report, left_out=True, reason=reason), 1)
+        if report.left_out:
+            return OpenReport(report, 1)
         parameters = self.trainable_parameters()
-        can_judge = self.probation.updates > 0 and len(losses) >= MIN_LOSSES_BEFORE and self.optimizer is not None
-        on_probation = is_true_everywhere(can_judge, self._device(parameters))
+        on_probation = is_true_everywhere(self._can_judge(losses), self._device(parameters))
         report = self._jump(report, parameters, on_probation)
         if not (report.accepted and on_probation):
             self.restore_point.clear()
             return OpenReport(report, 1)
         return OpenReport(report, self.probation.updates, on_probation=True, before=losses)
+
+    def _can_judge(self, losses: Sequence[float]) -> bool:
+        """Whether enough is known to put a nowcast on probation; says so once if it is wanted and nothing is."""
+        if not self.probation.updates or self.optimizer is None:
+            return False
+        if not losses and not self._said_unjudged:
+            self._said_unjudged = True
+            logger.warning(
+                "no training losses are observed, so nowcasts are kept without probation: call observe(loss) before "
+                "each step, or set probation=0"
+            )
+        return len(losses) >= MIN_LOSSES_BEFORE
+
+    def _horizon(self) -> tuple[int, str]:
+        """How far to look, and why this nowcast is left out, if it is."""
+        planned = horizon_at(self.step, self.schedule)
+        horizon = horizon_by_mass(planned, self._rates, self.step, self.schedule)
+        if self.trust.periods_to_skip:
+            self.trust = self.trust.after_skipping()
+            return horizon, f"{self.trust.failures} in a row were undone"
+        if has_risen(self._rates) and not self.nowcast_in_warmup:
+            return horizon, "the learning rate rose between its snapshots (a warm-up, or a restart)"
+        if horizon == 0:
+            return horizon, "the learning rate that is left moves the weights no farther than they are"
+        return self.trust.shorten(horizon), ""
 
     def _jump(self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> NowcastReport:
         """Replace the weights by their prediction, in every process or in none."""
@@ -334,6 +416,8 @@ class NowcastSession:
             return replace(report, reason=reason, seconds=time.perf_counter() - began)
         if are_alike:
             write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
+        settle_moments(self.moments, self.optimizer, parameters, report.horizon)
+        self.batch_norm.begin()
         logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
         return replace(
             report,

@@ -38,12 +38,16 @@ BASES: dict[str, Make] = {
     "two-groups": _two_groups,
 }
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.9**step),
-    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=20),
+    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.99**step),
+    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=200),
     "one-cycle": lambda opt: lr_scheduler.OneCycleLR(
-        opt, max_lr=0.03, total_steps=30, cycle_momentum=not {"momentum", "betas"}.isdisjoint(opt.defaults)
+        opt,
+        max_lr=0.03,
+        total_steps=150,
+        pct_start=0.02,
+        cycle_momentum=not {"momentum", "betas"}.isdisjoint(opt.defaults),
     ),
-    "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=1),
+    "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, factor=0.95, patience=1),
 }
 
 
@@ -349,7 +353,7 @@ class AcceleratedRun:
         optimizer = NowcastOptimizer(
             torch.optim.AdamW(model.parameters(), lr=1e-2), model, tiny_nowcaster(), period=PERIOD, max_steps=60
         )
-        scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
         self.model, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
         self.wrapper = optimizer
 
@@ -380,7 +384,7 @@ def test_accelerate_counts_updates_and_not_calls(accelerator: Any) -> None:
     assert run.wrapper.session.step == 13
     assert [report.step for report in run.wrapper.reports] == [6, 12]
     assert_same(weights_of(run.model), weights_of(plain.model))
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.9**13)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.99**13)
 
 
 @pytest.mark.parametrize("at", [6, 9])

@@ -161,7 +161,7 @@ def _storages(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 def test_untouched_means_untouched() -> None:
     torch.manual_seed(0)
     model = Zoo()
-    session = NowcastSession(model, tiny_nowcaster(), period=PERIOD)
+    session = NowcastSession(model, tiny_nowcaster(), period=PERIOD, batch_norm=False)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -477,7 +477,7 @@ def _damage(**changes: Any) -> Callable[[State], State]:
         (lambda state: {}, "damaged: KeyError"),
         (lambda state: [], "damaged: TypeError"),
         (lambda state: {k: v for k, v in state.items() if k != "step"}, "damaged: KeyError"),
-        (_damage(version=99), "has version 99, expected 2"),
+        (_damage(version=99), "has version 99, expected 3"),
         (_damage(period=12), "the saved run had period=12, this one has 6; resume with the same period"),
         (_damage(context=2), "the saved run had context=2, this one has 3"),
         (_damage(step="soon"), "damaged: ValueError"),
@@ -486,10 +486,14 @@ def _damage(**changes: Any) -> Callable[[State], State]:
         (_damage(open_report={"accuracy": 1}), "damaged: KeyError"),
         (_damage(history={"steps": [2]}), "damaged"),
         (
-            _damage(history={"steps": [2], "snapshots": [{"0.weight": torch.ones(2, 3)}]}),
+            _damage(history={"steps": [2], "snapshots": [{"0.weight": torch.ones(2, 3)}]}, learning_rates=[1.0]),
             r"another model: \['0.weight'\] differ",
         ),
-        (_damage(history={"steps": [2], "snapshots": [{"weight": torch.ones(1, 2)}]}), "another model"),
+        (_damage(learning_rates=[1.0]), "damaged: 1 learning rates of 2 snapshots"),
+        (
+            _damage(history={"steps": [2], "snapshots": [{"weight": torch.ones(1, 2)}]}, learning_rates=[1.0]),
+            "another model",
+        ),
     ],
 )
 def test_damaged_and_foreign_states_change_nothing(spoil: Callable[[State], Any], message: str) -> None:
