@@ -102,7 +102,8 @@ def plot_run(source: str | Path | Mapping[str, Any], out: str | Path | None = No
     axes = figure.add_subplot()
     _draw_losses(axes, run)
     _draw_nowcasts(axes, run.nowcasts)
-    axes.set(title=run.title, ylabel="loss")
+    axes.set_title(run.title, pad=24)  # above the markers and horizons
+    axes.set_ylabel("loss")
     axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

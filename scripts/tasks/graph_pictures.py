@@ -86,7 +86,7 @@ def draw_adjacency(graph: NeuralGraph, title: str, path: Path, dpi: int) -> str:
     side = min(max(6.5, INCHES_PER_LABEL * scale.total / narrowest), 40.0)
     font = min(7.5, 0.8 * 72 * side * narrowest / scale.total)
     names = [f"{short_name(group.name)} ({group.size:,})" for group in graph.groups]
-    label = max(map(len, names)) * 0.62 * font / 72 + 0.3
+    label = max(map(len, names)) * 0.57 * font / 72 + 0.3
     title_height, legend_width, margin = 0.5, 3.0, 0.15
     width, height = label + side + legend_width, title_height + label + side + margin
     figure = Figure(figsize=(width, height))
