@@ -7,7 +7,6 @@ hold it. Counters and snapshots travel in a file of the checkpoint folder. Losse
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from nino.callbacks.reporting import ReportLog
 from nino.errors import CheckpointError, NinoError
 from nino.files import load_whole, save_whole
 from nino.history import Place
@@ -81,7 +81,7 @@ class NowcastCallback(TrainerCallback):
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
         self._learning_rate: float | None = None
-        self._to_log: list[NowcastReport] = []
+        self._log = ReportLog()
         self._loss_hook: Any = None
         self._reads_losses = True
         self._training: TrainerState | None = None
@@ -115,8 +115,9 @@ class NowcastCallback(TrainerCallback):
             batch_norm=self.batch_norm,
             nowcast_in_warmup=self.nowcast_in_warmup,
             optimizer=optimizer,
-            on_report=self._to_log.append,
+            on_report=self._log.add,
         )
+        self._log.attach(self)
         if state.global_step > 0:
             self._resume(args, state)
         self._training = state
@@ -141,7 +142,7 @@ class NowcastCallback(TrainerCallback):
             self.session.observe(self._loss_of_update(losses, args))
         if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             self.session.after_update(learning_rate=self._learning_rate)
-            control.should_log = control.should_log or bool(self._to_log)
+            control.should_log = control.should_log or bool(self._log)
         return control
 
     def on_log(
@@ -152,18 +153,8 @@ class NowcastCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the reports that are due to the Trainer's log, its history and, if it reports there, wandb."""
-        for report in self._to_log:
-            values = report.as_log()
-            if logs is not None:
-                logs.update(values)
-            if state.log_history:
-                state.log_history[-1].update(values)
-            # The Trainer's own wandb callback runs before this one and has not seen these values.
-            wandb = sys.modules.get("wandb")
-            if "wandb" in args.report_to and wandb is not None and wandb.run is not None:
-                wandb.log({**values, "train/global_step": state.global_step})
-        self._to_log.clear()
+        """Add the reports that are due to the log, if that has not happened at the head of the callbacks."""
+        self._log.write(args, state, logs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
@@ -183,17 +174,18 @@ class NowcastCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no trace on the model."""
-        self._detach()
+        """Report a nowcast whose probation the end cut short, and leave no trace on the model."""
         if self.session is not None:
             self.session.detach()
+        self._log.write(args, state, None)
+        self._detach()
 
     def _detach(self) -> None:
         if self._loss_hook is not None:
             self._loss_hook.remove()
         self._loss_hook = self._training = None
         self._losses.clear()
-        self._to_log.clear()
+        self._log.detach()
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.session is None:

@@ -184,7 +184,7 @@ class Outcome:
     @property
     def losses(self) -> list[float]:
         """What reports say of the training loss."""
-        return [loss for r in self.reports for loss in (r.loss_before, r.loss_after, r.loss_recovered)]
+        return [loss for r in self.reports for loss in (r.loss_before, r.loss_at, r.loss_after)]
 
     @property
     def reports(self) -> list[NowcastReport]:
