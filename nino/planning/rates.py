@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from nino.history import Place
 from nino.model.config import NowcasterConfig
@@ -32,8 +33,8 @@ class Rates:
     """Bytes per second between the parameters and where snapshots live, either way."""
     network_bytes: float | None = None
     """Bytes per second that a rank sends to others."""
-    sources: tuple[str, ...] = ()
-    """Where these numbers are from."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where these numbers are from, by the name of the rate."""
 
     def __post_init__(self) -> None:
         for name in ("nowcast_flops", "copy_bytes", "network_bytes"):
@@ -47,12 +48,11 @@ def default_rates(config: NowcasterConfig, settings: Settings) -> Rates:
     """
     width = min(MEASURED_FLOPS, key=lambda measured: abs(measured - config.hidden))
     flops, source = MEASURED_FLOPS[width]
-    is_remote = settings.device == "cuda" and settings.snapshots_on == "cpu"
-    place: Place = "cpu" if settings.snapshots_on == "device" else settings.snapshots_on
-    if is_remote or (settings.device == "cuda" and settings.snapshots_on == "device"):
-        return Rates(nowcast_flops=flops, sources=(source,))
-    copies, copy_source = MEASURED_COPIES[place]
-    return Rates(nowcast_flops=flops, copy_bytes=copies, sources=(source, copy_source))
+    sources = {"nowcast_flops": source}
+    if settings.device == "cuda" and settings.snapshots_on != "disk":
+        return Rates(nowcast_flops=flops, sources=sources)
+    copies, sources["copy_bytes"] = MEASURED_COPIES["disk" if settings.snapshots_on == "disk" else "cpu"]
+    return Rates(nowcast_flops=flops, copy_bytes=copies, sources=sources)
 
 
 def estimate_update_seconds(parameters: int, tokens: int, flops: float, world_size: int = 1) -> float:
@@ -93,8 +93,6 @@ class TimePlan:
     """Of a nowcast: reading snapshots from where they live."""
     send: float | None
     """Of a nowcast: sums over all ranks, and with replicas predictions."""
-    sources: tuple[str, ...]
-    """Where the rates are from."""
 
     @property
     def nowcast(self) -> float | None:
@@ -140,5 +138,4 @@ def plan_time(
         compute=seconds(flops, rates.nowcast_flops),
         move=seconds(work.moved_bytes, rates.copy_bytes),
         send=seconds(work.traffic_bytes, rates.network_bytes),
-        sources=rates.sources,
     )

@@ -43,6 +43,8 @@ class RunPlan:
     memory: MemoryPlan
     work: WorkPlan
     time: TimePlan
+    rates: Rates
+    """From which the seconds are."""
 
     @property
     def overhead(self) -> float | None:
@@ -94,6 +96,7 @@ def plan(
         raise NinoError("no parameter of the model is trained: there is nothing to nowcast")
     memory = plan_memory(model, graph, trained, checked, config, schedule)
     work = plan_work(graph, trained, checked, config, memory)
+    rates = rates or default_rates(config, checked)
     return RunPlan(
         weights=sum(trained.values()),
         nodes=graph.num_nodes,
@@ -102,7 +105,8 @@ def plan(
         settings=checked,
         memory=memory,
         work=work,
-        time=plan_time(memory, work, checked, config, rates or default_rates(config, checked)),
+        time=plan_time(memory, work, checked, config, rates),
+        rates=rates,
     )
 
 
