@@ -20,7 +20,7 @@ from tasks.overhead import Costs, Update, difference, spent_in
 
 
 def test_costs_of_a_period_by_hand() -> None:
-    """Ten updates of 1 s: 0.01 s each for bookkeeping, 2 snapshots of 0.1 s, a restore point of 0.3 s, nowcast 0.5 s."""
+    """Ten updates of 1 s: bookkeeping 0.01 s each, 2 snapshots of 0.1 s, restore point 0.3 s, nowcast 0.5 s."""
     plain = [Update(seconds=1.0), Update(seconds=1.0), Update(seconds=5.0)]  # somebody else used the machine
     attached = [
         Update(seconds=1.01, nowcasting=0.01),
