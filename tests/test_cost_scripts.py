@@ -146,3 +146,28 @@ def test_a_dry_run_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_amounts_are_read_with_their_units() -> None:
     assert [amount(text) for text in ("4e6", "1.5G", "400T", "7")] == [4e6, 1.5e9, 4e14, 7.0]
+
+
+RUNS = {"llama-8b": (8, "1M"), "llama-70b": (512, "4M"), "llama-405b": (4096, "16M")}
+
+
+def test_the_documented_runs_are_what_the_script_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every size and the overhead of docs/scale.md, in the column of its run."""
+    page = (SCRIPTS.parent / "docs" / "scale.md").read_text()
+    (tail,) = (line.split('"')[1].split() for line in page.splitlines() if line.startswith("TAIL="))
+    table = {
+        cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in page.splitlines()) if len(cells) == 6
+    }
+    names = {"snapshots, host memory": "snapshots ", "restore point, host memory": "restore point "}
+    names |= {
+        "GPU memory in a nowcast, at most": "during a nowcast",
+        "checkpoints grow by, at most": "checkpoints grow by",
+    }
+    names |= {"snapshots read per nowcast": "snapshots read", "traffic per nowcast": "traffic"}
+    for column, (model, (ranks, tokens)) in enumerate(RUNS.items()):
+        plan_run.main([model, "--world-size", str(ranks), "--tokens", tokens, *tail])
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        for documented, printed in names.items():
+            (line,) = (line for line in lines if line.startswith(printed))
+            number = table[documented][column].strip().strip("*")
+            assert line.removeprefix(printed).strip().startswith(number), (documented, model)

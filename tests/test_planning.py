@@ -151,7 +151,7 @@ def test_a_nowcast_reads_snapshots_as_often_as_planned(monkeypatch: pytest.Monke
     for module in (standardise, nowcaster_module):
         monkeypatch.setattr(module, "pieces_of", counting_pieces)
     tiny_nowcaster().predict_(live, snapshots, 2, NeuralGraph.from_model(model))
-    assert count == snapshot_reads(3) * sum(tensor.numel() for tensor in live.values())
+    assert count == sum(snapshot_reads(3)) * sum(tensor.numel() for tensor in live.values())
 
 
 def test_a_nowcast_moves_snapshots_only_to_another_memory() -> None:
@@ -161,7 +161,7 @@ def test_a_nowcast_moves_snapshots_only_to_another_memory() -> None:
         return nino.plan(model, **settings).work.moved_bytes
 
     assert moved(device="cuda") == 22 * 440 == moved(device="cpu", snapshots_on="disk")
-    assert moved(device="cuda", snapshot_dtype=torch.bfloat16) == 22 * 220
+    assert moved(device="cuda", snapshot_dtype=torch.bfloat16) == 17 * 220 + 5 * 440  # the last one is exact
     assert moved(device="cpu") == 0 == moved(device="cuda", snapshots_on="device")
 
 

@@ -57,18 +57,25 @@ def plan_work(
     return WorkPlan(
         edge_products=edges,
         node_products=nodes,
-        moved_bytes=0 if beside else snapshot_reads(config.context) * memory.snapshot,
+        moved_bytes=0 if beside else _bytes_read(config.context, memory),
         traffic_bytes=traffic,
     )
 
 
-def snapshot_reads(context: int) -> int:
-    """How many snapshots' bytes a nowcast reads.
+def snapshot_reads(context: int) -> tuple[int, int]:
+    """How often a nowcast reads a snapshot's bytes: of the last snapshot, and of all others together.
 
     Every snapshot once to measure it and :data:`READS_TO_COMPUTE` times to compute; the first once more for a centre,
     the last once more to see that the weights can be restored from it.
     """
-    return (1 + READS_TO_COMPUTE) * context + 2
+    each = 1 + READS_TO_COMPUTE
+    return each + 1, each * (context - 1) + 1
+
+
+def _bytes_read(context: int, memory: MemoryPlan) -> int:
+    """The last snapshot is exact: if need be it is the restore point's, or the backup."""
+    of_last, of_others = snapshot_reads(context)
+    return of_last * memory.trained + of_others * memory.snapshot
 
 
 def traffic_per_nowcast(graph: NeuralGraph, hidden: int, world_size: int) -> int:
