@@ -158,7 +158,7 @@ def test_the_documented_runs_are_what_the_script_plans(capsys: pytest.CaptureFix
     table = {
         cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in page.splitlines()) if len(cells) == 6
     }
-    names = {"snapshots, host memory": "snapshots ", "restore point, host memory": "restore point "}
+    names = {"snapshots, host memory": "snapshots  ", "restore point, host memory": "restore point "}
     names |= {
         "GPU memory in a nowcast, at most": "during a nowcast",
         "checkpoints grow by, at most": "checkpoints grow by",
