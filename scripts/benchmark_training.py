@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
@@ -211,9 +211,9 @@ def rows_of(runs: Sequence[Mapping[str, Any]], period: int) -> list[dict[str, An
                     f"computed % at {period}": kind["computed percent"],
                     "measured %": kind["measured percent"],
                     "by difference %": kind["measured by difference percent"],
-                    "plain peak MB": memory[PLAIN] / 1e6,
-                    "extra MB": (memory[place] - memory[PLAIN]) / 1e6,
-                    "extra %": 100 * (memory[place] / memory[PLAIN] - 1),
+                    "plain peak MB": memory[PLAIN] / 1e6 if memory else None,
+                    "extra MB": (memory[place] - memory[PLAIN]) / 1e6 if memory else None,
+                    "extra %": 100 * (memory[place] / memory[PLAIN] - 1) if memory else None,
                 }
             )
     return rows
@@ -240,9 +240,9 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]], period: int) -> None:
         time.plot(*zip(*known, strict=True), "k_", markersize=30, label="measured over whole periods")
     time.axhline(1, color="0.6", linestyle=":", linewidth=0.8)
     time.set(ylabel="% of plain training", title=f"wall-clock time, a nowcast every {period} updates")
-    entries = [(run["model"], entry) for run in runs for entry in run["memory"]]
-    peaks = [(f"{model}\n{entry['kind']}", median(entry["peak bytes"]) / 1e9) for model, entry in entries]
-    memory.bar(*zip(*peaks, strict=True), color="C4")
+    for run in runs:
+        for entry in run["memory"]:
+            memory.bar(f"{run['model']}\n{entry['kind']}", median(entry["peak bytes"]) / 1e9, color="C4")
     memory.set(ylabel="GB", title="peak memory of the process")
     for axes in (time, memory):
         axes.tick_params(axis="x", labelsize=7)
@@ -292,17 +292,18 @@ def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     draw(args.out / "overhead.png", runs, args.period)
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Time and memory of one model, in fresh processes."""
-    timed = in_fresh_process(measure_time, name, args)
-    if timed["busy percent before"] > BUSY_PERCENT:
-        percent = timed["busy percent before"]
+def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time of one model, then with its memory too, in fresh processes."""
+    run = {**in_fresh_process(measure_time, name, args), "memory": []}
+    if run["busy percent before"] > BUSY_PERCENT:
+        percent = run["busy percent before"]
         print(f"warning: before {name} other programs used {percent:.0f}% of the cores", file=sys.stderr)
+    yield run
     memory = []
     for kind in (PLAIN, *args.places):
         peaks = [in_fresh_process(measure_memory, name, kind, args) for _ in range(args.memory_repeats)]
         memory.append({"kind": kind, **{what: [peak[what] for peak in peaks] for what in peaks[0]}})
-    return {**timed, "memory": memory}
+    yield {**run, "memory": memory}
 
 
 def main(argv: list[str]) -> int:
@@ -312,19 +313,20 @@ def main(argv: list[str]) -> int:
         updates = args.short_period * args.short_periods
         print(f"{', '.join(args.models)}: {updates} updates each of {kinds}, with a nowcast every {args.short_period}")
         return 0
-    runs: list[dict[str, Any]] = []
+    runs: dict[str, dict[str, Any]] = {}
     failed = []
     for name in args.models:
         try:
-            runs.append(measure(name, args))
+            for run in measure(name, args):
+                runs[name] = run
+                save([*runs.values()], args)
         except BrokenProcessPool:
             failed.append(name)
             print(f"error: {name}: its process was killed, most likely for want of memory", file=sys.stderr)
-            continue
-        print(format_table(rows_of(runs[-1:], args.period)), flush=True)
-        save(runs, args)
     if runs:
-        print(f"\n{format_table(rows_of(runs, args.period))}\n\nall numbers are in {args.out / 'results.json'}")
+        print(
+            f"{format_table(rows_of([*runs.values()], args.period))}\n\nall numbers are in {args.out / 'results.json'}"
+        )
     return 1 if failed else 0
 
 
