@@ -7,6 +7,7 @@ from nino.graph import NeuralGraph
 from nino.model import NowcasterConfig
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
+from nino.planning import RunPlan, plan
 from nino.plotting import plot_run, run_record
 from nino.report import NowcastReport
 from nino.schedule import ScheduleConfig
@@ -24,6 +25,7 @@ __all__ = [
     "NowcastSession",
     "Nowcaster",
     "NowcasterConfig",
+    "RunPlan",
     "ScheduleConfig",
     "SnapshotError",
     "TrajectoryError",
@@ -31,6 +33,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "check_wiring",
+    "plan",
     "plot_run",
     "run_record",
 ]
