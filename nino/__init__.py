@@ -7,6 +7,7 @@ from nino.graph import NeuralGraph
 from nino.model import NowcasterConfig
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
+from nino.plotting import plot_run, run_record
 from nino.report import NowcastReport
 from nino.schedule import ScheduleConfig
 from nino.session import NowcastSession
@@ -30,4 +31,6 @@ __all__ = [
     "__version__",
     "callbacks",
     "check_wiring",
+    "plot_run",
+    "run_record",
 ]

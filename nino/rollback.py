@@ -46,6 +46,11 @@ class RestorePoint:
         """The parameters' values, by name; not to be changed."""
         return {name: tensor for (kind, name), tensor in self._tensors().items() if kind == WEIGHT}
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the copies."""
+        return self._made.nbytes if self._made is not None else 0
+
     def take(self, step: int, model: nn.Module, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
         """Copy the parameters and their optimizer state, and the model's buffers."""
         self._numbers = {

@@ -39,7 +39,7 @@ from nino.probation import (
     gather_evidence,
     has_recovered,
 )
-from nino.rates import has_risen, horizon_by_mass
+from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
@@ -154,12 +154,17 @@ class NowcastSession:
         # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
         self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
 
-    def after_update(self, learning_rate: float | None = None) -> NowcastReport | None:
+    @property
+    def snapshot_is_next(self) -> bool:
+        """Whether the coming update is one after which a snapshot is taken."""
+        return is_snapshot_step(self.step + 1, self.schedule)
+
+    def after_update(self, *, learning_rate: float | None = None) -> NowcastReport | None:
         """Count one real optimizer update, and snapshot or nowcast if that is due.
 
         Args:
-            learning_rate: of this update; by default the largest that the optimizer has now, for callers that come
-                before the scheduler's step.
+            learning_rate: of this update, for callers that come after the scheduler's step; by default the largest that
+                the optimizer's groups hold now. Read only where a snapshot is due: see :attr:`snapshot_is_next`.
 
         Returns:
             A report if this call completed one, else ``None``.
@@ -177,8 +182,19 @@ class NowcastSession:
         if is_nowcast_step(self.step, self.schedule):
             self._open = self._nowcast()
             self.reports.append(self._open.report)
+            if not self._open.report.accepted:  # what became of it is known already
+                _log(self._open.report)
             self._forget_history()
         return completed
+
+    def finish(self) -> NowcastReport | None:
+        """Close the report that still waits for losses, with those that came: the run is over.
+
+        Returns:
+            That report, if there was one.
+        """
+        self.restore_point.clear()
+        return self._complete(self._open.with_losses()) if self._open is not None else None
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
@@ -203,11 +219,13 @@ class NowcastSession:
         self.trust = Trust()
 
     def detach(self) -> None:
-        """Leave no trace: give back the memory of snapshots, and end what a jump has begun. Reports stay."""
+        """Leave no trace: give back the memory of snapshots, and end what a jump has begun. Reports stay.
+
+        A report that still waits for losses is closed, with those that came.
+        """
+        self.finish()
         self.batch_norm.end()
-        self.restore_point.clear()
         self._forget_history()
-        self._open = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session: numbers, lists and tensors only."""
@@ -326,24 +344,22 @@ class NowcastSession:
             return
         try:
             self.store.append(self.step, self.trainable_parameters())
-            self._rates.append(self._learning_rate() if learning_rate is None else learning_rate)
+            rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
+            self._rates.append(1.0 if rate is None else rate)  # an optimizer without one has a constant one
         except Exception as error:  # most likely no memory or no disk; the run must go on
-            self.store.clear()
-            self._rates.clear()
+            self._forget_snapshots()
             level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
             self._no_snapshot = str(error) or repr(error)
             logger.log(level, "no snapshot after update %d, training goes on: %s", self.step, self._no_snapshot)
         else:
             self._no_snapshot = ""
 
-    def _learning_rate(self) -> float:
-        """The largest of the optimizer; 1 without one."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return max((float(group["lr"]) for group in groups if "lr" in group), default=1.0)
-
-    def _forget_history(self) -> None:
+    def _forget_snapshots(self) -> None:
         self.store.clear()
         self._rates.clear()
+
+    def _forget_history(self) -> None:
+        self._forget_snapshots()
         self._losses.clear()
 
     def _take_loss(self) -> NowcastReport | None:
@@ -356,10 +372,15 @@ class NowcastSession:
             return None
         if self._open.on_probation:
             self._notice_changes()
-        self.reports[-1] = self._judge(self._open) if self._open.on_probation else self._open.with_losses()
+        return self._complete(self._judge(self._open) if self._open.on_probation else self._open.with_losses())
+
+    def _complete(self, report: NowcastReport) -> NowcastReport:
         self._open = None
-        self._tell(self.reports[-1])
-        return self.reports[-1]
+        self.reports[-1] = report
+        if report.accepted:
+            _log(report)
+        self._tell(report)
+        return report
 
     def _tell(self, report: NowcastReport) -> None:
         try:
@@ -383,7 +404,7 @@ class NowcastSession:
             evidence = Evidence(*mean_over_processes(list(vars(own).values()), self._device(parameters)))
             is_kept = has_recovered(evidence, self.probation)
             self.trust = self.trust.after(is_kept, self.probation)
-            report = replace(report, loss_recovered=evidence.after)
+            report = replace(report, loss_after=evidence.after)
             if not is_kept:
                 report = self._roll_back(replace(report, rolled_back=True), evidence)
         self.restore_point.clear()
@@ -398,7 +419,6 @@ class NowcastSession:
         reason = (
             f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {self.probation.updates} updates"
         )
-        logger.warning("nowcast after update %d was undone, training goes on from there: %s", report.step, reason)
         return replace(report, reason=reason)
 
     def _nowcast(self) -> OpenReport:
@@ -409,11 +429,12 @@ class NowcastSession:
             step=self.step,
             horizon=horizon,
             accepted=False,
+            left_out=bool(reason),
             reason=reason,
+            snapshot_bytes=self.store.nbytes,
             loss_before=sum(losses) / len(losses) if losses else math.nan,
         )
-        if reason:
-            logger.info("nowcast after update %d was %s", self.step, reason)
+        if report.left_out:
             return OpenReport(report, 1)
         parameters = self.trainable_parameters()
         on_probation = is_true_everywhere(self._can_judge(losses), self._device(parameters))
@@ -449,11 +470,11 @@ class NowcastSession:
         horizon = horizon_by_mass(planned, self._rates, self.step, self.schedule)
         if self.trust.periods_to_skip:
             self.trust = self.trust.after_skipping()
-            return horizon, f"left out: {self.trust.failures} in a row were undone"
+            return horizon, f"{self.trust.failures} in a row were undone"
         if has_risen(self._rates) and not self.nowcast_in_warmup:
-            return horizon, "left out: the learning rate rose between its snapshots (a warm-up, or a restart)"
+            return horizon, "the learning rate rose between its snapshots (a warm-up, or a restart)"
         if horizon == 0:
-            return horizon, "left out: the learning rate that is left moves the weights no farther than they are"
+            return horizon, "the learning rate that is left moves the weights no farther than they are"
         return self.trust.shorten(horizon), ""
 
     def _jump(
@@ -474,22 +495,20 @@ class NowcastSession:
             if not reason:
                 write_parameters(parameters, before)
                 reason = "another process refused it"
-            logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, reason)
             return replace(report, reason=reason, seconds=time.perf_counter() - began)
         if are_alike:
             write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
         settle_moments(self.moments, self.optimizer, parameters, report.horizon)
         self.batch_norm.begin()
-        report = replace(report, accepted=True, seconds=time.perf_counter() - began, relative_jump=jump.relative)
-        logger.info(
-            "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",
-            report.step,
-            report.horizon,
-            self.schedule.interval,
-            report.relative_jump,
-            report.seconds,
+        logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
+        return replace(
+            report,
+            accepted=True,
+            seconds=time.perf_counter() - began,
+            restore_bytes=self.restore_point.nbytes,
+            relative_jump=jump.relative,
+            relative_jump_by_kind={kind: part.relative for kind, part in jump.by_kind.items()},
         )
-        return report
 
     def _backup(self, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> dict[str, Tensor]:
         """Copies of the parameters as they are: the newest snapshot, which is of this very update, if it is exact."""
@@ -528,6 +547,12 @@ class NowcastSession:
 
 def _finite(losses: Sequence[float]) -> list[float]:
     return [loss for loss in losses if math.isfinite(loss)]
+
+
+def _log(report: NowcastReport) -> None:
+    """The one log record of a nowcast, with all its numbers in ``record.nowcast``."""
+    level = logging.INFO if report.outcome in ("accepted", "left out") else logging.WARNING
+    logger.log(level, "%s", report, extra={"nowcast": report.as_record()})
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ def test_a_good_jump_is_kept() -> None:
     _train(model, optimizer, 0, 2 * PERIOD + R)
 
     assert [(r.accepted, r.rolled_back) for r in optimizer.reports] == [(True, False)] * 2
-    assert all(math.isfinite(r.loss_recovered) for r in optimizer.reports)
+    assert all(math.isfinite(r.loss_after) for r in optimizer.reports)
 
 
 def test_without_losses_there_is_no_probation() -> None:

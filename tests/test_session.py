@@ -263,7 +263,7 @@ def test_a_failed_nowcast_changes_no_weight_and_the_next_one_works(
     assert reason in session.reports[0].reason
     assert not session.reports[0].accepted
     assert session.reports[0].as_log()["nowcast/accepted"] == 0
-    assert "nowcast/relative_jump" not in session.reports[0].as_log()
+    assert "nowcast/jump/all" not in session.reports[0].as_log()
 
     nowcaster.answer = add(1)
     update(session, PERIOD)
@@ -360,7 +360,7 @@ def test_report_of_a_worked_example() -> None:
     assert len(reports) == 1
     assert reports[0].seconds > 0
     assert replace(reports[0], seconds=0) == NowcastReport(
-        step=6, horizon=4, accepted=True, relative_jump=0.5, loss_before=35, loss_after=70
+        step=6, horizon=4, accepted=True, relative_jump=0.5, snapshot_bytes=24, loss_before=35, loss_at=70
     )
     log = reports[0].as_log()
     assert log.pop("nowcast/seconds") > 0
@@ -369,14 +369,16 @@ def test_report_of_a_worked_example() -> None:
         "nowcast/horizon": 4,
         "nowcast/accepted": 1,
         "nowcast/rolled_back": 0,
-        "nowcast/relative_jump": 0.5,
-        "nowcast/loss_before": 35,
-        "nowcast/loss_after": 70,
+        "nowcast/left_out": 0,
+        "nowcast/bytes": 3 * 2 * 4,
+        "nowcast/jump/all": 0.5,
+        "nowcast/loss/before": 35,
+        "nowcast/loss/at": 70,
     }
     assert session.reports == reports
 
     update(session, PERIOD, losses=lambda step: 10 * step)  # losses after the first jump only: 70, 80, ..., 120, 130
-    assert (reports[1].step, reports[1].loss_before, reports[1].loss_after) == (12, 95, 130)
+    assert (reports[1].step, reports[1].loss_before, reports[1].loss_at) == (12, 95, 130)
 
 
 def test_without_losses_a_report_comes_at_the_same_time() -> None:
@@ -388,8 +390,8 @@ def test_without_losses_a_report_comes_at_the_same_time() -> None:
     update(session)
 
     assert math.isnan(reports[0].loss_before)
-    assert math.isnan(reports[0].loss_after)
-    assert not {"nowcast/loss_before", "nowcast/loss_after"} & set(reports[0].as_log())
+    assert math.isnan(reports[0].loss_at)
+    assert not {"nowcast/loss/before", "nowcast/loss/at"} & set(reports[0].as_log())
 
 
 def test_loss_before_is_the_mean_of_twenty_updates() -> None:
@@ -407,7 +409,7 @@ def test_losses_of_micro_batches_are_averaged() -> None:
             session.observe(loss)
         update(session)
 
-    assert (session.reports[0].loss_before, session.reports[0].loss_after) == (3, 3)
+    assert (session.reports[0].loss_before, session.reports[0].loss_at) == (3, 3)
 
 
 def test_an_observed_loss_may_be_changed_afterwards() -> None:
