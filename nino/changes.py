@@ -28,9 +28,8 @@ def describe_changes(
         trained: those that are trained now.
 
     Example:
-        >>> weight = nn.Parameter(torch.ones(2))                                                    # doctest: +SKIP
-        >>> describe_changes({"0.weight": (2,)}, {"0.weight": (2,)}, {}, {"0.weight": weight})      # doctest: +SKIP
-        'now trained: 0.weight'
+        >>> describe_changes({"0.weight": (2, 3)}, {"0.weight": (4, 3), "1.bias": (4,)}, {}, {})
+        'added: 1.bias; resized: 0.weight'
     """
     kept = old.keys() & new.keys()
     resized = {name for name in kept if old[name] != new[name]}
