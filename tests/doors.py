@@ -7,6 +7,7 @@ of them after a checkpoint of ``start`` steps in ``folder``; it writes one after
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -23,7 +25,7 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, NowcastSession
 from nino.callbacks import NowcastCallback
@@ -47,6 +49,20 @@ class Net(nn.Module):
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         outputs = self.layers(inputs)
         return {"loss": F.mse_loss(outputs, labels), "logits": outputs}
+
+
+def llama() -> nn.Module:
+    """Its embedding and its last layer are one parameter."""
+    config = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    return LlamaForCausalLM(LlamaConfig(**config, **heads, tie_word_embeddings=True))
+
+
+def llama_with_adapters() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it has given up
+        return peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
 
 
 def adamw(model: nn.Module) -> Optimizer:

@@ -17,7 +17,7 @@ if importlib.util.find_spec("transformers") is None:  # an optional package
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 import doors
-from doors import Net, Outcome, Setting, chained, far_away, nearby
+from doors import Net, Outcome, Setting, chained, far_away, llama_with_adapters, nearby
 from torch import nn
 from torch.optim import SGD, Adafactor
 
@@ -30,6 +30,12 @@ pytestmark = pytest.mark.usefixtures("quick_collections")
 
 def with_buffers() -> nn.Module:
     return Net(nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def adapters_of_the_same_model() -> nn.Module:
+    """The Trainer saves adapters without the model that they are of."""
+    torch.manual_seed(0)
+    return llama_with_adapters()
 
 
 # Snapshots after 3 6 9 | 12 15 18 updates, nowcasts after 9 and 18, which are judged after 12 and 21.
@@ -47,6 +53,7 @@ SETTINGS: dict[str, Setting] = {
     "undone, on disk": replace(UNDONE, attach={"probation": R, "snapshots_on": "disk"}),
     "no probation, on disk": replace(ALWAYS, attach={"snapshots_on": "disk"}),
     "accumulation": replace(ALWAYS, accumulation=4),
+    "LoRA": replace(ALWAYS, build=adapters_of_the_same_model, counts_tokens=True),
 }
 BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_PROBATION, AFTER_A_VERDICT = 4, 6, 9, 10, 12
 POINTS = (BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_PROBATION, AFTER_A_VERDICT)
