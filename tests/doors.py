@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny import PERIOD, ScriptedNowcaster, Weights, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, NowcastSession
@@ -99,6 +99,12 @@ class Chained(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, saved in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+def adafactor(model: nn.Module) -> Optimizer:
+    if not hasattr(torch.optim, "Adafactor"):
+        pytest.skip("this torch has no Adafactor")
+    return torch.optim.Adafactor(model.parameters(), lr=1e-2)
 
 
 def chained(model: nn.Module) -> Optimizer:
@@ -400,7 +406,6 @@ def trainer(
         "eval_strategy": "steps" if setting.is_by_metric else "no",
         "eval_steps": EVALUATE_EVERY,
         "metric_for_best_model": "loss",
-        "train_sampling_strategy": "sequential",
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
@@ -409,10 +414,17 @@ def trainer(
         "dataloader_pin_memory": False,
     }
     data = {"train_dataset": setting.examples(), "eval_dataset": setting.examples()[:BATCH], **more}
-    made = Trainer(model=model, args=TrainingArguments(**{**chosen, **(arguments or {})}), **data)
+    made = InOrder(model=model, args=TrainingArguments(**{**chosen, **(arguments or {})}), **data)
     made.add_callback(SaveAfter(save))
     _use_fp16(made.accelerator, setting)
     return made
+
+
+class InOrder(Trainer):
+    """Takes the examples one after another, as the other loops do."""
+
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 class SaveAfter(TrainerCallback):

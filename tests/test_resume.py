@@ -17,9 +17,9 @@ if importlib.util.find_spec("transformers") is None:  # an optional package
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 import doors
-from doors import Net, Outcome, Setting, chained, far_away, llama_with_adapters, nearby
+from doors import Net, Outcome, Setting, adafactor, chained, far_away, llama_with_adapters, nearby
 from torch import nn
-from torch.optim import SGD, Adafactor
+from torch.optim import SGD
 
 R = 3
 """Updates of probation."""
@@ -47,7 +47,7 @@ SETTINGS: dict[str, Setting] = {
     "kept": KEPT,
     "undone": UNDONE,
     "undone, SGD": replace(UNDONE, base=lambda model: SGD(model.parameters(), lr=1e-2, momentum=0.9)),
-    "undone, Adafactor": replace(UNDONE, base=lambda model: Adafactor(model.parameters(), lr=1e-2)),
+    "undone, Adafactor": replace(UNDONE, base=adafactor),
     "undone, a user's own": replace(UNDONE, base=chained),
     "undone, on the device": replace(UNDONE, attach={"probation": R, "snapshots_on": "device"}),
     "undone, on disk": replace(UNDONE, attach={"probation": R, "snapshots_on": "disk"}),
