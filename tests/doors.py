@@ -34,7 +34,6 @@ BATCH = 4
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 """Schedulers that are told a metric, by evaluations, and not stepped after each update."""
 EVALUATE_EVERY = 2
-CLIP = 0.5
 
 Example = dict[str, Tensor]
 
