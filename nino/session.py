@@ -132,7 +132,7 @@ class NowcastSession:
         self._open: OpenReport | None = None
         self._has_begun = False
         self._said_unjudged = False
-        self._shapes = self.graph.shapes
+        self._shapes = graph_parameters(self.model)
         self._trained: dict[str, nn.Parameter] = {}
         """The model's parameters, and those that were trained, at the last snapshot."""
         self._no_graph = ""

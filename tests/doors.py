@@ -7,6 +7,7 @@ of them after a checkpoint of ``start`` steps in ``folder``; it writes one after
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -22,8 +24,8 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny import PERIOD, ScriptedNowcaster, Weights, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, NowcastSession
 from nino.callbacks import NowcastCallback
@@ -32,7 +34,6 @@ BATCH = 4
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 """Schedulers that are told a metric, by evaluations, and not stepped after each update."""
 EVALUATE_EVERY = 2
-CLIP = 0.5
 
 Example = dict[str, Tensor]
 
@@ -47,6 +48,20 @@ class Net(nn.Module):
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         outputs = self.layers(inputs)
         return {"loss": F.mse_loss(outputs, labels), "logits": outputs}
+
+
+def llama() -> nn.Module:
+    """Its embedding and its last layer are one parameter."""
+    config = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    return LlamaForCausalLM(LlamaConfig(**config, **heads, tie_word_embeddings=True))
+
+
+def llama_with_adapters() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it has given up
+        return peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
 
 
 def adamw(model: nn.Module) -> Optimizer:
@@ -83,6 +98,12 @@ class Chained(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, saved in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+def adafactor(model: nn.Module) -> Optimizer:
+    if not hasattr(torch.optim, "Adafactor"):
+        pytest.skip("this torch has no Adafactor")
+    return torch.optim.Adafactor(model.parameters(), lr=1e-2)
 
 
 def chained(model: nn.Module) -> Optimizer:
@@ -383,7 +404,6 @@ def trainer(
         "eval_strategy": "steps" if setting.is_by_metric else "no",
         "eval_steps": EVALUATE_EVERY,
         "metric_for_best_model": "loss",
-        "train_sampling_strategy": "sequential",
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
@@ -392,10 +412,17 @@ def trainer(
         "dataloader_pin_memory": False,
     }
     data = {"train_dataset": setting.examples(), "eval_dataset": setting.examples()[:BATCH], **more}
-    made = Trainer(model=model, args=TrainingArguments(**{**chosen, **(arguments or {})}), **data)
+    made = InOrder(model=model, args=TrainingArguments(**{**chosen, **(arguments or {})}), **data)
     made.add_callback(SaveAfter(save))
     _use_fp16(made.accelerator, setting)
     return made
+
+
+class InOrder(Trainer):
+    """Takes the examples one after another, as the other loops do."""
+
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 class SaveAfter(TrainerCallback):

@@ -33,9 +33,10 @@ BASES: dict[str, Make] = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False),
     "adamw-foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True),
     "sgd-momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
-    "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2),
     "two-groups": _two_groups,
 }
+if hasattr(torch.optim, "Adafactor"):  # since torch 2.5
+    BASES["adafactor"] = lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2)
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.99**step),
     "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=200),
@@ -255,6 +256,34 @@ def test_updates_that_the_grad_scaler_skips_are_not_counted() -> None:
     assert steps == [(1, 0), (1, 0), (2, 0), (3, 0), (3, 0), (4, 0), (5, 0), (6, 1)]
     assert wrapper.reports[0].accepted
     assert scaler.get_scale() == 1.0  # halved twice
+
+
+class OwnRate(torch.optim.SGD):
+    """Finds its rate as it goes, like Adafactor with relative steps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def test_the_session_sees_the_largest_rate_of_each_update() -> None:
+    model = mlp()
+    groups = [{"params": model[0].parameters(), "lr": torch.tensor(0.5)}, {"params": model[2].parameters()}]
+    wrapper = NowcastOptimizer(torch.optim.SGD(groups, lr=0.1), model, tiny_nowcaster(), period=PERIOD)
+    scheduler = lr_scheduler.ExponentialLR(wrapper, 0.5)
+    rates = []
+    for _ in range(3):
+        wrapper.step()
+        scheduler.step()
+        rates.append(wrapper.session.learning_rate)
+
+    assert rates == [0.5, 0.25, 0.125]
+    own = NowcastOptimizer(OwnRate(model), model, tiny_nowcaster(), period=PERIOD)
+    own.step()
+    assert own.session.learning_rate is None
 
 
 # Resuming
