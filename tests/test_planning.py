@@ -22,7 +22,7 @@ from nino import nowcaster as nowcaster_module
 from nino.data import build_model
 from nino.engine import tiling
 from nino.engine.weights import SnapshotReader
-from nino.planning import Rates, estimate_update_seconds, traffic_per_nowcast
+from nino.planning import Rates, estimate_update_seconds, summed_per_nowcast, traffic_per_nowcast
 from nino.planning.rates import MEASURED_COPIES, MEASURED_FLOPS
 from nino.planning.work import snapshot_reads
 from tasks.sizes import ARCHITECTURES, PLANNED
@@ -181,6 +181,7 @@ def test_traffic_is_that_of_a_ring_and_grows_with_neurons() -> None:
     """Sums of 3 H float32 numbers per node, 4 float64 numbers per parameter; 2 (p - 1) / p of that."""
     graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     assert graph.num_nodes == 11  # two of them for biases
+    assert summed_per_nowcast(graph, 8) == 11 * 3 * 8 * 4 + 4 * 4 * 8
     assert traffic_per_nowcast(graph, 8, 4) == 2 * 3 * (11 * 3 * 8 * 4 + 4 * 4 * 8) // 4
     assert traffic_per_nowcast(graph, 8, 1) == 0
     few, many = nn.Sequential(nn.Linear(500, 500)), nn.Sequential(*(nn.Linear(50, 50) for _ in range(19)))
