@@ -35,7 +35,7 @@ from tasks.cli import fail, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory, in_fresh_process
 from tasks.nowcasters import load_nowcaster
-from tasks.overhead import Costs, Stopwatch, Update, as_lists, difference, spent_in
+from tasks.overhead import Costs, Stopwatch, Update, as_lists, difference, spent_in, spent_on
 from tasks.report import format_table
 from tasks.sizes import ARCHITECTURES
 from tasks.trainings import Training, adamw, classifying, predicting_tokens
@@ -50,8 +50,9 @@ MAX_STEPS = 1_000_000
 """Of the runs as their schedule sees them, so that horizons are long."""
 HOW = {
     "measured": "'costs seconds': medians over what happened inside attached runs with the short period; 'measured "
-    "percent': the time spent in nowcasting over whole periods, relative to the rest of the same updates; 'measured by "
-    "difference percent': whole periods of two trainings compared, which carries the noise of the machine; memory",
+    "percent': all time spent in nowcasting over whole periods (the sum of 'measured seconds per period'), relative to "
+    "the rest of the same updates; 'measured by difference percent': whole periods of two trainings compared, which "
+    "carries the noise of the machine; memory",
     "computed": "'seconds per period', and 'computed percent': their sum relative to as many plain updates",
 }
 
@@ -159,6 +160,7 @@ def summarise(
         "costs seconds": asdict(costs),
         "seconds per period": costs.per_period(args.period, context),
         "computed percent": 100 * costs.overhead(args.period, context),
+        "measured seconds per period": spent_on(whole[kind], args.whole_periods) if whole else None,
         "measured percent": 100 * spent_in(whole[kind]) if whole else None,
         "measured by difference percent": 100 * difference(whole[PLAIN], whole[kind]) if whole else None,
     }

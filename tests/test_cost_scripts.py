@@ -16,7 +16,7 @@ import pytest
 from test_scripts import SCRIPTS, run
 
 from tasks.cli import amount, run_main
-from tasks.overhead import Costs, Update, difference, spent_in
+from tasks.overhead import Costs, Update, difference, spent_in, spent_on
 
 
 def test_costs_of_a_period_by_hand() -> None:
@@ -33,6 +33,8 @@ def test_costs_of_a_period_by_hand() -> None:
     parts = {"bookkeeping": 0.1, "snapshots": 0.2, "restore point": 0.3, "nowcast": 0.5}
     assert costs.per_period(10, 2) == pytest.approx(parts)
     assert costs.overhead(10, 2) == pytest.approx(1.1 / 10)
+    spent = {"bookkeeping": 0.02, "snapshots": 0.2, "restore point": 0.3, "nowcast": 0.5}
+    assert spent_on(attached, 1) == pytest.approx(spent)
     assert spent_in(attached) == pytest.approx(1.02 / 3)
     assert difference(plain[:2], attached[:2]) == pytest.approx(0.06)
 

@@ -22,7 +22,7 @@ from nino import nowcaster as nowcaster_module
 from nino.data import build_model
 from nino.engine import tiling
 from nino.engine.weights import SnapshotReader
-from nino.planning import Rates, estimate_update_seconds, traffic_per_nowcast
+from nino.planning import Rates, estimate_update_seconds, summed_per_nowcast, traffic_per_nowcast
 from nino.planning.rates import MEASURED_COPIES, MEASURED_FLOPS
 from nino.planning.work import snapshot_reads
 from tasks.sizes import ARCHITECTURES, PLANNED
@@ -60,7 +60,7 @@ def _bytes_in(state: Any) -> int:
 
 
 @pytest.mark.parametrize("snapshot_dtype", [None, torch.bfloat16], ids=["exact", "bfloat16"])
-@pytest.mark.parametrize("probation", [0, 1, 5], ids=["no probation", "short", "with snapshots"])
+@pytest.mark.parametrize("probation", [0, 1, 4], ids=["no probation", "short", "with snapshots"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_is_what_a_run_takes(family: str, probation: int, snapshot_dtype: torch.dtype | None) -> None:
     """To the byte: snapshots, restore point, and the largest of all checkpoints of two periods."""
@@ -113,7 +113,7 @@ def _addmm_flops(_: Any, first: torch.Size, second: torch.Size, **__: Any) -> in
 @pytest.mark.parametrize("strip_edges", [2**6, 2**18], ids=["many strips", "one strip"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_are_all_that_is_computed(family: str, strip_edges: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a count of every floating point operation: H x H products on edges and neurons are all but some %."""
+    """Against a count of every floating point operation: H x H products are all but one percent."""
     monkeypatch.setattr(tiling, "STRIP_EDGES", strip_edges)
     monkeypatch.setitem(tiling.TILE_EDGES, "cpu", min(strip_edges, 2**13))
     hidden, model = 128, FAMILIES[family]()
@@ -125,7 +125,7 @@ def test_products_are_all_that_is_computed(family: str, strip_edges: int, monkey
     folding = 4 * hidden**3 + hidden**2 * (3 * 9 * 3 + 3 * 15)  # of linear layers, whatever the model
     of_snapshots = hidden * (3 * 3 + 1) * sum(p.numel() for p in model.parameters())  # three times into H, once out
     computed = counter.get_total_flops() / 2 - folding - of_snapshots
-    assert computed == pytest.approx(hidden**2 * (work.edge_products + work.node_products), rel=0.05)
+    assert computed == pytest.approx(hidden**2 * (work.edge_products + work.node_products), rel=0.01)
 
 
 def test_a_nowcast_reads_snapshots_as_often_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +181,7 @@ def test_traffic_is_that_of_a_ring_and_grows_with_neurons() -> None:
     """Sums of 3 H float32 numbers per node, 4 float64 numbers per parameter; 2 (p - 1) / p of that."""
     graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     assert graph.num_nodes == 11  # two of them for biases
+    assert summed_per_nowcast(graph, 8) == 11 * 3 * 8 * 4 + 4 * 4 * 8
     assert traffic_per_nowcast(graph, 8, 4) == 2 * 3 * (11 * 3 * 8 * 4 + 4 * 4 * 8) // 4
     assert traffic_per_nowcast(graph, 8, 1) == 0
     few, many = nn.Sequential(nn.Linear(500, 500)), nn.Sequential(*(nn.Linear(50, 50) for _ in range(19)))

@@ -3,7 +3,7 @@
 from nino.planning.rates import Rates, default_rates, estimate_update_seconds
 from nino.planning.run import RunPlan, plan
 from nino.planning.settings import Settings
-from nino.planning.work import exchange_per_nowcast, traffic_per_nowcast
+from nino.planning.work import exchange_per_nowcast, summed_per_nowcast, traffic_per_nowcast
 
 __all__ = [
     "Rates",
@@ -13,5 +13,6 @@ __all__ = [
     "estimate_update_seconds",
     "exchange_per_nowcast",
     "plan",
+    "summed_per_nowcast",
     "traffic_per_nowcast",
 ]

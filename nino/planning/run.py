@@ -14,15 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nino.errors import NinoError
 from nino.graph.ir import NeuralGraph
+from nino.history import Place
 from nino.model.config import NowcasterConfig
 from nino.nowcaster import Nowcaster
 from nino.planning.memory import MemoryPlan, plan_memory
 from nino.planning.rates import Rates, TimePlan, default_rates, plan_time
-from nino.planning.settings import Settings
+from nino.planning.settings import DeviceType, Settings, Sharding
 from nino.planning.work import WorkPlan, plan_work
 from nino.schedule import ScheduleConfig
 
@@ -66,46 +68,74 @@ def plan(
     model: nn.Module,
     nowcaster: Nowcaster | NowcasterConfig | str | Path = "nino-tiny",
     *,
+    world_size: int = 1,
+    sharding: Sharding = "none",
+    device: DeviceType = "cuda",
+    dtype: torch.dtype | None = None,
+    snapshots_on: Place = "cpu",
+    snapshot_dtype: torch.dtype | None = None,
+    optimizer_bytes: float | None = None,
+    probation: int = 50,
+    period: int = 1000,
+    seconds_per_update: float | None = None,
     rates: Rates | None = None,
-    **settings: Any,
 ) -> RunPlan:
     """Plan what nowcasting costs a training run, without running anything.
 
     Args:
         model: on any device, ``meta`` included; parameters that do not require gradients count as frozen.
         nowcaster: a nowcaster, its config, or its name.
+        world_size: processes of the run, each with a device of its own.
+        sharding: ``"fsdp2"`` if parameters are sharded over all processes, ``"none"`` for replicas.
+        device: what the parameters are on in training.
+        dtype: of the parameters in training; ``None`` for the model's own.
+        snapshots_on: where snapshots and restore points are: ``"cpu"``, the parameters' ``"device"`` or ``"disk"``.
+        snapshot_dtype: format of snapshots; ``None`` for the parameters' own.
+        optimizer_bytes: optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype.
+        probation: updates that a nowcast has to prove itself; 0 for none, and no restore points.
+        period: optimizer updates between nowcasts.
+        seconds_per_update: of training; without it there is no overhead. See :func:`estimate_update_seconds`.
         rates: of the machine; by default what was measured on two cores of a CPU, as far as that applies.
-        settings: of :class:`nino.planning.Settings`: ``world_size``, ``sharding``, ``snapshots_on``, ``period``, ...
 
     Raises:
         NinoError: if a setting is out of range, or the model cannot be wired.
-        TypeError: if there is no setting of that name.
 
     Example:
         >>> report = plan(nn.Linear(1000, 1000), device="cpu", seconds_per_update=0.01)
         >>> report.memory.snapshots
         20020000
     """
-    checked = Settings(**settings)
+    settings = Settings(
+        world_size=world_size,
+        sharding=sharding,
+        device=device,
+        dtype=dtype,
+        snapshots_on=snapshots_on,
+        snapshot_dtype=snapshot_dtype,
+        optimizer_bytes=optimizer_bytes,
+        probation=probation,
+        period=period,
+        seconds_per_update=seconds_per_update,
+    )
     config = _config_of(nowcaster)
-    schedule = ScheduleConfig(period=checked.period, context=config.context)
+    schedule = ScheduleConfig(period=period, context=config.context)
     graph = NeuralGraph.from_model(model)
-    _check_ranks(checked, graph)
+    _check_ranks(settings, graph)
     trained = {n: p.numel() for n, p in model.named_parameters() if n in graph.shapes and p.requires_grad}
     if not trained:
         raise NinoError("no parameter of the model is trained: there is nothing to nowcast")
-    memory = plan_memory(model, graph, trained, checked, config, schedule)
-    work = plan_work(graph, trained, checked, config, memory)
-    rates = rates or default_rates(config, checked)
+    memory = plan_memory(model, graph, trained, settings, config, schedule)
+    work = plan_work(graph, trained, settings, config, memory)
+    rates = rates or default_rates(config, settings)
     return RunPlan(
         weights=sum(trained.values()),
         nodes=graph.num_nodes,
         hidden=config.hidden,
         context=config.context,
-        settings=checked,
+        settings=settings,
         memory=memory,
         work=work,
-        time=plan_time(memory, work, checked, config, rates),
+        time=plan_time(memory, work, settings, config, rates),
         rates=rates,
     )
 

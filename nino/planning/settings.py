@@ -20,25 +20,25 @@ DeviceType = Literal["cpu", "cuda"]
 class Settings:
     """How a run trains and nowcasts."""
 
-    world_size: int = 1
+    world_size: int
     """Processes of the run, each with a device of its own."""
-    sharding: Sharding = "none"
+    sharding: Sharding
     """``"fsdp2"`` if parameters are sharded over all processes, ``"none"`` for replicas."""
-    device: DeviceType = "cuda"
+    device: DeviceType
     """What the parameters are on."""
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None
     """Of the parameters in training; ``None`` for the model's own."""
-    snapshots_on: Place = "cpu"
+    snapshots_on: Place
     """Where snapshots and restore points are kept."""
-    snapshot_dtype: torch.dtype | None = None
+    snapshot_dtype: torch.dtype | None
     """Format of snapshots; ``None`` for the parameters' own."""
-    optimizer_bytes: float | None = None
+    optimizer_bytes: float | None
     """Optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype."""
-    probation: int = 50
+    probation: int
     """Updates that a nowcast has to prove itself; 0 for none, and no restore points."""
-    period: int = 1000
+    period: int
     """Optimizer updates between nowcasts."""
-    seconds_per_update: float | None = None
+    seconds_per_update: float | None
     """Of training; ``None`` if unknown: then there is no overhead either."""
 
     def __post_init__(self) -> None:

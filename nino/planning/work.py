@@ -78,19 +78,23 @@ def _bytes_read(context: int, memory: MemoryPlan) -> int:
     return of_last * memory.trained + of_others * memory.snapshot
 
 
+def summed_per_nowcast(graph: NeuralGraph, hidden: int) -> int:
+    """Bytes of what is added up over all ranks, of each rank: what it puts into all-reduces."""
+    sums = SUMS * hidden * torch.float32.itemsize * graph.num_nodes
+    return sums + STATISTICS * torch.float64.itemsize * len(graph.shapes)
+
+
 def traffic_per_nowcast(graph: NeuralGraph, hidden: int, world_size: int) -> int:
     """Bytes that a rank sends for the sums over all ranks: proportional to neurons, not to weights.
 
-    A ring moves ``2 (p - 1) / p`` of what is added up: once round to add, once to tell everyone.
+    A ring sends ``2 (p - 1) / p`` of what is added up: once round to add, once to tell everyone.
 
     Args:
         graph: of the whole model.
         hidden: width of the nowcaster.
         world_size: ranks.
     """
-    sums = SUMS * hidden * torch.float32.itemsize * graph.num_nodes
-    statistics = STATISTICS * torch.float64.itemsize * len(graph.shapes)
-    return 2 * (world_size - 1) * (sums + statistics) // world_size
+    return 2 * (world_size - 1) * summed_per_nowcast(graph, hidden) // world_size
 
 
 def exchange_per_nowcast(weight_bytes: int, world_size: int) -> int:

@@ -124,6 +124,19 @@ class Costs:
         return sum(self.per_period(period, context).values()) / (period * self.update)
 
 
+def spent_on(attached: Sequence[Update], periods: int) -> dict[str, float]:
+    """Seconds of a period by what they were spent on, as :meth:`Costs.per_period`, but means of all that happened."""
+    ordinary = sum(u.nowcasting - u.snapshot for u in attached if not u.prediction)
+    nowcasts = sum(u.nowcasting - u.snapshot - u.restore_point for u in attached if u.prediction)
+    parts = {
+        "bookkeeping": ordinary,
+        "snapshots": sum(u.snapshot for u in attached),
+        "restore point": sum(u.restore_point for u in attached),
+        "nowcast": nowcasts,
+    }
+    return {part: seconds / periods for part, seconds in parts.items()}
+
+
 def spent_in(attached: Sequence[Update]) -> float:
     """The fraction that nowcasting added to the rest of some updates, by the time spent in its own code."""
     own = sum(update.nowcasting for update in attached)
