@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -134,18 +132,12 @@ def test_every_type_of_edge_has_a_colour_of_its_own() -> None:
     assert len(set(COLOURS.values())) == len(EdgeType)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    script = Path(plot_graph.__file__)
-    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-
-
-def test_the_script_draws_a_config(tmp_path: Path) -> None:
+def test_the_script_draws_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config_file(tmp_path, CONFIGS["qwen3"])
 
-    done = run("--model", path, "--layers", 1, "--out", tmp_path / "out")
+    assert plot_graph.main(["--model", str(path), "--layers", "1", "--dpi", "40", "--out", str(tmp_path / "out")]) == 0
 
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Qwen3ForCausalLM, 1 layer: ")
+    assert capsys.readouterr().out.startswith("Qwen3ForCausalLM, 1 layer: ")
     record = json.loads((tmp_path / "out" / "graph.json").read_text())
     for picture in ("adjacency.png", "layers.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
