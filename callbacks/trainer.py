@@ -7,7 +7,6 @@ hold it. Counters and snapshots travel in a file of the checkpoint folder. Losse
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nino.callbacks.reporting import ReportLog
 from nino.errors import CheckpointError, NinoError
+from nino.files import load_whole, save_whole
 from nino.history import Place
 from nino.moments import Moments
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
+from nino.rates import learning_rate_of
 from nino.report import NowcastReport
 from nino.session import NowcastSession, unwrap
 
@@ -79,8 +80,11 @@ class NowcastCallback(TrainerCallback):
         self.nowcast_in_warmup = nowcast_in_warmup
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
+        self._learning_rate: float | None = None
         self._log = ReportLog()
         self._loss_hook: Any = None
+        self._reads_losses = True
+        self._training: TrainerState | None = None
         self._losses: list[Tensor] = []
         self._losses_add_up = False
 
@@ -96,7 +100,8 @@ class NowcastCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         if isinstance(getattr(optimizer, "optimizer", optimizer), NowcastOptimizer):
             raise NinoError("the optimizer is a NowcastOptimizer already; use that or NowcastCallback, not both")
-        self._detach()  # an earlier training may have been interrupted
+        _make_way(unwrap(model), state)
+        self._detach()  # from the model of an earlier training
         self.session = NowcastSession(
             model,
             self.nowcaster,
@@ -115,18 +120,28 @@ class NowcastCallback(TrainerCallback):
         self._log.attach(self)
         if state.global_step > 0:
             self._resume(args, state)
-        if args.n_gpu <= 1:  # replicas of DataParallel would call the hook from their own threads and devices
-            self._loss_hook = unwrap(model).register_forward_hook(self._observe_output, with_kwargs=True)
+        self._training = state
+        self._loss_hook = unwrap(model).register_forward_hook(self._observe_output, with_kwargs=True)
+        self._reads_losses = args.n_gpu <= 1  # replicas of DataParallel call it from their own threads and devices
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the rate of this update, if it counts: when ``on_step_end`` comes, the scheduler has gone on."""
+        is_needed = self.session is not None and self.session.snapshot_is_next
+        self._learning_rate = learning_rate_of(kwargs.get("optimizer")) if is_needed else None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Count the update, unless mixed precision skipped it."""
+        """Count the update, unless mixed precision skipped it; the losses of both are of the same weights."""
         losses, self._losses = self._losses, []
-        if self.session is not None and not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
-            if losses:
-                self.session.observe(self._loss_of_update(losses, args))
-            self.session.after_update()
+        if self.session is None:
+            return control
+        if losses:
+            self.session.observe(self._loss_of_update(losses, args))
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.session.after_update(learning_rate=self._learning_rate)
             control.should_log = control.should_log or bool(self._log)
         return control
 
@@ -144,14 +159,17 @@ class NowcastCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
         folder = _checkpoint_folder(args, state)
-        if self.session is None or not state.is_world_process_zero or args.save_only_model:
+        if self.session is None or not args.should_save or args.save_only_model:
             return
         if not folder.is_dir():
             logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
-        temporary = folder / (STATE_FILE + ".part")
-        torch.save(self.session.state_dict(), temporary)
-        temporary.replace(folder / STATE_FILE)
+        path = folder / STATE_FILE
+        path.unlink(missing_ok=True)  # of an earlier run, whose snapshots are not of these weights
+        try:
+            save_whole(self.session.state_dict(), path)
+        except OSError as error:  # the rest of the checkpoint is whole, and so is the run
+            logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,7 +183,7 @@ class NowcastCallback(TrainerCallback):
     def _detach(self) -> None:
         if self._loss_hook is not None:
             self._loss_hook.remove()
-        self._loss_hook = None
+        self._loss_hook = self._training = None
         self._losses.clear()
         self._log.detach()
 
@@ -173,13 +191,13 @@ class NowcastCallback(TrainerCallback):
         if self.session is None:
             return
         path = self._folder_to_resume(args, state) / STATE_FILE
-        if not path.is_file():
+        if not path.exists():
             logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
             self.session.step = state.global_step
             return
         try:
-            self.session.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            self.session.load_state_dict(load_whole(path))
+        except NinoError as error:
             raise CheckpointError(
                 f"{path} cannot be resumed from; delete it to go on with a fresh history: {error}"
             ) from error
@@ -192,9 +210,11 @@ class NowcastCallback(TrainerCallback):
             return Path(named)
         return _checkpoint_folder(args, state)
 
+    # Of a compiled model the hook runs outside of the graph: there is nothing to compile.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _observe_output(self, module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
         """Note the training loss that the model returns, if it does (a forward hook)."""
-        if not module.training or not torch.is_grad_enabled():
+        if not (self._reads_losses and module.training and torch.is_grad_enabled()):
             return
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.numel() == 1:
@@ -210,3 +230,16 @@ class NowcastCallback(TrainerCallback):
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _make_way(model: nn.Module, training: TrainerState) -> None:
+    """Detach what an interrupted training left on the model; refuse what is already attached in this very training."""
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
+    for other in [owner for owner in owners if isinstance(owner, NowcastCallback)]:
+        is_of_this_training = other._training is training
+        other._detach()
+        if is_of_this_training:
+            raise NinoError(
+                "NowcastCallback is attached to this Trainer twice; trainer.remove_callback(NowcastCallback) takes "
+                "one away"
+            )

@@ -14,10 +14,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
+from torch.optim import Optimizer
+
 from nino.schedule import ScheduleConfig
 
 SMALLEST_RISE = 1e-3
 """A learning rate that rose by less than this part of itself between two snapshots did not rise."""
+
+
+def learning_rate_of(optimizer: Optimizer | None) -> float | None:
+    """The largest learning rate of an optimizer's groups; ``None`` if it has none, or sets its own as it goes.
+
+    Ask before a scheduler steps: afterwards it is the rate of the coming update. A rate that is a tensor on a device
+    is waited for.
+
+    Example:
+        >>> import torch
+        >>> weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        >>> groups = [{"params": weights[:1]}, {"params": weights[1:], "lr": 0.5}]
+        >>> learning_rate_of(torch.optim.SGD(groups, lr=0.1))
+        0.5
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    rates = [float(group["lr"]) for group in groups if group.get("lr") is not None]
+    return max(rates, default=None)
 
 
 def has_risen(rates: Iterable[float]) -> bool:

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
+from nino.changes import describe_changes
 from nino.distributed import agree, from_first_process, is_true_everywhere, mean_over_processes
 from nino.engine.weights import Jump
 from nino.errors import NinoError, SnapshotError
+from nino.graph.builder import graph_parameters
 from nino.history import Place, SnapshotStore
+from nino.interrupts import held_back
 from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
 from nino.probation import (
@@ -36,7 +39,7 @@ from nino.probation import (
     gather_evidence,
     has_recovered,
 )
-from nino.rates import has_risen, horizon_by_mass
+from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
@@ -66,7 +69,8 @@ class NowcastSession:
         batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
-        on_report: called with each nowcast's report once the loss after it is known.
+        on_report: called with each nowcast's report once the loss after it is known; an error that it raises is
+            logged and ends nothing.
 
     Raises:
         NinoError: if the model cannot be wired, its parameters are sharded, none of them is trained, or a setting is
@@ -128,6 +132,13 @@ class NowcastSession:
         self._open: OpenReport | None = None
         self._has_begun = False
         self._said_unjudged = False
+        self._shapes = self.graph.shapes
+        self._trained: dict[str, nn.Parameter] = {}
+        """The model's parameters, and those that were trained, at the last snapshot."""
+        self._no_graph = ""
+        """Why the model cannot be wired since it has changed."""
+        self._no_snapshot = ""
+        """Why the last snapshot failed."""
 
     def observe(self, loss: Tensor | float) -> None:
         """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
@@ -143,12 +154,17 @@ class NowcastSession:
         # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
         self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
 
-    def after_update(self, learning_rate: float | None = None) -> NowcastReport | None:
+    @property
+    def snapshot_is_next(self) -> bool:
+        """Whether the coming update is one after which a snapshot is taken."""
+        return is_snapshot_step(self.step + 1, self.schedule)
+
+    def after_update(self, *, learning_rate: float | None = None) -> NowcastReport | None:
         """Count one real optimizer update, and snapshot or nowcast if that is due.
 
         Args:
-            learning_rate: of this update; by default the largest that the optimizer has now, for callers that come
-                before the scheduler's step.
+            learning_rate: of this update, for callers that come after the scheduler's step; by default the largest that
+                the optimizer's groups hold now. Read only where a snapshot is due: see :attr:`snapshot_is_next`.
 
         Returns:
             A report if this call completed one, else ``None``.
@@ -156,6 +172,7 @@ class NowcastSession:
         if not self._has_begun:  # frameworks shard and replace parameters after this object was made
             _refuse_sharded(self.model)
             self._check_parameters()
+            self._begin()
             self._has_begun = True
         self.step += 1
         completed = self._take_loss()
@@ -265,6 +282,7 @@ class NowcastSession:
         self._rates = deque(rates, maxlen=self.schedule.context)
         self._observed.clear()
         self._open, self.trust = open_report, trust
+        self._trained = parameters
         if open_report is not None:
             others = [other for other in self.reports if other.step != open_report.report.step]
             self.reports = [*others, open_report.report]
@@ -283,22 +301,65 @@ class NowcastSession:
                 "FSDP keep copies of their own, which this release cannot nowcast)"
             )
 
+    def _begin(self) -> None:
+        """Wire the model again if parameters came or went since this object was made.
+
+        Raises:
+            NinoError: if it cannot be wired.
+        """
+        self._trained = self.trainable_parameters()
+        self._notice_changes()
+        if self._no_graph:
+            raise NinoError(self._no_graph)
+
+    def _notice_changes(self) -> None:
+        """If the model is another than at the last snapshot, start the history afresh, and say so once."""
+        shapes = graph_parameters(self.model)
+        change = describe_changes(self._shapes, shapes, self._trained, self.trainable_parameters())
+        if change:
+            unjudged = ""
+            if self._open is not None and self._open.on_probation:  # what it would be undone from fits no more
+                self._open.on_probation = False
+                self.restore_point.clear()
+                unjudged = f", the nowcast after update {self._open.report.step} is not judged"
+            message = "the model has changed by update %d, snapshots start afresh%s: %s"
+            logger.warning(message, max(self.step, 1), unjudged, change)
+            self._forget_history()
+            self._wire_again()
+        self._shapes, self._trained = shapes, self.trainable_parameters()
+
+    def _wire_again(self) -> None:
+        try:
+            graph = self.nowcaster.graph_of(self.model)
+            self.nowcaster.check_fits(graph)
+        except Exception as error:  # every nowcast is then refused, with this reason; the run goes on
+            self._no_graph = str(error) or repr(error)
+            return
+        self.graph, self._no_graph = graph, ""
+        self._positions = graph.positions(self.nowcaster.config.num_positions)
+
     def _snapshot(self, learning_rate: float | None) -> None:
+        self._notice_changes()
+        if self._no_graph:
+            return
         try:
             self.store.append(self.step, self.trainable_parameters())
-            self._rates.append(self._learning_rate() if learning_rate is None else learning_rate)
-        except Exception as error:  # most likely no memory; the run must go on
-            self._forget_history()
-            logger.warning("no snapshot after update %d, training goes on: %s", self.step, error)
+            rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
+            self._rates.append(1.0 if rate is None else rate)  # an optimizer without one has a constant one
+        except Exception as error:  # most likely no memory or no disk; the run must go on
+            self._forget_snapshots()
+            level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
+            self._no_snapshot = str(error) or repr(error)
+            logger.log(level, "no snapshot after update %d, training goes on: %s", self.step, self._no_snapshot)
+        else:
+            self._no_snapshot = ""
 
-    def _learning_rate(self) -> float:
-        """The largest of the optimizer; 1 without one."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return max((float(group["lr"]) for group in groups if "lr" in group), default=1.0)
-
-    def _forget_history(self) -> None:
+    def _forget_snapshots(self) -> None:
         self.store.clear()
         self._rates.clear()
+
+    def _forget_history(self) -> None:
+        self._forget_snapshots()
         self._losses.clear()
 
     def _take_loss(self) -> NowcastReport | None:
@@ -309,6 +370,8 @@ class NowcastSession:
             self._losses.append(loss)
         if self._open is None or not self._open.book(loss):
             return None
+        if self._open.on_probation:
+            self._notice_changes()
         return self._complete(self._judge(self._open) if self._open.on_probation else self._open.with_losses())
 
     def _complete(self, report: NowcastReport) -> NowcastReport:
@@ -316,9 +379,16 @@ class NowcastSession:
         self.reports[-1] = report
         if report.accepted:
             _log(report)
-        if self.on_report is not None:
-            self.on_report(report)
+        self._tell(report)
         return report
+
+    def _tell(self, report: NowcastReport) -> None:
+        try:
+            if self.on_report is not None:
+                self.on_report(report)
+        except Exception as error:  # a dashboard that cannot be reached is no reason to lose a run
+            message = "on_report failed for the nowcast after update %d, training goes on: %s"
+            logger.warning(message, report.step, str(error) or repr(error), exc_info=True)
 
     @property
     def _is_on_probation(self) -> bool:
@@ -336,14 +406,14 @@ class NowcastSession:
             self.trust = self.trust.after(is_kept, self.probation)
             report = replace(report, loss_after=evidence.after)
             if not is_kept:
-                report = self._roll_back(replace(report, rolled_back=True), evidence, parameters)
+                report = self._roll_back(replace(report, rolled_back=True), evidence)
         self.restore_point.clear()
         return report
 
-    def _roll_back(
-        self, report: NowcastReport, evidence: Evidence, parameters: Mapping[str, nn.Parameter]
-    ) -> NowcastReport:
-        self.restore_point.restore(self.model, parameters, self.optimizer)
+    def _roll_back(self, report: NowcastReport, evidence: Evidence) -> NowcastReport:
+        saved = self.restore_point.weights
+        moved = {name: p for name, p in self.model.named_parameters() if name in saved}  # some may be frozen by now
+        self.restore_point.restore(self.model, moved, self.optimizer)
         self.batch_norm.end(counts=False)
         self._forget_history()  # snapshots of the undone weights, if there are any
         reason = (
@@ -368,23 +438,31 @@ class NowcastSession:
             return OpenReport(report, 1)
         parameters = self.trainable_parameters()
         on_probation = is_true_everywhere(self._can_judge(losses), self._device(parameters))
-        report = self._jump(report, parameters, on_probation)
+        report = self._jump(report, parameters, on_probation, self._why_not_to_judge(losses))
         if not (report.accepted and on_probation):
             self.restore_point.clear()
             return OpenReport(report, 1)
-        return OpenReport(report, self.probation.updates, on_probation=True, before=losses)
+        return OpenReport(report, self.probation.updates, on_probation=True, before=_finite(losses))
 
     def _can_judge(self, losses: Sequence[float]) -> bool:
         """Whether enough is known to put a nowcast on probation; says so once if it is wanted and nothing is."""
         if not self.probation.updates or self.optimizer is None:
             return False
-        if not losses and not self._said_unjudged:
+        if not losses and self.store.is_full and not self._said_unjudged:
             self._said_unjudged = True
             logger.warning(
                 "no training losses are observed, so nowcasts are kept without probation: call observe(loss) before "
                 "each step, or set probation=0"
             )
-        return len(losses) >= MIN_LOSSES_BEFORE
+        return len(_finite(losses)) >= MIN_LOSSES_BEFORE
+
+    def _why_not_to_judge(self, losses: Sequence[float]) -> str:
+        """Why a nowcast that is to be judged by the losses cannot be, and is refused for that."""
+        finite = len(_finite(losses))
+        if not self.probation.updates or self.optimizer is None or not finite < MIN_LOSSES_BEFORE <= len(losses):
+            return ""
+        bad = len(losses) - finite
+        return f"{bad} of the last {len(losses)} training losses are NaN or infinite, so it could not be judged"
 
     def _horizon(self) -> tuple[int, str]:
         """How far to look, and why this nowcast is left out, if it is."""
@@ -399,11 +477,15 @@ class NowcastSession:
             return horizon, "the learning rate that is left moves the weights no farther than they are"
         return self.trust.shorten(horizon), ""
 
-    def _jump(self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> NowcastReport:
-        """Replace the weights by their prediction, in every process or in none."""
+    def _jump(
+        self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool, refusal: str
+    ) -> NowcastReport:
+        """Replace the weights by their prediction, in every process or, if one has a ``refusal``, in none."""
         began = time.perf_counter()
         jump, reason, before = Jump(math.nan, math.nan), "", {}
         try:
+            if refusal:
+                raise SnapshotError(refusal)
             before = self._backup(parameters, on_probation)
             jump = self._predict(report.horizon, parameters, before)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
@@ -430,9 +512,12 @@ class NowcastSession:
 
     def _backup(self, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> dict[str, Tensor]:
         """Copies of the parameters as they are: the newest snapshot, which is of this very update, if it is exact."""
+        if self._no_graph:
+            raise NinoError(self._no_graph)
         if not self.store.is_full:
             raise SnapshotError(
                 f"{len(self.store)} of {self.store.context} snapshots were taken since the history began"
+                + (f"; the last try: {self._no_snapshot}" if self._no_snapshot else "")
             )
         if on_probation:
             self.restore_point.take(self.step, self.model, parameters, self.optimizer)
@@ -460,6 +545,10 @@ class NowcastSession:
         return next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
 
 
+def _finite(losses: Sequence[float]) -> list[float]:
+    return [loss for loss in losses if math.isfinite(loss)]
+
+
 def _log(report: NowcastReport) -> None:
     """The one log record of a nowcast, with all its numbers in ``record.nowcast``."""
     level = logging.INFO if report.outcome in ("accepted", "left out") else logging.WARNING
@@ -469,8 +558,9 @@ def _log(report: NowcastReport) -> None:
 @torch.no_grad()
 def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
     """Write new values into live parameters in place, so that storages, ties and views survive."""
-    for name, parameter in parameters.items():
-        parameter.copy_(new[name])
+    with held_back():
+        for name, parameter in parameters.items():
+            parameter.copy_(new[name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -113,8 +113,8 @@ def wrapped_optimizers(model: nn.Module) -> tuple[NowcastOptimizer, Any]:
     return optimizer, lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_callback_wrapper_and_plain_loop_give_the_same_weights(tmp_path: Path, accumulation: int) -> None:
+def test_tokens_of_accumulated_batches_are_weighed_alike_everywhere(tmp_path: Path) -> None:
+    accumulation = 4
     nowcast = callback()
     by_callback = trainer(tmp_path, nowcast, gradient_accumulation_steps=accumulation, optim="adamw_torch")
     batches: list[dict[str, Any]] = []
@@ -184,19 +184,6 @@ def test_a_model_of_an_unknown_family_works(tmp_path: Path, caplog: pytest.LogCa
 
     assert [(r.step, r.accepted) for r in nowcast.reports] == [(6, True), (12, True)]
     assert sum("of no family that Nino knows" in record.getMessage() for record in caplog.records) == 1
-
-
-def test_updates_that_mixed_precision_skips_are_not_counted(tmp_path: Path) -> None:
-    nowcast = callback()
-    run = trainer(tmp_path, nowcast, max_steps=1)
-    run.train()
-
-    for skipped in (True, False):
-        optimizer = type("Optimizer", (), {"step_was_skipped": skipped})()
-        nowcast.on_step_end(run.args, run.state, run.control, optimizer=optimizer)
-
-    assert nowcast.session is not None
-    assert nowcast.session.step == 2
 
 
 # Logs
@@ -348,13 +335,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
     return folder / "out", weights_of(run.model), numbers(run.state.log_history)
 
 
-@pytest.mark.parametrize("at", [3, 6, 9])
 @pytest.mark.parametrize("restore_callbacks", [False, True])
-def test_resume_is_exact(tmp_path: Path, whole: Any, at: int, restore_callbacks: bool) -> None:
+def test_a_resumed_training_logs_what_an_uninterrupted_one_does(
+    tmp_path: Path, whole: Any, restore_callbacks: bool
+) -> None:
     shutil.copytree(whole[0], tmp_path / "out")
     run = trainer(tmp_path, callback(), model=llama(seed=1), restore_callback_states_from_checkpoint=restore_callbacks)
 
-    run.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{at}"))
+    run.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
 
     assert_same(weights_of(run.model), whole[1])
     resumed, uninterrupted = numbers(run.state.log_history), whole[2]
@@ -394,6 +382,17 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a snapshot
+    path.write_bytes(content)
+
+
+def _make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def _foreign(path: Path) -> None:
     torch.save([1, 2, 3], path)
 
@@ -410,6 +409,8 @@ def _malicious(path: Path) -> None:
     "spoil",
     [
         _truncate,
+        _flip_a_bit,
+        _make_a_folder,
         _foreign,
         _of_another_period,
         _malicious,

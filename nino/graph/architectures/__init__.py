@@ -34,6 +34,10 @@ FAMILIES: dict[str, tuple[str, Wire]] = {
 OFFICIAL_FAMILIES: dict[str, Wire] = {"gpt2": compat.wire_gpt2, "chain": compat.wire_chain}
 
 
+BESIDE_ADAPTERS = ".base_layer."
+"""In the names of a layer's own parameters once peft has put adapters beside it."""
+
+
 def wire(model: nn.Module, wiring: str) -> NeuralGraph:
     """Recognise a model's family and build its graph; see :meth:`NeuralGraph.from_model`."""
     if wiring not in ("exact", "official"):
@@ -49,6 +53,8 @@ def wire(model: nn.Module, wiring: str) -> NeuralGraph:
     builder = GraphBuilder(model)
     if not builder.shapes:
         raise GraphError(f"{type(model).__name__} has no floating point parameters: there is nothing to wire")
+    if family != "chain" and any(BESIDE_ADAPTERS in name for name in builder.shapes):
+        family, wire_family = "chain", _refuse_adapters
     try:
         wire_family(model, builder)
         return builder.finish(family, wiring)
@@ -66,3 +72,7 @@ def wire(model: nn.Module, wiring: str) -> NeuralGraph:
         builder = GraphBuilder(model)
         per_parameter.wire(model, builder)
         return builder.finish("per_parameter", "per-parameter")
+
+
+def _refuse_adapters(model: nn.Module, builder: GraphBuilder) -> None:
+    raise GraphError("adapters were put beside its layers")
