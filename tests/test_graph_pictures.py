@@ -148,6 +148,12 @@ def test_the_script_draws_a_config(tmp_path: Path, capsys: pytest.CaptureFixture
     assert record["groups"][-1]["first_node"] + record["groups"][-1]["size"] == record["nodes"]
 
 
+def test_layers_that_cannot_be_counted_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        plot_graph.main(["--model", "cnn-14k", "--layers", "2", "--out", str(tmp_path / "out")])
+    assert "--layers: the model's config has none of num_hidden_layers, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
