@@ -22,7 +22,7 @@ if importlib.util.find_spec("transformers") is None:  # an optional package
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from nino.callbacks import NowcastCallback
 
@@ -287,6 +287,30 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
         step: {f"train/{name}": value for name, value in report.as_log().items()}
         for step, report in zip((7, 13), nowcast.reports, strict=True)
     }
+
+
+def test_wandbs_own_callback_does_not_name_the_numbers(tmp_path: Path) -> None:
+    class Wandb(WandbCallback):
+        def __init__(self) -> None:  # the real one wants wandb to be installed, and a run
+            self.seen: list[str] = []
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            """It would begin a run."""
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            """It would end it."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.seen += logs
+
+    recorder, wandb = Recorder(), Wandb()
+    run = trainer(tmp_path, recorder, wandb, callback())
+    callbacks = list(run.callback_handler.callbacks)
+    run.train()
+
+    assert "loss" in wandb.seen and not any("nowcast" in name for name in wandb.seen)
+    assert any(recorder.logs.values())  # although it comes before wandb's
+    assert run.callback_handler.callbacks == callbacks
 
 
 def test_a_nowcast_whose_probation_the_end_cuts_short_is_logged(tmp_path: Path) -> None:

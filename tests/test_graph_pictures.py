@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -134,18 +132,12 @@ def test_every_type_of_edge_has_a_colour_of_its_own() -> None:
     assert len(set(COLOURS.values())) == len(EdgeType)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    script = Path(plot_graph.__file__)
-    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-
-
-def test_the_script_draws_a_config(tmp_path: Path) -> None:
+def test_the_script_draws_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config_file(tmp_path, CONFIGS["qwen3"])
 
-    done = run("--model", path, "--layers", 1, "--out", tmp_path / "out")
+    assert plot_graph.main(["--model", str(path), "--layers", "1", "--dpi", "40", "--out", str(tmp_path / "out")]) == 0
 
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Qwen3ForCausalLM, 1 layer: ")
+    assert capsys.readouterr().out.startswith("Qwen3ForCausalLM, 1 layer: ")
     record = json.loads((tmp_path / "out" / "graph.json").read_text())
     for picture in ("adjacency.png", "layers.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
@@ -154,6 +146,12 @@ def test_the_script_draws_a_config(tmp_path: Path) -> None:
     assert [block["shape"] for block in record["blocks"] if block["type"] == "query"] == [[32, 16]]
     assert {group["name"]: group["row"] for group in record["groups"]}["stream.1"] == 5
     assert record["groups"][-1]["first_node"] + record["groups"][-1]["size"] == record["nodes"]
+
+
+def test_layers_that_cannot_be_counted_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        plot_graph.main(["--model", "cnn-14k", "--layers", "2", "--out", str(tmp_path / "out")])
+    assert "--layers: the model's config has none of num_hidden_layers, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_every_door_has_a_recipe() -> None:
     doors = {"Plain loop", "Trainer", "Accelerate", "Fine-tuning with LoRA", "Resuming", "Reading the logs", "Plots"}
     assert doors <= set(SECTIONS)
     (sharded,) = of_section("FSDP2")
-    compile(sharded.code, "FSDP2", "exec")  # run by the distributed tests
+    compile(sharded.code, "FSDP2", "exec")  # needs several processes: run by the distributed tests
 
 
 @pytest.mark.parametrize(
