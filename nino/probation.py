@@ -34,8 +34,9 @@ class ProbationConfig:
 
     updates: int = 50
     """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
-    tolerance: float = 3.0
-    """By how many standard errors the mean loss after the jump may exceed that before it."""
+    tolerance: float = 8.0
+    """By how many standard errors the mean loss after the jump may exceed that before it. Good jumps may still be on
+    their way back; bad ones are far worse (docs/probation.md has the measurement)."""
     shrink: float = 0.5
     """What horizons are multiplied by after a nowcast that was taken back."""
     grow: float = 1.5
