@@ -31,6 +31,7 @@ from tasks.comparing import (
     by_setting,
     map_numbers,
     mean_curve,
+    percent_undone,
     spread,
     summarise,
     verdicts,
@@ -628,6 +629,30 @@ def test_quality_by_budget() -> None:
     adam, lawa = map_numbers(by_budget(by_setting(results), {"t": LOSS}), str)
     assert (adam["q(20)"], adam["q(40)"]) == ("2", "0.5") and (lawa["q(20)"], lawa["q(40)"]) == (None, "2")
     assert by_budget(by_setting(results[1:]), {"t": LOSS}) == []
+
+
+def test_updates_for_the_quality_that_adam_ends_with() -> None:
+    # Adam ends at 1 after 20 updates; linear at 2 after 10 and at 0.5 after 40: two thirds of the way in quality, so
+    # two thirds in the logarithm: 10 * 4^(2/3) = 25.
+    results = [
+        result("adam", [2.0, 1.0]),
+        result("linear", [2.0]),
+        result("linear", [3.0, 2.0, 1.0, 0.5]),
+    ]
+    for run, updates in zip(results, (20, 10, 40), strict=True):
+        run["cell"]["updates"] = updates
+    rows = {row["method"]: row for row in map_numbers(by_budget(by_setting(results), {"t": LOSS}), str)}
+    assert rows["linear"]["for Adam's q(20)"] == "25"
+    assert rows["linear"]["for Adam's q(40)"] is None and rows["adam"]["for Adam's q(20)"] is None
+
+
+def test_updates_that_probations_took_back() -> None:
+    run = result("nino:x", [1.0] * 4)
+    run["cell"]["rhythm"] = {"probation": 2}
+    run["nowcasts"] = [{"nowcast/rolled_back": 1.0}, {"nowcast/rolled_back": 0.0}]
+    assert percent_undone(run) == 100 * 2 / run["cell"]["updates"]
+    run["cell"]["rhythm"] = None
+    assert percent_undone(run) is None
 
 
 def test_sentences_compare_with_adam_and_between_weights() -> None:
