@@ -28,6 +28,8 @@ class NowcastReport:
     """Why not, if they were not replaced, or why they were put back."""
     seconds: float = 0.0
     """Wall-clock time of the prediction and of writing it back."""
+    bytes_sent: int = 0
+    """What this process put into exchanges with others for it."""
     relative_jump: float = math.nan
     """Norm of the change over the norm of the weights."""
     loss_before: float = math.nan
@@ -45,6 +47,7 @@ class NowcastReport:
             "nowcast/accepted": float(self.accepted),
             "nowcast/rolled_back": float(self.rolled_back),
             "nowcast/seconds": self.seconds,
+            "nowcast/bytes_sent": self.bytes_sent,
             "nowcast/relative_jump": self.relative_jump,
             "nowcast/loss_before": self.loss_before,
             "nowcast/loss_after": self.loss_after,

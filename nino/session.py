@@ -2,8 +2,8 @@
 
 A session is told of every real optimizer update. It takes snapshots, nowcasts when one is due, writes the
 prediction into the live weights and reports what happened. Whatever goes wrong in a nowcast is logged and leaves
-the weights as they were; it never ends the run. With data parallelism every process holds a session and nowcasts the
-whole model; if one of them cannot, none does.
+the weights as they were; it never ends the run. Of several processes every one holds a session and works on its share
+of a nowcast; if one of them cannot, none does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nino.distributed import agree, from_first_process, is_true_everywhere, mean_over_processes
+from nino.distributed import Channel, LostProcessError, is_true_everywhere, mean_over_processes
 from nino.engine.weights import Jump
 from nino.errors import NinoError, SnapshotError
 from nino.history import Place, SnapshotStore
@@ -30,6 +30,8 @@ from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, ha
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
+from nino.shards import compute_device, local_tensor, refuse_unsupported
+from nino.shared_work import plan_share
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class NowcastSession:
                 max_steps,
                 period,
             )
-        _refuse_sharded(self.model)
+        refuse_unsupported(self.model)
         self.graph = self.nowcaster.graph_of(self.model)
         self.nowcaster.check_fits(self.graph)
         self._check_parameters()
@@ -127,7 +129,7 @@ class NowcastSession:
             A report if this call completed one, else ``None``.
         """
         if not self._has_begun:  # frameworks shard and replace parameters after this object was made
-            _refuse_sharded(self.model)
+            refuse_unsupported(self.model)
             self._check_parameters()
             self._has_begun = True
         self.step += 1
@@ -218,12 +220,12 @@ class NowcastSession:
         if changed:
             raise NinoError(
                 f"{changed[:3]} changed shape since nowcasting was set up ({len(changed)} in all); set it up after "
-                "the model is complete, and train with plain data parallelism, not with sharded parameters"
+                "the model is complete"
             )
         if not parameters:
             raise NinoError(
-                "no parameter of the model is trained: all are frozen, or the optimizer holds others (DeepSpeed and "
-                "FSDP keep copies of their own, which this release cannot nowcast)"
+                "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
+                "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
             )
 
     def _snapshot(self) -> None:
@@ -303,22 +305,27 @@ class NowcastSession:
     def _jump(self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> NowcastReport:
         """Replace the weights by their prediction, in every process or in none."""
         began = time.perf_counter()
-        jump, reason, before = Jump(math.nan, math.nan), "", {}
+        channel, before = Channel(self._device(parameters)), {}
         try:
-            before = self._backup(parameters, on_probation)
-            jump = self._predict(report.horizon, parameters, before)
+            with channel.together():
+                before = self._backup(parameters, on_probation)
+                jump = self._predict(report.horizon, parameters, before, channel)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
-            reason = str(error) or repr(error)
-        everyone_did, are_alike = agree(not reason, jump.norm, self._device(parameters))
-        if not everyone_did:
-            if not reason:
+            if before:
                 write_parameters(parameters, before)
-                reason = "another process refused it"
+            if isinstance(error, LostProcessError):  # it cannot go on; whoever catches this finds the weights whole
+                raise
+            reason = str(error) or repr(error)
             logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, reason)
-            return replace(report, reason=reason, seconds=time.perf_counter() - began)
-        if are_alike:
-            write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
-        report = replace(report, accepted=True, seconds=time.perf_counter() - began, relative_jump=jump.relative)
+            seconds = time.perf_counter() - began
+            return replace(report, reason=reason, seconds=seconds, bytes_sent=channel.bytes_sent)
+        report = replace(
+            report,
+            accepted=True,
+            seconds=time.perf_counter() - began,
+            relative_jump=jump.relative,
+            bytes_sent=channel.bytes_sent,
+        )
         logger.info(
             "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",
             report.step,
@@ -341,31 +348,36 @@ class NowcastSession:
         if self.store.exact:
             return self.store.snapshots[-1]
         return {
-            name: parameter.detach().to(parameter.device if self.store.place == "device" else "cpu", copy=True)
+            name: local_tensor(parameter).to(parameter.device if self.store.place == "device" else "cpu", copy=True)
             for name, parameter in parameters.items()
         }
 
-    def _predict(self, horizon: int, parameters: Mapping[str, nn.Parameter], newest: Mapping[str, Tensor]) -> Jump:
-        fixed = {
-            name: parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if name in self.graph.shapes and name not in parameters
-        }
+    def _predict(
+        self, horizon: int, parameters: Mapping[str, nn.Parameter], newest: Mapping[str, Tensor], channel: Channel
+    ) -> Jump:
+        everything = {name: p for name, p in self.model.named_parameters() if name in self.graph.shapes}
+        fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
         snapshots = [{**fixed, **snapshot} for snapshot in (*self.store.snapshots[:-1], newest)]
         return self.nowcaster.predict_(
-            parameters, snapshots, horizon, self.graph, positions=self._positions, device=self._device(parameters)
+            parameters,
+            snapshots,
+            horizon,
+            self.graph,
+            positions=self._positions,
+            device=channel.device,
+            share=plan_share(self.graph, everything, parameters, snapshots, channel),
         )
 
     @staticmethod
     def _device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
-        return next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+        return compute_device(parameters.values())
 
 
 @torch.no_grad()
 def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
     """Write new values into live parameters in place, so that storages, ties and views survive."""
     for name, parameter in parameters.items():
-        parameter.copy_(new[name])
+        local_tensor(parameter).copy_(new[name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -377,13 +389,3 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    sharded = [n for n, p in model.named_parameters() if hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor"]
-    sharded += [n or "the model" for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
-    if sharded:
-        raise NinoError(
-            f"{sharded[0]} is sharded over several processes, which this release cannot nowcast; "
-            "train with plain data parallelism"
-        )
