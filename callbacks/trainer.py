@@ -1,7 +1,8 @@
 """Nowcasting in the Hugging Face Trainer: translates the Trainer's events into a session's calls.
 
 A nowcast happens in ``on_step_end``: after the optimizer's update, before evaluation and saving, so that checkpoints
-hold it. Counters and snapshots travel in a file of the checkpoint folder. Losses are read off the model's own outputs.
+hold it. Counters and snapshots travel in a file of the checkpoint folder, for sharded models in a folder in it. Losses
+are read off the model's own outputs.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from nino.history import Place
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
 from nino.report import NowcastReport
+from nino.saving import has_shards, load_session, save_session
 from nino.session import NowcastSession, unwrap
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "nowcast.pt"
+SHARDS_FOLDER = "nowcast"
+"""Takes its place if parameters are sharded."""
 
 
 class NowcastCallback(TrainerCallback):
@@ -139,7 +143,12 @@ class NowcastCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
         folder = _checkpoint_folder(args, state)
-        if self.session is None or not state.is_world_process_zero or args.save_only_model:
+        if self.session is None or args.save_only_model:
+            return
+        if has_shards(self.session):
+            save_session(self.session, folder / SHARDS_FOLDER)
+            return
+        if not state.is_world_process_zero:
             return
         if not folder.is_dir():
             logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
@@ -165,6 +174,9 @@ class NowcastCallback(TrainerCallback):
         if self.session is None:
             return
         path = self._folder_to_resume(args, state) / STATE_FILE
+        if path.with_name(SHARDS_FOLDER).is_dir():
+            load_session(self.session, path.with_name(SHARDS_FOLDER))
+            return
         if not path.is_file():
             logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
             self.session.step = state.global_step

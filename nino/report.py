@@ -47,7 +47,7 @@ class NowcastReport:
             "nowcast/accepted": float(self.accepted),
             "nowcast/rolled_back": float(self.rolled_back),
             "nowcast/seconds": self.seconds,
-            "nowcast/bytes_sent": self.bytes_sent,
+            "nowcast/bytes_sent": self.bytes_sent or math.nan,
             "nowcast/relative_jump": self.relative_jump,
             "nowcast/loss_before": self.loss_before,
             "nowcast/loss_after": self.loss_after,

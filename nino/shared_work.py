@@ -209,12 +209,9 @@ def _costs(graph: NeuralGraph, wanted: Collection[str]) -> dict[str, int]:
     edges = dict.fromkeys(graph.shapes, 0)
     for block in graph.parameter_blocks:
         edges[str(block.parameter)] += block.num_edges
-    return {
-        name: max(
-            number * (MESSAGE_COST + PREDICTION_COST * (name in wanted)) // Rows.all_of(graph.shapes[name]).total, 1
-        )
-        for name, number in edges.items()
-    }
+    per_edge = {name: MESSAGE_COST + PREDICTION_COST * (name in wanted) for name in edges}
+    num_rows = {name: Rows.all_of(shape).total for name, shape in graph.shapes.items()}
+    return {name: max(edges[name] * per_edge[name] // num_rows[name], 1) for name in edges}
 
 
 def _parcels(rows: Iterable[Tensor]) -> Iterator[list[Tensor]]:

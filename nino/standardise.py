@@ -71,7 +71,8 @@ class Moments:
         number = sum(snapshot.numel() for snapshot in snapshots)
         device = snapshots[0].device if device is None else device
         if not number:
-            return Moments(0, *torch.zeros(2, dtype=torch.float64, device=device), exact)
+            zero = torch.zeros((), dtype=torch.float64, device=device)
+            return Moments(0, zero, zero, exact)
 
         def about(centre: Tensor, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             """Sums of the differences from a number, and of their squares."""

@@ -1,0 +1,187 @@
+"""Saving a session in a folder, every process its own shards, with ``torch.distributed.checkpoint`` (DCP).
+
+A folder holds what is not a tensor in one file, per process since losses differ, and the tensors as DCP writes them:
+snapshots of sharded parameters as shards of one tensor, so that a run may go on with another number of processes;
+what belongs to one process alone (running statistics of batch norms, say) under its rank.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nino.distributed import Channel, num_processes
+from nino.errors import CheckpointError, NinoError
+from nino.session import NowcastSession
+from nino.shards import as_sharded, compute_device, is_dtensor, local_tensor
+
+NUMBERS_FILE = "numbers.pt"
+TENSORS_FOLDER = "tensors"
+TENSOR = "__tensor__"
+"""Marks a dict that stands for a tensor; sessions use no such key."""
+
+
+def has_shards(session: NowcastSession) -> bool:
+    """Whether a session must be saved by all processes together."""
+    return any(is_dtensor(parameter) for parameter in session.model.parameters())
+
+
+def save_session(session: NowcastSession, folder: str | Path) -> None:
+    """Save counters, snapshots and all else a session needs to go on; every process calls this.
+
+    Args:
+        session: of this process.
+        folder: on a file system that all processes share; it appears whole or not at all, and replaces an older one.
+
+    Raises:
+        OSError: if there is no room or no right to write; a RuntimeError in the other processes.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    folder = Path(folder)
+    partial, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    channel = _channel(session)
+    with channel.together():
+        if channel.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        tensors: dict[str, Tensor] = {}
+        numbers = _take_out(session.state_dict(), _Naming(session, channel.rank, tensors))
+        channel.ask()  # the folder is there
+        save(tensors, storage_writer=FileSystemWriter(partial / TENSORS_FOLDER), no_dist=channel.size == 1)
+        everyone = _gather(numbers)
+        if channel.rank == 0:
+            torch.save(everyone, partial / NUMBERS_FILE)
+    with channel.together():
+        if channel.rank == 0:
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_session(session: NowcastSession, folder: str | Path) -> None:
+    """Restore what :func:`save_session` wrote; every process calls this, after model and optimizer were restored.
+
+    Args:
+        session: of a run whose parameters are sharded over any number of processes.
+        folder: the one that was saved.
+
+    Raises:
+        CheckpointError: if the folder is missing or damaged, or holds tensors of single processes and their number
+            differs now.
+        NinoError: if it is of another model or rhythm.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    folder, channel = Path(folder), _channel(session)
+    with channel.together():
+        numbers = _read_numbers(folder, channel)
+        template: dict[str, Tensor] = {}
+        _put_back(numbers, lambda entry: template.setdefault(entry[TENSOR], _empty(entry, session)))
+        channel.ask()
+        try:
+            load(template, storage_reader=FileSystemReader(folder / TENSORS_FOLDER), no_dist=channel.size == 1)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise CheckpointError(f"{folder} cannot be resumed from: {reason}") from error
+        session.load_state_dict(_put_back(numbers, lambda entry: local_tensor(template[entry[TENSOR]])))
+
+
+class _Naming:
+    """Gives each tensor of a session's state a name in the folder, and wraps it as DCP wants it."""
+
+    def __init__(self, session: NowcastSession, rank: int, tensors: dict[str, Tensor]) -> None:
+        self.parameters = dict(session.model.named_parameters())
+        self.rank = rank
+        self.tensors = tensors
+
+    def __call__(self, path: tuple[str, ...], tensor: Tensor) -> dict[str, Any]:
+        """Store a tensor; returns what stands for it."""
+        name = next((name for name in self._names_in(path[-1]) if self._is_like(name, tensor)), None)
+        key = "|".join(path)
+        if name is None:
+            key, stored = f"{self.rank}|{key}", tensor
+        else:
+            stored = as_sharded(tensor, self.parameters[name])
+        self.tensors[key] = stored
+        return {TENSOR: key, "shape": list(tensor.shape), "dtype": str(tensor.dtype), "like": name}
+
+    def _names_in(self, key: str) -> list[str]:
+        """Parameters that a key may be about: their name, or ``kind/name/entry``."""
+        return [key, *key.split("/")]
+
+    def _is_like(self, name: str, tensor: Tensor) -> bool:
+        parameter = self.parameters.get(name)
+        return parameter is not None and is_dtensor(parameter) and local_tensor(parameter).shape == tensor.shape
+
+
+def _take_out(value: Any, name: Callable[[tuple[str, ...], Tensor], Any], path: tuple[str, ...] = ()) -> Any:
+    """Replace the tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return name(path, value)
+    if isinstance(value, Mapping):
+        return {key: _take_out(part, name, (*path, str(key))) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_take_out(part, name, (*path, str(index))) for index, part in enumerate(value)]
+    return value
+
+
+def _put_back(value: Any, tensor_of: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """The inverse of :func:`_take_out`."""
+    if isinstance(value, Mapping):
+        if TENSOR in value:
+            return tensor_of(value)
+        return {key: _put_back(part, tensor_of) for key, part in value.items()}
+    return [_put_back(part, tensor_of) for part in value] if isinstance(value, list) else value
+
+
+def _empty(entry: Mapping[str, Any], session: NowcastSession) -> Tensor:
+    """What a saved tensor can be read into."""
+    dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
+    if entry["like"] is None:
+        return torch.empty(entry["shape"], dtype=dtype)
+    parameter = dict(session.model.named_parameters()).get(entry["like"])
+    if parameter is None or not is_dtensor(parameter):
+        raise NinoError(f"the saved run had a sharded parameter {entry['like']}, this model has none of that name")
+    return as_sharded(torch.empty(local_tensor(parameter).shape, dtype=dtype), parameter)
+
+
+def _read_numbers(folder: Path, channel: Channel) -> Any:
+    path = folder / NUMBERS_FILE
+    try:
+        everyone = torch.load(path, map_location="cpu", weights_only=True)
+        if len(everyone) == channel.size:
+            return everyone[channel.rank]
+        own = []
+        _put_back(everyone[0], lambda entry: own.append(entry[TENSOR]) if entry["like"] is None else None)
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be resumed from: {error!r}") from error
+    if own:
+        raise CheckpointError(
+            f"{path} holds tensors of each of {len(everyone)} processes ({own[0].split('|', 1)[1]}), but there are "
+            f"{channel.size} now; resume with {len(everyone)}, or delete it to go on with a fresh history"
+        )
+    return everyone[0]
+
+
+def _gather(numbers: Any) -> list[Any]:
+    if num_processes() == 1:
+        return [numbers]
+    everyone = [None] * num_processes()
+    dist.all_gather_object(everyone, numbers)
+    return everyone
+
+
+def _channel(session: NowcastSession) -> Channel:
+    return Channel(compute_device(session.model.parameters()))
