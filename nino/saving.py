@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ def save_session(session: NowcastSession, folder: str | Path) -> None:
         tensors: dict[str, Tensor] = {}
         numbers = _take_out(session.state_dict(), _Naming(session, channel.rank, tensors))
         channel.ask()  # the folder is there
-        save(tensors, storage_writer=FileSystemWriter(partial / TENSORS_FOLDER), no_dist=channel.size == 1)
+        with _as_errors(OSError, f"{partial} cannot be written"):
+            save(tensors, storage_writer=FileSystemWriter(partial / TENSORS_FOLDER))
         everyone = _gather(numbers)
         if channel.rank == 0:
             torch.save(everyone, partial / NUMBERS_FILE)
@@ -90,11 +93,8 @@ def load_session(session: NowcastSession, folder: str | Path) -> None:
         template: dict[str, Tensor] = {}
         _put_back(numbers, lambda entry: template.setdefault(entry[TENSOR], _empty(entry, session)))
         channel.ask()
-        try:
-            load(template, storage_reader=FileSystemReader(folder / TENSORS_FOLDER), no_dist=channel.size == 1)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise CheckpointError(f"{folder} cannot be resumed from: {reason}") from error
+        with _as_errors(CheckpointError, f"{folder} cannot be resumed from"):
+            load(template, storage_reader=FileSystemReader(folder / TENSORS_FOLDER))
         session.load_state_dict(_put_back(numbers, lambda entry: local_tensor(template[entry[TENSOR]])))
 
 
@@ -181,6 +181,20 @@ def _gather(numbers: Any) -> list[Any]:
     everyone = [None] * num_processes()
     dist.all_gather_object(everyone, numbers)
     return everyone
+
+
+@contextmanager
+def _as_errors(kind: type[Exception], what: str) -> Iterator[None]:
+    """Raise DCP's exceptions as ours: its own, the same in all processes, is a BaseException of many lines."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():  # it says so if there is no process group
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
+    except (Exception, CheckpointException) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise kind(f"{what}: {reason}") from error
 
 
 def _channel(session: NowcastSession) -> Channel:
