@@ -92,12 +92,16 @@ class Channel:
         return bool(self._is_well.item())
 
     def _run(self, num_bytes: int, collective: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            collective(*arguments)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise LostProcessError(f"the processes of this training lost each other ({reason})") from error
+        _run(collective, *arguments)
         self.bytes_sent += num_bytes
+
+
+def _run(collective: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        collective(*arguments)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LostProcessError(f"the processes of this training lost each other ({reason})") from error
 
 
 def num_processes() -> int:
@@ -122,5 +126,5 @@ def _gather(values: Sequence[float], device: torch.device) -> list[list[float]]:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.float64, device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, own)
+    _run(dist.all_gather, everyone, own)
     return [each.tolist() for each in everyone]

@@ -9,6 +9,7 @@ grows with the number of neurons; a sharded parameter itself never travels.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,7 +144,8 @@ def plan_share(
         channel: to the other processes.
 
     Raises:
-        NinoError: if parameters are sharded, and replicas of others, or of shards, are not alike.
+        NinoError: if parameters are sharded, and replicas of others, or of shards, are not alike; or if other
+            parameters are wanted elsewhere.
     """
     if channel.size == 1:
         return WHOLE
@@ -153,11 +155,13 @@ def plan_share(
         if len(holding.replicas) > 1:
             groups.setdefault(holding.replicas, []).append(name)
     groups = dict(sorted(groups.items(), key=lambda item: (-len(item[0]), item[0])))
-    weights_alike, history_alike = _compare(groups, holdings, parameters, snapshots, channel)
+    weights_alike, history_alike, wanted_alike = _compare(groups, holdings, parameters, snapshots, wanted, channel)
     if not weights_alike:
         if any(len(holding.replicas) < channel.size for holding in holdings.values()):
             raise NinoError("processes that should hold the same parameters hold different ones; are they in step?")
         return WHOLE
+    if not wanted_alike:
+        raise NinoError("processes train different parameters of one model; freeze the same ones in all of them")
     workers = channel.size if history_alike else 1
     costs = _costs(graph, wanted)
     replicas = []
@@ -233,10 +237,12 @@ def _compare(
     holdings: Mapping[str, Holding],
     parameters: Mapping[str, Tensor],
     snapshots: Sequence[Mapping[str, Tensor]],
+    wanted: Collection[str],
     channel: Channel,
-) -> tuple[bool, bool]:
-    """Whether those who hold the same rows have the same weights, and the same snapshots too, everywhere."""
+) -> list[bool]:
+    """Whether those who hold the same rows have the same weights, and snapshots; and whether all want the same."""
     live = local_tensors(parameters)
+    names_wanted = zlib.crc32("\n".join(wanted).encode())
     prints = [
         (_fingerprint([live[n] for n in names]), _fingerprint([s[n] for s in snapshots for n in names]))
         for names in groups.values()
@@ -246,8 +252,9 @@ def _compare(
     for own, names in zip(prints, groups.values(), strict=True):
         for other in channel.gather(own, holdings[names[0]].group):
             alike = [int(same and theirs == mine) for same, theirs, mine in zip(alike, other, own, strict=True)]
-    everyone = channel.gather(alike)
-    return all(weights for weights, _ in everyone), all(weights and history for weights, history in everyone)
+    everyone = channel.gather([*alike, names_wanted])
+    weights, history, others = zip(*everyone, strict=True)
+    return [all(weights), all(history), set(others) == {names_wanted}]
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> int:

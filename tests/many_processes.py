@@ -84,16 +84,18 @@ def shard_of(value: Tensor, parameter: Tensor) -> Tensor:
 
 def nowcast_together(
     nowcaster: nino.Nowcaster, model: nn.Module, snapshots: list[Weights], graph: nino.NeuralGraph, wanted: list[str]
-) -> tuple[float, int]:
-    """Predict ``wanted`` in place; returns the distance and the bytes sent."""
+) -> Result:
+    """Predict ``wanted`` in place; returns the distance, the bytes sent and this process's share of the work."""
     parameters = dict(model.named_parameters())
     local = [{name: shard_of(value, parameters[name]) for name, value in each.items()} for each in snapshots]
-    channel = Channel(DEVICE)
+    channel, told = Channel(DEVICE), [(0, 0)]
     with channel.together():
         share = plan_share(graph, parameters, wanted, local, channel)
         live = {name: parameters[name] for name in wanted}
-        jump = nowcaster.predict_(live, local, 2, graph, share=share)
-    return jump.distance, channel.bytes_sent
+        jump = nowcaster.predict_(live, local, 2, graph, share=share, progress=lambda *told_: told.append(told_))
+    done, total = told[-1]
+    assert done == total
+    return {"distance": jump.distance, "bytes": channel.bytes_sent, "work": total}
 
 
 def compare(
@@ -106,14 +108,16 @@ def compare(
     graph = nino.NeuralGraph.from_model(together)
     wanted = [name for index, name in enumerate(graph.shapes) if index % 4 != 3]
     jump = nowcaster.predict_({n: p for n, p in alone.named_parameters() if n in wanted}, snapshots, 2, graph)
-    distance, sent = nowcast_together(nowcaster, together, snapshots, graph, wanted)
+    result = nowcast_together(nowcaster, together, snapshots, graph, wanted)
     new, expected = whole_weights(together), whole_weights(alone)
     error = sum(float((new[name] - expected[name]).double().square().sum()) for name in expected) ** 0.5
+    edges = sum(block.num_edges for block in graph.parameter_blocks if block.parameter in wanted)
     return {
+        **result,
+        "distance": result["distance"] / jump.distance,
+        "all work": 2 * edges + (graph.num_edges if nowcaster.config.kind == "nino" else 0),
         "error": error / jump.distance,
-        "distance": distance / jump.distance,
         "frozen": all(torch.equal(new[n], snapshots[-1][n].cpu()) for n in new if n not in wanted),
-        "bytes": sent,
         "empty": sum(local_tensor(parameter).numel() == 0 for parameter in together.parameters()),
         "weights": torch.cat([value.flatten() for value in new.values()]),
         "elements": sum(local_tensor(parameter).numel() for parameter in together.parameters()),
@@ -126,6 +130,9 @@ def table(distribute: Callable[[nn.Module], nn.Module], names: Collection[str] =
     results = {case.name: compare(lambda case=case: case.model(3), distribute, nowcaster) for case in cases}
     wnn = nino.Nowcaster(build_network(tiny_config(kind="wnn")))
     results["wnn"] = compare(lambda: CASES[0].model(3), distribute, wnn)
+    results["bfloat16"] = compare(lambda: CASES[0].model(3).bfloat16(), distribute, nowcaster)
+    with mock.patch.object(nino.shared_work, "BUCKET_BYTES", 512):  # many exchanges per round
+        results["small buckets"] = compare(lambda: CASES[3].model(3), distribute, nowcaster)
     return results
 
 
