@@ -23,7 +23,7 @@ from nino.history import Place
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
 from nino.report import NowcastReport
-from nino.saving import has_shards, load_session, save_session
+from nino.saving import has_shards, load_session, load_state_of_all, save_session, state_of_all
 from nino.session import NowcastSession, unwrap
 
 logger = logging.getLogger(__name__)
@@ -148,13 +148,14 @@ class NowcastCallback(TrainerCallback):
         if has_shards(self.session):
             save_session(self.session, folder / SHARDS_FOLDER)
             return
+        everything = state_of_all(self.session)
         if not state.is_world_process_zero:
             return
         if not folder.is_dir():
             logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
         temporary = folder / (STATE_FILE + ".part")
-        torch.save(self.session.state_dict(), temporary)
+        torch.save(everything, temporary)
         temporary.replace(folder / STATE_FILE)
 
     def on_train_end(
@@ -182,7 +183,7 @@ class NowcastCallback(TrainerCallback):
             self.session.step = state.global_step
             return
         try:
-            self.session.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            load_state_of_all(self.session, torch.load(path, map_location="cpu", weights_only=True))
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be resumed from; delete it to go on with a fresh history: {error}"

@@ -1,8 +1,10 @@
-"""Saving a session in a folder, every process its own shards, with ``torch.distributed.checkpoint`` (DCP).
+"""Saving the sessions of several processes: of replicas in one file, of shards in a folder.
 
-A folder holds what is not a tensor in one file, per process since losses differ, and the tensors as DCP writes them:
-snapshots of sharded parameters as shards of one tensor, so that a run may go on with another number of processes;
-what belongs to one process alone (running statistics of batch norms, say) under its rank.
+Replicas hold the same tensors, but each has losses of its own; :func:`state_of_all` is the state of all of them. Shards
+are written by every process, with ``torch.distributed.checkpoint`` (DCP). Their folder holds what is not a tensor in
+one file, for each process, and the tensors as DCP writes them: snapshots of sharded parameters as shards of one tensor,
+so that a run may go on with another number of processes; what belongs to one process alone (running statistics of batch
+norms, say) under its rank.
 """
 
 from __future__ import annotations
@@ -96,6 +98,37 @@ def load_session(session: NowcastSession, folder: str | Path) -> None:
         with _as_errors(CheckpointError, f"{folder} cannot be resumed from"):
             load(template, storage_reader=FileSystemReader(folder / TENSORS_FOLDER))
         session.load_state_dict(_put_back(numbers, lambda entry: local_tensor(template[entry[TENSOR]])))
+
+
+def state_of_all(session: NowcastSession) -> dict[str, Any]:
+    """The state of the sessions of all replicas, for one of them to save; every process calls this.
+
+    Of one process alone it is the session's :meth:`~nino.session.NowcastSession.state_dict`.
+    """
+    state, channel = session.state_dict(), _channel(session)
+    if channel.size == 1:
+        return state
+    tensors: dict[str, Tensor] = {}
+
+    def name(path: tuple[str, ...], tensor: Tensor) -> dict[str, str]:
+        tensors["|".join(path)] = tensor
+        return {TENSOR: "|".join(path)}
+
+    return {"processes": _gather(_take_out(state, name)), "tensors": tensors}
+
+
+def load_state_of_all(session: NowcastSession, state: Mapping[str, Any]) -> None:
+    """Restore :func:`state_of_all`, in any number of processes; those that are new take the losses of the first.
+
+    Raises:
+        NinoError: as :meth:`nino.session.NowcastSession.load_state_dict`.
+    """
+    if "processes" in state:
+        rank = _channel(session).rank
+        everyone, tensors = state["processes"], state["tensors"]
+        own = everyone[rank if rank < len(everyone) else 0]
+        state = _put_back(own, lambda entry: tensors[entry[TENSOR]])
+    session.load_state_dict(state)
 
 
 class _Naming:

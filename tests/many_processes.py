@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -458,6 +459,25 @@ def accelerated() -> Result:
         "reports": reports_of(inner),
         "bytes": inner.reports[0].bytes_sent,
     }
+
+
+def trainer() -> Result:
+    """The Trainer's callback; saved in a probation and resumed."""
+    import test_callback
+
+    folder = Path(sys.argv[1])
+
+    def run(**settings: Any) -> Result:
+        callback = test_callback.callback(probation=3)
+        host = test_callback.trainer(folder, callback, ddp_backend="gloo", save_strategy="steps", save_steps=7)
+        host.train(**settings)
+        return {
+            "weights": whole_weights(host.model),
+            "reports": [{**asdict(report), "seconds": 0} for report in callback.reports],
+            "wrapped": type(host.model_wrapped).__name__,
+        }
+
+    return {"whole": run(), "resumed": run(resume_from_checkpoint=str(folder / "out" / "checkpoint-7"))}
 
 
 def replicated_faults() -> Result:

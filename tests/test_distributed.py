@@ -17,9 +17,12 @@ import torch
 import torch.nn.functional as F
 from models import CASES
 from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, tiny_nowcaster, weights_of
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from nino import NowcastOptimizer
+from nino import CheckpointError, NowcastOptimizer
 
 Results = list[dict[str, Any]]
 """Of one scenario, by process."""
@@ -172,13 +175,39 @@ def test_two_processes_with_shards(tmp_path: Path) -> None:
         assert "0.weight has placements (Shard(dim=1),)" in refused["columns"]
         assert "0.weight is sharded over 1 of 2 processes" in refused["part"]
     assert not list(tmp_path.rglob("*.part"))
+    assert_resumed_by_one_process(tmp_path)
+
+
+def assert_resumed_by_one_process(folder: Path) -> None:
+    """Snapshots that two processes saved are read by one; what is on probation is not, and that is said."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(mlp(), mesh=init_device_mesh("cpu", (1,)))
+        optimizer = optimizer_of(model, tiny_nowcaster(), period=PERIOD)
+        optimizer.load_history(folder / "checkpoint-5" / "nowcast")
+        plain = mlp()
+        alone = train_alone(plain, optimizer_of(plain, tiny_nowcaster(), period=PERIOD), 4)
+        assert (optimizer.session.step, optimizer.session.store.steps) == (5, [2, 4])
+        for snapshot, expected in zip(optimizer.session.store.snapshots, (alone[1], alone[3]), strict=True):
+            assert_same(snapshot, expected)
+        with pytest.raises(CheckpointError, match=r"holds tensors of each of 2 processes .* there are 1 now"):
+            optimizer.load_history(folder / "checkpoint" / "nowcast")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    found = launch("accelerate", 2, tmp_path, *scenarios)
+    found = launch("accelerate", 2, tmp_path, *scenarios, "trainer")
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
+    first, second = found["trainer"]
+    for run in (first, second):
+        assert run["whole"]["wrapped"] == "DistributedDataParallel"
+        assert_same(run["whole"]["weights"], first["whole"]["weights"])
+        assert_same(run["resumed"]["weights"], first["whole"]["weights"])
+        assert str(run["resumed"]["reports"]) == str(run["whole"]["reports"])  # every process's own losses were saved
+    assert str(first["whole"]["reports"]) != str(second["whole"]["reports"])
 
 
 def assert_replicas_stay_alike(found: dict[str, Results], names: set[str], table: str) -> None:

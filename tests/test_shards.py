@@ -164,6 +164,18 @@ def test_one_process_with_shards_is_one_without(place: Any, process_group: None,
     assert_same({n: local_tensor(p) for n, p in sharded.named_parameters()}, weights_of(plain))
 
 
+def test_a_model_may_be_sharded_after_its_optimizer_was_wrapped(process_group: None) -> None:
+    """As ``accelerator.prepare`` does with FSDP2, which replaces the parameters in the optimizer's groups."""
+    plain, sharded = mlp(), mlp()
+    optimizers = {model: _optimizer(model) for model in (plain, sharded)}
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    optimizers[sharded].param_groups[0]["params"] = list(sharded.parameters())
+    for model, optimizer in optimizers.items():
+        _train(model, optimizer, 0, PERIOD)
+        assert optimizer.reports[-1].accepted
+    assert_same({n: local_tensor(p) for n, p in sharded.named_parameters()}, weights_of(plain))
+
+
 def test_wiring_a_sharded_model_runs_none_of_its_hooks(process_group: None) -> None:
     model = mlp()
     expected = nino.NeuralGraph.from_model(model)
