@@ -40,8 +40,10 @@ class Replicas:
     group: Any
     """Their process group; ``None`` for the default group."""
     ranks: tuple[int, ...]
+    names: tuple[str, ...]
+    """The parameters."""
     rows: tuple[dict[str, Rows], ...]
-    """For each of them, the rows of each parameter on which it works."""
+    """For each process, the rows on which it works, by parameter."""
 
 
 class SharedWork(Share):
@@ -63,7 +65,8 @@ class SharedWork(Share):
         self._replicas = replicas
         self._own = dict(held)
         for some in replicas:
-            self._own |= some.rows[some.ranks.index(channel.rank)]
+            nothing = {name: Rows(held[name].start, held[name].start, held[name].total) for name in some.names}
+            self._own |= nothing | some.rows[some.ranks.index(channel.rank)]
 
     def held_rows(self, name: str, shape: tuple[int, ...]) -> Rows:
         """As :class:`Share`."""
@@ -168,7 +171,7 @@ def plan_share(
     for ranks, names in groups.items():
         parts = [(name, holdings[name].rows, costs[name]) for name in names]
         dealt = deal(parts, min(workers, len(ranks)), len(ranks))
-        replicas.append(Replicas(holdings[names[0]].group, ranks, dealt))
+        replicas.append(Replicas(holdings[names[0]].group, ranks, tuple(names), dealt))
     return SharedWork(channel, {name: holding.rows for name, holding in holdings.items()}, replicas, workers)
 
 
@@ -178,32 +181,36 @@ def deal(
     """Deal out rows so that everybody's cost is the same, up to one row.
 
     The rows of all parameters are laid in a line, one after another and each as long as its cost, and the line is cut
-    into equal lengths: most parameters go to one process whole.
+    into equal lengths; a row belongs to the length in which it begins. So most parameters go to one process whole.
 
     Args:
         parts: name, rows and the cost of each row.
         num_workers: how many get rows, the first ones.
         num_processes: how many there are, if more.
 
+    Returns:
+        For every process the rows that it got, by name; names of which it got none are left out.
+
     Example:
         Rows of cost 1 and 2, 10 in all, for two processes:
 
-        >>> first, second = deal([("a", Rows(0, 4, 4), 1), ("b", Rows(0, 3, 3), 2)], 2)
-        >>> first["a"], first["b"]
-        (Rows(start=0, stop=4, total=4), Rows(start=0, stop=1, total=3))
-        >>> second["a"], second["b"]
-        (Rows(start=4, stop=4, total=4), Rows(start=1, stop=3, total=3))
+        >>> deal([("a", Rows(0, 4, 4), 1), ("b", Rows(0, 3, 3), 2)], 2)
+        ({'a': Rows(start=0, stop=4, total=4), 'b': Rows(start=0, stop=1, total=3)}, \
+{'b': Rows(start=1, stop=3, total=3)})
     """
     total = sum(len(rows) * cost for _, rows, cost in parts)
     dealt: tuple[dict[str, Rows], ...] = tuple({} for _ in range(num_processes or num_workers))
     before = 0
     for name, rows, cost in parts:
-        # Exact: the first row at or behind the cut at total * k / num_workers.
-        cuts = [-(-(total * k - before * num_workers) // (cost * num_workers)) for k in range(num_workers + 1)]
+        if not len(rows):
+            continue
+        first, last = (place * num_workers // total for place in (before, before + (len(rows) - 1) * cost))
+        # Exact: the first row at or behind the place total * k / num_workers.
+        cuts = [-(-(total * k - before * num_workers) // (cost * num_workers)) for k in range(first, last + 2)]
         cuts = [rows.start + min(max(cut, 0), len(rows)) for cut in cuts]
-        for process, own in enumerate(dealt):
-            first, last = min(process, num_workers), min(process + 1, num_workers)
-            own[name] = Rows(cuts[first], cuts[last], rows.total)
+        for worker, start, stop in zip(range(first, last + 1), cuts, cuts[1:], strict=False):
+            if start < stop:
+                dealt[worker][name] = Rows(start, stop, rows.total)
         before += len(rows) * cost
     return dealt
 

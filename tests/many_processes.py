@@ -220,24 +220,24 @@ def on_probation(model: nn.Module) -> NowcastOptimizer:
 def sharded_probation() -> Result:
     """Roll-backs on shards; saved in the middle of a probation and resumed."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     model = shard(mlp().to(DEVICE))
     optimizer = on_probation(model)
     weights = train(model, optimizer, 0, 14)
     folder = Path(sys.argv[1]) / "checkpoint"
     optimizer.save_history(folder / "nowcast")
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder / "training")
+    model_state, optimizer_state = get_state_dict(model, optimizer)  # the recipe of docs/distributed.md
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "training")
     weights += train(model, optimizer, 14, 20)
 
     resumed = shard(mlp(seed=1).to(DEVICE))
     other = on_probation(resumed)
-    state = {"model": resumed.state_dict(), "optimizer": get_optimizer_state_dict(resumed, other)}
+    model_state, optimizer_state = get_state_dict(resumed, other)
     steps = other.session.step
+    state = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=folder / "training")
-    resumed.load_state_dict(state["model"])
-    set_optimizer_state_dict(resumed, other, optim_state_dict=state["optimizer"])
+    set_state_dict(resumed, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     other.load_history(folder / "nowcast")
     return {
         "weights": weights,
