@@ -23,14 +23,16 @@ from nino.history import Place
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
 from nino.report import NowcastReport
-from nino.saving import has_shards, load_session, load_state_of_all, save_session, state_of_all
+from nino.saving import has_shards, load_session, own_numbers, save_session, with_own_numbers
 from nino.session import NowcastSession, unwrap
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "nowcast.pt"
+OWN_FILE = "nowcast-{}.pt"
+"""What replicas other than the first have of their own: losses."""
 SHARDS_FOLDER = "nowcast"
-"""Takes its place if parameters are sharded."""
+"""Takes the place of these files if parameters are sharded."""
 
 
 class NowcastCallback(TrainerCallback):
@@ -148,15 +150,16 @@ class NowcastCallback(TrainerCallback):
         if has_shards(self.session):
             save_session(self.session, folder / SHARDS_FOLDER)
             return
-        everything = state_of_all(self.session)
-        if not state.is_world_process_zero:
-            return
         if not folder.is_dir():
-            logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
+            if state.is_world_process_zero:
+                logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
-        temporary = folder / (STATE_FILE + ".part")
-        torch.save(everything, temporary)
-        temporary.replace(folder / STATE_FILE)
+        content, path = self.session.state_dict(), folder / STATE_FILE
+        if not state.is_world_process_zero:
+            content, path = own_numbers(content), folder / OWN_FILE.format(args.process_index)
+        temporary = path.with_name(path.name + ".part")
+        torch.save(content, temporary)
+        temporary.replace(path)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,7 +186,11 @@ class NowcastCallback(TrainerCallback):
             self.session.step = state.global_step
             return
         try:
-            load_state_of_all(self.session, torch.load(path, map_location="cpu", weights_only=True))
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            own = path.with_name(OWN_FILE.format(args.process_index))
+            if not state.is_world_process_zero and own.is_file():
+                content = with_own_numbers(content, torch.load(own, weights_only=True))
+            self.session.load_state_dict(content)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be resumed from; delete it to go on with a fresh history: {error}"

@@ -1,10 +1,10 @@
-"""Saving the sessions of several processes: of replicas in one file, of shards in a folder.
+"""Saving the sessions of several processes: of replicas in files, of shards in a folder.
 
-Replicas hold the same tensors, but each has losses of its own; :func:`state_of_all` is the state of all of them. Shards
-are written by every process, with ``torch.distributed.checkpoint`` (DCP). Their folder holds what is not a tensor in
-one file, for each process, and the tensors as DCP writes them: snapshots of sharded parameters as shards of one tensor,
-so that a run may go on with another number of processes; what belongs to one process alone (running statistics of batch
-norms, say) under its rank.
+Replicas hold the same tensors, but each has losses of its own: one saves its session's state, the others what is their
+own in it, and nobody waits for anybody. Shards are written by all processes together, with
+``torch.distributed.checkpoint`` (DCP). Their folder holds what is not a tensor in one file, for each process, and the
+tensors as DCP writes them: snapshots of sharded parameters as shards of one tensor, so that a run may go on with
+another number of processes; what belongs to one process alone (running statistics of batch norms, say) under its rank.
 """
 
 from __future__ import annotations
@@ -100,35 +100,30 @@ def load_session(session: NowcastSession, folder: str | Path) -> None:
         session.load_state_dict(_put_back(numbers, lambda entry: local_tensor(template[entry[TENSOR]])))
 
 
-def state_of_all(session: NowcastSession) -> dict[str, Any]:
-    """The state of the sessions of all replicas, for one of them to save; every process calls this.
-
-    Of one process alone it is the session's :meth:`~nino.session.NowcastSession.state_dict`.
-    """
-    state, channel = session.state_dict(), _channel(session)
-    if channel.size == 1:
-        return state
-    tensors: dict[str, Tensor] = {}
-
-    def name(path: tuple[str, ...], tensor: Tensor) -> dict[str, str]:
-        tensors["|".join(path)] = tensor
-        return {TENSOR: "|".join(path)}
-
-    return {"processes": _gather(_take_out(state, name)), "tensors": tensors}
+def own_numbers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is a replica's own in the state of its session: all but the tensors, which replicas have in common."""
+    return _take_out(state, lambda path, tensor: {TENSOR: list(path)})
 
 
-def load_state_of_all(session: NowcastSession, state: Mapping[str, Any]) -> None:
-    """Restore :func:`state_of_all`, in any number of processes; those that are new take the losses of the first.
+def with_own_numbers(state: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of one replica's session: its own numbers, and the tensors of another one's state.
 
     Raises:
-        NinoError: as :meth:`nino.session.NowcastSession.load_state_dict`.
+        CheckpointError: if they were not saved together.
     """
-    if "processes" in state:
-        rank = _channel(session).rank
-        everyone, tensors = state["processes"], state["tensors"]
-        own = everyone[rank if rank < len(everyone) else 0]
-        state = _put_back(own, lambda entry: tensors[entry[TENSOR]])
-    session.load_state_dict(state)
+
+    def find(entry: Mapping[str, Any]) -> Tensor:
+        found: Any = state
+        for key in entry[TENSOR]:
+            found = found[int(key) if isinstance(found, list) else key]
+        return found
+
+    try:
+        if numbers["step"] != state["step"]:
+            raise CheckpointError(f"saved after {numbers['step']} updates, the snapshots after {state['step']}")
+        return _put_back(numbers, find)
+    except (LookupError, TypeError, ValueError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"damaged: {error!r}") from error
 
 
 class _Naming:

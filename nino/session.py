@@ -31,7 +31,7 @@ from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
 from nino.shards import compute_device, local_tensor, refuse_unsupported
-from nino.shared_work import plan_share
+from nino.shared_work import fingerprint, plan_share
 
 logger = logging.getLogger(__name__)
 
@@ -358,6 +358,7 @@ class NowcastSession:
         everything = {name: p for name, p in self.model.named_parameters() if name in self.graph.shapes}
         fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
         snapshots = [{**fixed, **snapshot} for snapshot in (*self.store.snapshots[:-1], newest)]
+        same = [horizon, fingerprint(list(self.nowcaster.network.parameters()))] if channel.size > 1 else []
         return self.nowcaster.predict_(
             parameters,
             snapshots,
@@ -365,7 +366,7 @@ class NowcastSession:
             self.graph,
             positions=self._positions,
             device=channel.device,
-            share=plan_share(self.graph, everything, parameters, snapshots, channel),
+            share=plan_share(self.graph, everything, parameters, snapshots, channel, same),
         )
 
     @staticmethod

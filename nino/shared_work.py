@@ -132,6 +132,7 @@ def plan_share(
     wanted: Collection[str],
     snapshots: Sequence[Mapping[str, Tensor]],
     channel: Channel,
+    same: Sequence[int] = (),
 ) -> Share:
     """Decide who works on which rows; all processes call this and come to one plan.
 
@@ -145,10 +146,11 @@ def plan_share(
         wanted: names of those that will be predicted.
         snapshots: local ones, oldest first.
         channel: to the other processes.
+        same: numbers that must be the same in all of them: the horizon, the :func:`fingerprint` of a nowcaster.
 
     Raises:
         NinoError: if parameters are sharded, and replicas of others, or of shards, are not alike; or if other
-            parameters are wanted elsewhere.
+            parameters are wanted elsewhere, or something else should be the same and is not.
     """
     if channel.size == 1:
         return WHOLE
@@ -158,13 +160,17 @@ def plan_share(
         if len(holding.replicas) > 1:
             groups.setdefault(holding.replicas, []).append(name)
     groups = dict(sorted(groups.items(), key=lambda item: (-len(item[0]), item[0])))
-    weights_alike, history_alike, wanted_alike = _compare(groups, holdings, parameters, snapshots, wanted, channel)
+    settings = zlib.crc32(repr((list(wanted), list(same))).encode())
+    weights_alike, history_alike, same_settings = _compare(groups, holdings, parameters, snapshots, settings, channel)
     if not weights_alike:
         if any(len(holding.replicas) < channel.size for holding in holdings.values()):
             raise NinoError("processes that should hold the same parameters hold different ones; are they in step?")
         return WHOLE
-    if not wanted_alike:
-        raise NinoError("processes train different parameters of one model; freeze the same ones in all of them")
+    if not same_settings:
+        raise NinoError(
+            "processes train different parameters of one model, or have different nowcasters or horizons; "
+            "freeze the same parameters and load the same nowcaster in all of them"
+        )
     workers = channel.size if history_alike else 1
     costs = _costs(graph, wanted)
     replicas = []
@@ -244,14 +250,13 @@ def _compare(
     holdings: Mapping[str, Holding],
     parameters: Mapping[str, Tensor],
     snapshots: Sequence[Mapping[str, Tensor]],
-    wanted: Collection[str],
+    settings: int,
     channel: Channel,
 ) -> list[bool]:
-    """Whether those who hold the same rows have the same weights, and snapshots; and whether all want the same."""
+    """Whether those who hold the same rows have the same weights, and snapshots; and all the same settings."""
     live = local_tensors(parameters)
-    names_wanted = zlib.crc32("\n".join(wanted).encode())
     prints = [
-        (_fingerprint([live[n] for n in names]), _fingerprint([s[n] for s in snapshots for n in names]))
+        (fingerprint([live[n] for n in names]), fingerprint([s[n] for s in snapshots for n in names]))
         for names in groups.values()
     ]
     channel.ask()
@@ -259,12 +264,12 @@ def _compare(
     for own, names in zip(prints, groups.values(), strict=True):
         for other in channel.gather(own, holdings[names[0]].group):
             alike = [int(same and theirs == mine) for same, theirs, mine in zip(alike, other, own, strict=True)]
-    everyone = channel.gather([*alike, names_wanted])
+    everyone = channel.gather([*alike, settings])
     weights, history, others = zip(*everyone, strict=True)
-    return [all(weights), all(history), set(others) == {names_wanted}]
+    return [all(weights), all(history), set(others) == {settings}]
 
 
-def _fingerprint(tensors: Sequence[Tensor]) -> int:
+def fingerprint(tensors: Sequence[Tensor]) -> int:
     """A number that is the same for the same tensors, and hardly ever for others: of the bits of some elements."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums: dict[torch.device, list[Tensor]] = {}

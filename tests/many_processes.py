@@ -493,6 +493,23 @@ def unlike_replicas() -> Result:
     return {"weights": weights[-1], "reports": reports_of(optimizer)}
 
 
+def unlike_settings() -> Result:
+    """Process 1 has frozen something more, or looks further ahead."""
+    model, rank = mlp(), dist.get_rank()
+    snapshots, parameters = walk(model), dict(model.named_parameters())
+    graph = nino.NeuralGraph.from_model(model)
+    messages = []
+    for wanted, horizon in ((list(parameters)[rank:], 3), (list(parameters), 3 + rank), (list(parameters), 3)):
+        channel = Channel(DEVICE)
+        try:
+            with channel.together():
+                plan_share(graph, parameters, wanted, snapshots, channel, [horizon])
+            messages.append("")
+        except nino.NinoError as error:
+            messages.append(str(error))
+    return {"messages": messages}
+
+
 def averaged_replicas() -> Result:
     """Weights averaged right before a nowcast, of replicas with pasts of their own: the first one predicts."""
     model = mlp(seed=dist.get_rank())

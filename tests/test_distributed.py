@@ -198,9 +198,13 @@ def assert_resumed_by_one_process(folder: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    found = launch("accelerate", 2, tmp_path, *scenarios, "trainer")
+    found = launch("accelerate", 2, tmp_path, *scenarios, "unlike_settings", "trainer")
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
+    refused = "processes train different parameters"
+    refused = "processes train different parameters"
+    for run in found["unlike_settings"]:
+        assert [message[: len(refused)] for message in run["messages"]] == [refused, refused, ""]
     first, second = found["trainer"]
     for run in (first, second):
         assert run["whole"]["wrapped"] == "DistributedDataParallel"
