@@ -8,8 +8,7 @@ are read off the model's own outputs.
 from __future__ import annotations
 
 import logging
-import pickle
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from nino.callbacks.reporting import ReportLog
+from nino.distributed import PeerFailureError
 from nino.errors import CheckpointError, NinoError
+from nino.files import load_whole, save_whole
 from nino.history import Place
+from nino.moments import Moments
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
+from nino.rates import learning_rate_of
 from nino.report import NowcastReport
 from nino.saving import has_shards, load_session, own_numbers, save_session, with_own_numbers
 from nino.session import NowcastSession, unwrap
@@ -44,7 +48,11 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
-        probation: updates in which the training loss must recover from a jump, else the jump is undone; 0 for never.
+        probation: updates in which the training loss must recover from a jump, else the jump is undone;
+            by default a twentieth of the period, 0 for never.
+        moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
+        batch_norm: whether batch norms estimate their running statistics anew after a jump.
+        nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one that is neither
             in its output folder nor named by ``args.resume_from_checkpoint``.
 
@@ -63,7 +71,10 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        probation: int = 0,
+        probation: int | None = None,
+        moments: Moments = "keep",
+        batch_norm: bool = True,
+        nowcast_in_warmup: bool = False,
         resume_from: str | Path | None = None,
     ) -> None:
         self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
@@ -72,10 +83,16 @@ class NowcastCallback(TrainerCallback):
         self.snapshot_folder = snapshot_folder
         self.snapshot_dtype = snapshot_dtype
         self.probation = probation
+        self.moments: Moments = moments
+        self.batch_norm = batch_norm
+        self.nowcast_in_warmup = nowcast_in_warmup
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
-        self._to_log: list[NowcastReport] = []
+        self._learning_rate: float | None = None
+        self._log = ReportLog()
         self._loss_hook: Any = None
+        self._reads_losses = True
+        self._training: TrainerState | None = None
         self._losses: list[Tensor] = []
         self._losses_add_up = False
 
@@ -91,7 +108,8 @@ class NowcastCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         if isinstance(getattr(optimizer, "optimizer", optimizer), NowcastOptimizer):
             raise NinoError("the optimizer is a NowcastOptimizer already; use that or NowcastCallback, not both")
-        self._detach()  # an earlier training may have been interrupted
+        _make_way(unwrap(model), state)
+        self._detach()  # from the model of an earlier training
         self.session = NowcastSession(
             model,
             self.nowcaster,
@@ -101,24 +119,38 @@ class NowcastCallback(TrainerCallback):
             snapshot_folder=self.snapshot_folder,
             snapshot_dtype=self.snapshot_dtype,
             probation=self.probation,
+            moments=self.moments,
+            batch_norm=self.batch_norm,
+            nowcast_in_warmup=self.nowcast_in_warmup,
             optimizer=optimizer,
-            on_report=self._to_log.append,
+            on_report=self._log.add,
         )
+        self._log.attach(self)
         if state.global_step > 0:
             self._resume(args, state)
-        if args.n_gpu <= 1:  # replicas of DataParallel would call the hook from their own threads and devices
-            self._loss_hook = unwrap(model).register_forward_hook(self._observe_output, with_kwargs=True)
+        self._training = state
+        self._loss_hook = unwrap(model).register_forward_hook(self._observe_output, with_kwargs=True)
+        self._reads_losses = args.n_gpu <= 1  # replicas of DataParallel call it from their own threads and devices
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the rate of this update, if it counts: when ``on_step_end`` comes, the scheduler has gone on."""
+        is_needed = self.session is not None and self.session.snapshot_is_next
+        self._learning_rate = learning_rate_of(kwargs.get("optimizer")) if is_needed else None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Count the update, unless mixed precision skipped it."""
+        """Count the update, unless mixed precision skipped it; the losses of both are of the same weights."""
         losses, self._losses = self._losses, []
-        if self.session is not None and not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
-            if losses:
-                self.session.observe(self._loss_of_update(losses, args))
-            self.session.after_update()
-            control.should_log = control.should_log or bool(self._to_log)
+        if self.session is None:
+            return control
+        if losses:
+            self.session.observe(self._loss_of_update(losses, args))
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.session.after_update(learning_rate=self._learning_rate)
+            control.should_log = control.should_log or bool(self._log)
         return control
 
     def on_log(
@@ -129,69 +161,64 @@ class NowcastCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the reports that are due to the Trainer's log, its history and, if it reports there, wandb."""
-        for report in self._to_log:
-            values = report.as_log()
-            if logs is not None:
-                logs.update(values)
-            if state.log_history:
-                state.log_history[-1].update(values)
-            # The Trainer's own wandb callback runs before this one and has not seen these values.
-            wandb = sys.modules.get("wandb")
-            if "wandb" in args.report_to and wandb is not None and wandb.run is not None:
-                wandb.log({**values, "train/global_step": state.global_step})
-        self._to_log.clear()
+        """Add the reports that are due to the log, if that has not happened at the head of the callbacks."""
+        self._log.write(args, state, logs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
         folder = _checkpoint_folder(args, state)
         if self.session is None or args.save_only_model:
             return
-        if has_shards(self.session):
-            save_session(self.session, folder / SHARDS_FOLDER)
-            return
-        if not folder.is_dir():
-            if state.is_world_process_zero:
+        sharded = has_shards(self.session)
+        if not folder.is_dir() and not sharded:
+            if args.should_save:
                 logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
-        content, path = self.session.state_dict(), folder / STATE_FILE
-        if not state.is_world_process_zero:
-            content, path = own_numbers(content), folder / OWN_FILE.format(args.process_index)
-        temporary = path.with_name(path.name + ".part")
-        torch.save(content, temporary)
-        temporary.replace(path)
+        path = folder / (STATE_FILE if args.should_save else OWN_FILE.format(args.process_index))
+        path.unlink(missing_ok=True)  # of an earlier run, whose snapshots are not of these weights
+        if args.should_save:
+            shutil.rmtree(folder / SHARDS_FOLDER, ignore_errors=True)
+        try:
+            if sharded:
+                save_session(self.session, folder / SHARDS_FOLDER)
+            else:
+                content = self.session.state_dict()
+                save_whole(content if args.should_save else own_numbers(content), path)
+        except (OSError, PeerFailureError) as error:  # the rest of the checkpoint is whole, and so is the run
+            logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no trace on the model."""
+        """Report a nowcast whose probation the end cut short, and leave no trace on the model."""
+        if self.session is not None:
+            self.session.detach()
+        self._log.write(args, state, None)
         self._detach()
 
     def _detach(self) -> None:
         if self._loss_hook is not None:
             self._loss_hook.remove()
-        self._loss_hook = None
+        self._loss_hook = self._training = None
         self._losses.clear()
-        self._to_log.clear()
+        self._log.detach()
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.session is None:
             return
         path = self._folder_to_resume(args, state) / STATE_FILE
-        if path.with_name(SHARDS_FOLDER).is_dir():
-            load_session(self.session, path.with_name(SHARDS_FOLDER))
-            return
-        if not path.is_file():
+        shards = path.with_name(SHARDS_FOLDER)
+        if not (path.exists() or shards.is_dir()):
             logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
             self.session.step = state.global_step
             return
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            own = path.with_name(OWN_FILE.format(args.process_index))
-            if not state.is_world_process_zero and own.is_file():
-                content = with_own_numbers(content, torch.load(own, weights_only=True))
-            self.session.load_state_dict(content)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            if shards.is_dir():
+                load_session(self.session, shards)
+            else:
+                content, own = load_whole(path), path.with_name(OWN_FILE.format(args.process_index))
+                self.session.load_state_dict(with_own_numbers(content, load_whole(own)) if own.exists() else content)
+        except NinoError as error:
             raise CheckpointError(
                 f"{path} cannot be resumed from; delete it to go on with a fresh history: {error}"
             ) from error
@@ -204,9 +231,11 @@ class NowcastCallback(TrainerCallback):
             return Path(named)
         return _checkpoint_folder(args, state)
 
+    # Of a compiled model the hook runs outside of the graph: there is nothing to compile.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _observe_output(self, module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
         """Note the training loss that the model returns, if it does (a forward hook)."""
-        if not module.training or not torch.is_grad_enabled():
+        if not (self._reads_losses and module.training and torch.is_grad_enabled()):
             return
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.numel() == 1:
@@ -222,3 +251,16 @@ class NowcastCallback(TrainerCallback):
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _make_way(model: nn.Module, training: TrainerState) -> None:
+    """Detach what an interrupted training left on the model; refuse what is already attached in this very training."""
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
+    for other in [owner for owner in owners if isinstance(owner, NowcastCallback)]:
+        is_of_this_training = other._training is training
+        other._detach()
+        if is_of_this_training:
+            raise NinoError(
+                "NowcastCallback is attached to this Trainer twice; trainer.remove_callback(NowcastCallback) takes "
+                "one away"
+            )

@@ -7,6 +7,8 @@ from nino.graph import NeuralGraph
 from nino.model import NowcasterConfig
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
+from nino.planning import RunPlan, plan
+from nino.plotting import plot_run, run_record
 from nino.report import NowcastReport
 from nino.schedule import ScheduleConfig
 from nino.session import NowcastSession
@@ -23,6 +25,7 @@ __all__ = [
     "NowcastSession",
     "Nowcaster",
     "NowcasterConfig",
+    "RunPlan",
     "ScheduleConfig",
     "SnapshotError",
     "TrajectoryError",
@@ -30,4 +33,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "check_wiring",
+    "plan",
+    "plot_run",
+    "run_record",
 ]

@@ -24,6 +24,7 @@ from nino.engine.tiling import Sizes
 from nino.engine.weights import Jump, PredictionWriter, SnapshotReader, bytes_of_copies
 from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
+from nino.interrupts import held_back
 from nino.model.config import NowcasterConfig
 from nino.model.networks import Network, build_network_with_weights
 from nino.shards import local_tensor
@@ -192,7 +193,7 @@ class Nowcaster:
         """Predict straight into live parameters, piece by piece: no second copy of the weights is made.
 
         If anything fails half way (an interrupt included), the parameters are restored from the last snapshot before
-        the error goes on.
+        the error goes on; further interrupts wait until that is done.
 
         Args:
             parameters: what to overwrite, by name; parameters of the graph that are left out stay as they are, and so
@@ -227,8 +228,9 @@ class Nowcaster:
         try:
             return self._predict_into(live, snapshots, horizon, graph, positions, how)
         except BaseException:
-            for name, parameter in live.items():
-                parameter.copy_(snapshots[-1][name])
+            with held_back():
+                for name, parameter in live.items():
+                    parameter.copy_(snapshots[-1][name])
             raise
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.history import Place
+from nino.moments import Moments
 from nino.nowcaster import Nowcaster
 from nino.report import NowcastReport
 from nino.saving import load_session, save_session
@@ -43,12 +44,16 @@ class NowcastOptimizer(Optimizer):
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
-            0 for never. Only with losses, see :meth:`observe`.
+            by default a twentieth of the period, 0 for never. Only with losses, see :meth:`observe`.
+        moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
+        batch_norm: whether batch norms estimate their running statistics anew after a jump.
+        nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or at the
-            end of its probation.
+            end of its probation. An error that it raises is logged and ends nothing.
 
     Raises:
-        NinoError: if the optimizer holds parameters that are not the model's, or a setting is out of range.
+        NinoError: if the optimizer holds parameters that are not the model's or was prepared by accelerate before, or a
+            setting is out of range.
 
     Example:
         >>> optimizer = nino.NowcastOptimizer(                                          # doctest: +SKIP
@@ -71,11 +76,15 @@ class NowcastOptimizer(Optimizer):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        probation: int = 0,
+        probation: int | None = None,
+        moments: Moments = "keep",
+        batch_norm: bool = True,
+        nowcast_in_warmup: bool = False,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise NinoError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
+        _refuse_wrapped(optimizer)
         _check_parameters(optimizer.param_groups, model)
         session = NowcastSession(
             model,
@@ -86,6 +95,9 @@ class NowcastOptimizer(Optimizer):
             snapshot_folder=snapshot_folder,
             snapshot_dtype=snapshot_dtype,
             probation=probation,
+            moments=moments,
+            batch_norm=batch_norm,
+            nowcast_in_warmup=nowcast_in_warmup,
             optimizer=optimizer,
             on_report=on_report,
         )
@@ -200,18 +212,45 @@ class NowcastOptimizer(Optimizer):
             self.session.load_state_dict(before)
             raise
         if nowcast is None:
-            self.session.reset()
-            logger.warning(
-                "the loaded optimizer state has no nowcasting state: snapshots start afresh and updates count from 0"
-            )
+            self._start_afresh()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def detach(self) -> Optimizer:
+        """Nowcast no more, leave no trace on the model, and return the wrapped optimizer."""
+        self.session.detach()
+        return self.optimizer
+
+    def _start_afresh(self) -> None:
+        self.session.reset()
+        updates, end = _updates_of(self.optimizer), self.session.schedule.max_steps
+        self.session.step = updates if end is None or updates < end else 0
+        logger.warning(
+            "the loaded optimizer state is without nowcasting: that goes on with a fresh history from update %d",
+            self.session.step,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "session": self.session, "defaults": self.defaults}
 
     def __repr__(self) -> str:
         return f"NowcastOptimizer(every {self.session.schedule.period} updates, {self.optimizer!r})"
+
+
+def _refuse_wrapped(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, NowcastOptimizer):
+        raise NinoError("the optimizer is a NowcastOptimizer already: it needs no second one")
+    if any(kind.__name__ == "AcceleratedOptimizer" for kind in type(optimizer).__mro__):
+        raise NinoError(
+            "the optimizer went through accelerator.prepare already, which would neither save nor load its nowcasting "
+            "state; wrap it first and prepare the NowcastOptimizer"
+        )
+
+
+def _updates_of(optimizer: Optimizer) -> int:
+    """The updates that an optimizer counted by itself; 0 if it does not count."""
+    states = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def _check_parameters(param_groups: list[dict[str, Any]], model: nn.Module) -> None:

@@ -14,12 +14,25 @@ from dataclasses import dataclass
 
 from nino.errors import NinoError
 
+PART_OF_PERIOD = 20
+"""By default a probation takes one part in so many of a period, which bounds what bad nowcasts can cost: 5%."""
+
+
+def default_probation(period: int) -> int:
+    """Updates that a nowcast has to recover in, unless told otherwise.
+
+    Example:
+        >>> default_probation(1000)
+        50
+    """
+    return period // PART_OF_PERIOD
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbationConfig:
     """How long a nowcast has to prove itself, and how strictly it is judged."""
 
-    updates: int
+    updates: int = 50
     """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
     tolerance: float = 3.0
     """By how many standard errors the mean loss after the jump may exceed that before it."""
@@ -56,7 +69,7 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
     The noise is that of the losses before the jump around their own trend, a straight line.
 
     Args:
-        before: training losses of the last updates before the jump, oldest first; at least 3.
+        before: training losses of the last updates before the jump, oldest first; at least 3, all finite.
         after: training losses of the probation, oldest first; at least 1.
 
     Example:
@@ -78,8 +91,8 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
 def has_recovered(evidence: Evidence, config: ProbationConfig) -> bool:
     """Whether to keep the nowcast.
 
-    Losses that are NaN or infinite have not recovered. Where the losses before the jump had no noise at all, none is
-    tolerated after it.
+    Losses that are NaN or infinite have not recovered, and what cannot be compared is not trusted. Where the losses
+    before the jump had no noise at all, none is tolerated after it.
 
     Example:
         >>> config = ProbationConfig(updates=50, tolerance=3.0)
@@ -88,7 +101,7 @@ def has_recovered(evidence: Evidence, config: ProbationConfig) -> bool:
         >>> has_recovered(Evidence(before=2.0, after=2.4, error_variance=0.01), config)  # 4
         False
     """
-    if not math.isfinite(evidence.after):
+    if not all(math.isfinite(number) for number in (evidence.before, evidence.after, evidence.error_variance)):
         return False
     return not evidence.after - evidence.before > config.tolerance * math.sqrt(evidence.error_variance)
 

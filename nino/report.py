@@ -1,15 +1,20 @@
-"""What one nowcast did, and the losses that complete its report."""
+"""What one nowcast did, and the losses that complete its report.
+
+One vocabulary everywhere: the Trainer's log, wandb panels, log records and JSON files name the numbers of a report
+alike, ``nowcast/...`` (the table is in ``docs/guide.md``).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 Loss = float | Tensor
+Outcome = Literal["accepted", "rolled back", "refused", "left out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +29,37 @@ class NowcastReport:
     """Whether the weights were replaced."""
     rolled_back: bool = False
     """Whether they were put back after the probation, since the loss did not recover."""
+    left_out: bool = False
+    """Whether no nowcast was tried, on purpose."""
     reason: str = ""
     """Why not, if they were not replaced, or why they were put back."""
     seconds: float = 0.0
     """Wall-clock time of the prediction and of writing it back."""
     bytes_sent: int = 0
     """What this process put into exchanges with others for it."""
+    snapshot_bytes: int = 0
+    """Size of the snapshots that this process held, wherever it keeps them."""
+    restore_bytes: int = 0
+    """Size of the copy that the nowcast can be undone from, if it was on probation."""
     relative_jump: float = math.nan
     """Norm of the change over the norm of the weights."""
+    relative_jump_by_kind: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The same of the weights of each kind, by the name of their edge type: ``linear``, ``query``, ``norm``, ..."""
     loss_before: float = math.nan
     """Mean training loss of the last updates before the jump; NaN if no losses were observed."""
-    loss_after: float = math.nan
+    loss_at: float = math.nan
     """Training loss of the first update after the jump."""
-    loss_recovered: float = math.nan
+    loss_after: float = math.nan
     """Mean training loss of the second half of the probation; NaN without one."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of the nowcast, in a word or two."""
+        if self.rolled_back:
+            return "rolled back"
+        if self.accepted:
+            return "accepted"
+        return "left out" if self.left_out else "refused"
 
     def as_log(self) -> dict[str, float]:
         """Numbers for a logger, named ``nowcast/...``; what is not known is left out."""
@@ -46,14 +68,40 @@ class NowcastReport:
             "nowcast/horizon": self.horizon,
             "nowcast/accepted": float(self.accepted),
             "nowcast/rolled_back": float(self.rolled_back),
+            "nowcast/left_out": float(self.left_out),
             "nowcast/seconds": self.seconds,
+            "nowcast/bytes": self.snapshot_bytes + self.restore_bytes,
             "nowcast/bytes_sent": self.bytes_sent or math.nan,
-            "nowcast/relative_jump": self.relative_jump,
-            "nowcast/loss_before": self.loss_before,
-            "nowcast/loss_after": self.loss_after,
-            "nowcast/loss_recovered": self.loss_recovered,
+            "nowcast/jump/all": self.relative_jump,
+            **{f"nowcast/jump/{kind}": jump for kind, jump in self.relative_jump_by_kind.items()},
+            "nowcast/loss/before": self.loss_before,
+            "nowcast/loss/at": self.loss_at,
+            "nowcast/loss/after": self.loss_after,
         }
         return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def as_record(self) -> dict[str, float | str | None]:
+        """:meth:`as_log` and, in words, ``nowcast/outcome`` and ``nowcast/reason``; goes into JSON as it is.
+
+        JSON knows no infinity: a loss or a jump that was infinite is ``None``.
+        """
+        numbers = {name: value if math.isfinite(value) else None for name, value in self.as_log().items()}
+        words = {"nowcast/outcome": self.outcome} | ({"nowcast/reason": self.reason} if self.reason else {})
+        return {**numbers, **words}
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        begin = f"nowcast after update {self.step}"
+        if self.rolled_back:
+            return f"{begin} was undone, training goes on from there: {self.reason}"
+        if not self.accepted:
+            return f"{begin} was {self.outcome}, training goes on: {self.reason}"
+        losses = (("before", self.loss_before), ("at", self.loss_at), ("after", self.loss_after))
+        known = ", ".join(f"{loss:.4g} {when}" for when, loss in losses if not math.isnan(loss))
+        return (
+            f"{begin}: {self.horizon} intervals ahead, weights moved by {self.relative_jump:.3g} of their norm, "
+            f"{self.seconds:.1f} s" + (f"; loss {known}" if known else "")
+        )
 
 
 @dataclass
@@ -75,8 +123,8 @@ class OpenReport:
         return self.updates_to_come <= 0
 
     def with_losses(self) -> NowcastReport:
-        """The report with the loss after the jump."""
-        return replace(self.report, loss_after=float(self.after[0])) if self.after else self.report
+        """The report with the loss of the first update after the jump."""
+        return replace(self.report, loss_at=float(self.after[0])) if self.after else self.report
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists only."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.history import Place, SnapshotStore
+from nino.interrupts import held_back
 from nino.shards import local_tensors
 
 WEIGHT, BUFFER, OPTIMIZER = "weight", "buffer", "optimizer"
@@ -46,6 +47,11 @@ class RestorePoint:
         """The parameters' values, by name; not to be changed."""
         return {name: tensor for (kind, name), tensor in self._tensors().items() if kind == WEIGHT}
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the copies."""
+        return self._made.nbytes if self._made is not None else 0
+
     def take(self, step: int, model: nn.Module, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
         """Copy the parameters and their optimizer state, and the model's buffers."""
         self._numbers = {
@@ -57,20 +63,23 @@ class RestorePoint:
 
     @torch.no_grad()
     def restore(self, model: nn.Module, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
-        """Write everything back in place."""
+        """Write everything back in place; interrupts wait until it is done."""
         saved = self._store.snapshots[-1]
         live = _live_tensors(model, parameters, optimizer)
-        for key, tensor in saved.items():
-            if key in live:
-                live[key].copy_(tensor)
-        for name, parameter in parameters.items() if optimizer is not None else ():
-            state = optimizer.state.get(parameter, {})  # type: ignore[union-attr]
-            for entry in list(state):
-                key = f"{OPTIMIZER}/{name}/{entry}"
-                if key in self._numbers:
-                    state[entry] = deepcopy(self._numbers[key])
-                elif key not in saved:
-                    del state[entry]  # began after the jump
+        with held_back():
+            for key, tensor in saved.items():
+                if key in live:
+                    live[key].copy_(tensor)
+            for name, parameter in parameters.items() if optimizer is not None else ():
+                self._restore_numbers(name, optimizer.state.get(parameter, {}), saved)  # type: ignore[union-attr]
+
+    def _restore_numbers(self, name: str, state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
+        for entry in list(state):
+            key = f"{OPTIMIZER}/{name}/{entry}"
+            if key in self._numbers:
+                state[entry] = deepcopy(self._numbers[key])
+            elif key not in saved:
+                del state[entry]  # began after the jump
 
     def clear(self) -> None:
         """Forget the copies."""

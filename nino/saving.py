@@ -9,7 +9,6 @@ another number of processes; what belongs to one process alone (running statisti
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from nino.distributed import Channel, num_processes
 from nino.errors import CheckpointError, NinoError
+from nino.files import load_whole, save_whole, sync_folder
 from nino.session import NowcastSession
 from nino.shards import as_sharded, compute_device, is_dtensor, local_tensor
 
@@ -64,13 +64,14 @@ def save_session(session: NowcastSession, folder: str | Path) -> None:
             save(tensors, storage_writer=FileSystemWriter(partial / TENSORS_FOLDER))
         everyone = _gather(numbers)
         if channel.rank == 0:
-            torch.save(everyone, partial / NUMBERS_FILE)
+            save_whole(everyone, partial / NUMBERS_FILE)
     with channel.together():
         if channel.rank == 0:
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
+            sync_folder(folder.absolute().parent)
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -188,13 +189,13 @@ def _empty(entry: Mapping[str, Any], session: NowcastSession) -> Tensor:
 def _read_numbers(folder: Path, channel: Channel) -> Any:
     path = folder / NUMBERS_FILE
     try:
-        everyone = torch.load(path, map_location="cpu", weights_only=True)
+        everyone = load_whole(path)
         if len(everyone) == channel.size:
             return everyone[channel.rank]
         own = []
         _put_back(everyone[0], lambda entry: own.append(entry[TENSOR]) if entry["like"] is None else None)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be resumed from: {error!r}") from error
+    except (CheckpointError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be resumed from: {error}") from error
     if own:
         raise CheckpointError(
             f"{path} holds tensors of each of {len(everyone)} processes ({own[0].split('|', 1)[1]}), but there are "

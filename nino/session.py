@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
+from nino.changes import describe_changes
 from nino.distributed import Channel, LostProcessError, is_true_everywhere, mean_over_processes
 from nino.engine.weights import Jump
 from nino.errors import NinoError, SnapshotError
+from nino.graph.builder import graph_parameters
 from nino.history import Place, SnapshotStore
+from nino.interrupts import held_back
+from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
-from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
+from nino.probation import (
+    Evidence,
+    ProbationConfig,
+    Trust,
+    default_probation,
+    gather_evidence,
+    has_recovered,
+)
+from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
@@ -35,7 +48,7 @@ from nino.shared_work import fingerprint, plan_share
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 MIN_LOSSES_BEFORE = 3
 """Fewer losses before a jump than this say nothing of their noise."""
 
@@ -52,9 +65,14 @@ class NowcastSession:
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
-            0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
+            by default a twentieth of the period, 0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
+        moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``; see
+            :func:`nino.moments.settle_moments`.
+        batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
+        nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
-        on_report: called with each nowcast's report once the loss after it is known.
+        on_report: called with each nowcast's report once the loss after it is known; an error that it raises is
+            logged and ends nothing.
 
     Raises:
         NinoError: if the model cannot be wired, its parameters are sharded, none of them is trained, or a setting is
@@ -71,7 +89,10 @@ class NowcastSession:
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        probation: int = 0,
+        probation: int | None = None,
+        moments: Moments = "keep",
+        batch_norm: bool = True,
+        nowcast_in_warmup: bool = False,
         optimizer: Optimizer | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
@@ -94,19 +115,32 @@ class NowcastSession:
         self.nowcaster.check_fits(self.graph)
         self._check_parameters()
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
-        self.probation = ProbationConfig(updates=probation)
+        self.probation = ProbationConfig(updates=default_probation(period) if probation is None else probation)
         if self.probation.updates >= period:
             raise NinoError(f"probation={probation} must end before the next nowcast, period={period} updates later")
         self.restore_point = RestorePoint(snapshots_on, snapshot_folder)
         self.trust = Trust()
+        self.moments = check_moments(moments)
+        self.batch_norm = BatchNormRenewal(self.model, RENEWAL_UPDATES if batch_norm else 0)
+        self.nowcast_in_warmup = nowcast_in_warmup
         self.on_report = on_report
         self.step = 0
         self.reports: list[NowcastReport] = []
         self._positions = self.graph.positions(config.num_positions)
         self._losses: deque[Loss] = deque(maxlen=self.probation.losses_before)
+        self._rates: deque[float] = deque(maxlen=config.context)
+        """Learning rates at the snapshots."""
         self._observed: list[Loss] = []
         self._open: OpenReport | None = None
         self._has_begun = False
+        self._said_unjudged = False
+        self._shapes = graph_parameters(self.model)
+        self._trained: dict[str, nn.Parameter] = {}
+        """The model's parameters, and those that were trained, at the last snapshot."""
+        self._no_graph = ""
+        """Why the model cannot be wired since it has changed."""
+        self._no_snapshot = ""
+        """Why the last snapshot failed."""
 
     def observe(self, loss: Tensor | float) -> None:
         """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
@@ -122,8 +156,17 @@ class NowcastSession:
         # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
         self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
 
-    def after_update(self) -> NowcastReport | None:
+    @property
+    def snapshot_is_next(self) -> bool:
+        """Whether the coming update is one after which a snapshot is taken."""
+        return is_snapshot_step(self.step + 1, self.schedule)
+
+    def after_update(self, *, learning_rate: float | None = None) -> NowcastReport | None:
         """Count one real optimizer update, and snapshot or nowcast if that is due.
+
+        Args:
+            learning_rate: of this update, for callers that come after the scheduler's step; by default the largest that
+                the optimizer's groups hold now. Read only where a snapshot is due: see :attr:`snapshot_is_next`.
 
         Returns:
             A report if this call completed one, else ``None``.
@@ -131,17 +174,29 @@ class NowcastSession:
         if not self._has_begun:  # frameworks shard and replace parameters after this object was made
             refuse_unsupported(self.model)
             self._check_parameters()
+            self._begin()
             self._has_begun = True
         self.step += 1
         completed = self._take_loss()
+        self.batch_norm.after_update()
         if is_snapshot_step(self.step, self.schedule):
-            self._snapshot()
+            self._snapshot(learning_rate)
         if is_nowcast_step(self.step, self.schedule):
             self._open = self._nowcast()
             self.reports.append(self._open.report)
-            self.store.clear()
-            self._losses.clear()
+            if not self._open.report.accepted:  # what became of it is known already
+                _log(self._open.report)
+            self._forget_history()
         return completed
+
+    def finish(self) -> NowcastReport | None:
+        """Close the report that still waits for losses, with those that came: the run is over.
+
+        Returns:
+            That report, if there was one.
+        """
+        self.restore_point.clear()
+        return self._complete(self._open.with_losses()) if self._open is not None else None
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
@@ -158,12 +213,21 @@ class NowcastSession:
     def reset(self) -> None:
         """Forget snapshots and losses and count updates from 0 again."""
         self.step = 0
-        self.store.clear()
-        self._losses.clear()
+        self._forget_history()
         self._observed.clear()
         self._open = None
         self.restore_point.clear()
+        self.batch_norm.end()
         self.trust = Trust()
+
+    def detach(self) -> None:
+        """Leave no trace: give back the memory of snapshots, and end what a jump has begun. Reports stay.
+
+        A report that still waits for losses is closed, with those that came.
+        """
+        self.finish()
+        self.batch_norm.end()
+        self._forget_history()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session: numbers, lists and tensors only."""
@@ -173,10 +237,12 @@ class NowcastSession:
             "period": self.schedule.period,
             "context": self.schedule.context,
             "history": self.store.state_dict(),
+            "learning_rates": list(self._rates),
             "losses": [float(loss) for loss in self._losses],
             "open_report": self._open.state_dict() if self._open is not None else None,
             "restore_point": self.restore_point.state_dict() if self._is_on_probation else None,
             "trust": asdict(self.trust),
+            "batch_norm": self.batch_norm.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -195,12 +261,19 @@ class NowcastSession:
                         f"resume with the same {name}"
                     )
             step, losses = int(state["step"]), [float(loss) for loss in state["losses"]]
+            rates = [float(rate) for rate in state["learning_rates"]]
+            if len(rates) != len(state["history"]["steps"]):
+                raise NinoError(
+                    f"saved nowcasting state is damaged: {len(rates)} learning rates of "
+                    f"{len(state['history']['steps'])} snapshots"
+                )
             if step < max(state["history"]["steps"], default=0):
                 raise NinoError(f"saved nowcasting state is damaged: snapshots from after its {step} updates")
             open_report = OpenReport.from_state_dict(state["open_report"]) if state["open_report"] is not None else None
             trust, parameters = Trust(**state["trust"]), self.trainable_parameters()
             if state["restore_point"] is not None:
                 self.restore_point.load_state_dict(state["restore_point"], self.model, parameters)
+            self.batch_norm.load_state_dict(state["batch_norm"])
             self.store.load_state_dict(state["history"], parameters)  # last: it may still refuse
         except NinoError:
             raise
@@ -208,8 +281,10 @@ class NowcastSession:
             raise NinoError(f"saved nowcasting state is damaged: {error!r}") from error
         self.step = step
         self._losses = deque(losses, maxlen=self.probation.losses_before)
+        self._rates = deque(rates, maxlen=self.schedule.context)
         self._observed.clear()
         self._open, self.trust = open_report, trust
+        self._trained = parameters
         if open_report is not None:
             others = [other for other in self.reports if other.step != open_report.report.step]
             self.reports = [*others, open_report.report]
@@ -228,12 +303,66 @@ class NowcastSession:
                 "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
             )
 
-    def _snapshot(self) -> None:
+    def _begin(self) -> None:
+        """Wire the model again if parameters came or went since this object was made.
+
+        Raises:
+            NinoError: if it cannot be wired.
+        """
+        self._trained = self.trainable_parameters()
+        self._notice_changes()
+        if self._no_graph:
+            raise NinoError(self._no_graph)
+
+    def _notice_changes(self) -> None:
+        """If the model is another than at the last snapshot, start the history afresh, and say so once."""
+        shapes = graph_parameters(self.model)
+        change = describe_changes(self._shapes, shapes, self._trained, self.trainable_parameters())
+        if change:
+            unjudged = ""
+            if self._open is not None and self._open.on_probation:  # what it would be undone from fits no more
+                self._open.on_probation = False
+                self.restore_point.clear()
+                unjudged = f", the nowcast after update {self._open.report.step} is not judged"
+            message = "the model has changed by update %d, snapshots start afresh%s: %s"
+            logger.warning(message, max(self.step, 1), unjudged, change)
+            self._forget_history()
+            self._wire_again()
+        self._shapes, self._trained = shapes, self.trainable_parameters()
+
+    def _wire_again(self) -> None:
+        try:
+            graph = self.nowcaster.graph_of(self.model)
+            self.nowcaster.check_fits(graph)
+        except Exception as error:  # every nowcast is then refused, with this reason; the run goes on
+            self._no_graph = str(error) or repr(error)
+            return
+        self.graph, self._no_graph = graph, ""
+        self._positions = graph.positions(self.nowcaster.config.num_positions)
+
+    def _snapshot(self, learning_rate: float | None) -> None:
+        self._notice_changes()
+        if self._no_graph:
+            return
         try:
             self.store.append(self.step, self.trainable_parameters())
-        except Exception as error:  # most likely no memory; the run must go on
-            self.store.clear()
-            logger.warning("no snapshot after update %d, training goes on: %s", self.step, error)
+            rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
+            self._rates.append(1.0 if rate is None else rate)  # an optimizer without one has a constant one
+        except Exception as error:  # most likely no memory or no disk; the run must go on
+            self._forget_snapshots()
+            level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
+            self._no_snapshot = str(error) or repr(error)
+            logger.log(level, "no snapshot after update %d, training goes on: %s", self.step, self._no_snapshot)
+        else:
+            self._no_snapshot = ""
+
+    def _forget_snapshots(self) -> None:
+        self.store.clear()
+        self._rates.clear()
+
+    def _forget_history(self) -> None:
+        self._forget_snapshots()
+        self._losses.clear()
 
     def _take_loss(self) -> NowcastReport | None:
         """Book the losses of the update that was just done; completes the last report if it waits for one."""
@@ -243,11 +372,25 @@ class NowcastSession:
             self._losses.append(loss)
         if self._open is None or not self._open.book(loss):
             return None
-        self.reports[-1] = self._judge(self._open) if self._open.on_probation else self._open.with_losses()
+        if self._open.on_probation:
+            self._notice_changes()
+        return self._complete(self._judge(self._open) if self._open.on_probation else self._open.with_losses())
+
+    def _complete(self, report: NowcastReport) -> NowcastReport:
         self._open = None
-        if self.on_report is not None:
-            self.on_report(self.reports[-1])
-        return self.reports[-1]
+        self.reports[-1] = report
+        if report.accepted:
+            _log(report)
+        self._tell(report)
+        return report
+
+    def _tell(self, report: NowcastReport) -> None:
+        try:
+            if self.on_report is not None:
+                self.on_report(report)
+        except Exception as error:  # a dashboard that cannot be reached is no reason to lose a run
+            message = "on_report failed for the nowcast after update %d, training goes on: %s"
+            logger.warning(message, report.step, str(error) or repr(error), exc_info=True)
 
     @property
     def _is_on_probation(self) -> bool:
@@ -263,51 +406,89 @@ class NowcastSession:
             evidence = Evidence(*mean_over_processes(list(vars(own).values()), self._device(parameters)))
             is_kept = has_recovered(evidence, self.probation)
             self.trust = self.trust.after(is_kept, self.probation)
-            report = replace(report, loss_recovered=evidence.after)
+            report = replace(report, loss_after=evidence.after)
             if not is_kept:
-                report = self._roll_back(replace(report, rolled_back=True), evidence, parameters)
+                report = self._roll_back(replace(report, rolled_back=True), evidence)
         self.restore_point.clear()
         return report
 
-    def _roll_back(
-        self, report: NowcastReport, evidence: Evidence, parameters: Mapping[str, nn.Parameter]
-    ) -> NowcastReport:
-        self.restore_point.restore(self.model, parameters, self.optimizer)
-        self.store.clear()  # snapshots of the undone weights, if there are any
-        self._losses.clear()
+    def _roll_back(self, report: NowcastReport, evidence: Evidence) -> NowcastReport:
+        saved = self.restore_point.weights
+        moved = {name: p for name, p in self.model.named_parameters() if name in saved}  # some may be frozen by now
+        self.restore_point.restore(self.model, moved, self.optimizer)
+        self.batch_norm.end(counts=False)
+        self._forget_history()  # snapshots of the undone weights, if there are any
         reason = (
             f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {self.probation.updates} updates"
         )
-        logger.warning("nowcast after update %d was undone, training goes on from there: %s", report.step, reason)
         return replace(report, reason=reason)
 
     def _nowcast(self) -> OpenReport:
         """Nowcast, and open the report of it."""
         losses = [float(loss) for loss in self._losses]
+        horizon, reason = self._horizon()
         report = NowcastReport(
             step=self.step,
-            horizon=self.trust.shorten(horizon_at(self.step, self.schedule)),
+            horizon=horizon,
             accepted=False,
+            left_out=bool(reason),
+            reason=reason,
+            snapshot_bytes=self.store.nbytes,
             loss_before=sum(losses) / len(losses) if losses else math.nan,
         )
-        if self.trust.periods_to_skip:
-            self.trust = self.trust.after_skipping()
-            return OpenReport(replace(report, reason=f"left out: {self.trust.failures} in a row were undone"), 1)
+        if report.left_out:
+            return OpenReport(report, 1)
         parameters = self.trainable_parameters()
-        can_judge = self.probation.updates > 0 and len(losses) >= MIN_LOSSES_BEFORE and self.optimizer is not None
-        on_probation = is_true_everywhere(can_judge, self._device(parameters))
-        report = self._jump(report, parameters, on_probation)
+        on_probation = is_true_everywhere(self._can_judge(losses), self._device(parameters))
+        report = self._jump(report, parameters, on_probation, self._why_not_to_judge(losses))
         if not (report.accepted and on_probation):
             self.restore_point.clear()
             return OpenReport(report, 1)
-        return OpenReport(report, self.probation.updates, on_probation=True, before=losses)
+        return OpenReport(report, self.probation.updates, on_probation=True, before=_finite(losses))
 
-    def _jump(self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> NowcastReport:
-        """Replace the weights by their prediction, in every process or in none."""
+    def _can_judge(self, losses: Sequence[float]) -> bool:
+        """Whether enough is known to put a nowcast on probation; says so once if it is wanted and nothing is."""
+        if not self.probation.updates or self.optimizer is None:
+            return False
+        if not losses and self.store.is_full and not self._said_unjudged:
+            self._said_unjudged = True
+            logger.warning(
+                "no training losses are observed, so nowcasts are kept without probation: call observe(loss) before "
+                "each step, or set probation=0"
+            )
+        return len(_finite(losses)) >= MIN_LOSSES_BEFORE
+
+    def _why_not_to_judge(self, losses: Sequence[float]) -> str:
+        """Why a nowcast that is to be judged by the losses cannot be, and is refused for that."""
+        finite = len(_finite(losses))
+        if not self.probation.updates or self.optimizer is None or not finite < MIN_LOSSES_BEFORE <= len(losses):
+            return ""
+        bad = len(losses) - finite
+        return f"{bad} of the last {len(losses)} training losses are NaN or infinite, so it could not be judged"
+
+    def _horizon(self) -> tuple[int, str]:
+        """How far to look, and why this nowcast is left out, if it is."""
+        planned = horizon_at(self.step, self.schedule)
+        horizon = horizon_by_mass(planned, self._rates, self.step, self.schedule)
+        if self.trust.periods_to_skip:
+            self.trust = self.trust.after_skipping()
+            return horizon, f"{self.trust.failures} in a row were undone"
+        if has_risen(self._rates) and not self.nowcast_in_warmup:
+            return horizon, "the learning rate rose between its snapshots (a warm-up, or a restart)"
+        if horizon == 0:
+            return horizon, "the learning rate that is left moves the weights no farther than they are"
+        return self.trust.shorten(horizon), ""
+
+    def _jump(
+        self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool, refusal: str
+    ) -> NowcastReport:
+        """Replace the weights by their prediction, in every process or, if one has a ``refusal``, in none."""
         began = time.perf_counter()
         channel, before = Channel(self._device(parameters)), {}
         try:
             with channel.together():
+                if refusal:
+                    raise SnapshotError(refusal)
                 before = self._backup(parameters, on_probation)
                 jump = self._predict(report.horizon, parameters, before, channel)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
@@ -315,32 +496,29 @@ class NowcastSession:
                 write_parameters(parameters, before)
             if isinstance(error, LostProcessError):  # it cannot go on; whoever catches this finds the weights whole
                 raise
-            reason = str(error) or repr(error)
-            logger.warning("nowcast after update %d was refused, training goes on: %s", self.step, reason)
-            seconds = time.perf_counter() - began
+            reason, seconds = str(error) or repr(error), time.perf_counter() - began
             return replace(report, reason=reason, seconds=seconds, bytes_sent=channel.bytes_sent)
-        report = replace(
+        settle_moments(self.moments, self.optimizer, parameters, report.horizon)
+        self.batch_norm.begin()
+        logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
+        return replace(
             report,
             accepted=True,
             seconds=time.perf_counter() - began,
-            relative_jump=jump.relative,
             bytes_sent=channel.bytes_sent,
+            restore_bytes=self.restore_point.nbytes,
+            relative_jump=jump.relative,
+            relative_jump_by_kind={kind: part.relative for kind, part in jump.by_kind.items()},
         )
-        logger.info(
-            "nowcast after update %d: %d intervals of %d updates ahead, weights moved by %.3g of their norm, %.1f s",
-            report.step,
-            report.horizon,
-            self.schedule.interval,
-            report.relative_jump,
-            report.seconds,
-        )
-        return report
 
     def _backup(self, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> dict[str, Tensor]:
         """Copies of the parameters as they are: the newest snapshot, which is of this very update, if it is exact."""
+        if self._no_graph:
+            raise NinoError(self._no_graph)
         if not self.store.is_full:
             raise SnapshotError(
                 f"{len(self.store)} of {self.store.context} snapshots were taken since the history began"
+                + (f"; the last try: {self._no_snapshot}" if self._no_snapshot else "")
             )
         if on_probation:
             self.restore_point.take(self.step, self.model, parameters, self.optimizer)
@@ -374,11 +552,22 @@ class NowcastSession:
         return compute_device(parameters.values())
 
 
+def _finite(losses: Sequence[float]) -> list[float]:
+    return [loss for loss in losses if math.isfinite(loss)]
+
+
+def _log(report: NowcastReport) -> None:
+    """The one log record of a nowcast, with all its numbers in ``record.nowcast``."""
+    level = logging.INFO if report.outcome in ("accepted", "left out") else logging.WARNING
+    logger.log(level, "%s", report, extra={"nowcast": report.as_record()})
+
+
 @torch.no_grad()
 def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
     """Write new values into live parameters in place, so that storages, ties and views survive."""
-    for name, parameter in parameters.items():
-        local_tensor(parameter).copy_(new[name])
+    with held_back():
+        for name, parameter in parameters.items():
+            local_tensor(parameter).copy_(new[name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -14,14 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,13 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nino import NeuralGraph, Nowcaster, NowcasterConfig
+from nino import NeuralGraph, Nowcaster
 from nino.data import build_model
 from nino.engine.hardware import product_dtype
 from nino.engine.tiling import TILE_EDGES
-from nino.model import build_network
 from tasks.cli import memory_size, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
+from tasks.measuring import BUSY_PERCENT, Memory, in_fresh_process
+from tasks.nowcasters import load_nowcaster
 from tasks.report import format_table
 from tasks.sizes import ARCHITECTURES
 
@@ -47,8 +44,6 @@ PRODUCTS = 3
 """H x H products per weight."""
 NON_LINEARITIES = 4
 """H-wide non-linearities per weight: the first hidden vector twice, the second, the third."""
-BUSY_PERCENT = 15.0
-"""If others use more of the cores than this, a measurement is marked as disturbed."""
 ONCE_FROM = 50_000_000
 """Larger models take minutes and are nowcast once."""
 HALF_PRECISION_FROM = 500_000_000
@@ -67,46 +62,6 @@ def random_snapshots(
         for age, snapshot in enumerate(snapshots):
             snapshot[name] = torch.add(start, drift, alpha=0.05 * age).mul_(0.02)
     return snapshots
-
-
-def load_nowcaster(name: str) -> Nowcaster:
-    """A nowcaster by name, from a published ``.pt`` file, or ``hidden-128``: random weights of the published width."""
-    if name.startswith("hidden-") and name[7:].isdigit():
-        torch.manual_seed(0)
-        return Nowcaster(build_network(NowcasterConfig(hidden=int(name[7:]))))
-    return Nowcaster.from_official(name) if name.endswith(".pt") else Nowcaster.from_pretrained(name)
-
-
-class Memory:
-    """The peak of memory in use beyond what was in use at the start."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.peak_bytes = 0
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Watch while something runs: the allocator's own count on CUDA, else samples of the resident memory."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            yield
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device) - before)
-            return
-        process, stop = psutil.Process(), threading.Event()
-        before = process.memory_info().rss
-
-        def sample() -> None:
-            while not stop.wait(0.005):
-                self.peak_bytes = max(self.peak_bytes, process.memory_info().rss - before)
-
-        thread = threading.Thread(target=sample)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
@@ -309,8 +264,7 @@ def main(argv: list[str]) -> int:
     failed = []
     for name in args.models:
         try:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-                runs.append(fresh.submit(measure, name, args).result())
+            runs.append(in_fresh_process(measure, name, args))
         except BrokenProcessPool:
             failed.append(name)
             print(f"error: {name}: its process was killed, most likely for want of memory", file=sys.stderr)

@@ -15,16 +15,12 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from nino.data import build_model
@@ -32,81 +28,33 @@ from nino.history import Place, SnapshotStore
 from tasks.cli import fail, positive_int, run_main
 from tasks.images import convnet
 from tasks.machine import describe_machine
+from tasks.measuring import seconds_of
 from tasks.report import format_table
-from tasks.text import llama
+from tasks.sizes import ARCHITECTURES
+from tasks.trainings import Training, adamw, classifying, predicting_tokens
 
 CONTEXT = 5
 IMAGES = 64
-VOCAB_SIZE = {"llama-25m": 8000, "llama-100m": 32000}
 
 
-@dataclass
-class Training:
-    """A model and the loss of a fresh random batch."""
-
-    model: nn.Module
-    loss: Callable[[], Tensor]
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-
-    def update(self) -> None:
-        """Forward, backward, optimizer."""
-        self.optimizer.zero_grad()
-        self.loss().backward()
-        self.optimizer.step()
+def start(name: str, args: argparse.Namespace, device: torch.device) -> Training:
+    """A model of :mod:`tasks.sizes` in training; the CNN is the demo's, on images of 8x8."""
+    if name == "cnn-14k":
+        model = build_model(convnet(1, (16, 32, 32)), device)
+        return Training(model, adamw(model), classifying(model, (IMAGES, 1, 8, 8), device))
+    model = build_model(ARCHITECTURES[name], device)
+    return Training(model, adamw(model), predicting_tokens(model, args.sequences, args.tokens, device))
 
 
-def cnn(args: argparse.Namespace, device: torch.device) -> Training:
-    """The 16-32-32 CNN of the demo on images of 8x8."""
-    model = build_model(convnet(1, (16, 32, 32))).to(device)
-
-    def loss() -> Tensor:
-        images = torch.randn(IMAGES, 1, 8, 8, device=device)
-        return nn.functional.cross_entropy(model(images), torch.randint(10, (IMAGES,), device=device))
-
-    return Training(model, loss)
-
-
-def language_model(name: str, layers: int, width: int) -> Callable[[argparse.Namespace, torch.device], Training]:
-    """A Llama with tied embeddings."""
-
-    def build(args: argparse.Namespace, device: torch.device) -> Training:
-        vocab_size = VOCAB_SIZE[name]
-        model = build_model(llama(layers, width, width // 64, width // 64, vocab_size)).to(device)
-
-        def loss() -> Tensor:
-            tokens = torch.randint(vocab_size, (args.sequences, args.tokens), device=device)
-            result: Tensor = model(input_ids=tokens, labels=tokens).loss
-            return result
-
-        return Training(model, loss)
-
-    return build
-
-
-MODELS = {
-    "cnn-14k": cnn,
-    "llama-25m": language_model("llama-25m", layers=6, width=512),
-    "llama-100m": language_model("llama-100m", layers=10, width=768),
-}
+MODELS = ("cnn-14k", "llama-25m", "llama-100m")
 KINDS: list[tuple[Place, torch.dtype | None]] = [("cpu", None), ("cpu", torch.bfloat16), ("disk", None)]
-
-
-def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """How long an action takes, with the work that it leaves on the device."""
-    began = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path, bar: Any) -> dict[str, Any]:
     """Train one model and take snapshots in every place, in turns."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
-    training = MODELS[name](args, device)
+    training = start(name, args, device)
     parameters = dict(training.model.named_parameters())
     kinds = [*KINDS, ("device", None)] if device.type == "cuda" else KINDS
     stores = [SnapshotStore(CONTEXT, place, dtype, folder if place == "disk" else None) for place, dtype in kinds]
@@ -114,11 +62,11 @@ def measure(name: str, args: argparse.Namespace, folder: Path, bar: Any) -> dict
     updates = []
     training.update()  # allocates gradients and moments
     for step in range(CONTEXT + args.repeats):
-        updates.append(seconds(training.update, device))
+        updates.append(seconds_of(training.update, device))
         for store, times in zip(stores, taken, strict=True):
             if store.is_full:
                 store.clear()
-            times.append(seconds(partial(store.append, step, parameters), device))
+            times.append(seconds_of(partial(store.append, step, parameters), device))
         bar.update()
         bar.set_postfix_str(f"{name}, update {1000 * updates[-1]:.0f} ms")
     for store in stores:

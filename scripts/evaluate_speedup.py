@@ -20,10 +20,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
+from nino.moments import Moments
 from tasks.cells import SCHEDULES, Cell, make_cell, read_result, result_path, train_and_write
 from tasks.cli import fail, positive_float, positive_int, run_main
 from tasks.comparing import (
@@ -56,7 +57,8 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     Raises:
         NinoError: if a method is unknown, or something that it needs is missing.
     """
-    rhythm = Rhythm(**{name: getattr(args, name) for name in Rhythm.__dataclass_fields__})
+    settings = {name: getattr(args, name) for name in Rhythm.__dataclass_fields__}
+    rhythm = Rhythm(**{**settings, "batch_norm": args.batch_norm == "yes"})
     methods = [parse_method(name, rhythm) for name in dict.fromkeys(args.methods)]
     budgets = {task: args.updates or [TASKS[task].updates] for task in args.tasks}
     longest = max(budget for of_task in budgets.values() for budget in of_task)
@@ -225,6 +227,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default=0,
         help="updates in which the loss must recover from a jump; 0 keeps every jump",
     )
+    add("--moments", choices=get_args(Moments), default="keep", help="what becomes of Adam's moments after a jump")
+    add("--batch-norm", choices=["yes", "no"], default="yes", help="estimate running statistics anew after a jump")
     add("--eval-every", type=positive_int, default=50, help="updates between evaluations")
     add("--targets", type=targets_of_task, nargs="+", default=[], help="TASK=VALUE,VALUE,...: other values to reach")
     add("--jobs", type=positive_int, default=2, help="trainings at once, one thread each")

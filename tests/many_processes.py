@@ -118,6 +118,7 @@ def compare(
         "distance": result["distance"] / jump.distance,
         "all work": 2 * edges + (graph.num_edges if nowcaster.config.kind == "nino" else 0),
         "error": error / jump.distance,
+        "rounding": 2**-24 * jump.norm / jump.distance,  # of the new weights themselves
         "frozen": all(torch.equal(new[n], snapshots[-1][n].cpu()) for n in new if n not in wanted),
         "empty": sum(local_tensor(parameter).numel() == 0 for parameter in together.parameters()),
         "weights": torch.cat([value.flatten() for value in new.values()]),
@@ -264,7 +265,13 @@ def sharded_callback() -> Result:
         return model, callback, state, optimizer
 
     arguments = SimpleNamespace(
-        output_dir=sys.argv[1], save_only_model=False, resume_from_checkpoint=None, n_gpu=0, world_size=2
+        output_dir=sys.argv[1],
+        save_only_model=False,
+        should_save=dist.get_rank() == 0,
+        process_index=dist.get_rank(),
+        resume_from_checkpoint=None,
+        n_gpu=0,
+        world_size=2,
     )
     model, callback, state, optimizer = begin(0)
     for index in range(5):
@@ -403,6 +410,22 @@ def hang() -> Result:
     restored = all(torch.equal(expected[n], local_tensor(p)) for n, p in model.named_parameters())
     torch.save({"error": error, "restored": restored}, Path(sys.argv[1]) / f"hang-{dist.get_rank()}.pt")
     os._exit(0)
+
+
+def guide() -> Result:
+    """The recipe of docs/guide.md, in this group of processes."""
+    from snippets import ROOT, snippets_of
+
+    (recipe,) = [snippet for snippet in snippets_of(ROOT / "docs" / "guide.md") if "distributed" in snippet.tags]
+    names = {"nino": nino, "torch": torch}
+    os.chdir(sys.argv[1])
+    with mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"):
+        exec(compile(recipe.code, "docs/guide.md", "exec"), names)
+    resumed = NowcastOptimizer(
+        torch.optim.AdamW(names["sharded"].parameters()), names["sharded"], "nino-tiny", period=20, max_steps=50
+    )
+    resumed.load_history("nowcast")
+    return {"reports": reports_of(names["optimizer"]), "step": resumed.session.step}
 
 
 def refusals() -> Result:

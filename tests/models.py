@@ -157,6 +157,23 @@ def image_1d() -> nn.Module:
     return nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 5), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(120, 3))
 
 
+class LoraLinear(nn.Module):
+    """A frozen layer with an adapter beside it, named as peft names them."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, rank: int = 3) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(num_inputs, num_outputs).requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(num_inputs, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, num_outputs, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def adapted_mlp() -> nn.Module:
+    return nn.Sequential(LoraLinear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
 # Transformers
 
 NO_SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -264,6 +281,7 @@ CHAINS = [
     Case("prelu_cnn", prelu_cnn, images, ("0", "2")),
     Case("flat_sequence", flat_sequence, sequences, ("0",)),
     Case("image_1d", image_1d, images, ("1",)),
+    Case("adapted_mlp", adapted_mlp, vectors, ("0.lora_A.default.weight.rank",)),
 ]
 TRANSFORMERS = [
     Case("gpt2", gpt2, tokens, gpt2_axes(2)),

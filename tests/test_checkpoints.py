@@ -251,7 +251,7 @@ def test_everything_else_is_that_of_the_last_checkpoint(tmp_path: Path, run_fold
     assert states[0] == states[1]
     result = json.loads(new["nowcast.json"])
     assert result["checkpoints"] == [str(path) for path in checkpoints_of(run_folder)]
-    assert entry["nowcast/step"] == 10 and entry["nowcast/relative_jump"] == result["relative_jump"]
+    assert entry["nowcast/step"] == 10 and entry["nowcast/jump/all"] == result["relative_jump"]
     assert listing(run_folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 

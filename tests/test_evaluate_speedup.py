@@ -165,8 +165,11 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         (["--methods", "lookahead:0"], ["lookahead expects a whole number of at least 1"]),
         (["--methods", "ema:2"], ["ema expects a number between 0 and 1"]),
         (["--methods", "linear:3"], ["linear expects nothing"]),
-        (["--methods", "linear@horizon=3"], ["setting 'horizon' is none of decay_power, max_horizon"]),
+        (["--methods", "linear@horizon=3"], ["setting 'horizon' is none of batch_norm, decay_power, max_horizon"]),
         (["--methods", "linear@max_horizon=x"], ["max_horizon expects a number"]),
+        (["--methods", "linear@batch_norm=1"], ["batch_norm expects yes or no"]),
+        (["--methods", "linear@moments=forget"], ["moments must be one of"]),
+        (["--methods", "scaled:nino-tiny"], ["scaled expects a number and a name"]),
         (["--methods", "linear@max_horizon=41"], ["max_horizon=41 is beyond"]),
         (["--methods", "linear@period=13"], ["period=13 must be a multiple of context=5"]),
         (["--methods", "linear@probation=1000"], ["probation=1000 must be shorter than the period"]),
@@ -263,6 +266,18 @@ def test_learning_rate_factors() -> None:
     assert factors("wsd") == [1, 1, 1, 0.5]
 
 
+def test_bad_jumps_are_as_bad_as_they_say() -> None:
+    plain, far, back = (
+        load_jump(parse_method(name, RHYTHM).jump).network.head  # type: ignore[arg-type]
+        for name in ("nino:nino-tiny", "scaled:10:nino-tiny", "scaled:-1:nino-tiny")
+    )
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(far, name), 10 * getattr(plain, name))
+        assert torch.equal(getattr(back, name), -getattr(plain, name))
+    first, second = (load_jump(parse_method("untrained:8", RHYTHM).jump).network.head for _ in range(2))  # type: ignore[arg-type]
+    assert torch.equal(first.weight, second.weight) and first.in_features == 8
+
+
 def test_clock_counts_no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([(10.0, 1.0), (13.0, 2.0), (20.0, 8.0), (21.0, 8.5)])
     monkeypatch.setattr(Clock, "_now", staticmethod(lambda: next(readings)))
@@ -295,7 +310,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("task", [name for name in TASKS if name != "digits-16"])
+@pytest.mark.parametrize("task", [name for name in TASKS if not name.startswith("digits")])
 def test_tasks_train(task: str, data_folder: Path) -> None:
     TASKS[task].check_data(task, data_folder)
     result = run_cell("adam", data_folder, task=task, updates=2, evaluate_every=2)

@@ -100,7 +100,8 @@ def test_values_go_to_edges_and_back(case: Case) -> None:
     model = case.model().to(memory_format=torch.channels_last)
     graph = NeuralGraph.from_model(model)
     edges = graph.edge_list()
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {name: p.detach() for name, p in model.named_parameters() if name not in frozen}
     values = edges.values(state)
     assert torch.equal(values != 0, edges.feature_mask())
     back = edges.parameters(values)

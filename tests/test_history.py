@@ -113,7 +113,19 @@ def test_bfloat16_snapshots_are_rounded_and_take_half_the_room() -> None:
     assert store.snapshots[0]["weight"].untyped_storage().nbytes() == store.nbytes == 4
 
 
-@pytest.mark.parametrize("dtype", [None, *FORMATS], ids=str)
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_files_keep_every_format(dtype: torch.dtype, tmp_path: Path) -> None:
+    # Buffers count and mask: a nowcast on probation keeps them beside the weights.
+    live = {"buffer": torch.tensor([[1.0, 0.0, 1.0]]).to(dtype), "weight": torch.ones(3)}
+    store = store_in("disk", tmp_path)
+
+    store.append(1, live)
+
+    assert_same(store.snapshots[0], live)
+    assert store.snapshots[0]["buffer"].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [None, *(dtype for dtype in FORMATS if dtype.is_floating_point)], ids=str)
 @pytest.mark.parametrize("place", PLACES)
 def test_every_format_and_shape(place: Any, dtype: torch.dtype | None, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -344,7 +356,7 @@ def test_a_full_disk_costs_the_history_and_nothing_else(tmp_path: Path) -> None:
     assert values(fill(store, 3, 4)) == [3, 4]
 
 
-def test_a_folder_that_is_deleted_meanwhile_harms_no_snapshot(tmp_path: Path) -> None:
+def test_a_folder_that_is_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
     store = fill(store_in("disk", tmp_path), 1)
     [folder] = tmp_path.iterdir()
     for path in folder.iterdir():
@@ -352,9 +364,10 @@ def test_a_folder_that_is_deleted_meanwhile_harms_no_snapshot(tmp_path: Path) ->
     folder.rmdir()
 
     assert values(store) == [1]
-    with pytest.raises(FileNotFoundError):
-        fill(store, 2)
+    assert values(fill(store, 2)) == [1, 2]
+    assert files_in(tmp_path) == ["snapshot-000002.safetensors"]
     store.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_session_survives_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,6 @@ import logging
 import math
 import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,16 +33,21 @@ BASES: dict[str, Make] = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False),
     "adamw-foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True),
     "sgd-momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
-    "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2),
     "two-groups": _two_groups,
 }
+if hasattr(torch.optim, "Adafactor"):  # since torch 2.5
+    BASES["adafactor"] = lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2)
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.9**step),
-    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=20),
+    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.99**step),
+    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=200),
     "one-cycle": lambda opt: lr_scheduler.OneCycleLR(
-        opt, max_lr=0.03, total_steps=30, cycle_momentum=not {"momentum", "betas"}.isdisjoint(opt.defaults)
+        opt,
+        max_lr=0.03,
+        total_steps=150,
+        pct_start=0.02,
+        cycle_momentum=not {"momentum", "betas"}.isdisjoint(opt.defaults),
     ),
-    "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=1),
+    "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, factor=0.95, patience=1),
 }
 
 
@@ -174,6 +178,8 @@ def test_what_is_not_an_optimizer_of_the_model_is_refused() -> None:
         NowcastOptimizer(other, mlp(), tiny_nowcaster())
     with pytest.raises(NinoError, match=r"^expected a torch.optim.Optimizer to wrap, got generator$"):
         NowcastOptimizer(mlp().parameters(), mlp(), tiny_nowcaster())  # type: ignore[arg-type]
+    with pytest.raises(NinoError, match=r"^the optimizer is a NowcastOptimizer already: it needs no second one$"):
+        NowcastOptimizer(sgd(model := mlp()), model, tiny_nowcaster())
 
 
 def test_step_hooks_of_wrapper_and_base_see_every_update() -> None:
@@ -252,24 +258,35 @@ def test_updates_that_the_grad_scaler_skips_are_not_counted() -> None:
     assert scaler.get_scale() == 1.0  # halved twice
 
 
+class OwnRate(torch.optim.SGD):
+    """Finds its rate as it goes, like Adafactor with relative steps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def test_the_session_sees_the_largest_rate_of_each_update() -> None:
+    model = mlp()
+    groups = [{"params": model[0].parameters(), "lr": torch.tensor(0.5)}, {"params": model[2].parameters()}]
+    wrapper = NowcastOptimizer(torch.optim.SGD(groups, lr=0.1), model, tiny_nowcaster(), period=PERIOD)
+    scheduler = lr_scheduler.ExponentialLR(wrapper, 0.5)
+    rates = []
+    for _ in range(3):
+        wrapper.step()
+        scheduler.step()
+        rates.append(wrapper.session.learning_rate)
+
+    assert rates == [0.5, 0.25, 0.125]
+    own = NowcastOptimizer(OwnRate(model), model, tiny_nowcaster(), period=PERIOD)
+    own.step()
+    assert own.session.learning_rate is None
+
+
 # Resuming
-
-
-@pytest.mark.parametrize("at", [5, 6, 9])
-@pytest.mark.parametrize("base", BASES)
-def test_resume_is_exact(base: str, at: int) -> None:
-    # Snapshots after 2 4 6 | 8 10 12 | 14 16 18, nowcasts after 6 12 18. Saved between snapshots or just after a jump.
-    whole = Run(base).train(0, 20)
-
-    resumed = Run(base).load(Run(base).train(0, at).save()).train(at, 20)
-
-    assert [report.accepted for report in whole.wrapper.reports] == [True, True, True]
-    assert resumed.rates == whole.rates[at:]
-    assert_same(weights_of(resumed.model), weights_of(whole.model))
-    late = [(r.step, r.relative_jump, r.loss_before, r.loss_after) for r in resumed.wrapper.reports if r.step > 6]
-    assert late == [(r.step, r.relative_jump, r.loss_before, r.loss_after) for r in whole.wrapper.reports if r.step > 6]
-    if at == 6:  # the report that was waiting for the loss after the jump
-        assert resumed.wrapper.reports[0].loss_after == whole.wrapper.reports[0].loss_after
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
@@ -290,19 +307,22 @@ def test_a_copied_run_goes_on_by_itself(clone: Callable[[Any], Any]) -> None:
     assert [report.step for report in twin.wrapper.reports] == [6, 12]
 
 
-def test_a_plain_optimizer_state_starts_a_fresh_history(caplog: pytest.LogCaptureFixture) -> None:
-    plain = Run(wrapped=False).train(0, 3)
-    run = Run().train(0, 9)
+@pytest.mark.parametrize(("base", "done", "step"), [("adamw", 9, 9), ("sgd-momentum", 9, 0), ("adamw", 60, 0)])
+def test_a_plain_optimizer_state_starts_a_fresh_history(
+    base: str, done: int, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Updates go on from where the optimizer counted; SGD does not count, and a run of 60 is over after 60.
+    run = Run(base).train(0, 3)
+    plain = Run(base, wrapped=False).train(0, done)
 
     run.optimizer.load_state_dict(plain.save()["optimizer"])
 
     assert logged(caplog) == [
-        "the loaded optimizer state has no nowcasting state: snapshots start afresh and updates count from 0"
+        f"the loaded optimizer state is without nowcasting: that goes on with a fresh history from update {step}"
     ]
-    assert (run.wrapper.session.step, len(run.wrapper.session.store)) == (0, 0)
-    run.train(3, 9)
-    assert [report.step for report in run.wrapper.reports] == [6, 6]
-    assert run.base.state[run.model[0].weight]["step"] == 9
+    assert (run.wrapper.session.step, len(run.wrapper.session.store)) == (step, 0)
+    run.train(9, 18)
+    assert [(report.step, report.accepted) for report in run.wrapper.reports][-1] == ((18, True) if step else (6, True))
 
 
 def test_the_base_alone_reads_the_wrappers_state() -> None:
@@ -335,65 +355,24 @@ def accelerator() -> Iterator[Any]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
-    yield Accelerator(cpu=True, gradient_accumulation_steps=4)
+    yield Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
-class AcceleratedRun:
-    """An accelerate loop with four micro-batches per update."""
+def test_preparing_in_the_middle_of_a_run_loses_nothing(accelerator: Any) -> None:
+    # accelerate passes the state through the wrapper's own load_state_dict.
+    run = Run().train(0, 9)
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        model = mlp()
-        optimizer = NowcastOptimizer(
-            torch.optim.AdamW(model.parameters(), lr=1e-2), model, tiny_nowcaster(), period=PERIOD, max_steps=60
-        )
-        scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
-        self.model, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
-        self.wrapper = optimizer
+    prepared = accelerator.prepare(run.optimizer)
 
-    def train(self, start: int, stop: int) -> AcceleratedRun:
-        for micro in range(4 * start, 4 * stop):
-            inputs, targets = batch(micro)
-            with self.accelerator.accumulate(self.model):
-                loss = F.mse_loss(self.model(inputs), targets)
-                self.accelerator.backward(loss)
-                self.optimizer.step()
-                self.scheduler.step()
-                self.optimizer.zero_grad()
-        return self
+    assert prepared.optimizer is run.wrapper
+    assert_same(weights_of(run.train(9, 14).model), weights_of(Run().train(0, 14).model))
 
 
-def test_accelerate_counts_updates_and_not_calls(accelerator: Any) -> None:
-    run = AcceleratedRun(accelerator).train(0, 13)  # 52 micro-batches
+def test_what_accelerate_prepared_before_is_refused(accelerator: Any) -> None:
+    model = mlp()
+    prepared = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
 
-    plain = Run()
-    for index in range(13):
-        for micro in range(4 * index, 4 * index + 4):
-            inputs, targets = batch(micro)
-            (F.mse_loss(plain.model(inputs), targets) / 4).backward()
-        plain.optimizer.step()
-        plain.scheduler.step()
-        plain.optimizer.zero_grad()
-
-    assert run.wrapper.session.step == 13
-    assert [report.step for report in run.wrapper.reports] == [6, 12]
-    assert_same(weights_of(run.model), weights_of(plain.model))
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.9**13)
-
-
-@pytest.mark.parametrize("at", [6, 9])
-def test_accelerate_resumes_exactly(accelerator: Any, tmp_path: Path, at: int) -> None:
-    whole = weights_of(AcceleratedRun(accelerator).train(0, 14).model)
-    accelerator.free_memory()
-    AcceleratedRun(accelerator).train(0, at)
-    accelerator.save_state(str(tmp_path))
-    accelerator.free_memory()
-
-    resumed = AcceleratedRun(accelerator)
-    accelerator.load_state(str(tmp_path))
-    resumed.train(at, 14)
-
-    assert_same(weights_of(resumed.model), whole)
-    assert [report.step for report in resumed.wrapper.reports][-1] == 12
+    with pytest.raises(NinoError, match=r"^the optimizer went through accelerator.prepare already, .*; wrap it first"):
+        NowcastOptimizer(prepared, model, tiny_nowcaster())

@@ -137,7 +137,7 @@ def test_a_good_jump_is_kept() -> None:
     _train(model, optimizer, 0, 2 * PERIOD + R)
 
     assert [(r.accepted, r.rolled_back) for r in optimizer.reports] == [(True, False)] * 2
-    assert all(math.isfinite(r.loss_recovered) for r in optimizer.reports)
+    assert all(math.isfinite(r.loss_after) for r in optimizer.reports)
 
 
 def test_without_losses_there_is_no_probation() -> None:
@@ -174,3 +174,24 @@ def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: i
     assert_same(weights_of(resumed_model), weights_of(straight))
     assert [r.rolled_back for r in second.reports][-1:] == [r.rolled_back for r in whole.reports][-1:]
     assert second.session.trust == whole.session.trust
+
+
+@pytest.mark.parametrize(("period", "expected"), [(1002, 50), (30, 1), (15, 0)])
+def test_by_default_a_probation_takes_a_twentieth_of_the_period(period: int, expected: int) -> None:
+    model = mlp()
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    assert NowcastOptimizer(base, model, ScriptedNowcaster(good), period=period).session.probation.updates == expected
+
+
+def test_without_losses_nowcasts_are_kept_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    optimizer = _optimizer(model, add(3))
+    for index in range(3 * PERIOD):
+        inputs, targets = batch(index)
+        optimizer.zero_grad()
+        F.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+    assert [report.accepted for report in optimizer.reports] == [True] * 3
+    assert not any(report.rolled_back for report in optimizer.reports)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "kept without probation: call observe(loss)" in warnings[0]

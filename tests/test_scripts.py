@@ -73,6 +73,7 @@ def test_help_says_what_it_does(script: str) -> None:
         ("pretrain_nowcaster.py", ["--runs", ".", "--out", "x", "--steps", "two"], ["--steps", "whole number"]),
         ("demo.py", ["--updates", "3"], ["--updates", "at least 100"]),
         ("demo.py", ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
+        ("plot_graph.py", ["--model", "llama-2t"], ["'llama-2t' is neither a file nor one of cnn-14k, "]),
     ],
 )
 def test_bad_input_is_one_line(script: str, arguments: list[str], expected: list[str], tmp_path: Path) -> None:

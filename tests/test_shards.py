@@ -242,9 +242,12 @@ def test_dcp_loading_counts_no_update_and_a_warm_up_from_zero_does(process_group
     optimizer = _optimizer(model)
     _train(model, optimizer, 0, 3)
     state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    model.zero_grad()
     other = _optimizer(model)
-    set_optimizer_state_dict(model, other, optim_state_dict=state)
+    get_optimizer_state_dict(model, other)
     assert other.session.step == 0
+    assert float(other.state[model[0].weight]["step"]) == 1  # type: ignore[index]
+    set_optimizer_state_dict(model, other, optim_state_dict=state)
     assert float(other.state[model[0].weight]["step"]) == 3  # type: ignore[index]
 
     warming = _optimizer(model)

@@ -15,14 +15,17 @@ PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.
 """What the wrappers of data parallelism and ``torch.compile`` put before every name."""
 
 
-def model_from_config(folder: str | Path) -> nn.Module:
+def model_from_config(source: str | Path) -> nn.Module:
     """Build the transformers model of a ``config.json`` on the meta device; no code that comes with it is run.
+
+    Args:
+        source: the file, or the folder that it is in.
 
     Raises:
         CheckpointError: if transformers cannot build it.
         NinoError: if transformers is not installed.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = Path(source) if Path(source).is_file() else Path(source) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; expected the folder of a transformers model")
     try:
@@ -30,9 +33,7 @@ def model_from_config(folder: str | Path) -> nn.Module:
     except ImportError as error:
         raise NinoError(f"{path} describes a transformers model: pip install 'nino[trainer]' ({error})") from error
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(path.parent), local_files_only=True, trust_remote_code=False
-        )
+        config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         name = next(iter(config.architectures or []), "")
         make = getattr(transformers, name, None) or transformers.AutoModelForCausalLM.from_config
         with torch.device("meta"):

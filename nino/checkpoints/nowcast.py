@@ -18,6 +18,7 @@ from nino.checkpoints.sequence import OUTSIDE, check_series, find_checkpoints
 from nino.checkpoints.writing import DTYPES, NewCheckpoint, check_destination
 from nino.errors import NinoError, SnapshotError
 from nino.nowcaster import Nowcaster
+from nino.report import NowcastReport
 from nino.schedule import ScheduleConfig, horizon_at
 from nino.session import unwrap
 
@@ -38,6 +39,8 @@ class CheckpointNowcast:
     """How far ahead, in intervals between checkpoints."""
     relative_jump: float
     """Norm of the change over the norm of the weights."""
+    relative_jump_by_kind: Mapping[str, float]
+    """The same of the weights of each kind, as in :class:`nino.NowcastReport`."""
     parameters: int
     """Tensors that were predicted."""
     unchanged: int
@@ -122,6 +125,7 @@ def nowcast_checkpoints(
                 steps=steps,
                 horizon=horizon,
                 relative_jump=moved.relative,
+                relative_jump_by_kind={kind: part.relative for kind, part in moved.by_kind.items()},
                 parameters=len(moving),
                 unchanged=len(graph.shapes) - len(moving),
                 seconds=time.perf_counter() - began,
@@ -237,12 +241,12 @@ def _refuse_strangers(
 def _log_entry(result: CheckpointNowcast) -> dict[str, Any]:
     """The nowcast as an entry of the Trainer's log, named as the callback names its own."""
     step = result.steps[-1] if result.steps else 0
-    return {
-        "step": step,
-        "nowcast/step": step,
-        "nowcast/horizon": result.horizon,
-        "nowcast/accepted": 1.0,
-        "nowcast/seconds": result.seconds,
-        "nowcast/relative_jump": result.relative_jump,
-        OUTSIDE: 1.0,
-    }
+    report = NowcastReport(
+        step=step,
+        horizon=result.horizon,
+        accepted=True,
+        seconds=result.seconds,
+        relative_jump=result.relative_jump,
+        relative_jump_by_kind=result.relative_jump_by_kind,
+    )
+    return {"step": step, **report.as_log(), OUTSIDE: 1.0}

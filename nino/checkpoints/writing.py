@@ -30,6 +30,7 @@ from nino.checkpoints.reading import (
     read_tensors,
 )
 from nino.errors import NinoError
+from nino.files import save, save_whole, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class NewCheckpoint:
             NinoError: if the destination has come into being meanwhile.
         """
         for path, state in self._states:
-            _save(state, path)
+            save(state, path)
         for mapped in self._maps:
             mapped.flush()
         if self.last.is_folder:
@@ -123,7 +124,7 @@ class NewCheckpoint:
         os.rename(self._temporary, self.out)
         if not self.last.is_folder:
             os.replace(result_path(self._temporary, False), result_path(self.out, False))
-        _sync_folder(self.out.absolute().parent)
+        sync_folder(self.out.absolute().parent)
 
     def _copy(self) -> None:
         """Copy all but PyTorch's weights, which are written at the end, and what a jump makes stale."""
@@ -175,7 +176,7 @@ class NewCheckpoint:
         beside = result_path(self._temporary, False)
         paths = [*self._temporary.rglob("*"), self._temporary] if self.last.is_folder else [self._temporary, beside]
         for path in paths:
-            _sync_folder(path) if path.is_dir() else _sync_file(path)
+            sync_folder(path) if path.is_dir() else sync_file(path)
 
     def _remove(self) -> None:
         self.tensors = {}
@@ -221,31 +222,8 @@ def _forget_history(path: Path) -> None:
         if not history["steps"]:
             return
         state["nowcast"]["history"] = {part: [] for part in history}
+        state["nowcast"]["learning_rates"] = []
     except Exception:  # no such state, or an optimizer that saves more than tensors: nothing of ours is in it
         return
-    new = path.with_name(path.name + ".part")
-    _save(state, new)
-    os.replace(new, path)
+    save_whole(state, path)
     logger.info("the optimizer's snapshots stay behind: they end with the jump")
-
-
-def _save(state: Any, path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what its own writer makes of a full disk
-        raise OSError(str(error)) from error
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name != "posix":  # elsewhere folders cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

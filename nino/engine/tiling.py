@@ -89,9 +89,7 @@ class Sizes:
             return Sizes(max(STRIP_EDGES, tile), tile)
         held += SMALL_BYTES
         fixed, per_edge = _fixed_bytes(graph, config, dtype) + held, _bytes_per_edge(graph, config, dtype)
-        piece = min(piece_size(device), max(prod(shape) for shape in graph.shapes.values()))
-        measuring = ALLOCATED * PIECE_NUMBERS * dtype.itemsize * piece
-        needed = max(fixed + MIN_TILE_EDGES * per_edge, held + measuring)
+        needed = max(fixed + MIN_TILE_EDGES * per_edge, held + _measuring_bytes(graph, dtype, device))
         if budget < needed:
             raise NinoError(
                 f"a memory budget of {budget:,} bytes is too small: the features of this model's {graph.num_nodes:,} "
@@ -99,6 +97,17 @@ class Sizes:
             )
         tile = min(tile, (budget - fixed) // per_edge)
         return Sizes(max(min(STRIP_EDGES, tile * STRIP_PER_TILE), tile), tile)
+
+    def bytes_needed(
+        self, graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype, device: torch.device, held: int = 0
+    ) -> int:
+        """The most that a nowcast of these sizes needs beyond snapshots and weights; arguments as in :meth:`within`."""
+        tile = max(max(b.num_edges, b.target.size * b.num_features * config.context) for b in graph.blocks)
+        strip = max(block.num_edges * block.num_features for block in graph.blocks)
+        computing = _fixed_bytes(graph, config, dtype)
+        computing += min(self.tile_edges, tile) * _bytes_per_tile_edge(graph, config, dtype)
+        computing += min(self.strip_edges, strip) * _bytes_per_strip_edge(config, dtype)
+        return held + SMALL_BYTES + max(computing, _measuring_bytes(graph, dtype, device))
 
     @property
     def longest_side(self) -> int:
@@ -125,9 +134,22 @@ def _fixed_bytes(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype
 
 def _bytes_per_edge(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype) -> int:
     """What one more edge in a tile adds, with the strip that grows along."""
+    return _bytes_per_tile_edge(graph, config, dtype) + STRIP_PER_TILE * _bytes_per_strip_edge(config, dtype)
+
+
+def _bytes_per_tile_edge(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype) -> int:
     num_features = max(block.num_features for block in graph.parameter_blocks)
-    tile = TILE_TENSORS * config.hidden + num_features * (2 * config.context + 1)
-    return ALLOCATED * dtype.itemsize * (tile + STRIP_PER_TILE * (config.context + STRIP_NUMBERS))
+    return ALLOCATED * dtype.itemsize * (TILE_TENSORS * config.hidden + num_features * (2 * config.context + 1))
+
+
+def _bytes_per_strip_edge(config: NowcasterConfig, dtype: torch.dtype) -> int:
+    return ALLOCATED * dtype.itemsize * (config.context + STRIP_NUMBERS)
+
+
+def _measuring_bytes(graph: NeuralGraph, dtype: torch.dtype, device: torch.device) -> int:
+    """What measuring the snapshots needs, before anything is computed."""
+    piece = min(piece_size(device), max(prod(shape) for shape in graph.shapes.values()))
+    return ALLOCATED * PIECE_NUMBERS * dtype.itemsize * piece
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nino.errors import SnapshotError
-from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph
+from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph
 from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
 from nino.share import WHOLE, Share
 from nino.standardise import EPSILON, Standardiser
@@ -84,6 +84,8 @@ class Jump:
     """Norm of the change."""
     norm: float
     """Norm of the weights before."""
+    by_kind: Mapping[str, Jump] = field(default_factory=dict)
+    """The same of the weights of each kind, by the name of their edge type in small letters: ``query``, ``conv``."""
 
     @property
     def relative(self) -> float:
@@ -92,9 +94,13 @@ class Jump:
 
     def over_processes(self, share: Share, device: torch.device) -> Jump:
         """The same over the rows of all processes."""
-        squares = torch.tensor([self.distance**2, self.norm**2], dtype=torch.float64, device=device)
-        distance, norm = share.add_(squares).sqrt().tolist()
-        return Jump(distance, norm)
+        kinds = [edge_type.name.lower() for edge_type in EdgeType]  # a process may have rows of some kinds only
+        parts = [self.by_kind.get(kind) for kind in kinds]
+        table = [(part.distance**2, part.norm**2, 1.0) if part else (0.0, 0.0, 0.0) for part in (self, *parts)]
+        table = share.add_(torch.tensor(table, dtype=torch.float64, device=device)).tolist()
+        whole, *by_kind = (Jump(math.sqrt(moved), math.sqrt(total)) for moved, total, _ in table)
+        present = {kind: part for kind, part, row in zip(kinds, by_kind, table[1:], strict=True) if row[2]}
+        return replace(whole, by_kind=present)
 
 
 class SnapshotReader:
@@ -162,7 +168,7 @@ class PredictionWriter:
         self._rows = {name: share.held_rows(name, graph.shapes[name]) for name in tensors}
         self._views = {name: viewable(blocks[name], tensor, self._rows[name]) for name, tensor in tensors.items()}
         self.scalers = scalers
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, EdgeType], Tensor] = {}
 
     def wants(self, block: EdgeBlock) -> bool:
         """Whether the block's parameter is to be predicted."""
@@ -186,7 +192,8 @@ class PredictionWriter:
         arrived = target.to(new)
         old = last * (scaler.std + EPSILON) + scaler.mean
         sums = torch.stack([(arrived - old).square().sum(), old.square().sum()]).double()
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        key = (name, block.type)  # a fused layer's parts are of several types
+        self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def finish(self) -> Jump:
         """Complete what was written.
@@ -197,12 +204,15 @@ class PredictionWriter:
         for name, view in self._views.items():
             if view is not self.tensors[name]:
                 self.tensors[name].copy_(view)
-        moved, total = 0.0, 0.0
-        for name, sums in self._sums.items():
+        squares: dict[str, tuple[float, float]] = {}
+        for (name, edge_type), sums in self._sums.items():
             moved_here, total_here = sums.tolist()
             if not math.isfinite(moved_here):
                 raise SnapshotError(
                     f"the nowcast of {name} is NaN or infinite in {self.tensors[name].dtype}; it was refused"
                 )
-            moved, total = moved + moved_here, total + total_here
-        return Jump(math.sqrt(moved), math.sqrt(total))
+            moved, total = squares.get(edge_type.name.lower(), (0.0, 0.0))
+            squares[edge_type.name.lower()] = (moved + moved_here, total + total_here)
+        by_kind = {kind: Jump(math.sqrt(moved), math.sqrt(total)) for kind, (moved, total) in squares.items()}
+        all_moved, all_total = (math.fsum(part[index] for part in squares.values()) for index in (0, 1))
+        return Jump(math.sqrt(all_moved), math.sqrt(all_total), by_kind)

@@ -6,6 +6,7 @@ while one is missing. It never touches values.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 
 import torch
@@ -39,6 +40,10 @@ class GraphBuilder:
 
     def __contains__(self, parameter: str) -> bool:
         return parameter in self.shapes
+
+    def leave_out(self, parameters: Collection[str]) -> None:
+        """Keep parameters out of the graph: they are in no block and are never nowcast."""
+        self.shapes = {name: shape for name, shape in self.shapes.items() if name not in parameters}
 
     def axis(self, name: str, size: int, *, permutable: bool = True, within: Axis | None = None) -> Axis:
         """Name a new axis."""

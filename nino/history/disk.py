@@ -31,6 +31,12 @@ FORMATS = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",  # from here on: buffers, which a nowcast that is undone puts back as well
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -38,7 +44,8 @@ class DiskKeeper:
     """Keeps snapshots in a folder.
 
     Args:
-        folder: in which a folder for this process is made, and deleted when the process ends.
+        folder: in which a folder for this process is made, and deleted when the process ends. If it is deleted
+            meanwhile, another one is made.
         dtype: format of the copies; ``None`` keeps the parameters' own.
 
     Raises:
@@ -47,6 +54,7 @@ class DiskKeeper:
 
     def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
+        self._parent = folder
         try:
             self._folder = OwnFolder(folder)
         except OSError as error:
@@ -55,6 +63,9 @@ class DiskKeeper:
 
     def keep(self, parameters: Mapping[str, Tensor]) -> Kept:
         """Write a file and map it."""
+        if not self._folder.path.is_dir():  # deleted, as cleaners of temporary folders do
+            self._folder.close()
+            self._folder = OwnFolder(self._parent)
         path = self._folder.path / f"snapshot-{next(self._numbers):06d}.safetensors"
         try:
             write_tensors(path, parameters, self.dtype)
@@ -87,7 +98,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
 
     Args:
         path: of the file, which appears whole or not at all.
-        tensors: floating point, on any device.
+        tensors: on any device.
         dtype: format of the file; ``None`` keeps the tensors' own.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from nino.errors import CheckpointError
+from nino.files import save_whole
 from nino.model.config import NowcasterConfig
 from nino.model.networks import EdgeInputs, Network, build_network
 from nino.nowcaster import Nowcaster
@@ -213,9 +214,7 @@ class _Pretraining:
             "seconds": self.seconds,
             "history": self.history,
         }
-        temporary = self.out / (STATE_FILE + ".part")
-        torch.save(state, temporary)
-        temporary.replace(self.out / STATE_FILE)
+        save_whole(state, self.out / STATE_FILE)
         (self.out / LOG_FILE).write_text(json.dumps({**self.settings, "history": self.history}, indent=1) + "\n")
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:

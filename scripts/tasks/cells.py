@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from nino import NowcastReport
 from nino.data import build_model
 from tasks.methods import Method, Rhythm, Setup, parse_method
 from tasks.speedup import TASKS
@@ -152,7 +151,7 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
         "metric": spec.metric,
         "diverged": has_diverged(losses),
         "curve": curve,
-        "nowcasts": [as_record(report) for report in setup.reports],
+        "nowcasts": [report.as_record() for report in setup.reports],
         **clock.spent(),
         "evaluation_seconds": round(clock.away[0], 3),
         "training_losses": [finite(round(loss, DIGITS)) for loss in losses],
@@ -162,12 +161,6 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
 def has_diverged(losses: list[float]) -> bool:
     """Whether the loss has not been finite for so long that nothing will bring it back."""
     return len(losses) >= PATIENCE and not any(map(math.isfinite, losses[-PATIENCE:]))
-
-
-def as_record(report: NowcastReport) -> dict[str, Any]:
-    """A nowcast's numbers, and why it was not kept if it was not."""
-    numbers = {name: finite(value) for name, value in report.as_log().items()}
-    return {**numbers, "nowcast/reason": report.reason} if report.reason else numbers
 
 
 def finite(value: float) -> float | None:

@@ -13,6 +13,7 @@ import torch
 
 from nino.errors import NinoError
 
+POWERS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -47,6 +48,18 @@ def memory_size(text: str) -> int:
     value = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}")
+    return value
+
+
+def amount(text: str) -> float:
+    """An argparse type for positive numbers with or without a unit: 4e6, 500G, 12T."""
+    match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)\s*([KMGTP]?)", text.strip(), re.IGNORECASE)
+    try:
+        value = float(match[1]) * POWERS[match[2].upper()] if match else 0.0
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number such as 4e6, 500G or 12T, got {text!r}")
     return value
 
 

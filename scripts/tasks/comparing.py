@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -117,8 +118,16 @@ def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
         "final": final_value(result, goal.metric),
         "best": best_value(result, goal),
         "CPU s": result["cpu_seconds"],
+        "% undone": percent_undone(result),
         "nowcasting s": sum(nowcast.get("nowcast/seconds", 0.0) for nowcast in result["nowcasts"]),
     }
+
+
+def percent_undone(result: Result) -> float | None:
+    """Part of the updates that probations took back, in percent; ``None`` if none could be."""
+    probation = (result["cell"]["rhythm"] or {}).get("probation", 0)
+    count = sum(nowcast["nowcast/rolled_back"] for nowcast in result["nowcasts"])
+    return 100 * count * probation / result["cell"]["updates"] if probation else None
 
 
 def first_update(result: Result, goal: Goal, target: float | None) -> int | None:
@@ -182,7 +191,11 @@ def best_rate(by_rate: Mapping[float, Runs], method: str, goal: Goal) -> float |
 
 
 def by_budget(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[Row]:
-    """Final quality q(T): a row per method, learning rate and schedule, a column per budget, if there are several."""
+    """Final quality q(T): a row per method, learning rate and schedule, a column per budget, if there are several.
+
+    Further columns answer how many updates a method needs to end where Adam ends with each budget, at the learning rate
+    that is Adam's best at it.
+    """
     budgets: dict[str, list[int]] = defaultdict(list)
     finals: dict[tuple[str, float, str, str], dict[int, Spread | None]] = defaultdict(dict)
     for setting, runs in settings.items():
@@ -195,8 +208,29 @@ def by_budget(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> li
     for (task, rate, schedule, method), row in finals.items():
         if len(budgets[task]) > 1:
             columns = {f"q({budget:,})": row.get(budget) for budget in budgets[task]}
+            adams = [of for (t, _, s, m), of in finals.items() if (t, s, m) == (task, schedule, ADAM)]
+            means = {budget: value.mean for budget, value in row.items() if value is not None}
+            for budget in budgets[task]:
+                ends = [value.mean for of in adams if (value := of.get(budget)) is not None]
+                same = updates_for(goals[task].best(ends), means) if ends else None
+                columns[f"for Adam's q({budget:,})"] = None if method == ADAM or same is None else spread([same])
             rows.append({"task": task, "learning_rate": rate, "schedule": schedule, "method": method, **columns})
     return rows
+
+
+def updates_for(target: float, ends: Mapping[int, float]) -> int | None:
+    """The budget with which a method would end at ``target``, between two budgets with which it was trained.
+
+    Quality is taken to be a straight line in the logarithm of the budget from one to the next.
+
+    Example:
+        >>> updates_for(0.5, {1000: 0.4, 4000: 0.6}), updates_for(0.7, {1000: 0.4, 4000: 0.6})
+        (2000, None)
+    """
+    for (low, at_low), (high, at_high) in pairwise(sorted(ends.items())):
+        if min(at_low, at_high) <= target <= max(at_low, at_high) and at_low != at_high:
+            return round(low * (high / low) ** ((target - at_low) / (at_high - at_low)))
+    return None
 
 
 def verdicts(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[str]:

@@ -5,6 +5,7 @@ optimizer           ``adam`` (AdamW, if none is named), ``muon``, ``schedulefree
 slow weights        ``lookahead[:every]``
 what is evaluated   ``ema[:decay]``, ``lawa[:count]``
 jump                ``nino:NAME-OR-FOLDER``, ``wnn:FOLDER-OR-PT``, ``official:FILE.pt``, ``linear``, ``rre[:cap]``
+bad jump            ``untrained[:hidden]``, ``scaled:FACTOR:NAME-OR-FOLDER-OR-PT``
 ==================  =====================================================================================
 
 At most one of each. ``@`` and settings at the end hold for this method's jumps alone:
@@ -25,6 +26,8 @@ from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, ScheduleConfig
 from nino.errors import NinoError
+from nino.model import NowcasterConfig, build_network
+from nino.moments import Moments, check_moments
 from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
 from tasks.rivals import (
     ExponentialAverage,
@@ -52,6 +55,13 @@ class Rhythm:
     """How fast horizons shrink; 1 is linear."""
     probation: int = 0
     """Updates in which the training loss must recover, else the jump is undone; 0 for never."""
+    moments: Moments = "keep"
+    """What becomes of the optimizer's moments after a jump."""
+    batch_norm: bool = True
+    """Whether batch norms estimate their running statistics anew after a jump."""
+
+    def __post_init__(self) -> None:
+        check_moments(self.moments)
 
     def schedule(self, nowcaster: Nowcaster, updates: int) -> ScheduleConfig:
         """The schedule of a run.
@@ -139,6 +149,14 @@ def _fraction(default: float) -> Callable[[str], float]:
     return read
 
 
+def _factor_and_name(text: str) -> tuple[float, str]:
+    factor, _, name = text.partition(":")
+    try:
+        return float(factor), _name(name)
+    except ValueError:
+        raise ValueError("a number and a name after colons") from None
+
+
 KINDS: dict[str, Kind] = {
     "adam": Kind("optimizer", _nothing),
     "muon": Kind("optimizer", _nothing),
@@ -151,6 +169,8 @@ KINDS: dict[str, Kind] = {
     "wnn": Kind("jump", _name),
     "linear": Kind("jump", _nothing),
     "rre": Kind("jump", _fraction(0.05)),
+    "untrained": Kind("jump", _count(64)),
+    "scaled": Kind("jump", _factor_and_name),
 }
 
 
@@ -182,6 +202,16 @@ def parse_method(name: str, rhythm: Rhythm) -> Method:
     return Method(name=name, optimizer=parts["optimizer"], rhythm=_read_settings(name, settings, rhythm), **slots)
 
 
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError
+    return text == "yes"
+
+
+SETTINGS: dict[str, Callable[[str], Any]] = {"decay_power": float, "moments": str, "batch_norm": _yes_or_no}
+"""How settings are read that are no whole numbers."""
+
+
 def _read_settings(name: str, text: str, rhythm: Rhythm) -> Rhythm:
     known = {field.name for field in fields(Rhythm)}
     values: dict[str, Any] = {}
@@ -190,9 +220,9 @@ def _read_settings(name: str, text: str, rhythm: Rhythm) -> Rhythm:
         if key not in known:
             _refuse(name, f"setting {key!r} is none of {', '.join(sorted(known))}")
         try:
-            values[key] = float(value) if key == "decay_power" else int(value)
+            values[key] = SETTINGS.get(key, int)(value)
         except ValueError:
-            _refuse(name, f"{key} expects a number, got {value!r}")
+            _refuse(name, f"{key} expects {'yes or no' if key == 'batch_norm' else 'a number'}, got {value!r}")
     return replace(rhythm, **values)
 
 
@@ -210,11 +240,28 @@ def load_jump(part: Part) -> Nowcaster:
         return LinearExtrapolator()
     if part.kind == "rre":
         return ReducedRankExtrapolator(part.value)
-    is_published = part.kind == "official" or (part.kind == "wnn" and part.value.endswith(".pt"))
-    nowcaster = Nowcaster.from_official(part.value) if is_published else Nowcaster.from_pretrained(part.value)
+    if part.kind == "untrained":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Nowcaster(build_network(NowcasterConfig(hidden=part.value)))
+    if part.kind == "scaled":
+        factor, name = part.value
+        return _scaled(_load_weights(name), factor)
+    nowcaster = Nowcaster.from_official(part.value) if part.kind == "official" else _load_weights(part.value)
     expected = {"nino": "nino", "wnn": "wnn"}.get(part.kind, nowcaster.config.kind)
     if nowcaster.config.kind != expected:
         raise NinoError(f"{part.kind}:{part.value} holds the weights of a {nowcaster.config.kind}")
+    return nowcaster
+
+
+def _load_weights(name: str) -> Nowcaster:
+    return Nowcaster.from_official(name) if name.endswith(".pt") else Nowcaster.from_pretrained(name)
+
+
+def _scaled(nowcaster: Nowcaster, factor: float) -> Nowcaster:
+    """One whose movements are ``factor`` times as long: the last layer of the head is linear."""
+    for parameter in nowcaster.network.head.parameters():
+        parameter.data.mul_(factor)
     return nowcaster
 
 
@@ -268,7 +315,14 @@ class Setup:
         if method.jump is not None:
             nowcaster, rhythm = load_jump(method.jump), method.rhythm
             self.optimizer = NowcastOptimizer(
-                base, model, nowcaster, period=rhythm.period, max_steps=updates, probation=rhythm.probation
+                base,
+                model,
+                nowcaster,
+                period=rhythm.period,
+                max_steps=updates,
+                probation=rhythm.probation,
+                moments=rhythm.moments,
+                batch_norm=rhythm.batch_norm,
             )
             self.optimizer.session.schedule = rhythm.schedule(nowcaster, updates)
 

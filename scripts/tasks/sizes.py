@@ -11,17 +11,17 @@ from tasks.text import gpt2, llama
 Architecture = dict[str, Any]
 
 
-def llama_3_2_1b() -> Architecture:
-    """The shape of Llama-3.2-1B."""
+def llama_3(width: int, mlp_width: int, layers: int, heads: int, head_dim: int, tied: bool = False) -> Architecture:
+    """A shape of the Llama 3 family."""
     config = {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
         "num_key_value_heads": 8,
-        "head_dim": 64,
+        "head_dim": head_dim,
         "vocab_size": 128_256,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": None,
     }
@@ -33,5 +33,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2-3m": gpt2(layers=3, width=64, heads=4, vocab_size=50_257, num_positions=1024),
     "llama-25m": llama(layers=6, width=512, heads=8, kv_heads=8, vocab_size=8_000),
     "llama-100m": llama(layers=10, width=768, heads=12, kv_heads=12, vocab_size=32_000),
-    "llama-1b": llama_3_2_1b(),
+    "llama-1b": llama_3(2048, 8192, layers=16, heads=32, head_dim=64, tied=True),
 }
+"""Small enough to measure."""
+
+PLANNED: dict[str, Architecture] = {
+    **ARCHITECTURES,
+    "llama-8b": llama_3(4096, 14_336, layers=32, heads=32, head_dim=128),
+    "llama-70b": llama_3(8192, 28_672, layers=80, heads=64, head_dim=128),
+    "llama-405b": llama_3(16_384, 53_248, layers=126, heads=128, head_dim=128),
+}
+"""Those too of which only shapes are needed."""

@@ -119,19 +119,21 @@ def _language_model(
     )
 
 
-DIGITS = SpeedupTask(
-    architecture=convnet(1, (16, 32, 32)),
-    data=_digits,
-    metric="eval_accuracy",
-    higher_is_better=True,
-    targets=(0.8, 0.9, 0.95, 0.97),
-    learning_rate=1e-3,
-    weight_decay=0.0,
-    batch_size=64,
-    updates=3_000,
-    seconds_per_update=0.0045,
-    seconds_per_evaluation=0.005,
-)
+def _digits_task(norm: bool) -> SpeedupTask:
+    return SpeedupTask(
+        architecture=convnet(1, (16, 32, 32), norm=norm),
+        data=_digits,
+        metric="eval_accuracy",
+        higher_is_better=True,
+        targets=(0.8, 0.9, 0.95, 0.97),
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        batch_size=64,
+        updates=3_000,
+        seconds_per_update=0.0045,
+        seconds_per_evaluation=0.005,
+    )
+
 
 C10_TARGETS = (0.50, 0.55, 0.58, 0.60, 0.62, 0.64, 0.66, 0.68, 0.70)
 MNIST_TARGETS = (0.95, 0.97, 0.98, 0.985, 0.99)
@@ -146,5 +148,6 @@ TASKS: dict[str, SpeedupTask] = {
     "gpt2-3-64": _language_model(GPT2(layers=3, width=64, heads=4), 0.049, 0.28),
     "llama-2-32": _language_model(LLAMA(layers=2, width=32, heads=2, kv_heads=1), 0.022, 0.1),
     "llama-3-64": _language_model(LLAMA(layers=3, width=64, heads=4, kv_heads=2), 0.044, 0.22),
-    "digits-16": DIGITS,
+    "digits-16": _digits_task(norm=False),
+    "digits-16-norm": _digits_task(norm=True),
 }

@@ -1,8 +1,8 @@
 """How each family of models is wired; adding a family means adding one file and one row here.
 
 A family file has a function ``wire(model, builder)`` that names groups and connects them in the order of the forward
-pass. Models are recognised by the ``model_type`` of their transformers config; anything else is tried as a chain of
-layers, and what is no chain falls back to one block per parameter, with a warning.
+pass. Models are recognised by the adapters that sit in them, or by the ``model_type`` of their transformers config;
+anything else is tried as a chain of layers, and what is no chain falls back to one block per parameter, with a warning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from nino.errors import GraphError
 from nino.graph import compat
-from nino.graph.architectures import chain, gpt2, llama, per_parameter
+from nino.graph.architectures import adapters, chain, gpt2, llama, per_parameter
 from nino.graph.builder import GraphBuilder
 from nino.graph.ir import NeuralGraph
 
@@ -40,13 +40,15 @@ def wire(model: nn.Module, wiring: str) -> NeuralGraph:
         raise GraphError(f"wiring must be 'exact' or 'official', got {wiring!r}")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     family, wire_family = FAMILIES.get(str(model_type), ("chain", chain.wire))
+    builder = GraphBuilder(model)
+    if adapters.has_adapters(builder):
+        family, wire_family = "adapters", adapters.wire
     if wiring == "official":
         if family not in OFFICIAL_FAMILIES:
             raise GraphError(
                 f"wiring='official' exists for convnets, MLPs and GPT-2 only: wire {type(model).__name__} exactly"
             )
         wire_family = OFFICIAL_FAMILIES[family]
-    builder = GraphBuilder(model)
     if not builder.shapes:
         raise GraphError(f"{type(model).__name__} has no floating point parameters: there is nothing to wire")
     try:

@@ -1,0 +1,94 @@
+"""Batch norm after a jump: its running statistics are of the old weights, so they are estimated anew.
+
+For the next few training batches the layers average what they see with equal weights instead of exponentially, the
+first batch replacing what they knew (PyTorch's ``momentum=None``). The training's own forward passes do it: no batch is
+read twice, no random number is drawn, and where the training stands is part of the session's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+RENEWAL_UPDATES = 20
+"""Optimizer updates over which statistics are estimated anew."""
+
+
+class BatchNormRenewal:
+    """Switches a model's batch norms to plain averages for a while.
+
+    Layers in evaluation mode (frozen), without running statistics or that average plainly anyway are left alone.
+
+    Args:
+        model: the model in training.
+        updates: for so many optimizer updates; 0 never does anything.
+    """
+
+    def __init__(self, model: nn.Module, updates: int = RENEWAL_UPDATES) -> None:
+        self.model = model
+        self.updates = updates
+        self._updates_left = 0
+        self._changed: dict[str, tuple[float, int]] = {}
+        """By name of the layer: its momentum, and the batches that it had seen."""
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """The weights have jumped."""
+        self.end()
+        if not self.updates:
+            return
+        for name, layer in self._layers():
+            if layer.training and layer.momentum is not None and layer.num_batches_tracked is not None:
+                self._changed[name] = (layer.momentum, int(layer.num_batches_tracked))
+                layer.momentum = None
+                layer.num_batches_tracked.zero_()
+        self._updates_left = self.updates if self._changed else 0
+
+    def after_update(self) -> None:
+        """Count an optimizer update; after the last one the layers are as they were."""
+        if self._updates_left:
+            self._updates_left -= 1
+            if not self._updates_left:
+                self.end()
+
+    @torch.no_grad()
+    def end(self, *, counts: bool = True) -> None:
+        """Give the layers their momentum back.
+
+        Args:
+            counts: also add the batches that they had seen before; ``False`` if those were restored already.
+        """
+        for name, layer in self._layers():
+            if name in self._changed:
+                layer.momentum, seen = self._changed[name]
+                if counts and layer.num_batches_tracked is not None:
+                    layer.num_batches_tracked += seen
+        self._changed.clear()
+        self._updates_left = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and lists only; running statistics are the model's."""
+        return {"updates_left": self._updates_left, "changed": {k: list(v) for k, v in self._changed.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the model's buffers must be, or will be, those of the same checkpoint.
+
+        Raises:
+            KeyError, TypeError, ValueError: if the state is damaged; nothing is changed then.
+        """
+        changed = {name: (float(momentum), int(seen)) for name, (momentum, seen) in state["changed"].items()}
+        updates_left = int(state["updates_left"])
+        self.end(counts=False)
+        self._changed, self._updates_left = changed, updates_left
+        for name, layer in self._layers():
+            if name in changed:
+                layer.momentum = None
+
+    def _layers(self) -> Iterator[tuple[str, _BatchNorm]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                yield name, module

@@ -1,0 +1,51 @@
+"""Models with low-rank adapters (LoRA, as ``peft`` puts them): the adapters and whatever else is trained.
+
+An adapter reads a layer's inputs into a few *rank* neurons (A) and writes from those to its outputs (B). Relabelling
+rank neurons changes nothing, so they are real neurons. How the inputs and outputs of different layers meet is known to
+the frozen model only, which is left out: a nowcast of adapters costs what the adapters weigh, not what the model does.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from nino.graph.architectures import per_parameter
+from nino.graph.builder import GraphBuilder
+
+BASE_LAYER = ".base_layer."
+"""In the names of a layer's own parameters once adapters are beside it."""
+LORA_A = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?A\.(?P<adapter>.+)")
+
+
+def has_adapters(builder: GraphBuilder) -> bool:
+    """Whether ``peft`` was here."""
+    return any(BASE_LAYER in name or LORA_A.fullmatch(name) for name in builder.shapes)
+
+
+def wire(model: nn.Module, builder: GraphBuilder) -> None:
+    """Wire the pairs of A and B, and every other trained parameter alone; if nothing is trained, all parameters."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if frozen < {*builder.shapes}:
+        builder.leave_out(frozen)
+    alone = dict(builder.shapes)
+    for name in builder.shapes:
+        match = LORA_A.fullmatch(name)
+        other = f"{match['layer']}.lora_{match['kind'] or ''}B.{match['adapter']}" if match else ""
+        if other in alone:
+            _pair(builder, name, other)
+            del alone[name], alone[other]
+    for name in alone:
+        per_parameter.wire_alone(builder, name)
+
+
+def _pair(builder: GraphBuilder, reading: str, writing: str) -> None:
+    """A is stored as ``[rank, inputs, *kernel]``, B as ``[outputs, rank, *kernel]``."""
+    rank, num_inputs = builder.shapes[reading][:2]
+    inputs = builder.group(f"{reading}.inputs", builder.axis(f"{reading}.inputs", num_inputs, permutable=False))
+    middle = builder.group(f"{reading}.rank", builder.axis(f"{reading}.rank", rank))
+    num_outputs = builder.shapes[writing][0]
+    outputs = builder.group(f"{writing}.outputs", builder.axis(f"{writing}.outputs", num_outputs, permutable=False))
+    builder.dense(reading, inputs, middle)
+    builder.dense(writing, middle, outputs)

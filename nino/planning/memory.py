@@ -1,0 +1,123 @@
+"""Bytes: what a rank keeps for nowcasting, what it needs for the seconds of a nowcast, and what checkpoints gain."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from nino.engine.tiling import Sizes
+from nino.graph.ir import NeuralGraph
+from nino.model.config import NowcasterConfig
+from nino.model.networks import build_network
+from nino.planning.settings import Settings
+from nino.schedule import ScheduleConfig
+
+COUNTER_BYTES = 4
+"""torch's Adam counts the updates of every parameter in a float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of the rank that holds the most."""
+
+    parameters: int
+    """Its parameters, which are there anyway."""
+    trained: int
+    """Those of them that are nowcast."""
+    snapshot: int
+    """One snapshot, of what it holds of the trained parameters."""
+    snapshots: int
+    """As many as a nowcast reads; kept all the time."""
+    restore_point: int
+    """Copies of parameters, buffers and optimizer state, kept where the snapshots are; 0 without probation."""
+    backup: int
+    """For the seconds of a nowcast: an exact copy of the weights, if neither a snapshot nor a restore point is one."""
+    nowcast: int
+    """For the seconds of a nowcast, where the parameters are: node features, sums, a strip, a tile. An upper bound."""
+    checkpoint: int
+    """By how much the rank's part of a checkpoint grows, at most."""
+
+    @property
+    def kept(self) -> int:
+        """What is held all the time, where the snapshots are: buffers are allocated once and used again."""
+        return self.snapshots + self.restore_point
+
+
+def plan_memory(
+    model: nn.Module,
+    graph: NeuralGraph,
+    trained: Collection[str],
+    settings: Settings,
+    config: NowcasterConfig,
+    schedule: ScheduleConfig,
+) -> MemoryPlan:
+    """Add up a rank's bytes.
+
+    Args:
+        model: on any device.
+        graph: of the model.
+        trained: names of the parameters that are nowcast.
+        settings: of the run.
+        config: of the nowcaster.
+        schedule: of its snapshots.
+    """
+    formats = {name: settings.dtype or parameter.dtype for name, parameter in model.named_parameters()}
+    elements = {name: _held(settings, shape) for name, shape in graph.shapes.items()}
+    weights = sum(elements[name] * formats[name].itemsize for name in trained)
+    kept_in = {name: settings.snapshot_dtype or formats[name] for name in trained}
+    snapshot = sum(elements[name] * kept_in[name].itemsize for name in trained)
+    restore_point = 0
+    if settings.probation:
+        buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
+        restore_point = weights + buffers + _optimizer_bytes(elements, formats, trained, settings.optimizer_bytes)
+    has_exact_copy = settings.probation > 0 or all(kept_in[name] == formats[name] for name in trained)
+    return MemoryPlan(
+        parameters=sum(elements[name] * formats[name].itemsize for name in elements),
+        trained=weights,
+        snapshot=snapshot,
+        snapshots=config.context * snapshot,
+        restore_point=restore_point,
+        backup=0 if has_exact_copy else weights,
+        nowcast=_nowcast_bytes(graph, config, torch.device(settings.device)),
+        checkpoint=_checkpoint_bytes(snapshot, restore_point, settings.probation, schedule),
+    )
+
+
+def _held(settings: Settings, shape: tuple[int, ...]) -> int:
+    return settings.rows(shape)[0] * prod(shape[1:])
+
+
+def _optimizer_bytes(
+    elements: Mapping[str, int],
+    formats: Mapping[str, torch.dtype],
+    trained: Collection[str],
+    per_weight: float | None,
+) -> int:
+    if per_weight is not None:
+        return round(per_weight * sum(elements[name] for name in trained))
+    return sum(2 * elements[name] * formats[name].itemsize + COUNTER_BYTES for name in trained)
+
+
+def _nowcast_bytes(graph: NeuralGraph, config: NowcasterConfig, device: torch.device) -> int:
+    """The engine's own bound, and a copy of the network where it must be moved to the device."""
+    network = 0
+    if device.type != "cpu":
+        with torch.device("meta"):
+            network = sum(p.numel() for p in build_network(config).parameters()) * torch.float32.itemsize
+    sizes = Sizes.within(None, graph, config, torch.float32, device)
+    return sizes.bytes_needed(graph, config, torch.float32, device, network)
+
+
+def _checkpoint_bytes(snapshot: int, restore_point: int, probation: int, schedule: ScheduleConfig) -> int:
+    """The most that is saved at once: nearly all snapshots before a nowcast, or a restore point after it.
+
+    The last snapshot and the nowcast belong to one update, after which the snapshots are forgotten; the restore point
+    is forgotten in the last update of the probation.
+    """
+    before = (schedule.context - 1) * snapshot
+    after = restore_point + (max(probation - 1, 0) // schedule.interval) * snapshot
+    return max(before, after)

@@ -1,0 +1,96 @@
+"""How benchmarks measure time and memory, and how their processes end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+Result = TypeVar("Result")
+
+BUSY_PERCENT = 15.0
+"""If others use more of the cores than this, a measurement is marked as disturbed."""
+
+
+class Memory:
+    """The peak of memory in use beyond what was in use at the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak_bytes = 0
+        """All that is resident, files that are mapped included."""
+        self.peak_own_bytes = 0
+        """Without what is shared or belongs to a file, which the system takes back when memory is short."""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch while something runs: the allocator's own count on CUDA, else samples of the resident memory."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            yield
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device) - before)
+            self.peak_own_bytes = self.peak_bytes
+            return
+        stop = threading.Event()
+        resident_before, own_before = _resident()
+
+        def sample() -> None:
+            while not stop.wait(0.005):
+                resident, own = _resident()
+                self.peak_bytes = max(self.peak_bytes, resident - resident_before)
+                self.peak_own_bytes = max(self.peak_own_bytes, own - own_before)
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _resident() -> tuple[int, int]:
+    memory = psutil.Process().memory_info()
+    return memory.rss, memory.rss - getattr(memory, "shared", 0)
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """How long an action takes, with the work that it leaves on the device."""
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a process of its own, which ends with this one.
+
+    Raises:
+        BrokenProcessPool: if the process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as fresh:
+        return fresh.submit(function, *arguments).result()
+
+
+def end_with_parent() -> None:
+    """From now on, end this process as soon as the one that started it is gone, killed ones included."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)

@@ -1,0 +1,175 @@
+"""The scripts that say what nowcasting costs a run: measured, and planned."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import benchmark_training
+import plan_run
+import psutil
+import pytest
+from test_scripts import SCRIPTS, run
+
+from tasks.cli import amount, run_main
+from tasks.overhead import Costs, Update, difference, spent_in, spent_on
+
+
+def test_costs_of_a_period_by_hand() -> None:
+    """Ten updates of 1 s: bookkeeping 0.01 s each, 2 snapshots of 0.1 s, restore point 0.3 s, nowcast 0.5 s."""
+    plain = [Update(seconds=1.0), Update(seconds=1.0), Update(seconds=5.0)]  # somebody else used the machine
+    attached = [
+        Update(seconds=1.01, nowcasting=0.01),
+        Update(seconds=1.11, nowcasting=0.11, snapshot=0.1),
+        Update(seconds=1.9, nowcasting=0.9, snapshot=0.1, restore_point=0.3, prediction=0.45),
+    ]
+    costs = Costs.of(plain, attached)
+    assert costs.update == 1.0
+    assert costs.nowcast == pytest.approx(0.5)  # whatever of the update is neither snapshot nor restore point
+    parts = {"bookkeeping": 0.1, "snapshots": 0.2, "restore point": 0.3, "nowcast": 0.5}
+    assert costs.per_period(10, 2) == pytest.approx(parts)
+    assert costs.overhead(10, 2) == pytest.approx(1.1 / 10)
+    spent = {"bookkeeping": 0.02, "snapshots": 0.2, "restore point": 0.3, "nowcast": 0.5}
+    assert spent_on(attached, 1) == pytest.approx(spent)
+    assert spent_in(attached) == pytest.approx(1.02 / 3)
+    assert difference(plain[:2], attached[:2]) == pytest.approx(0.06)
+
+
+def test_training_is_measured_in_part_and_in_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in this process: how long and how large it is does not matter here."""
+    monkeypatch.setattr(benchmark_training, "in_fresh_process", lambda function, *args: function(*args))
+    options = "--nowcaster hidden-8 --images 4 --period 20 --short-periods 2 --memory-repeats 1 --device cpu"
+    assert benchmark_training.main([*options.split(), "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    (measured,) = result["runs"]
+    assert [kind["snapshots on"] for kind in measured["kinds"]] == ["cpu", "disk"]
+    assert [entry["kind"] for entry in measured["memory"]] == ["plain", "cpu", "disk"]
+    assert "busy percent before" in measured and {"measured", "computed"} <= set(result["how"])
+    for kind in measured["kinds"]:
+        assert all(seconds > 0 for seconds in kind["costs seconds"].values())
+        assert kind["computed percent"] > 0 and kind["measured percent"] > 0
+    updates = measured["short periods"]["cpu"]
+    assert [step for step, seconds in enumerate(updates["snapshot"], 1) if seconds] == list(range(2, 21, 2))
+    assert [step for step, seconds in enumerate(updates["restore_point"], 1) if seconds] == [10, 20]
+    assert [step for step, seconds in enumerate(updates["prediction"], 1) if seconds] == [10, 20]
+    assert not any(measured["short periods"]["plain"]["nowcasting"])
+    assert (tmp_path / "out" / "overhead.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_in_processes_of_its_own(tmp_path: Path) -> None:
+    options = ["--nowcaster", "hidden-8", "--images", 4, "--period", 20, "--short-periods", 2, "--memory-repeats", 1]
+    done = run("benchmark_training.py", *options, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "computed % at 20" in done.stdout and (tmp_path / "out" / "results.json").exists()
+
+
+WAITING = """
+import sys, time
+sys.path.insert(0, {scripts!r})
+from tasks.measuring import in_fresh_process
+if __name__ == "__main__":
+    in_fresh_process(time.sleep, 300)
+"""
+
+
+def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING.format(scripts=str(SCRIPTS)))
+    with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL) as parent:
+        children: list[psutil.Process] = []
+        deadline = time.monotonic() + 60
+        while not any("spawn_main" in " ".join(child.cmdline()) for child in children):
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.1)
+            children = psutil.Process(parent.pid).children()
+        time.sleep(1)  # or it may not have got as far as to wait for its parent
+        parent.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_plan_of_a_config_file_and_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 4, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    options = ["--world-size", "4", "--sharding", "fsdp2", "--tokens", "1K", "--training-rate", "1G", "--rate", "1G"]
+    plans = []
+    for number, source in enumerate((tmp_path, tmp_path / "other.json")):
+        out = tmp_path / f"plan-{number}.json"
+        assert plan_run.main([str(source), *options, "--json", str(out)]) == 0
+        plans.append(json.loads(out.read_text()))
+    printed = capsys.readouterr().out
+    assert "FSDP2" in printed and "not counted: copying restore points, reading snapshots, traffic" in printed
+    assert plans[0].pop("model") == str(tmp_path) and plans[1].pop("model") == str(tmp_path / "other.json")
+    assert plans[0] == plans[1]
+    weights = 2 * 100 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
+    assert plans[0]["weights"] == weights
+    assert plans[0]["memory"]["snapshot"] == weights  # four bytes, a quarter of the rows
+    assert plans[0]["time"]["update"] == pytest.approx(6 * weights * 1000 / 4e9)
+    assert plans[0]["rates"]["sources"] == {"nowcast_flops": "given"}
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "expected"),
+    [
+        (plan_run.main, ["llama-9b"], ["no model 'llama-9b'", "llama-8b", "config.json"]),
+        (plan_run.main, ["llama-25m", "--world-size", "0"], ["world_size", "at least 1; got 0"]),
+        (plan_run.main, ["llama-25m", "--period", "1001"], ["period=1001 must be a multiple of context=5"]),
+        (plan_run.main, ["llama-25m", "--tokens", "4M"], ["--tokens and --training-rate belong together"]),
+        (plan_run.main, ["llama-25m", "--rate", "fast"], ["--rate", "4e6, 500G or 12T, got 'fast'"]),
+        (plan_run.main, ["llama-25m", "--json", "no/such/folder/x.json"], ["there is no folder no/such/folder"]),
+        (plan_run.main, [str(SCRIPTS)], ["config.json does not exist"]),
+        (benchmark_training.main, ["--short-period", "13"], ["--short-period 13 is no multiple of the context 5"]),
+        (benchmark_training.main, ["--short-period", "5"], ["no update without a snapshot; give at least 10"]),
+        (benchmark_training.main, ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
+        (benchmark_training.main, ["--snapshot-folder", "nowhere"], ["--snapshot-folder nowhere is not a folder"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    main: Callable[[list[str]], int], arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_main(main, arguments)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and all(part in said for part in expected), said
+
+
+def test_a_dry_run_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_training.main(["--dry-run", "--places", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == "cnn-14k: 30 updates each of plain, snapshots on cpu, with a nowcast every 10\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_amounts_are_read_with_their_units() -> None:
+    assert [amount(text) for text in ("4e6", "1.5G", "400T", "7")] == [4e6, 1.5e9, 4e14, 7.0]
+
+
+RUNS = {"llama-8b": (8, "1M"), "llama-70b": (512, "4M"), "llama-405b": (4096, "16M")}
+
+
+def test_the_documented_runs_are_what_the_script_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every size and the overhead of docs/scale.md, in the column of its run."""
+    page = (SCRIPTS.parent / "docs" / "scale.md").read_text()
+    (tail,) = (line.split('"')[1].split() for line in page.splitlines() if line.startswith("TAIL="))
+    table = {
+        cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in page.splitlines()) if len(cells) == 6
+    }
+    names = {"snapshots, host memory": "snapshots  ", "restore point, host memory": "restore point "}
+    names |= {
+        "GPU memory in a nowcast, at most": "during a nowcast",
+        "checkpoints grow by, at most": "checkpoints grow by",
+    }
+    names |= {"snapshots read per nowcast": "snapshots read", "traffic per nowcast": "traffic"}
+    for column, (model, (ranks, tokens)) in enumerate(RUNS.items()):
+        plan_run.main([model, "--world-size", str(ranks), "--tokens", tokens, *tail])
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        for documented, printed in names.items():
+            (line,) = (line for line in lines if line.startswith(printed))
+            number = table[documented][column].strip().strip("*")
+            assert line.removeprefix(printed).strip().startswith(number), (documented, model)
