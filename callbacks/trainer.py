@@ -1,12 +1,14 @@
 """Nowcasting in the Hugging Face Trainer: translates the Trainer's events into a session's calls.
 
 A nowcast happens in ``on_step_end``: after the optimizer's update, before evaluation and saving, so that checkpoints
-hold it. Counters and snapshots travel in a file of the checkpoint folder. Losses are read off the model's own outputs.
+hold it. Counters and snapshots travel in a file of the checkpoint folder, for sharded models in a folder in it. Losses
+are read off the model's own outputs.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nino.callbacks.reporting import ReportLog
+from nino.distributed import PeerFailureError
 from nino.errors import CheckpointError, NinoError
 from nino.files import load_whole, save_whole
 from nino.history import Place
@@ -24,11 +27,16 @@ from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
 from nino.rates import learning_rate_of
 from nino.report import NowcastReport
+from nino.saving import has_shards, load_session, own_numbers, save_session, with_own_numbers
 from nino.session import NowcastSession, unwrap
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "nowcast.pt"
+OWN_FILE = "nowcast-{}.pt"
+"""What replicas other than the first have of their own: losses."""
+SHARDS_FOLDER = "nowcast"
+"""Takes the place of these files if parameters are sharded."""
 
 
 class NowcastCallback(TrainerCallback):
@@ -159,16 +167,24 @@ class NowcastCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
         folder = _checkpoint_folder(args, state)
-        if self.session is None or not args.should_save or args.save_only_model:
+        if self.session is None or args.save_only_model:
             return
-        if not folder.is_dir():
-            logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
+        sharded = has_shards(self.session)
+        if not folder.is_dir() and not sharded:
+            if args.should_save:
+                logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
-        path = folder / STATE_FILE
+        path = folder / (STATE_FILE if args.should_save else OWN_FILE.format(args.process_index))
         path.unlink(missing_ok=True)  # of an earlier run, whose snapshots are not of these weights
+        if args.should_save:
+            shutil.rmtree(folder / SHARDS_FOLDER, ignore_errors=True)
         try:
-            save_whole(self.session.state_dict(), path)
-        except OSError as error:  # the rest of the checkpoint is whole, and so is the run
+            if sharded:
+                save_session(self.session, folder / SHARDS_FOLDER)
+            else:
+                content = self.session.state_dict()
+                save_whole(content if args.should_save else own_numbers(content), path)
+        except (OSError, PeerFailureError) as error:  # the rest of the checkpoint is whole, and so is the run
             logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, error)
 
     def on_train_end(
@@ -191,12 +207,17 @@ class NowcastCallback(TrainerCallback):
         if self.session is None:
             return
         path = self._folder_to_resume(args, state) / STATE_FILE
-        if not path.exists():
+        shards = path.with_name(SHARDS_FOLDER)
+        if not (path.exists() or shards.is_dir()):
             logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
             self.session.step = state.global_step
             return
         try:
-            self.session.load_state_dict(load_whole(path))
+            if shards.is_dir():
+                load_session(self.session, shards)
+            else:
+                content, own = load_whole(path), path.with_name(OWN_FILE.format(args.process_index))
+                self.session.load_state_dict(with_own_numbers(content, load_whole(own)) if own.exists() else content)
         except NinoError as error:
             raise CheckpointError(
                 f"{path} cannot be resumed from; delete it to go on with a fresh history: {error}"

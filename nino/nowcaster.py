@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nino.engine import predict_blockwise, predict_edgewise
-from nino.engine.blockwise import Progress
+from nino.engine.blockwise import MESSAGE_VECTORS, Progress
 from nino.engine.hardware import fusing_pays, product_dtype
 from nino.engine.tiling import Sizes
 from nino.engine.weights import Jump, PredictionWriter, SnapshotReader, bytes_of_copies
@@ -27,6 +27,8 @@ from nino.graph.ir import NeuralGraph
 from nino.interrupts import held_back
 from nino.model.config import NowcasterConfig
 from nino.model.networks import Network, build_network_with_weights
+from nino.shards import local_tensor
+from nino.share import WHOLE, Share
 from nino.standardise import check_snapshots, is_finite, measure_snapshots, piece_size, pieces_of
 
 logger = logging.getLogger(__name__)
@@ -186,6 +188,7 @@ class Nowcaster:
         memory_budget: int | None = None,
         fuse: bool | None = None,
         progress: Progress | None = None,
+        share: Share = WHOLE,
     ) -> Jump:
         """Predict straight into live parameters, piece by piece: no second copy of the weights is made.
 
@@ -205,19 +208,23 @@ class Nowcaster:
             memory_budget: as in :meth:`predict`.
             fuse: as in :meth:`predict`.
             progress: as in :meth:`predict`.
+            share: this process's, if several work together; sessions plan it with
+                :func:`nino.shared_work.plan_share` and call this within :meth:`nino.distributed.Channel.together`. Of
+                parameters that are sharded with FSDP2, ``snapshots`` hold the local shards.
 
         Returns:
-            How far the weights moved.
+            How far the weights moved, in all processes.
 
         Raises:
             SnapshotError: as :meth:`predict`, or if the last snapshot is not a copy of the parameters.
             NinoError: as :meth:`predict`.
         """
         self._check_arguments(horizon, graph, positions, "blockwise", dtype, memory_budget)
-        check_snapshots(snapshots, graph.shapes, self.config.context)
+        shapes = {name: share.held_rows(name, shape).shape(shape) for name, shape in graph.shapes.items()}
+        check_snapshots(snapshots, shapes, self.config.context)
         live = _live(parameters, graph)
         _check_backup(live, snapshots[-1])
-        how = _Computation("blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress)
+        how = _Computation("blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress, share)
         try:
             return self._predict_into(live, snapshots, horizon, graph, positions, how)
         except BaseException:
@@ -238,11 +245,13 @@ class Nowcaster:
     ) -> Jump:
         device, exact = how.device, torch.promote_types(how.dtype, torch.float32)
         network = self._network(device, how.dtype if how.engine == "edges" else exact)
-        copies = bytes_of_copies(graph, *snapshots, tensors) + self._bytes_of_copy(network)
-        sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, copies)
-        scalers = measure_snapshots(snapshots, graph.shapes, device)
+        share = how.share
+        held = bytes_of_copies(graph, *snapshots, tensors, share=share) + self._bytes_of_copy(network)
+        held += share.extra_bytes(graph.groups, MESSAGE_VECTORS * self.config.hidden, exact.itemsize)
+        sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, held)
+        scalers = measure_snapshots(snapshots, graph.shapes, device, share)
         node_features = graph.positions(self.config.num_positions) if positions is None else positions
-        writer = PredictionWriter(graph, tensors, scalers)
+        writer = PredictionWriter(graph, tensors, scalers, share)
         with _full_precision(device):
             if how.engine == "edges":
                 predict_edgewise(network, graph, snapshots, scalers, writer, node_features, horizon)
@@ -250,7 +259,7 @@ class Nowcaster:
                 predict_blockwise(
                     network,
                     graph,
-                    SnapshotReader(graph, snapshots, scalers, device, exact),
+                    SnapshotReader(graph, snapshots, scalers, device, exact, share),
                     writer,
                     node_features,
                     horizon,
@@ -258,8 +267,11 @@ class Nowcaster:
                     product_dtype=product_dtype(how.dtype, device),
                     fuse=fusing_pays(graph.num_edges, device) if how.fuse is None else how.fuse,
                     progress=how.progress,
+                    share=share,
                 )
-        return writer.finish()
+        jump = writer.finish()
+        share.exchange(tensors)
+        return jump if share is WHOLE else jump.over_processes(share, device)
 
     def _network(self, device: torch.device, dtype: torch.dtype) -> Network:
         """The network, or where it must be moved or converted a copy: it may hold a large table of words."""
@@ -313,6 +325,7 @@ class _Computation:
     memory_budget: int | None
     fuse: bool | None
     progress: Progress | None
+    share: Share = WHOLE
 
 
 def _device(snapshots: Sequence[Mapping[str, Tensor]], device: torch.device | str | None) -> torch.device:
@@ -334,13 +347,14 @@ def _live(parameters: Mapping[str, Tensor], graph: NeuralGraph) -> dict[str, Ten
             if parameter.is_floating_point() and parameter.numel():
                 raise NinoError(f"{name} is no parameter of the graph; pass the named_parameters() of its model")
             continue
+        parameter = local_tensor(parameter)
         if parameter.is_meta:
             raise NinoError(f"{name} is on the meta device: there is nothing to write into")
         if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
             raise NinoError(f"elements of {name} share their memory (an expanded tensor); pass a copy of its own")
         if parameter.is_inference() and not torch.is_inference_mode_enabled():
             raise NinoError(f"{name} was made in torch.inference_mode() and can only be changed there")
-        live[name] = parameter.detach()
+        live[name] = parameter
     return live
 
 
@@ -374,6 +388,7 @@ def _shared_memory(parameters: Mapping[str, Tensor], copies: Mapping[str, Tensor
         (str(tensor.device), tensor.data_ptr(), is_copy, name, tensor)
         for is_copy, tensors in ((False, parameters), (True, copies))
         for name, tensor in tensors.items()
+        if tensor.numel()
     )
     ends: dict[tuple[str, bool], int] = {}
     for device, start, is_copy, name, tensor in spans:

@@ -22,7 +22,9 @@ from nino.history import Place
 from nino.moments import Moments
 from nino.nowcaster import Nowcaster
 from nino.report import NowcastReport
+from nino.saving import load_session, save_session
 from nino.session import NowcastSession
+from nino.shards import local_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +133,41 @@ class NowcastOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of the wrapped optimizer; then a snapshot or a nowcast if it is time."""
+        is_rehearsal = self._is_rehearsal()
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        if is_rehearsal:
+            return loss
         if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe(loss)
         self.session.after_update()
         return loss
+
+    def _is_rehearsal(self) -> bool:
+        """Whether the coming step is no update but only makes the optimizer's state, as DCP does before loading it.
+
+        It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of 0. The first
+        update of a warm-up that starts at 0 has gradients, and counts.
+        """
+        if self.state or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+            return False
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        return not any(bool(local_tensor(gradient).any()) for gradient in gradients if gradient is not None)
+
+    def save_history(self, folder: str | Path) -> None:
+        """Save counters and snapshots in a folder of their own; every process calls this.
+
+        For runs with sharded parameters, whose optimizer state is saved with ``torch.distributed.checkpoint``: that
+        drops the part of :meth:`state_dict` that is not the wrapped optimizer's. See :func:`nino.saving.save_session`.
+        """
+        save_session(self.session, folder)
+
+    def load_history(self, folder: str | Path) -> None:
+        """Restore :meth:`save_history`; every process calls this, after the optimizer's own state was loaded.
+
+        Raises:
+            NinoError: if the folder is damaged, or of another model or rhythm.
+        """
+        load_session(self.session, folder)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer."""

@@ -35,6 +35,8 @@ class NowcastReport:
     """Why not, if they were not replaced, or why they were put back."""
     seconds: float = 0.0
     """Wall-clock time of the prediction and of writing it back."""
+    bytes_sent: int = 0
+    """What this process put into exchanges with others for it."""
     snapshot_bytes: int = 0
     """Size of the snapshots that this process held, wherever it keeps them."""
     restore_bytes: int = 0
@@ -69,6 +71,7 @@ class NowcastReport:
             "nowcast/left_out": float(self.left_out),
             "nowcast/seconds": self.seconds,
             "nowcast/bytes": self.snapshot_bytes + self.restore_bytes,
+            "nowcast/bytes_sent": self.bytes_sent or math.nan,
             "nowcast/jump/all": self.relative_jump,
             **{f"nowcast/jump/{kind}": jump for kind, jump in self.relative_jump_by_kind.items()},
             "nowcast/loss/before": self.loss_before,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from nino.history import Place, SnapshotStore
 from nino.interrupts import held_back
+from nino.shards import local_tensors
 
 WEIGHT, BUFFER, OPTIMIZER = "weight", "buffer", "optimizer"
 
@@ -109,10 +110,10 @@ class RestorePoint:
 
 
 def _live_tensors(model: nn.Module, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> dict[str, Tensor]:
-    weights = {f"{WEIGHT}/{name}": parameter.detach() for name, parameter in parameters.items()}
+    weights = {f"{WEIGHT}/{name}": parameter for name, parameter in parameters.items()}
     buffers = {f"{BUFFER}/{name}": buffer for name, buffer in model.named_buffers()}
     state = {key: value for key, value in _optimizer_state(parameters, optimizer).items() if isinstance(value, Tensor)}
-    return {**weights, **buffers, **state}
+    return local_tensors({**weights, **buffers, **state})
 
 
 def _optimizer_state(parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> dict[str, Any]:

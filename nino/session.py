@@ -2,8 +2,8 @@
 
 A session is told of every real optimizer update. It takes snapshots, nowcasts when one is due, writes the
 prediction into the live weights and reports what happened. Whatever goes wrong in a nowcast is logged and leaves
-the weights as they were; it never ends the run. With data parallelism every process holds a session and nowcasts the
-whole model; if one of them cannot, none does.
+the weights as they were; it never ends the run. Of several processes every one holds a session and works on its share
+of a nowcast; if one of them cannot, none does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
 from nino.changes import describe_changes
-from nino.distributed import agree, from_first_process, is_true_everywhere, mean_over_processes
+from nino.distributed import Channel, LostProcessError, is_true_everywhere, mean_over_processes
 from nino.engine.weights import Jump
 from nino.errors import NinoError, SnapshotError
 from nino.graph.builder import graph_parameters
@@ -43,6 +43,8 @@ from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
+from nino.shards import compute_device, local_tensor, refuse_unsupported
+from nino.shared_work import fingerprint, plan_share
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class NowcastSession:
                 max_steps,
                 period,
             )
-        _refuse_sharded(self.model)
+        refuse_unsupported(self.model)
         self.graph = self.nowcaster.graph_of(self.model)
         self.nowcaster.check_fits(self.graph)
         self._check_parameters()
@@ -170,7 +172,7 @@ class NowcastSession:
             A report if this call completed one, else ``None``.
         """
         if not self._has_begun:  # frameworks shard and replace parameters after this object was made
-            _refuse_sharded(self.model)
+            refuse_unsupported(self.model)
             self._check_parameters()
             self._begin()
             self._has_begun = True
@@ -293,12 +295,12 @@ class NowcastSession:
         if changed:
             raise NinoError(
                 f"{changed[:3]} changed shape since nowcasting was set up ({len(changed)} in all); set it up after "
-                "the model is complete, and train with plain data parallelism, not with sharded parameters"
+                "the model is complete"
             )
         if not parameters:
             raise NinoError(
-                "no parameter of the model is trained: all are frozen, or the optimizer holds others (DeepSpeed and "
-                "FSDP keep copies of their own, which this release cannot nowcast)"
+                "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
+                "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
             )
 
     def _begin(self) -> None:
@@ -482,22 +484,20 @@ class NowcastSession:
     ) -> NowcastReport:
         """Replace the weights by their prediction, in every process or, if one has a ``refusal``, in none."""
         began = time.perf_counter()
-        jump, reason, before = Jump(math.nan, math.nan), "", {}
+        channel, before = Channel(self._device(parameters)), {}
         try:
-            if refusal:
-                raise SnapshotError(refusal)
-            before = self._backup(parameters, on_probation)
-            jump = self._predict(report.horizon, parameters, before)
+            with channel.together():
+                if refusal:
+                    raise SnapshotError(refusal)
+                before = self._backup(parameters, on_probation)
+                jump = self._predict(report.horizon, parameters, before, channel)
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
-            reason = str(error) or repr(error)
-        everyone_did, are_alike = agree(not reason, jump.norm, self._device(parameters))
-        if not everyone_did:
-            if not reason:
+            if before:
                 write_parameters(parameters, before)
-                reason = "another process refused it"
-            return replace(report, reason=reason, seconds=time.perf_counter() - began)
-        if are_alike:
-            write_parameters(parameters, from_first_process({n: p.detach() for n, p in parameters.items()}))
+            if isinstance(error, LostProcessError):  # it cannot go on; whoever catches this finds the weights whole
+                raise
+            reason, seconds = str(error) or repr(error), time.perf_counter() - began
+            return replace(report, reason=reason, seconds=seconds, bytes_sent=channel.bytes_sent)
         settle_moments(self.moments, self.optimizer, parameters, report.horizon)
         self.batch_norm.begin()
         logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
@@ -505,6 +505,7 @@ class NowcastSession:
             report,
             accepted=True,
             seconds=time.perf_counter() - began,
+            bytes_sent=channel.bytes_sent,
             restore_bytes=self.restore_point.nbytes,
             relative_jump=jump.relative,
             relative_jump_by_kind={kind: part.relative for kind, part in jump.by_kind.items()},
@@ -525,24 +526,30 @@ class NowcastSession:
         if self.store.exact:
             return self.store.snapshots[-1]
         return {
-            name: parameter.detach().to(parameter.device if self.store.place == "device" else "cpu", copy=True)
+            name: local_tensor(parameter).to(parameter.device if self.store.place == "device" else "cpu", copy=True)
             for name, parameter in parameters.items()
         }
 
-    def _predict(self, horizon: int, parameters: Mapping[str, nn.Parameter], newest: Mapping[str, Tensor]) -> Jump:
-        fixed = {
-            name: parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if name in self.graph.shapes and name not in parameters
-        }
+    def _predict(
+        self, horizon: int, parameters: Mapping[str, nn.Parameter], newest: Mapping[str, Tensor], channel: Channel
+    ) -> Jump:
+        everything = {name: p for name, p in self.model.named_parameters() if name in self.graph.shapes}
+        fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
         snapshots = [{**fixed, **snapshot} for snapshot in (*self.store.snapshots[:-1], newest)]
+        same = [horizon, fingerprint(list(self.nowcaster.network.parameters()))] if channel.size > 1 else []
         return self.nowcaster.predict_(
-            parameters, snapshots, horizon, self.graph, positions=self._positions, device=self._device(parameters)
+            parameters,
+            snapshots,
+            horizon,
+            self.graph,
+            positions=self._positions,
+            device=channel.device,
+            share=plan_share(self.graph, everything, parameters, snapshots, channel, same),
         )
 
     @staticmethod
     def _device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
-        return next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+        return compute_device(parameters.values())
 
 
 def _finite(losses: Sequence[float]) -> list[float]:
@@ -560,7 +567,7 @@ def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, T
     """Write new values into live parameters in place, so that storages, ties and views survive."""
     with held_back():
         for name, parameter in parameters.items():
-            parameter.copy_(new[name])
+            local_tensor(parameter).copy_(new[name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -572,13 +579,3 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    sharded = [n for n, p in model.named_parameters() if hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor"]
-    sharded += [n or "the model" for n, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
-    if sharded:
-        raise NinoError(
-            f"{sharded[0]} is sharded over several processes, which this release cannot nowcast; "
-            "train with plain data parallelism"
-        )

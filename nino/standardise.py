@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nino.errors import SnapshotError
+from nino.share import WHOLE, Share
 
 EPSILON = 1e-6
 PIECE = {"cpu": 2**18, "cuda": 2**20}
@@ -37,10 +38,41 @@ class Standardiser:
         Returns:
             Numbers of at least float32. NaN or infinity in a snapshot makes both of them NaN or infinite.
         """
-        snapshots = list(snapshots)
+        return Moments.of(list(snapshots), device).standardiser()
+
+    def apply(self, weights: Tensor) -> Tensor:
+        """``(w - mean) / (std + 1e-6)``."""
+        return (weights - self.mean) / (self.std + EPSILON)
+
+    def apply_(self, weights: Tensor) -> Tensor:
+        """The same in place."""
+        return weights.sub_(self.mean).div_(self.std + EPSILON)
+
+    def invert(self, weights: Tensor) -> Tensor:
+        """``w * std + mean``."""
+        return weights * self.std + self.mean
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of some numbers: how many, their mean and the sum of their squared differences from it."""
+
+    number: int
+    mean: Tensor
+    """float64, as is the sum."""
+    squares: Tensor
+    dtype: torch.dtype
+    """In which they were measured."""
+
+    @staticmethod
+    def of(snapshots: Sequence[Tensor], device: torch.device | str | None = None) -> Moments:
+        """Measure tensors of one shape, which may be empty, a piece at a time."""
         exact = exact_dtype(*snapshots)
         number = sum(snapshot.numel() for snapshot in snapshots)
         device = snapshots[0].device if device is None else device
+        if not number:
+            zero = torch.zeros((), dtype=torch.float64, device=device)
+            return Moments(0, zero, zero, exact)
 
         def about(centre: Tensor, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             """Sums of the differences from a number, and of their squares."""
@@ -56,20 +88,34 @@ class Standardiser:
         first = snapshots[0][(0,) * snapshots[0].ndim].to(device, exact)
         centre = (first + about(first, snapshots[:1])[0] / snapshots[0].numel()).to(exact)
         differences, squares = about(centre, snapshots)
-        variance = (squares - differences**2 / number).clamp(min=0) / max(number - 1, 1)
-        return Standardiser((centre + differences / number).to(exact), variance.sqrt().to(exact))
+        return Moments(number, centre + differences / number, (squares - differences**2 / number).clamp(min=0), exact)
 
-    def apply(self, weights: Tensor) -> Tensor:
-        """``(w - mean) / (std + 1e-6)``."""
-        return (weights - self.mean) / (self.std + EPSILON)
+    def standardiser(self) -> Standardiser:
+        """The mean and the unbiased deviation."""
+        variance = self.squares / max(self.number - 1, 1)
+        return Standardiser(self.mean.to(self.dtype), variance.sqrt().to(self.dtype))
 
-    def apply_(self, weights: Tensor) -> Tensor:
-        """The same in place."""
-        return weights.sub_(self.mean).div_(self.std + EPSILON)
 
-    def invert(self, weights: Tensor) -> Tensor:
-        """``w * std + mean``."""
-        return weights * self.std + self.mean
+def add_moments(parts: Sequence[tuple[Moments, bool]], share: Share) -> list[Moments]:
+    """Join what every process measured on its own rows, for several parameters at once.
+
+    As in one process, differences from a number that is near are summed: here from the mean of the process with the
+    first row. Two sums of a few numbers per parameter are exchanged.
+
+    Args:
+        parts: per parameter, what this process measured, and whether the first row is among its own.
+        share: adds up.
+    """
+    means = torch.stack([part.mean for part, _ in parts])
+    squares = torch.stack([part.squares for part, _ in parts])
+    numbers = torch.tensor([part.number for part, _ in parts]).to(means)
+    has_first = torch.tensor([has_first for _, has_first in parts], device=means.device)
+    centres = share.add_(torch.where(has_first, means, 0))
+    away = torch.where(numbers > 0, means - centres, 0)
+    sums = share.add_(torch.stack([numbers, numbers * away, squares + numbers * away**2]))
+    numbers, away, squares = sums[0], sums[1] / sums[0], sums[2] - sums[1] ** 2 / sums[0]
+    joined = zip(numbers.tolist(), centres + away, squares.clamp(min=0), parts, strict=True)
+    return [Moments(int(number), mean, square, part.dtype) for number, mean, square, (part, _) in joined]
 
 
 def exact_dtype(*tensors: Tensor) -> torch.dtype:
@@ -99,23 +145,37 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def measure_snapshots(
-    snapshots: Sequence[Mapping[str, Tensor]], names: Iterable[str], device: torch.device | str | None = None
+    snapshots: Sequence[Mapping[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    device: torch.device | str | None = None,
+    share: Share = WHOLE,
 ) -> dict[str, Standardiser]:
-    """Measure every parameter's snapshots.
+    """Measure every parameter's snapshots, each process those of its own rows.
 
     Args:
         snapshots: oldest first.
-        names: of the parameters.
+        shapes: of the parameters, by name.
         device: where to compute; by default where the snapshots lie.
+        share: says which rows are this process's own, and adds up.
 
     Raises:
         SnapshotError: if a snapshot holds NaN or infinity.
     """
-    scalers = {name: Standardiser.of((s[name] for s in snapshots), device) for name in names}
+    measured = {}
+    for name, shape in shapes.items():
+        held, own = share.held_rows(name, shape), share.own_rows(name, shape)
+        moments = Moments.of([own.of(held, snapshot[name]) for snapshot in snapshots], device)
+        measured[name] = moments, own.start == 0 and len(own) > 0
+    joined = [part for part, _ in measured.values()]
+    if share is not WHOLE:
+        joined = add_moments(list(measured.values()), share)
+    scalers = {name: moments.standardiser() for name, moments in zip(measured, joined, strict=True)}
     for name, scaler in scalers.items():
         if not bool(torch.isfinite(scaler.std)):
             broken = [age for age, snapshot in enumerate(snapshots) if not is_finite(snapshot[name])]
             what = "holds NaN or infinity" if broken else "holds numbers too large to measure"
+            if share is not WHOLE and bool(torch.isfinite(measured[name][0].squares)):
+                what = "holds NaN, infinity or numbers too large to measure in the rows of another process"
             raise SnapshotError(
                 f"snapshot {broken[0] if broken else 0}: {name} {what}; nowcast again from healthy snapshots"
             )

@@ -536,23 +536,6 @@ def test_compiled_and_data_parallel_wrappers_are_looked_through(process_group: N
     assert torch.equal(wrapped(inputs), model(inputs))  # the compiled function sees the new weights
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_sharded_parameters_are_refused(when: str, process_group: None) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = mlp()
-    mesh = init_device_mesh("cpu", (1,))
-    with pytest.raises(NinoError, match=r"^0.weight is sharded over several processes.*plain data parallelism$"):
-        if when == "before":
-            fully_shard(model, mesh=mesh)
-            NowcastSession(model, tiny_nowcaster(), period=PERIOD)
-        else:  # as accelerator.prepare does, after the optimizer was wrapped; refused at the first update
-            session = NowcastSession(model, tiny_nowcaster(), period=PERIOD)
-            fully_shard(model, mesh=mesh)
-            session.after_update()
-
-
 def test_models_with_nothing_to_train_are_refused() -> None:
     with pytest.raises(NinoError, match="no parameter of the model is trained"):
         NowcastSession(mlp().requires_grad_(False), tiny_nowcaster(), period=PERIOD)

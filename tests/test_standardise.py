@@ -138,10 +138,10 @@ def test_what_is_not_finite_is_named(
     snapshots = [{"whole": part.to(dtype), "some.weight": part.to(dtype)} for part in _normal(10, 7, count=3)]
     snapshots[age]["some.weight"][9, 6] = value
     with pytest.raises(SnapshotError, match=rf"snapshot {age}: some\.weight holds NaN or infinity"):
-        measure_snapshots(snapshots, ["whole", "some.weight"])
+        measure_snapshots(snapshots, dict.fromkeys(("whole", "some.weight"), (10, 7)))
 
 
 def test_finite_numbers_whose_squares_overflow_are_refused_as_such() -> None:
     snapshots = [{"gain": part.float()} for part in _normal(10, std=1e30)]
     with pytest.raises(SnapshotError, match=re.escape("gain holds numbers too large to measure")):
-        measure_snapshots(snapshots, ["gain"])
+        measure_snapshots(snapshots, {"gain": (10,)})

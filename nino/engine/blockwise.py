@@ -29,7 +29,10 @@ from nino.engine.tiling import Blocks, Sizes, Strip, constant_of
 from nino.engine.weights import PredictionWriter, SnapshotReader
 from nino.graph.ir import NeuralGraph
 from nino.model.networks import Convolution, EdgeUpdate, NiNo, Wnn
+from nino.share import WHOLE, Share
 
+MESSAGE_VECTORS = 2
+"""Hidden vectors per neuron that are summed over its edges, in the round that has most."""
 Progress = Callable[[int, int], None]
 """Called with the work done and the total, in H x H products on edges."""
 
@@ -78,6 +81,7 @@ def predict_blockwise(
     product_dtype: torch.dtype | None = None,
     fuse: bool = False,
     progress: Progress | None = None,
+    share: Share = WHOLE,
 ) -> None:
     """Predict the weights that the writer wants.
 
@@ -91,13 +95,15 @@ def predict_blockwise(
         sizes: of strips and tiles.
         product_dtype: in which H x H products on edges are computed; by default the reader's dtype.
         fuse: whether to compile what is computed on a tile.
-        progress: is told how much is done.
+        progress: is told how much is done, of this process's share.
+        share: of the work; only its own rows are read and written.
     """
-    blocks = Blocks(graph, sizes, reader.device)
+    blocks = Blocks(graph, sizes, reader.device, share)
+    num_edges, num_wanted = blocks.num_edges(writer.wants)
     if isinstance(network, Wnn):
-        _predict_alone(network, blocks, reader, writer, horizon, progress)
+        _predict_alone(network, blocks, reader, writer, horizon, _Progress(progress, 2 * num_wanted))
     else:
-        tell = _Progress(progress, graph.num_edges + 2 * _num_wanted(graph, writer))
+        tell = _Progress(progress, num_edges + 2 * num_wanted)
         run = _Run(network, blocks, reader, product_dtype or reader.dtype, fuse, tell)
         run.predict(writer, positions, horizon)
 
@@ -108,10 +114,9 @@ def _predict_alone(
     reader: SnapshotReader,
     writer: PredictionWriter,
     horizon: int,
-    progress: Progress | None,
+    tell: _Progress,
 ) -> None:
     """WNN: every weight by itself."""
-    tell = _Progress(progress, 2 * _num_wanted(blocks.graph, writer))
     for block in blocks.graph.parameter_blocks:
         for strip in blocks.strips(block) if writer.wants(block) else ():
             values = reader.read(block, strip.place).unflatten(0, (-1, reader.context))
@@ -122,11 +127,6 @@ def _predict_alone(
                 movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
             writer.write(block, strip.place, values[:, -1], movement)
             tell.did(2 * strip.num_edges)
-
-
-def _num_wanted(graph: NeuralGraph, writer: PredictionWriter) -> int:
-    """How many edges the writer wants predicted."""
-    return sum(block.num_edges for block in graph.parameter_blocks if writer.wants(block))
 
 
 class _Progress:
@@ -195,7 +195,7 @@ class _Run:
         def messages(strip: Strip) -> Tensor:
             values, (from_source, from_target) = self._values(strip), self._first_ends(strip, nodes)
             as_source = strip.at_source(conv.as_source(nodes[strip.source]))
-            sums = nodes.new_zeros(2, len(strip.target), nodes.shape[1])
+            sums = nodes.new_zeros(MESSAGE_VECTORS, len(strip.target), nodes.shape[1])
             first = self.first_weight[: len(values)]  # unused kernel positions are zero and drop out
             for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
                 at = strip.rows_of_source(rows), columns
@@ -212,7 +212,7 @@ class _Run:
             hidden, scaled = means.chunk(2, dim=-1)
             return scaled + conv.as_target(old) * F.linear(hidden, scale.weight, scale.constant) + shift(hidden)
 
-        return self._round(conv, nodes, messages, 2 * nodes.shape[1], complete)
+        return self._round(conv, nodes, messages, MESSAGE_VECTORS * nodes.shape[1], complete)
 
     def _round(
         self,
@@ -231,16 +231,19 @@ class _Run:
             width: of those sums.
             complete: turns nodes and the means of what arrived into the means of the messages.
         """
-        new = torch.empty_like(nodes)
-        for group in self.blocks.graph.groups:
-            sums = nodes.new_zeros(group.size, width)
-            for strip in self.blocks.strips_into(group):
-                sums.index_add_(0, strip.local_target, messages(strip))
-            sums /= self.blocks.counts(group).to(sums)
-            own, rows = self.blocks.nodes(group), self.blocks.sizes.longest_side
-            parts = zip(*(x.split(rows) for x in (nodes[own], sums, new[own])), strict=True)
-            for old_part, means, new_part in parts:
-                new_part.copy_(conv.finish(old_part, complete(old_part, means)))
+        new, rows = torch.empty_like(nodes), self.blocks.sizes.longest_side
+        for groups in self.blocks.share.buckets(self.blocks.graph.groups, width):
+            sums = nodes.new_zeros(sum(group.size for group in groups), width)
+            by_group = list(zip(groups, sums.split([group.size for group in groups]), strict=True))
+            for group, group_sums in by_group:
+                for strip in self.blocks.strips_into(group):
+                    group_sums.index_add_(0, strip.local_target, messages(strip))
+            self.blocks.share.add_(sums)
+            for group, group_sums in by_group:
+                group_sums /= self.blocks.counts(group).to(sums)
+                own = self.blocks.nodes(group)
+                for old, means, part in zip(*(x.split(rows) for x in (nodes[own], group_sums, new[own])), strict=True):
+                    part.copy_(conv.finish(old, complete(old, means)))
         return new
 
     def _write_movements(self, writer: PredictionWriter, after_first: Tensor, nodes: Tensor, horizon: int) -> None:

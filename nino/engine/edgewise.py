@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nino.engine.weights import PredictionWriter, block_shape, piece_of
+from nino.engine.weights import PredictionWriter, piece_of
 from nino.graph.edge_list import EdgeList
 from nino.graph.ir import NeuralGraph
+from nino.graph.rows import whole_place
 from nino.model.networks import EdgeInputs, Network
 from nino.model.segments import SegmentBackend
 from nino.standardise import Standardiser
@@ -73,8 +74,6 @@ def predict_edgewise(
     movement = edges.parameters(network(inputs, horizon, backend).to(exact))
     for block in graph.parameter_blocks:
         if writer.wants(block):
-            targets, sources = block_shape(block)
-            place = slice(0, targets), slice(0, sources)
-            name = str(block.parameter)
+            place, name = whole_place(block), str(block.parameter)
             last, moved = (piece_of(block, tensor, place) for tensor in (states[name][-1], movement[name]))
             writer.write(block, place, last, moved)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isqrt, prod
 
 import torch
 from torch import Tensor
 
-from nino.engine.weights import Place, block_shape
 from nino.errors import NinoError
 from nino.graph.edge_list import AUXILIARY_VALUE, SELF_LOOP_VALUE
 from nino.graph.ir import (
@@ -21,7 +20,9 @@ from nino.graph.ir import (
     NeuralGraph,
     NeuronGroup,
 )
+from nino.graph.rows import Place, block_shape, moved, num_edges_at
 from nino.model.config import NowcasterConfig
+from nino.share import WHOLE, Share
 from nino.standardise import piece_size
 
 STRIP_EDGES = 2**18
@@ -194,12 +195,14 @@ class Blocks:
         graph: of the model.
         sizes: of strips and tiles.
         device: where node numbers are wanted.
+        share: of the work; strips are only of this process's own edges.
     """
 
-    def __init__(self, graph: NeuralGraph, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, graph: NeuralGraph, sizes: Sizes, device: torch.device, share: Share = WHOLE) -> None:
         self.graph = graph
         self.sizes = sizes
         self.device = device
+        self.share = share
         self._first = graph.first_nodes()
         self._into: dict[NeuronGroup, list[EdgeBlock]] = {group: [_self_loops(group)] for group in graph.groups}
         for block in graph.blocks:
@@ -209,6 +212,11 @@ class Blocks:
         """The strips of all blocks that lead to a group."""
         for block in self._into[group]:
             yield from self.strips(block)
+
+    def num_edges(self, wanted: Callable[[EdgeBlock], bool]) -> tuple[int, int]:
+        """How many of this process's edges send messages, and how many of them are wanted to be predicted."""
+        blocks = [(block, num_edges_at(self.share.place(block))) for into in self._into.values() for block in into]
+        return sum(edges for _, edges in blocks), sum(edges for block, edges in blocks if wanted(block))
 
     def nodes(self, group: NeuronGroup) -> slice:
         """The numbers of a group's nodes."""
@@ -223,12 +231,17 @@ class Blocks:
         return counts[:, None]
 
     def strips(self, block: EdgeBlock) -> Iterator[Strip]:
-        """Cut a block into strips."""
+        """Cut this process's part of a block into strips."""
+        own = self.share.place(block)
+        if not num_edges_at(own):
+            return
         source, target = block.source.local_index().to(self.device), block.target.local_index().to(self.device)
         is_dense = block.kind is BlockKind.DENSE
         edges = self.sizes.strip_edges // block.num_features if is_dense else self.sizes.tile_edges
         edges = max(edges, self.sizes.tile_edges)
-        for rows, columns in places(block_shape(block), edges, self.sizes.longest_side):
+        shape = own[0].stop - own[0].start, own[1].stop - own[1].start
+        for place in places(shape, edges, self.sizes.longest_side):
+            rows, columns = moved(place, own[0].start, own[1].start)
             local_source, local_target = source[columns if is_dense else rows], target[rows]
             yield Strip(
                 block,

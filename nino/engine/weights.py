@@ -11,40 +11,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nino.errors import SnapshotError
 from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph
+from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
+from nino.share import WHOLE, Share
 from nino.standardise import EPSILON, Standardiser
 
-Place = tuple[slice, slice]
-"""Which targets and which sources of a block; for a paired block which edges, and ``slice(0, 1)``."""
 
-
-def block_shape(block: EdgeBlock) -> tuple[int, int]:
-    """Targets and sources of a block; for a paired block the number of edges, and 1."""
-    return block.target.size, block.source.size if block.kind is BlockKind.DENSE else 1
-
-
-def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor) -> Tensor:
+def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> Tensor:
     """The tensor itself, or a contiguous copy if its strides do not allow the blocks' views."""
-    return tensor if _is_viewable(blocks, tensor) else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if _is_viewable(blocks, tensor, rows) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor]) -> int:
+def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor], share: Share = WHOLE) -> int:
     """The size of the copies that reading or writing these tensors takes because their strides allow no views."""
     blocks = _blocks_by_parameter(graph)
-    tensors = ((blocks[name], state[name]) for state in states for name in blocks if name in state)
-    return sum(tensor.numel() * tensor.itemsize for of_tensor, tensor in tensors if not _is_viewable(of_tensor, tensor))
+    return sum(
+        state[name].numel() * state[name].itemsize
+        for state in states
+        for name, shape in graph.shapes.items()
+        if name in state and not _is_viewable(blocks[name], state[name], share.held_rows(name, shape))
+    )
 
 
-def _is_viewable(blocks: Sequence[EdgeBlock], tensor: Tensor) -> bool:
+def _is_viewable(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> bool:
     try:
         for block in blocks:
-            block.view(tensor)
+            if num_edges_at(place_of(block, rows)):
+                view_rows(block, tensor, rows)
     except RuntimeError:
         return False
     return True
@@ -57,9 +56,21 @@ def _blocks_by_parameter(graph: NeuralGraph) -> dict[str, list[EdgeBlock]]:
     return blocks
 
 
-def piece_of(block: EdgeBlock, parameter: Tensor, place: Place) -> Tensor:
-    """View a piece of a parameter as ``[F, t, s]``, F elements per edge."""
-    view = block.view(parameter)
+def piece_of(block: EdgeBlock, parameter: Tensor, place: Place, rows: Rows | None = None) -> Tensor:
+    """View a piece of a parameter as ``[F, t, s]``, F elements per edge.
+
+    Args:
+        block: of the graph.
+        parameter: a tensor of the parameter's shape, or of some of its rows.
+        place: which of the block's edges; they must be among those of the rows.
+        rows: that the tensor holds, if not all.
+    """
+    if rows is None or rows.are_all:
+        view = block.view(parameter)
+    else:
+        view = view_rows(block, parameter, rows)
+        held = place_of(block, rows)
+        place = moved(place, -held[0].start, -held[1].start)
     if block.kind is BlockKind.DENSE:
         return view[place[1], place[0]].permute(2, 1, 0)
     return view[place[0]].t()[..., None]
@@ -81,6 +92,16 @@ class Jump:
         """Norm of the change over the norm of the weights; NaN if those are all zero."""
         return self.distance / self.norm if self.norm else math.nan
 
+    def over_processes(self, share: Share, device: torch.device) -> Jump:
+        """The same over the rows of all processes."""
+        kinds = [edge_type.name.lower() for edge_type in EdgeType]  # a process may have rows of some kinds only
+        parts = [self.by_kind.get(kind) for kind in kinds]
+        table = [(part.distance**2, part.norm**2, 1.0) if part else (0.0, 0.0, 0.0) for part in (self, *parts)]
+        table = share.add_(torch.tensor(table, dtype=torch.float64, device=device)).tolist()
+        whole, *by_kind = (Jump(math.sqrt(moved), math.sqrt(total)) for moved, total, _ in table)
+        present = {kind: part for kind, part, row in zip(kinds, by_kind, table[1:], strict=True) if row[2]}
+        return replace(whole, by_kind=present)
+
 
 class SnapshotReader:
     """Reads standardised snapshots.
@@ -91,6 +112,7 @@ class SnapshotReader:
         scalers: of every parameter.
         device: where pieces are wanted.
         dtype: in which they are wanted.
+        share: says which rows of the parameters the snapshots hold.
     """
 
     def __init__(
@@ -100,10 +122,13 @@ class SnapshotReader:
         scalers: Mapping[str, Standardiser],
         device: torch.device,
         dtype: torch.dtype,
+        share: Share = WHOLE,
     ) -> None:
         blocks = _blocks_by_parameter(graph)
+        self._rows = {name: share.held_rows(name, shape) for name, shape in graph.shapes.items()}
         self._snapshots = {
-            name: [viewable(blocks[name], snapshot[name]) for snapshot in snapshots] for name in graph.shapes
+            name: [viewable(blocks[name], snapshot[name], rows) for snapshot in snapshots]
+            for name, rows in self._rows.items()
         }
         self.scalers = scalers
         self.context = len(snapshots)
@@ -113,7 +138,7 @@ class SnapshotReader:
     def read(self, block: EdgeBlock, place: Place) -> Tensor:
         """The standardised snapshots of a piece: ``[F * C, t, s]``, kernel-position-major."""
         name = str(block.parameter)
-        pieces = [piece_of(block, snapshot, place) for snapshot in self._snapshots[name]]
+        pieces = [piece_of(block, snapshot, place, self._rows[name]) for snapshot in self._snapshots[name]]
         num_features, *shape = pieces[0].shape
         out = torch.empty(num_features, self.context, *shape, dtype=self.dtype, device=self.device)
         for age, piece in enumerate(pieces):
@@ -128,12 +153,20 @@ class PredictionWriter:
         graph: of the model.
         tensors: what to write into, by parameter name; parameters of the graph that are left out stay as they are.
         scalers: of every parameter.
+        share: says which rows of the parameters the tensors hold.
     """
 
-    def __init__(self, graph: NeuralGraph, tensors: Mapping[str, Tensor], scalers: Mapping[str, Standardiser]) -> None:
+    def __init__(
+        self,
+        graph: NeuralGraph,
+        tensors: Mapping[str, Tensor],
+        scalers: Mapping[str, Standardiser],
+        share: Share = WHOLE,
+    ) -> None:
         blocks = _blocks_by_parameter(graph)
         self.tensors = tensors
-        self._views = {name: viewable(blocks[name], tensor) for name, tensor in tensors.items()}
+        self._rows = {name: share.held_rows(name, graph.shapes[name]) for name in tensors}
+        self._views = {name: viewable(blocks[name], tensor, self._rows[name]) for name, tensor in tensors.items()}
         self.scalers = scalers
         self._sums: dict[tuple[str, EdgeType], Tensor] = {}
 
@@ -152,7 +185,7 @@ class PredictionWriter:
         """
         name = str(block.parameter)
         scaler = self.scalers[name]
-        target = piece_of(block, self._views[name], place)
+        target = piece_of(block, self._views[name], place, self._rows[name])
         new = scaler.invert(last + movement)
         target.copy_(new)
         # Of what arrived in the target: a value that overflows its dtype is infinite only there.

@@ -166,10 +166,16 @@ class EdgeBlock:
         Raises:
             GraphError: if the tensor's shape is not the parameter's.
         """
-        view = _split(self._narrowed(parameter), self.layout, self.name)
-        sides = [self.source.axes, self.target.axes] if self.kind is BlockKind.DENSE else [self.target.axes]
-        feature_axes = tuple(axis for axis in self.layout if not any(axis in side for side in sides))
-        order = [self.layout.index(axis) for side in (*sides, feature_axes) for axis in side]
+        return self.arranged(self._narrowed(parameter), self.layout, self.source.axes, self.target.axes)
+
+    def arranged(
+        self, part: Tensor, layout: tuple[Axis, ...], source: tuple[Axis, ...], target: tuple[Axis, ...]
+    ) -> Tensor:
+        """View a tensor whose dimensions split into ``layout`` as :meth:`view` does, with sides of these axes."""
+        view = _split(part, layout, self.name)
+        sides = [source, target] if self.kind is BlockKind.DENSE else [target]
+        feature_axes = tuple(axis for axis in layout if not any(axis in side for side in sides))
+        order = [layout.index(axis) for side in (*sides, feature_axes) for axis in side]
         shape = [prod(axis.size for axis in side) for side in (*sides, feature_axes)]
         return view.permute(order).view(shape)[..., self.features[0] : self.features[1]]
 

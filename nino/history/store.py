@@ -13,6 +13,7 @@ from nino.errors import SnapshotError
 from nino.history.disk import DiskKeeper
 from nino.history.keeper import Keeper, Kept
 from nino.history.memory import MemoryKeeper
+from nino.shards import local_tensors
 
 Place = Literal["cpu", "device", "disk"]
 
@@ -78,8 +79,10 @@ class SnapshotStore:
     def append(self, step: int, parameters: Mapping[str, Tensor]) -> None:
         """Copy the parameters after ``step`` updates; the oldest snapshot makes room if there are C already.
 
-        If that fails, all snapshots are forgotten, for what they take may be what the run lacks.
+        Of sharded parameters the local shards are copied. If that fails, all snapshots are forgotten, for what they
+        take may be what the run lacks.
         """
+        parameters = local_tensors(parameters)
         if self.is_full:
             self._keeper.release(self._kept.pop(0))
             del self.steps[0]
@@ -124,6 +127,7 @@ class SnapshotStore:
             SnapshotError: if the saved snapshots are of another model or damaged, or cannot be copied; nothing is
                 changed then.
         """
+        parameters = local_tensors(parameters)
         steps, exact = _check_state(state, self.context, parameters)
         copies: list[Kept] = []
         try:

@@ -7,6 +7,7 @@ do not join raise :class:`NotAChainError`: nothing is guessed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -184,7 +185,7 @@ def read_chain(model: nn.Module) -> list[Stage]:
             if last is not None and function not in RESHAPES:
                 _check_dims(last, node, module, flat)
             flat = True
-        elif "_pool" in function or type(module).__module__ == POOLING_FILE:
+        elif "_pool" in function or _class_of(module).__module__ == POOLING_FILE:
             if last is not None and (flat or not isinstance(last.layer, CONVOLUTIONS)):
                 raise NotAChainError(f"{name} pools the neurons of {last.name}")
         elif module is None and function not in NEUTRAL_FUNCTIONS:
@@ -215,7 +216,7 @@ def _attach(stage: Stage, name: str, module: nn.Module) -> None:
 def _is_neutral(module: nn.Module) -> bool:
     if isinstance(module, (nn.GLU, nn.MultiheadAttention)):  # they live in the file of the activations
         return False
-    return type(module).__module__ in NEUTRAL_MODULE_FILES or isinstance(module, nn.Identity)
+    return _class_of(module).__module__ in NEUTRAL_MODULE_FILES or isinstance(module, nn.Identity)
 
 
 def _function_name(node: fx.Node) -> str:
@@ -246,10 +247,29 @@ def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
+class _Tracer(fx.Tracer):
+    """Follows the forward methods alone: hooks, such as those by which ``fully_shard`` gathers weights, are not run."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_of_torch = _class_of(m).__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+        return is_of_torch or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return super().call_module(m, m.forward, args, kwargs)
+
+
+def _class_of(module: nn.Module | None) -> type:
+    """A module's class; ``fully_shard`` puts one of its own in front."""
+    own = type(module)
+    return own.__bases__[-1] if any(base.__name__ == "FSDPModule" for base in own.__bases__) else own
+
+
 def _trace(model: nn.Module) -> list[fx.Node]:
     """The nodes that compute, in order, each reading only the one before."""
     try:
-        graph = fx.symbolic_trace(model).graph
+        graph = _Tracer().trace(model)
     except Exception as error:  # a forward that fx cannot follow may fail in any way
         raise NotAChainError(
             f"torch.fx cannot follow its forward: {str(error).splitlines()[0] if str(error) else error!r}"

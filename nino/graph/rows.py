@@ -1,0 +1,143 @@
+"""Rows of a parameter, and which part of an edge block they are.
+
+What is dealt out over processes is always a range of a parameter's rows (its first dimension): so FSDP2 shards
+parameters, and so the work on replicas is divided. In every block the rows run along one of its sides, so a range of
+them is a contiguous range of that side's slots: a smaller block between the same neuron groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from nino.errors import GraphError
+from nino.graph.ir import Axis, BlockKind, EdgeBlock
+
+Place = tuple[slice, slice]
+"""Which targets and which sources of a block; for a paired block which edges, and ``slice(0, 1)``."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows ``start`` to ``stop`` of a parameter that has ``total``; a scalar has one."""
+
+    start: int
+    stop: int
+    total: int
+
+    @staticmethod
+    def all_of(shape: tuple[int, ...]) -> Rows:
+        """Every row of a parameter of this shape."""
+        total = shape[0] if shape else 1
+        return Rows(0, total, total)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def are_all(self) -> bool:
+        """Whether no row is missing."""
+        return len(self) == self.total
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of these rows of a parameter of shape ``whole``."""
+        return whole if self.are_all else (len(self), *whole[1:])
+
+    def of(self, held: Rows, tensor: Tensor) -> Tensor:
+        """View these rows of a tensor that holds the rows ``held``."""
+        if self == held:
+            return tensor
+        if not tensor.dim():  # a scalar's only row is left out
+            return tensor[None][:0]
+        return tensor.narrow(0, self.start - held.start, len(self))
+
+
+def block_shape(block: EdgeBlock) -> tuple[int, int]:
+    """Targets and sources of a block; for a paired block the number of edges, and 1."""
+    return block.target.size, block.source.size if block.kind is BlockKind.DENSE else 1
+
+
+def whole_place(block: EdgeBlock) -> Place:
+    """All edges of a block."""
+    targets, sources = block_shape(block)
+    return slice(0, targets), slice(0, sources)
+
+
+def place_of(block: EdgeBlock, rows: Rows) -> Place:
+    """Which edges of a block some rows of its parameter are; two empty slices if they are none of them."""
+    own = _narrowed(block, rows)
+    targets, sources = whole_place(block)
+    if not len(own):
+        return slice(0, 0), slice(0, 0)
+    if own.are_all:
+        return targets, sources
+    _, are_targets, slots = _along_rows(block, own.total)
+    along = slice(own.start * slots, own.stop * slots)
+    return (along, sources) if are_targets else (targets, along)
+
+
+def num_edges_at(place: Place) -> int:
+    """How many edges a place has."""
+    return (place[0].stop - place[0].start) * (place[1].stop - place[1].start)
+
+
+def moved(place: Place, targets: int, sources: int) -> Place:
+    """A place so many targets and sources further on."""
+    first, second = place
+    return (
+        slice(first.start + targets, first.stop + targets),
+        slice(second.start + sources, second.stop + sources),
+    )
+
+
+def view_rows(block: EdgeBlock, tensor: Tensor, rows: Rows) -> Tensor:
+    """View the block's part of a tensor that holds some rows of its parameter, as :meth:`EdgeBlock.view` does.
+
+    Raises:
+        RuntimeError: if the tensor's strides do not allow it.
+    """
+    if rows.are_all:
+        return block.view(tensor)
+    own = _narrowed(block, rows)
+    if block.narrow is not None:
+        dim, start, length = block.narrow
+        if dim == 0:
+            start, length = start + own.start - rows.start, len(own)
+        tensor = tensor.narrow(dim, start, length)
+    if own.are_all:
+        return block.arranged(tensor, block.layout, block.source.axes, block.target.axes)
+    row_axes, are_targets, _ = _along_rows(block, own.total)
+    axis = Axis("rows", len(own), permutable=False)
+
+    def shortened(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return axis, *(other for other in axes if other not in row_axes)
+
+    source = block.source.axes if are_targets else shortened(block.source.axes)
+    target = shortened(block.target.axes) if are_targets else block.target.axes
+    return block.arranged(tensor, shortened(block.layout), source, target)
+
+
+def _narrowed(block: EdgeBlock, rows: Rows) -> Rows:
+    """The same rows, counted within the part of the parameter that the block carries."""
+    if block.narrow is None or block.narrow[0] != 0:
+        return rows
+    _, first, length = block.narrow
+    start = min(max(rows.start - first, 0), length)
+    return Rows(start, max(min(rows.stop - first, length), start), length)
+
+
+def _along_rows(block: EdgeBlock, num_rows: int) -> tuple[tuple[Axis, ...], bool, int]:
+    """The axes that make up the rows, whether they belong to the targets, and the slots of that side per row."""
+    count = 0
+    while prod(axis.size for axis in block.layout[:count]) < num_rows:
+        count += 1
+    axes = block.layout[:count]
+    for side, are_targets in ((block.target.axes, True), (block.source.axes, False)):
+        if side[:count] == axes and (are_targets or block.kind is BlockKind.DENSE):
+            return axes, are_targets, prod(axis.size for axis in side[count:])
+    raise GraphError(
+        f"{block.name}: its rows are {' x '.join(axis.name for axis in axes)}, which are neither sources nor targets "
+        "in this order, so they cannot be divided over processes"
+    )
