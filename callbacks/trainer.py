@@ -22,13 +22,14 @@ from nino.distributed import PeerFailureError
 from nino.errors import CheckpointError, NinoError
 from nino.files import load_whole, save_whole
 from nino.history import Place
+from nino.live_model import unwrap
 from nino.moments import Moments
 from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
 from nino.rates import learning_rate_of
 from nino.report import NowcastReport
 from nino.saving import has_shards, load_session, own_numbers, save_session, with_own_numbers
-from nino.session import NowcastSession, unwrap
+from nino.session import NowcastSession
 
 logger = logging.getLogger(__name__)
 

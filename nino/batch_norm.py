@@ -74,18 +74,22 @@ class BatchNormRenewal:
         """Numbers and lists only; running statistics are the model's."""
         return {"updates_left": self._updates_left, "changed": {k: list(v) for k, v in self._changed.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`; the model's buffers must be, or will be, those of the same checkpoint.
+    @staticmethod
+    def read(state: Mapping[str, Any]) -> tuple[int, dict[str, tuple[float, int]]]:
+        """What :meth:`resume` takes, from a saved :meth:`state_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: if the state is damaged; nothing is changed then.
+            KeyError, TypeError, ValueError: if the state is damaged.
         """
         changed = {name: (float(momentum), int(seen)) for name, (momentum, seen) in state["changed"].items()}
-        updates_left = int(state["updates_left"])
+        return int(state["updates_left"]), changed
+
+    def resume(self, saved: tuple[int, dict[str, tuple[float, int]]]) -> None:
+        """Go on where a saved renewal was; the model's buffers must be, or will be, those of the same checkpoint."""
         self.end(counts=False)
-        self._changed, self._updates_left = changed, updates_left
+        self._updates_left, self._changed = saved
         for name, layer in self._layers():
-            if name in changed:
+            if name in self._changed:
                 layer.momentum = None
 
     def _layers(self) -> Iterator[tuple[str, _BatchNorm]]:

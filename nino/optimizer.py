@@ -21,6 +21,7 @@ from nino.errors import NinoError
 from nino.history import Place
 from nino.moments import Moments
 from nino.nowcaster import Nowcaster
+from nino.rates import learning_rate_of
 from nino.report import NowcastReport
 from nino.saving import load_session, save_session
 from nino.session import NowcastSession
@@ -148,7 +149,7 @@ class NowcastOptimizer(Optimizer):
         It calls ``step()`` on an optimizer without state, with a learning rate of 0 and gradients of 0. The first
         update of a warm-up that starts at 0 has gradients, and counts.
         """
-        if self.state or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+        if self.state or learning_rate_of(self.optimizer) != 0:
             return False
         gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
         return not any(bool(local_tensor(gradient).any()) for gradient in gradients if gradient is not None)

@@ -18,6 +18,10 @@ PART_OF_PERIOD = 20
 """By default a probation takes one part in so many of a period, which bounds what bad nowcasts can cost: 5%."""
 
 
+MIN_LOSSES_BEFORE = 3
+"""Fewer losses before a jump than this say nothing of their noise."""
+
+
 def default_probation(period: int) -> int:
     """Updates that a nowcast has to recover in, unless told otherwise.
 
@@ -50,6 +54,27 @@ class ProbationConfig:
     def losses_before(self) -> int:
         """How many losses before a jump it is compared with."""
         return max(2 * self.updates, 20)
+
+
+def finite(losses: Sequence[float]) -> list[float]:
+    """Those that are neither NaN nor infinite."""
+    return [loss for loss in losses if math.isfinite(loss)]
+
+
+def why_not_judged(losses: Sequence[float]) -> str:
+    """Why a nowcast cannot be judged by the losses before it; nothing if it can.
+
+    Example:
+        >>> why_not_judged([2.0, math.nan, math.nan])
+        '2 of the last 3 training losses are NaN or infinite, so it could not be judged'
+    """
+    known = len(finite(losses))
+    if known >= MIN_LOSSES_BEFORE:
+        return ""
+    if known < len(losses):
+        bad = len(losses) - known
+        return f"{bad} of the last {len(losses)} training losses are NaN or infinite, so it could not be judged"
+    return f"only {known} training losses are known"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
-from nino.changes import describe_changes
-from nino.distributed import Channel, LostProcessError, is_true_everywhere, mean_over_processes
-from nino.engine.weights import Jump
-from nino.errors import NinoError, SnapshotError
-from nino.graph.builder import graph_parameters
+from nino.distributed import is_true_everywhere, mean_over_processes
+from nino.errors import NinoError
+from nino.graph import NeuralGraph
 from nino.history import Place, SnapshotStore
-from nino.interrupts import held_back
+from nino.jump import attempt_jump
+from nino.live_model import LiveModel
 from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
 from nino.probation import (
@@ -36,21 +34,19 @@ from nino.probation import (
     ProbationConfig,
     Trust,
     default_probation,
+    finite,
     gather_evidence,
     has_recovered,
+    why_not_judged,
 )
 from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import Loss, NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
-from nino.shards import compute_device, local_tensor, refuse_unsupported
-from nino.shared_work import fingerprint, plan_share
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 3
-MIN_LOSSES_BEFORE = 3
-"""Fewer losses before a jump than this say nothing of their noise."""
 
 
 class NowcastSession:
@@ -96,10 +92,9 @@ class NowcastSession:
         optimizer: Optimizer | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
-        self.model = unwrap(model)
         self.optimizer = optimizer
-        self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
-        config = self.nowcaster.config
+        nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
+        config = nowcaster.config
         self.schedule = ScheduleConfig(
             period=period, context=config.context, max_steps=max_steps, max_horizon=config.max_horizon
         )
@@ -110,10 +105,7 @@ class NowcastSession:
                 max_steps,
                 period,
             )
-        refuse_unsupported(self.model)
-        self.graph = self.nowcaster.graph_of(self.model)
-        self.nowcaster.check_fits(self.graph)
-        self._check_parameters()
+        self.live = LiveModel(model, nowcaster, optimizer)
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
         self.probation = ProbationConfig(updates=default_probation(period) if probation is None else probation)
         if self.probation.updates >= period:
@@ -126,7 +118,6 @@ class NowcastSession:
         self.on_report = on_report
         self.step = 0
         self.reports: list[NowcastReport] = []
-        self._positions = self.graph.positions(config.num_positions)
         self._losses: deque[Loss] = deque(maxlen=self.probation.losses_before)
         self._rates: deque[float] = deque(maxlen=config.context)
         """Learning rates at the snapshots."""
@@ -134,13 +125,23 @@ class NowcastSession:
         self._open: OpenReport | None = None
         self._has_begun = False
         self._said_unjudged = False
-        self._shapes = graph_parameters(self.model)
-        self._trained: dict[str, nn.Parameter] = {}
-        """The model's parameters, and those that were trained, at the last snapshot."""
-        self._no_graph = ""
-        """Why the model cannot be wired since it has changed."""
         self._no_snapshot = ""
         """Why the last snapshot failed."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training, without wrappers."""
+        return self.live.module
+
+    @property
+    def nowcaster(self) -> Nowcaster:
+        """What predicts."""
+        return self.live.nowcaster
+
+    @property
+    def graph(self) -> NeuralGraph:
+        """Of the model as it is now."""
+        return self.live.graph
 
     def observe(self, loss: Tensor | float) -> None:
         """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
@@ -172,9 +173,10 @@ class NowcastSession:
             A report if this call completed one, else ``None``.
         """
         if not self._has_begun:  # frameworks shard and replace parameters after this object was made
-            refuse_unsupported(self.model)
-            self._check_parameters()
-            self._begin()
+            self.live.begin()
+            self._notice_changes()
+            if self.live.problem:
+                raise NinoError(self.live.problem)
             self._has_begun = True
         self.step += 1
         completed = self._take_loss()
@@ -200,15 +202,7 @@ class NowcastSession:
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        updated = {id(parameter) for group in groups for parameter in group["params"]}
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if name in self.graph.shapes
-            and parameter.requires_grad
-            and (self.optimizer is None or id(parameter) in updated)
-        }
+        return self.live.trainable()
 
     def reset(self) -> None:
         """Forget snapshots and losses and count updates from 0 again."""
@@ -271,78 +265,45 @@ class NowcastSession:
                 raise NinoError(f"saved nowcasting state is damaged: snapshots from after its {step} updates")
             open_report = OpenReport.from_state_dict(state["open_report"]) if state["open_report"] is not None else None
             trust, parameters = Trust(**state["trust"]), self.trainable_parameters()
+            restore_point = RestorePoint(self.store.place, self.store.folder)
             if state["restore_point"] is not None:
-                self.restore_point.load_state_dict(state["restore_point"], self.model, parameters)
-            self.batch_norm.load_state_dict(state["batch_norm"])
+                restore_point.load_state_dict(state["restore_point"], self.model, parameters)
+            batch_norm = BatchNormRenewal.read(state["batch_norm"])
             self.store.load_state_dict(state["history"], parameters)  # last: it may still refuse
         except NinoError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise NinoError(f"saved nowcasting state is damaged: {error!r}") from error
+        self.restore_point.clear()
+        self.restore_point = restore_point
+        self.batch_norm.resume(batch_norm)
+        self.live.remember()
         self.step = step
         self._losses = deque(losses, maxlen=self.probation.losses_before)
         self._rates = deque(rates, maxlen=self.schedule.context)
         self._observed.clear()
         self._open, self.trust = open_report, trust
-        self._trained = parameters
         if open_report is not None:
             others = [other for other in self.reports if other.step != open_report.report.step]
             self.reports = [*others, open_report.report]
 
-    def _check_parameters(self) -> None:
-        parameters = self.trainable_parameters()
-        changed = sorted(name for name, p in parameters.items() if tuple(p.shape) != self.graph.shapes[name])
-        if changed:
-            raise NinoError(
-                f"{changed[:3]} changed shape since nowcasting was set up ({len(changed)} in all); set it up after "
-                "the model is complete"
-            )
-        if not parameters:
-            raise NinoError(
-                "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
-                "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
-            )
-
-    def _begin(self) -> None:
-        """Wire the model again if parameters came or went since this object was made.
-
-        Raises:
-            NinoError: if it cannot be wired.
-        """
-        self._trained = self.trainable_parameters()
-        self._notice_changes()
-        if self._no_graph:
-            raise NinoError(self._no_graph)
-
     def _notice_changes(self) -> None:
         """If the model is another than at the last snapshot, start the history afresh, and say so once."""
-        shapes = graph_parameters(self.model)
-        change = describe_changes(self._shapes, shapes, self._trained, self.trainable_parameters())
-        if change:
-            unjudged = ""
-            if self._open is not None and self._open.on_probation:  # what it would be undone from fits no more
-                self._open.on_probation = False
-                self.restore_point.clear()
-                unjudged = f", the nowcast after update {self._open.report.step} is not judged"
-            message = "the model has changed by update %d, snapshots start afresh%s: %s"
-            logger.warning(message, max(self.step, 1), unjudged, change)
-            self._forget_history()
-            self._wire_again()
-        self._shapes, self._trained = shapes, self.trainable_parameters()
-
-    def _wire_again(self) -> None:
-        try:
-            graph = self.nowcaster.graph_of(self.model)
-            self.nowcaster.check_fits(graph)
-        except Exception as error:  # every nowcast is then refused, with this reason; the run goes on
-            self._no_graph = str(error) or repr(error)
+        change = self.live.changes()
+        if not change:
             return
-        self.graph, self._no_graph = graph, ""
-        self._positions = graph.positions(self.nowcaster.config.num_positions)
+        unjudged = ""
+        if self._open is not None and self._open.on_probation:  # what it would be undone from fits no more
+            self._open.on_probation = False
+            self.restore_point.clear()
+            unjudged = f", the nowcast after update {self._open.report.step} is not judged"
+        message = "the model has changed by update %d, snapshots start afresh%s: %s"
+        logger.warning(message, max(self.step, 1), unjudged, change)
+        self._forget_history()
 
     def _snapshot(self, learning_rate: float | None) -> None:
         self._notice_changes()
-        if self._no_graph:
+        if self.live.problem:
             return
         try:
             self.store.append(self.step, self.trainable_parameters())
@@ -398,12 +359,11 @@ class NowcastSession:
 
     def _judge(self, nowcast: OpenReport) -> NowcastReport:
         """Keep a nowcast whose probation is over, or undo it."""
-        parameters = self.trainable_parameters()
         after = [float(loss) for loss in nowcast.after]
         report = nowcast.with_losses()
-        if is_true_everywhere(bool(after), self._device(parameters)):
+        if is_true_everywhere(bool(after), self.live.device):
             own = gather_evidence(nowcast.before, after)
-            evidence = Evidence(*mean_over_processes(list(vars(own).values()), self._device(parameters)))
+            evidence = Evidence(*mean_over_processes(list(vars(own).values()), self.live.device))
             is_kept = has_recovered(evidence, self.probation)
             self.trust = self.trust.after(is_kept, self.probation)
             report = replace(report, loss_after=evidence.after)
@@ -438,33 +398,36 @@ class NowcastSession:
         )
         if report.left_out:
             return OpenReport(report, 1)
-        parameters = self.trainable_parameters()
-        on_probation = is_true_everywhere(self._can_judge(losses), self._device(parameters))
-        report = self._jump(report, parameters, on_probation, self._why_not_to_judge(losses))
+        on_probation = is_true_everywhere(self._can_judge(losses), self.live.device)
+        report = self._jump(report, on_probation, self._refusal(losses))
         if not (report.accepted and on_probation):
             self.restore_point.clear()
             return OpenReport(report, 1)
-        return OpenReport(report, self.probation.updates, on_probation=True, before=_finite(losses))
+        return OpenReport(report, self.probation.updates, on_probation=True, before=finite(losses))
 
-    def _can_judge(self, losses: Sequence[float]) -> bool:
+    @property
+    def _judges(self) -> bool:
+        return self.probation.updates > 0 and self.optimizer is not None
+
+    def _can_judge(self, losses: list[float]) -> bool:
         """Whether enough is known to put a nowcast on probation; says so once if it is wanted and nothing is."""
-        if not self.probation.updates or self.optimizer is None:
-            return False
-        if not losses and self.store.is_full and not self._said_unjudged:
+        if self._judges and not losses and self.store.is_full and not self._said_unjudged:
             self._said_unjudged = True
             logger.warning(
                 "no training losses are observed, so nowcasts are kept without probation: call observe(loss) before "
                 "each step, or set probation=0"
             )
-        return len(_finite(losses)) >= MIN_LOSSES_BEFORE
+        return self._judges and not why_not_judged(losses)
 
-    def _why_not_to_judge(self, losses: Sequence[float]) -> str:
-        """Why a nowcast that is to be judged by the losses cannot be, and is refused for that."""
-        finite = len(_finite(losses))
-        if not self.probation.updates or self.optimizer is None or not finite < MIN_LOSSES_BEFORE <= len(losses):
-            return ""
-        bad = len(losses) - finite
-        return f"{bad} of the last {len(losses)} training losses are NaN or infinite, so it could not be judged"
+    def _refusal(self, losses: list[float]) -> str:
+        """Why there can be no jump now; nothing if there can."""
+        if self.live.problem:
+            return self.live.problem
+        if not self.store.is_full:
+            last_try = f"; the last try: {self._no_snapshot}" if self._no_snapshot else ""
+            count, context = len(self.store), self.store.context
+            return f"{count} of {context} snapshots were taken since the history began{last_try}"
+        return why_not_judged(losses) if self._judges and len(losses) > len(finite(losses)) else ""
 
     def _horizon(self) -> tuple[int, str]:
         """How far to look, and why this nowcast is left out, if it is."""
@@ -479,103 +442,32 @@ class NowcastSession:
             return horizon, "the learning rate that is left moves the weights no farther than they are"
         return self.trust.shorten(horizon), ""
 
-    def _jump(
-        self, report: NowcastReport, parameters: Mapping[str, nn.Parameter], on_probation: bool, refusal: str
-    ) -> NowcastReport:
+    def _jump(self, report: NowcastReport, on_probation: bool, refusal: str) -> NowcastReport:
         """Replace the weights by their prediction, in every process or, if one has a ``refusal``, in none."""
-        began = time.perf_counter()
-        channel, before = Channel(self._device(parameters)), {}
-        try:
-            with channel.together():
-                if refusal:
-                    raise SnapshotError(refusal)
-                before = self._backup(parameters, on_probation)
-                jump = self._predict(report.horizon, parameters, before, channel)
-        except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
-            if before:
-                write_parameters(parameters, before)
-            if isinstance(error, LostProcessError):  # it cannot go on; whoever catches this finds the weights whole
-                raise
-            reason, seconds = str(error) or repr(error), time.perf_counter() - began
-            return replace(report, reason=reason, seconds=seconds, bytes_sent=channel.bytes_sent)
-        settle_moments(self.moments, self.optimizer, parameters, report.horizon)
+        attempt = attempt_jump(
+            self.live,
+            self.store,
+            report.horizon,
+            refusal=refusal,
+            step=self.step,
+            restore_point=self.restore_point if on_probation else None,
+        )
+        report = replace(report, reason=attempt.reason, seconds=attempt.seconds, bytes_sent=attempt.bytes_sent)
+        if attempt.jump is None:
+            return report
+        settle_moments(self.moments, self.optimizer, self.trainable_parameters(), report.horizon)
         self.batch_norm.begin()
         logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
         return replace(
             report,
             accepted=True,
-            seconds=time.perf_counter() - began,
-            bytes_sent=channel.bytes_sent,
             restore_bytes=self.restore_point.nbytes,
-            relative_jump=jump.relative,
-            relative_jump_by_kind={kind: part.relative for kind, part in jump.by_kind.items()},
+            relative_jump=attempt.jump.relative,
+            relative_jump_by_kind={kind: part.relative for kind, part in attempt.jump.by_kind.items()},
         )
-
-    def _backup(self, parameters: Mapping[str, nn.Parameter], on_probation: bool) -> dict[str, Tensor]:
-        """Copies of the parameters as they are: the newest snapshot, which is of this very update, if it is exact."""
-        if self._no_graph:
-            raise NinoError(self._no_graph)
-        if not self.store.is_full:
-            raise SnapshotError(
-                f"{len(self.store)} of {self.store.context} snapshots were taken since the history began"
-                + (f"; the last try: {self._no_snapshot}" if self._no_snapshot else "")
-            )
-        if on_probation:
-            self.restore_point.take(self.step, self.model, parameters, self.optimizer)
-            return self.restore_point.weights
-        if self.store.exact:
-            return self.store.snapshots[-1]
-        return {
-            name: local_tensor(parameter).to(parameter.device if self.store.place == "device" else "cpu", copy=True)
-            for name, parameter in parameters.items()
-        }
-
-    def _predict(
-        self, horizon: int, parameters: Mapping[str, nn.Parameter], newest: Mapping[str, Tensor], channel: Channel
-    ) -> Jump:
-        everything = {name: p for name, p in self.model.named_parameters() if name in self.graph.shapes}
-        fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
-        snapshots = [{**fixed, **snapshot} for snapshot in (*self.store.snapshots[:-1], newest)]
-        same = [horizon, fingerprint(list(self.nowcaster.network.parameters()))] if channel.size > 1 else []
-        return self.nowcaster.predict_(
-            parameters,
-            snapshots,
-            horizon,
-            self.graph,
-            positions=self._positions,
-            device=channel.device,
-            share=plan_share(self.graph, everything, parameters, snapshots, channel, same),
-        )
-
-    @staticmethod
-    def _device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
-        return compute_device(parameters.values())
-
-
-def _finite(losses: Sequence[float]) -> list[float]:
-    return [loss for loss in losses if math.isfinite(loss)]
 
 
 def _log(report: NowcastReport) -> None:
     """The one log record of a nowcast, with all its numbers in ``record.nowcast``."""
     level = logging.INFO if report.outcome in ("accepted", "left out") else logging.WARNING
     logger.log(level, "%s", report, extra={"nowcast": report.as_record()})
-
-
-@torch.no_grad()
-def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
-    """Write new values into live parameters in place, so that storages, ties and views survive."""
-    with held_back():
-        for name, parameter in parameters.items():
-            local_tensor(parameter).copy_(new[name])
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Look through the wrappers of ``torch.compile`` and of data parallelism."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

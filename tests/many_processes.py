@@ -306,7 +306,7 @@ def fault_in(owner: Any, name: str, error: Exception, call: int = 0) -> Iterator
 
 
 FAULTS: Mapping[str, tuple[Any, str]] = {
-    "before anything": (nino.session.NowcastSession, "_backup"),
+    "before anything": (nino.jump, "_backup"),
     "planning": (nino.shared_work, "deal"),
     "measuring": (nino.standardise.Moments, "standardiser"),
     "first round": (blockwise, "_messages_on_values"),

@@ -410,7 +410,7 @@ def test_a_model_that_is_completed_after_it_was_wrapped(caplog: pytest.LogCaptur
     append(run)
     run.train(PERIOD - 1)
     last = weights_of(run.model[3])
-    run.session.nowcaster = ScriptedNowcaster(lambda newest: {name: value + 10 for name, value in newest.items()})
+    run.session.live.nowcaster = ScriptedNowcaster(lambda newest: {name: value + 10 for name, value in newest.items()})
     run.train(PERIOD)
 
     assert (run.model[3].weight - last["weight"]).min() > 9

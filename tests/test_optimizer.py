@@ -269,21 +269,22 @@ class OwnRate(torch.optim.SGD):
         return None
 
 
-def test_the_session_sees_the_largest_rate_of_each_update() -> None:
+def test_the_session_sees_the_largest_rate_of_an_update_with_a_snapshot() -> None:
     model = mlp()
     groups = [{"params": model[0].parameters(), "lr": torch.tensor(0.5)}, {"params": model[2].parameters()}]
     wrapper = NowcastOptimizer(torch.optim.SGD(groups, lr=0.1), model, tiny_nowcaster(), period=PERIOD)
     scheduler = lr_scheduler.ExponentialLR(wrapper, 0.5)
     rates = []
-    for _ in range(3):
+    for _ in range(5):  # snapshots after 2 and 4
         wrapper.step()
         scheduler.step()
-        rates.append(wrapper.session.learning_rate)
+        rates.append(wrapper.session.state_dict()["learning_rates"])
 
-    assert rates == [0.5, 0.25, 0.125]
+    assert rates == [[], [0.25], [0.25], [0.25, 0.0625], [0.25, 0.0625]]
     own = NowcastOptimizer(OwnRate(model), model, tiny_nowcaster(), period=PERIOD)
-    own.step()
-    assert own.session.learning_rate is None
+    for _ in range(2):
+        own.step()
+    assert own.session.state_dict()["learning_rates"] == [1.0]  # what sets its own is taken for constant
 
 
 # Resuming

@@ -216,7 +216,7 @@ def test_what_cannot_be_nowcast_is_refused(spoil: Any, message: str, when: str, 
             NowcastSession(spoil(model), tiny_nowcaster(), period=PERIOD)
         else:  # as a framework's prepare() does; refused at the first update
             session = NowcastSession(model, tiny_nowcaster(), period=PERIOD)
-            session.model = spoil(model)
+            session.live.module = spoil(model)
             session.after_update()
     assert "\n" not in str(caught.value)
 

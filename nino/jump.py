@@ -1,0 +1,104 @@
+"""One jump: the live weights are replaced by their prediction, in every process or in none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from nino.distributed import Channel, LostProcessError
+from nino.engine.weights import Jump
+from nino.errors import SnapshotError
+from nino.history import SnapshotStore
+from nino.live_model import LiveModel, write_parameters
+from nino.rollback import RestorePoint
+from nino.shards import local_tensor
+from nino.shared_work import fingerprint, plan_share
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How it went."""
+
+    jump: Jump | None
+    """How far the weights moved; ``None`` if they did not."""
+    reason: str
+    """Why they did not."""
+    seconds: float
+    bytes_sent: int
+
+
+def attempt_jump(
+    live: LiveModel,
+    store: SnapshotStore,
+    horizon: int,
+    *,
+    refusal: str = "",
+    step: int,
+    restore_point: RestorePoint | None,
+) -> Attempt:
+    """Predict from the snapshots into the live weights; whatever goes wrong, they are as they were.
+
+    Args:
+        live: the model.
+        store: its snapshots, the newest of this very update.
+        horizon: snapshot intervals ahead.
+        refusal: why this process must not jump; none does then.
+        step: optimizer updates done.
+        restore_point: if given, takes a copy of all that training changes before the jump.
+
+    Raises:
+        LostProcessError: if another process is gone; the weights are whole.
+    """
+    began, parameters = time.perf_counter(), live.trainable()
+    channel, before = Channel(live.device), {}
+    try:
+        with channel.together():
+            if refusal:
+                raise SnapshotError(refusal)
+            if restore_point is not None:
+                restore_point.take(step, live.module, parameters, live.optimizer)
+            before = restore_point.weights if restore_point is not None else _backup(parameters, store)
+            jump = _predict(live, store, horizon, parameters, before, channel)
+    except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
+        if before:
+            write_parameters(parameters, before)
+        if isinstance(error, LostProcessError):  # it cannot go on; whoever catches this finds the weights whole
+            raise
+        return Attempt(None, str(error) or repr(error), time.perf_counter() - began, channel.bytes_sent)
+    return Attempt(jump, "", time.perf_counter() - began, channel.bytes_sent)
+
+
+def _backup(parameters: Mapping[str, nn.Parameter], store: SnapshotStore) -> dict[str, Tensor]:
+    """Copies of the parameters as they are: the newest snapshot, if it is exact."""
+    if store.exact:
+        return store.snapshots[-1]
+    return {
+        name: local_tensor(parameter).to(parameter.device if store.place == "device" else "cpu", copy=True)
+        for name, parameter in parameters.items()
+    }
+
+
+def _predict(
+    live: LiveModel,
+    store: SnapshotStore,
+    horizon: int,
+    parameters: Mapping[str, nn.Parameter],
+    newest: Mapping[str, Tensor],
+    channel: Channel,
+) -> Jump:
+    everything = live.wired()
+    fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
+    snapshots = [{**fixed, **snapshot} for snapshot in (*store.snapshots[:-1], newest)]
+    same = [horizon, fingerprint(list(live.nowcaster.network.parameters()))] if channel.size > 1 else []
+    return live.nowcaster.predict_(
+        parameters,
+        snapshots,
+        horizon,
+        live.graph,
+        positions=live.positions,
+        device=channel.device,
+        share=plan_share(live.graph, everything, parameters, snapshots, channel, same),
+    )

@@ -1,0 +1,129 @@
+"""The model in training: which of its parameters a nowcast may change, its graph, and whether that still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nino.changes import describe_changes
+from nino.errors import NinoError
+from nino.graph.builder import graph_parameters
+from nino.interrupts import held_back
+from nino.nowcaster import Nowcaster
+from nino.shards import compute_device, local_tensor, refuse_unsupported
+
+
+class LiveModel:
+    """A model, the optimizer that trains it and the graph on which a nowcaster reads it.
+
+    Args:
+        model: wrappers of DDP and ``torch.compile`` are looked through.
+        nowcaster: which wires it.
+        optimizer: if given, what it does not hold counts as frozen.
+
+    Raises:
+        NinoError: if the model cannot be wired, or nothing of it is trained.
+    """
+
+    def __init__(self, model: nn.Module, nowcaster: Nowcaster, optimizer: Optimizer | None) -> None:
+        self.module = unwrap(model)
+        self.optimizer = optimizer
+        self.nowcaster = nowcaster
+        self.problem = ""
+        """Why the model cannot be wired since it has changed."""
+        refuse_unsupported(self.module)
+        self.graph = nowcaster.graph_of(self.module)
+        nowcaster.check_fits(self.graph)
+        self._check()
+        self.positions = self.graph.positions(nowcaster.config.num_positions)
+        self._shapes = graph_parameters(self.module)
+        self._trained: dict[str, nn.Parameter] = {}
+        """The model's parameters, and those that were trained, when last looked at."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        updated = {id(parameter) for group in groups for parameter in group["params"]}
+        return {
+            name: parameter
+            for name, parameter in self.wired().items()
+            if parameter.requires_grad and (self.optimizer is None or id(parameter) in updated)
+        }
+
+    def wired(self) -> dict[str, nn.Parameter]:
+        """All parameters of the graph, by name."""
+        return {name: parameter for name, parameter in self.module.named_parameters() if name in self.graph.shapes}
+
+    @property
+    def device(self) -> torch.device:
+        """Where nowcasts of it are computed."""
+        return compute_device(self.trainable().values())
+
+    def begin(self) -> None:
+        """Training begins: frameworks may have sharded or replaced parameters since this object was made.
+
+        Raises:
+            NinoError: if nowcasting has become impossible.
+        """
+        refuse_unsupported(self.module)
+        self._check()
+        self._trained = self.trainable()
+
+    def changes(self) -> str:
+        """What has changed since this was last asked; nothing if nothing did. A model that has is wired again."""
+        shapes = graph_parameters(self.module)
+        change = describe_changes(self._shapes, shapes, self._trained, self.trainable())
+        if change:
+            self._wire_again()
+        self.remember()
+        return change
+
+    def remember(self) -> None:
+        """Take the parameters as they are now for what they should be."""
+        self._shapes, self._trained = graph_parameters(self.module), self.trainable()
+
+    def _wire_again(self) -> None:
+        try:
+            graph = self.nowcaster.graph_of(self.module)
+            self.nowcaster.check_fits(graph)
+        except Exception as error:  # every nowcast is then refused, with this reason; the run goes on
+            self.problem = str(error) or repr(error)
+            return
+        self.graph, self.problem = graph, ""
+        self.positions = graph.positions(self.nowcaster.config.num_positions)
+
+    def _check(self) -> None:
+        parameters = self.trainable()
+        changed = sorted(name for name, p in parameters.items() if tuple(p.shape) != self.graph.shapes[name])
+        if changed:
+            raise NinoError(
+                f"{changed[:3]} changed shape since nowcasting was set up ({len(changed)} in all); set it up after "
+                "the model is complete"
+            )
+        if not parameters:
+            raise NinoError(
+                "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
+                "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
+            )
+
+
+@torch.no_grad()
+def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
+    """Write new values into live parameters in place, so that storages, ties and views survive."""
+    with held_back():
+        for name, parameter in parameters.items():
+            local_tensor(parameter).copy_(new[name])
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Look through the wrappers of ``torch.compile`` and of data parallelism."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
