@@ -33,6 +33,7 @@ from nino import NowcastOptimizer
 from nino.distributed import Channel
 from nino.engine import blockwise
 from nino.model import build_network
+from nino.planning import summed_per_nowcast
 from nino.shards import is_dtensor, local_tensor
 from nino.shared_work import plan_share
 
@@ -117,6 +118,7 @@ def compare(
         **result,
         "distance": result["distance"] / jump.distance,
         "all work": 2 * edges + (graph.num_edges if nowcaster.config.kind == "nino" else 0),
+        "planned bytes": summed_per_nowcast(graph, nowcaster.config.hidden if nowcaster.config.kind == "nino" else 0),
         "error": error / jump.distance,
         "rounding": 2**-24 * jump.norm / jump.distance,  # of the new weights themselves
         "frozen": all(torch.equal(new[n], snapshots[-1][n].cpu()) for n in new if n not in wanted),
