@@ -50,7 +50,7 @@ class NowcastCallback(TrainerCallback):
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
-            by default a twentieth of the period, 0 for never.
+            by default a tenth of the period, 0 for never.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.

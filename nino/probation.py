@@ -2,8 +2,9 @@
 
 A nowcast looks bad before it is good: the loss right after a jump rises and comes back within some tens of updates. So
 a nowcast is not judged at once but put on probation for R updates. It is taken back if the loss at the end of them is
-still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. The worst
-that a bad nowcaster can do is then R lost updates in every period, and horizons shrink after each.
+still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. What is a
+disaster is taken back after R / 2 updates already. After each failure horizons shrink, after several nowcasts are left
+out; they grow back only while losses fall. ``docs/probation.md`` has the measurements behind the numbers.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 
 from nino.errors import NinoError
 
-PART_OF_PERIOD = 20
-"""By default a probation takes one part in so many of a period, which bounds what bad nowcasts can cost: 5%."""
-
+PART_OF_PERIOD = 10
+"""By default a probation takes one part in so many of a period."""
+SHORTEST_WITH_TWO_VERDICTS = 20
+"""Updates; half of a shorter probation has too few losses to say anything."""
+PATIENT_FAILURES = 1
+"""Failures in a row after which the next nowcast is tried all the same."""
 
 MIN_LOSSES_BEFORE = 3
 """Fewer losses before a jump than this say nothing of their noise."""
@@ -27,7 +31,7 @@ def default_probation(period: int) -> int:
 
     Example:
         >>> default_probation(1000)
-        50
+        100
     """
     return period // PART_OF_PERIOD
 
@@ -36,15 +40,16 @@ def default_probation(period: int) -> int:
 class ProbationConfig:
     """How long a nowcast has to prove itself, and how strictly it is judged."""
 
-    updates: int = 50
+    updates: int = 100
     """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
-    tolerance: float = 8.0
-    """By how many standard errors the mean loss after the jump may exceed that before it. Good jumps may still be on
-    their way back; bad ones are far worse (docs/probation.md has the measurement)."""
+    tolerance: float = 3.0
+    """By how many standard errors the mean loss at the end may exceed that before the jump."""
+    early_tolerance: float = 8.0
+    """By how many halfway: good jumps may still be on their way back, disasters are far worse."""
     shrink: float = 0.5
     """What horizons are multiplied by after a nowcast that was taken back."""
     grow: float = 1.5
-    """What they are multiplied by after one that was kept, up to the schedule's own horizon."""
+    """What they are multiplied by after one that the loss fell after, up to the schedule's own horizon."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.updates, int) or isinstance(self.updates, bool) or self.updates < 0:
@@ -53,7 +58,12 @@ class ProbationConfig:
     @property
     def losses_before(self) -> int:
         """How many losses before a jump it is compared with."""
-        return max(2 * self.updates, 20)
+        return max(self.updates, 20)
+
+    @property
+    def early_verdict(self) -> int:
+        """Updates after the jump at which a disaster is taken back; 0 for never."""
+        return self.updates // 2 if self.updates >= SHORTEST_WITH_TWO_VERDICTS else 0
 
 
 def finite(losses: Sequence[float]) -> list[float]:
@@ -84,7 +94,7 @@ class Evidence:
     before: float
     """Mean loss of the last updates before the jump."""
     after: float
-    """Mean loss of the second half of the probation."""
+    """Mean loss of the second half of the updates since."""
     error_variance: float
     """Squared standard error of ``after - before`` if the jump had changed nothing."""
 
@@ -96,7 +106,7 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
 
     Args:
         before: training losses of the last updates before the jump, oldest first; at least 3, all finite.
-        after: training losses of the probation, oldest first; at least 1.
+        after: training losses since the jump, oldest first; at least 1.
 
     Example:
         Losses 5, 4, 3, 4, 5, ... have no trend; their variance around 4 is 6 / (8 - 2) = 1. Four losses are compared
@@ -114,8 +124,8 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
     return Evidence(mean, sum(late) / len(late), variance * (1 / len(before) + 1 / len(late)))
 
 
-def has_recovered(evidence: Evidence, config: ProbationConfig) -> bool:
-    """Whether to keep the nowcast.
+def has_recovered(evidence: Evidence, config: ProbationConfig, *, early: bool = False) -> bool:
+    """Whether to keep the nowcast, at the end of its probation or, ``early``, halfway.
 
     Losses that are NaN or infinite have not recovered, and what cannot be compared is not trusted. Where the losses
     before the jump had no noise at all, none is tolerated after it.
@@ -126,10 +136,13 @@ def has_recovered(evidence: Evidence, config: ProbationConfig) -> bool:
         True
         >>> has_recovered(Evidence(before=2.0, after=2.4, error_variance=0.01), config)  # 4
         False
+        >>> has_recovered(Evidence(before=2.0, after=2.4, error_variance=0.01), config, early=True)
+        True
     """
     if not all(math.isfinite(number) for number in (evidence.before, evidence.after, evidence.error_variance)):
         return False
-    return not evidence.after - evidence.before > config.tolerance * math.sqrt(evidence.error_variance)
+    tolerance = config.early_tolerance if early else config.tolerance
+    return not evidence.after - evidence.before > tolerance * math.sqrt(evidence.error_variance)
 
 
 @dataclass(frozen=True)
@@ -143,22 +156,33 @@ class Trust:
     periods_to_skip: int = 0
     """Nowcasts to leave out."""
 
-    def after(self, kept: bool, config: ProbationConfig) -> Trust:
-        """The trust after one more nowcast.
+    def after_failure(self, config: ProbationConfig) -> Trust:
+        """The trust after a nowcast that was taken back.
 
-        From the third failure in a row on, nowcasts are left out: 1, 2, 4, at most 8 before the next one.
+        From the second failure in a row on, nowcasts are left out: 1, 2, 4, at most 8 before the next one.
 
         Example:
-            >>> config = ProbationConfig(updates=50)
-            >>> Trust().after(False, config)
+            >>> Trust().after_failure(ProbationConfig())
             Trust(scale=0.5, failures=1, periods_to_skip=0)
-            >>> Trust(0.5).after(True, config)
-            Trust(scale=0.75, failures=0, periods_to_skip=0)
+            >>> Trust(0.5, 1).after_failure(ProbationConfig())
+            Trust(scale=0.25, failures=2, periods_to_skip=1)
         """
-        if kept:
-            return Trust(min(self.scale * config.grow, 1.0))
         failures = self.failures + 1
-        return Trust(self.scale * config.shrink, failures, min(2 ** (failures - 3), 8) if failures >= 3 else 0)
+        beyond = failures - PATIENT_FAILURES
+        return Trust(self.scale * config.shrink, failures, min(2 ** (beyond - 1), 8) if beyond > 0 else 0)
+
+    def after_keeping(self, evidence: Evidence, config: ProbationConfig) -> Trust:
+        """The trust after a nowcast that was kept: as before, unless the loss has fallen.
+
+        A jump that goes back a little is hard to tell from one that does nothing; neither deserves a longer one.
+
+        Example:
+            >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=1.9, error_variance=0.01), ProbationConfig())
+            Trust(scale=0.75, failures=0, periods_to_skip=0)
+            >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=2.1, error_variance=0.01), ProbationConfig())
+            Trust(scale=0.5, failures=1, periods_to_skip=0)
+        """
+        return Trust(min(self.scale * config.grow, 1.0)) if evidence.after < evidence.before else self
 
     def after_skipping(self) -> Trust:
         """The trust after a nowcast was left out."""

@@ -29,6 +29,8 @@ class NowcastReport:
     """Whether the weights were replaced."""
     rolled_back: bool = False
     """Whether they were put back after the probation, since the loss did not recover."""
+    updates_undone: int = 0
+    """Updates that were lost with it then."""
     left_out: bool = False
     """Whether no nowcast was tried, on purpose."""
     reason: str = ""
@@ -68,6 +70,7 @@ class NowcastReport:
             "nowcast/horizon": self.horizon,
             "nowcast/accepted": float(self.accepted),
             "nowcast/rolled_back": float(self.rolled_back),
+            "nowcast/updates_undone": self.updates_undone or math.nan,
             "nowcast/left_out": float(self.left_out),
             "nowcast/seconds": self.seconds,
             "nowcast/bytes": self.snapshot_bytes + self.restore_bytes,

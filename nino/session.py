@@ -61,7 +61,7 @@ class NowcastSession:
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
-            by default a twentieth of the period, 0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
+            by default a tenth of the period, 0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``; see
             :func:`nino.moments.settle_moments`.
         batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
@@ -331,11 +331,23 @@ class NowcastSession:
         self._observed.clear()
         if loss is not None:
             self._losses.append(loss)
-        if self._open is None or not self._open.book(loss):
+        if self._open is None:
             return None
+        is_over = self._open.book(loss)
         if self._open.on_probation:
-            self._notice_changes()
-        return self._complete(self._judge(self._open) if self._open.on_probation else self._open.with_losses())
+            return self._verdict(self._open, is_over)
+        return self._complete(self._open.with_losses()) if is_over else None
+
+    def _verdict(self, nowcast: OpenReport, is_over: bool) -> NowcastReport | None:
+        """Judge a nowcast on probation if it is time to; a report if that ends it."""
+        is_halfway = self.probation.updates - nowcast.updates_to_come == self.probation.early_verdict
+        if not (is_over or is_halfway):
+            return None
+        self._notice_changes()
+        if not nowcast.on_probation:  # the model has changed meanwhile
+            return self._complete(nowcast.with_losses()) if is_over else None
+        report = self._judge(nowcast, is_over)
+        return self._complete(report) if is_over or report.rolled_back else None
 
     def _complete(self, report: NowcastReport) -> NowcastReport:
         self._open = None
@@ -357,31 +369,33 @@ class NowcastSession:
     def _is_on_probation(self) -> bool:
         return self._open is not None and self._open.on_probation
 
-    def _judge(self, nowcast: OpenReport) -> NowcastReport:
-        """Keep a nowcast whose probation is over, or undo it."""
+    def _judge(self, nowcast: OpenReport, is_over: bool) -> NowcastReport:
+        """Keep a nowcast, until its probation is over or for good, or undo it."""
         after = [float(loss) for loss in nowcast.after]
         report = nowcast.with_losses()
         if is_true_everywhere(bool(after), self.live.device):
             own = gather_evidence(nowcast.before, after)
             evidence = Evidence(*mean_over_processes(list(vars(own).values()), self.live.device))
-            is_kept = has_recovered(evidence, self.probation)
-            self.trust = self.trust.after(is_kept, self.probation)
             report = replace(report, loss_after=evidence.after)
-            if not is_kept:
-                report = self._roll_back(replace(report, rolled_back=True), evidence)
-        self.restore_point.clear()
+            if not has_recovered(evidence, self.probation, early=not is_over):
+                self.trust = self.trust.after_failure(self.probation)
+                return self._roll_back(report, evidence)
+            if is_over:
+                self.trust = self.trust.after_keeping(evidence, self.probation)
+        if is_over:
+            self.restore_point.clear()
         return report
 
     def _roll_back(self, report: NowcastReport, evidence: Evidence) -> NowcastReport:
         saved = self.restore_point.weights
         moved = {name: p for name, p in self.model.named_parameters() if name in saved}  # some may be frozen by now
         self.restore_point.restore(self.model, moved, self.optimizer)
+        self.restore_point.clear()
         self.batch_norm.end(counts=False)
         self._forget_history()  # snapshots of the undone weights, if there are any
-        reason = (
-            f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {self.probation.updates} updates"
-        )
-        return replace(report, reason=reason)
+        undone = self.step - report.step
+        reason = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {undone} updates"
+        return replace(report, rolled_back=True, updates_undone=undone, reason=reason)
 
     def _nowcast(self) -> OpenReport:
         """Nowcast, and open the report of it."""

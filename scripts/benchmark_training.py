@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from nino import NowcastOptimizer
 from nino.data import build_model
+from nino.probation import default_probation
 from tasks.cli import fail, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory, in_fresh_process
@@ -75,7 +76,7 @@ def start(name: str, kind: str, args: argparse.Namespace, period: int, folder: P
             max_steps=MAX_STEPS,
             snapshots_on=kind,  # type: ignore[arg-type]
             snapshot_folder=folder if kind == "disk" else None,
-            probation=max(period // 20, 1),
+            probation=max(default_probation(period), 1),
         )
     return Training(model, optimizer, loss)
 

@@ -54,7 +54,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--snapshots-on", choices=("cpu", "device", "disk"), default="cpu")
     parser.add_argument("--snapshot-dtype", choices=list(DTYPES), help="by default that of the parameters")
     parser.add_argument("--optimizer-bytes", type=float, help="of state per weight; by default Adam's two moments")
-    parser.add_argument("--probation", type=int, default=50, help="updates; 0 for none")
+    parser.add_argument("--probation", type=int, default=100, help="updates; 0 for none")
     parser.add_argument("--period", type=int, default=1000, help="updates between nowcasts")
     parser.add_argument("--seconds-per-update", type=positive_float, help="of training, or estimate it by the next two")
     parser.add_argument("--tokens", type=amount, help="of one update, over all ranks, such as 4M")

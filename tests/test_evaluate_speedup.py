@@ -649,8 +649,8 @@ def test_updates_for_the_quality_that_adam_ends_with() -> None:
 def test_updates_that_probations_took_back() -> None:
     run = result("nino:x", [1.0] * 4)
     run["cell"]["rhythm"] = {"probation": 2}
-    run["nowcasts"] = [{"nowcast/rolled_back": 1.0}, {"nowcast/rolled_back": 0.0}]
-    assert percent_undone(run) == 100 * 2 / run["cell"]["updates"]
+    run["nowcasts"] = [{"nowcast/updates_undone": 2}, {"nowcast/rolled_back": 0.0}, {"nowcast/updates_undone": 1}]
+    assert percent_undone(run) == 100 * 3 / run["cell"]["updates"]
     run["cell"]["rhythm"] = None
     assert percent_undone(run) is None
 

@@ -75,7 +75,7 @@ def plan(
     snapshots_on: Place = "cpu",
     snapshot_dtype: torch.dtype | None = None,
     optimizer_bytes: float | None = None,
-    probation: int = 50,
+    probation: int = 100,
     period: int = 1000,
     seconds_per_update: float | None = None,
     rates: Rates | None = None,

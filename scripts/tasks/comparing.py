@@ -126,8 +126,8 @@ def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
 def percent_undone(result: Result) -> float | None:
     """Part of the updates that probations took back, in percent; ``None`` if none could be."""
     probation = (result["cell"].get("rhythm") or {}).get("probation", 0)
-    count = sum(nowcast.get("nowcast/rolled_back", 0) for nowcast in result["nowcasts"])
-    return 100 * count * probation / result["cell"]["updates"] if probation else None
+    undone = sum(nowcast.get("nowcast/updates_undone", 0) for nowcast in result["nowcasts"])
+    return 100 * undone / result["cell"]["updates"] if probation else None
 
 
 def first_update(result: Result, goal: Goal, target: float | None) -> int | None:
