@@ -259,7 +259,7 @@ def test_the_largest_model_is_planned_without_memory() -> None:
         ({"snapshots_on": "moon"}, "snapshots_on must be one of ['cpu', 'device', 'disk']"),
         ({"dtype": torch.int64}, "dtype must be a floating point torch.dtype"),
         ({"period": 12, "probation": 5}, "period=12 must be a multiple of context=5"),
-        ({"period": 50}, "probation=50 must end before the next nowcast"),
+        ({"period": 50}, "probation=100 must end before the next nowcast"),
         ({"optimizer_bytes": -1}, "optimizer_bytes must be bytes per weight"),
         ({"seconds_per_update": 0.0}, "seconds_per_update must be a positive number"),
     ],

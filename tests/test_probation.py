@@ -18,6 +18,7 @@ from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, ha
 
 PERIOD, R = 30, 10
 CONFIG = ProbationConfig(updates=R)
+FALLEN = Evidence(before=1.0, after=0.9, error_variance=0.01)
 
 
 def test_noise_is_measured_around_the_trend() -> None:
@@ -52,15 +53,33 @@ def test_a_loss_that_is_not_finite_has_not_recovered(broken: float) -> None:
 def test_trust_shrinks_after_failures_and_comes_back() -> None:
     trust, scales, skipped = Trust(), [], []
     for _ in range(6):
-        trust = trust.after(False, CONFIG)
+        trust = trust.after_failure(CONFIG)
         scales.append(trust.shorten(40))
         skipped.append(trust.periods_to_skip)
     assert scales == [20, 10, 5, 2, 1, 1]  # 40 halved; round(2.5) = 2; round(0.625) = 1
-    assert skipped == [0, 0, 1, 2, 4, 8]
+    assert skipped == [0, 1, 2, 4, 8, 8]
 
     for _ in range(11):
-        trust = trust.after(True, CONFIG)
+        trust = trust.after_keeping(FALLEN, CONFIG)
     assert trust == Trust()
+
+
+def test_a_nowcast_that_changes_nothing_earns_no_longer_ones() -> None:
+    trust = Trust(0.25, failures=2)
+    assert trust.after_keeping(Evidence(before=1.0, after=1.01, error_variance=0.01), CONFIG) == trust
+    assert trust.after_keeping(FALLEN, CONFIG) == Trust(0.375)
+
+
+def test_a_disaster_is_seen_halfway() -> None:
+    # Noise of the losses before: residuals of +-0.05 around a nearly level line, so a standard error of about 0.013.
+    before = [1.0, 1.1] * 20
+    config = ProbationConfig(updates=40)
+    assert config.early_verdict == 20
+    evidence = gather_evidence(before, [9.0] * 10 + [1.12] * 10)
+    assert 3 < (evidence.after - evidence.before) / math.sqrt(evidence.error_variance) < 8
+    assert has_recovered(evidence, config, early=True) and not has_recovered(evidence, config)
+    assert not has_recovered(gather_evidence(before, [9.0] * 10 + [1.3] * 10), config, early=True)
+    assert ProbationConfig(updates=19).early_verdict == 0  # too few losses to say anything
 
 
 @pytest.mark.parametrize("updates", [-1, 2.5, True])
@@ -131,6 +150,20 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
     assert [r.horizon for r in optimizer.reports] == [3, 2]  # round(3 * 0.5) = 2
 
 
+def test_a_disaster_is_undone_halfway() -> None:
+    model, plain = mlp(), mlp()
+    optimizer = _optimizer(model, add(3), probation=20)
+    _train(model, optimizer, 0, PERIOD + 9)
+    assert not optimizer.reports[-1].rolled_back
+    _train(model, optimizer, PERIOD + 9, PERIOD + 10)
+    _train(plain, _optimizer(plain, add(3), probation=0).optimizer, 0, PERIOD)
+
+    report = optimizer.reports[-1]
+    assert report.rolled_back and report.updates_undone == 10 and "after 10 updates" in report.reason
+    assert report.as_log()["nowcast/updates_undone"] == 10
+    assert_same(weights_of(model), weights_of(plain))
+
+
 def test_a_good_jump_is_kept() -> None:
     model = mlp()
     optimizer = _optimizer(model, good)
@@ -176,8 +209,8 @@ def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: i
     assert second.session.trust == whole.session.trust
 
 
-@pytest.mark.parametrize(("period", "expected"), [(1002, 50), (30, 1), (15, 0)])
-def test_by_default_a_probation_takes_a_twentieth_of_the_period(period: int, expected: int) -> None:
+@pytest.mark.parametrize(("period", "expected"), [(1002, 100), (30, 3), (9, 0)])
+def test_by_default_a_probation_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
     assert NowcastOptimizer(base, model, ScriptedNowcaster(good), period=period).session.probation.updates == expected
