@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-RENEWAL_UPDATES = 20
-"""Optimizer updates over which statistics are estimated anew."""
+RENEWAL_UPDATES = 5
+"""Optimizer updates over which statistics are estimated anew. Weights move fast after a jump: a longer average is of
+weights that are gone (docs/lab-notes.md, 2026-11-24)."""
 
 
 class BatchNormRenewal:
