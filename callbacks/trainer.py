@@ -140,6 +140,11 @@ class NowcastCallback(TrainerCallback):
         is_needed = self.session is not None and self.session.snapshot_is_next
         self._learning_rate = learning_rate_of(kwargs.get("optimizer")) if is_needed else None
 
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the training loss, from a ``compute_loss`` of your own; in a model's output the callback finds it."""
+        if self.session is not None:
+            self.session.observe(loss)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
@@ -149,9 +154,11 @@ class NowcastCallback(TrainerCallback):
             return control
         if losses:
             self.session.observe(self._loss_of_update(losses, args))
-        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.session.after_skipped_update()
+        else:
             self.session.after_update(learning_rate=self._learning_rate)
-            control.should_log = control.should_log or bool(self._log)
+        control.should_log = control.should_log or bool(self._log)
         return control
 
     def on_log(

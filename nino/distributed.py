@@ -114,6 +114,11 @@ def is_true_everywhere(flag: bool, device: torch.device) -> bool:
     return min(_gather([float(flag)], device))[0] > 0
 
 
+def min_over_processes(value: float, device: torch.device) -> float:
+    """The smallest of a number over the processes of the default group; every one must call this."""
+    return min(each[0] for each in _gather([value], device))
+
+
 def mean_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
     """The mean of each number over the processes of the default group; every one must call this."""
     everyone = _gather(values, device)

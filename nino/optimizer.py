@@ -85,6 +85,8 @@ class NowcastOptimizer(Optimizer):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise NinoError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
+        if not isinstance(model, nn.Module):
+            raise NinoError(f"expected the model in training as second argument, got {type(model).__name__}")
         _refuse_wrapped(optimizer)
         _check_parameters(optimizer.param_groups, model)
         session = NowcastSession(

@@ -27,7 +27,7 @@ MIN_LOSSES_BEFORE = 3
 
 
 def default_probation(period: int) -> int:
-    """Updates that a nowcast has to recover in, unless told otherwise.
+    """Updates that a nowcast has to recover in, unless told otherwise; 0, for never judged, if a period is below 10.
 
     Example:
         >>> default_probation(1000)
@@ -89,7 +89,7 @@ def why_not_judged(losses: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the losses of one process say; of several processes the mean of each number counts."""
+    """What the losses around a jump say; of several processes the mean loss of every update counts."""
 
     before: float
     """Mean loss of the last updates before the jump."""

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
-from nino.distributed import is_true_everywhere, mean_over_processes
+from nino.distributed import is_true_everywhere, mean_over_processes, min_over_processes
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.history import Place, SnapshotStore
-from nino.jump import attempt_jump
+from nino.interrupts import held_back
+from nino.jump import Attempt, attempt_jump
 from nino.live_model import LiveModel
 from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
 from nino.probation import (
-    Evidence,
     ProbationConfig,
     Trust,
     default_probation,
@@ -47,6 +47,10 @@ from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapsh
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 3
+MANY_OBSERVED = 256
+"""Losses observed without an update that are looked at (which waits for the device), and of which the last are kept."""
+MANY_SKIPPED = 25
+"""Updates in a row that mixed precision skips only if gradients are infinite at any scale; else it takes one or two."""
 
 
 class NowcastSession:
@@ -92,6 +96,10 @@ class NowcastSession:
         optimizer: Optimizer | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
+        if not isinstance(batch_norm, bool):
+            raise NinoError(f"batch_norm must be True or False, got {batch_norm!r}")
+        if on_report is not None and not callable(on_report):
+            raise NinoError(f"on_report must be a function that takes a report, got {type(on_report).__name__}")
         self.optimizer = optimizer
         nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
         config = nowcaster.config
@@ -124,6 +132,8 @@ class NowcastSession:
         self._observed: list[Loss] = []
         self._open: OpenReport | None = None
         self._has_begun = False
+        self._skipped = 0
+        """Updates in a row that mixed precision skipped."""
         self._said_unjudged = False
         self._no_snapshot = ""
         """Why the last snapshot failed."""
@@ -147,15 +157,47 @@ class NowcastSession:
         """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
 
         Raises:
-            NinoError: if a tensor holds more than one element.
+            NinoError: if it is not one number.
         """
-        if not isinstance(loss, Tensor):
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise NinoError(f"a loss is one number, got a tensor of shape {tuple(loss.shape)}; observe its mean")
+            # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
+            self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
+        elif isinstance(loss, (int, float)):
             self._observed.append(float(loss))
-            return
-        if loss.numel() != 1:
-            raise NinoError(f"a loss is one number, got a tensor of shape {tuple(loss.shape)}; observe its mean")
-        # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
-        self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
+        else:
+            raise NinoError(f"a loss is one number or a tensor of one element, got {type(loss).__name__}")
+        if len(self._observed) % MANY_OBSERVED == 0:
+            self._check_for_skipped_updates()
+
+    def after_skipped_update(self) -> NowcastReport | None:
+        """Tell that mixed precision skipped an update: it does not count, but if it goes on, a jump is to blame.
+
+        Returns:
+            A report if a nowcast on probation was undone for that.
+        """
+        self._skipped += 1
+        if self._is_on_probation and self._skipped >= MANY_SKIPPED:
+            return self._undo_what_cannot_train()
+        return None
+
+    def _check_for_skipped_updates(self) -> None:
+        """Without updates losses pile up: of many micro-batches, or of updates that a GradScaler skips, all of them."""
+        is_stuck = self._is_on_probation and not any(math.isfinite(float(loss)) for loss in self._observed)
+        if self._is_on_probation and is_true_everywhere(is_stuck, self.live.device):
+            self._undo_what_cannot_train()
+        del self._observed[:-MANY_OBSERVED]
+
+    def _undo_what_cannot_train(self) -> NowcastReport | None:
+        nowcast = self._open
+        if nowcast is None or not nowcast.on_probation:
+            return None
+        self._observed.clear()
+        self._skipped = 0
+        self.trust = self.trust.after_failure(self.probation)
+        report = self._roll_back(nowcast.with_losses(), "losses are NaN or infinite, so that every update was skipped")
+        return self._complete(report)
 
     @property
     def snapshot_is_next(self) -> bool:
@@ -179,15 +221,15 @@ class NowcastSession:
                 raise NinoError(self.live.problem)
             self._has_begun = True
         self.step += 1
+        self._skipped = 0
         completed = self._take_loss()
         self.batch_norm.after_update()
         if is_snapshot_step(self.step, self.schedule):
             self._snapshot(learning_rate)
         if is_nowcast_step(self.step, self.schedule):
-            self._open = self._nowcast()
-            self.reports.append(self._open.report)
-            if not self._open.report.accepted:  # what became of it is known already
-                _log(self._open.report)
+            report = self._nowcast().report
+            if not report.accepted:  # what became of it is known already
+                _log(report)
             self._forget_history()
         return completed
 
@@ -256,7 +298,7 @@ class NowcastSession:
                     )
             step, losses = int(state["step"]), [float(loss) for loss in state["losses"]]
             rates = [float(rate) for rate in state["learning_rates"]]
-            if len(rates) != len(state["history"]["steps"]):
+            if len(rates) < len(state["history"]["steps"]):
                 raise NinoError(
                     f"saved nowcasting state is damaged: {len(rates)} learning rates of "
                     f"{len(state['history']['steps'])} snapshots"
@@ -305,24 +347,22 @@ class NowcastSession:
         self._notice_changes()
         if self.live.problem:
             return
+        # Noted whatever becomes of the snapshot, so that all processes leave out the same nowcasts.
+        rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
+        self._rates.append(1.0 if rate is None else rate)  # an optimizer without one has a constant one
         try:
             self.store.append(self.step, self.trainable_parameters())
-            rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
-            self._rates.append(1.0 if rate is None else rate)  # an optimizer without one has a constant one
         except Exception as error:  # most likely no memory or no disk; the run must go on
-            self._forget_snapshots()
+            self.store.clear()
             level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
             self._no_snapshot = str(error) or repr(error)
             logger.log(level, "no snapshot after update %d, training goes on: %s", self.step, self._no_snapshot)
         else:
             self._no_snapshot = ""
 
-    def _forget_snapshots(self) -> None:
+    def _forget_history(self) -> None:
         self.store.clear()
         self._rates.clear()
-
-    def _forget_history(self) -> None:
-        self._forget_snapshots()
         self._losses.clear()
 
     def _take_loss(self) -> NowcastReport | None:
@@ -374,28 +414,32 @@ class NowcastSession:
         after = [float(loss) for loss in nowcast.after]
         report = nowcast.with_losses()
         if is_true_everywhere(bool(after), self.live.device):
-            own = gather_evidence(nowcast.before, after)
-            evidence = Evidence(*mean_over_processes(list(vars(own).values()), self.live.device))
+            evidence = gather_evidence(finite(self._of_all(nowcast.before)), self._of_all(after))
             report = replace(report, loss_after=evidence.after)
             if not has_recovered(evidence, self.probation, early=not is_over):
                 self.trust = self.trust.after_failure(self.probation)
-                return self._roll_back(report, evidence)
+                undone = self.step - report.step
+                losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {undone} updates"
+                return self._roll_back(report, losses)
             if is_over:
                 self.trust = self.trust.after_keeping(evidence, self.probation)
         if is_over:
             self.restore_point.clear()
         return report
 
-    def _roll_back(self, report: NowcastReport, evidence: Evidence) -> NowcastReport:
+    def _of_all(self, losses: list[float]) -> list[float]:
+        """The losses of the global batches: the mean over processes, as far back as all remember."""
+        known = int(min_over_processes(len(losses), self.live.device))
+        return mean_over_processes(losses[len(losses) - known :], self.live.device)
+
+    def _roll_back(self, report: NowcastReport, reason: str) -> NowcastReport:
         saved = self.restore_point.weights
         moved = {name: p for name, p in self.model.named_parameters() if name in saved}  # some may be frozen by now
         self.restore_point.restore(self.model, moved, self.optimizer)
         self.restore_point.clear()
         self.batch_norm.end(counts=False)
         self._forget_history()  # snapshots of the undone weights, if there are any
-        undone = self.step - report.step
-        reason = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {undone} updates"
-        return replace(report, rolled_back=True, updates_undone=undone, reason=reason)
+        return replace(report, rolled_back=True, updates_undone=self.step - report.step, reason=reason)
 
     def _nowcast(self) -> OpenReport:
         """Nowcast, and open the report of it."""
@@ -411,13 +455,27 @@ class NowcastSession:
             loss_before=sum(losses) / len(losses) if losses else math.nan,
         )
         if report.left_out:
-            return OpenReport(report, 1)
+            return self._begin_report(OpenReport(report, 1))
         on_probation = is_true_everywhere(self._can_judge(losses), self.live.device)
-        report = self._jump(report, on_probation, self._refusal(losses))
-        if not (report.accepted and on_probation):
+        attempt = attempt_jump(
+            self.live,
+            self.store,
+            horizon,
+            refusal=self._refusal(losses),
+            step=self.step,
+            restore_point=self.restore_point if on_probation else None,
+        )
+        with held_back():  # once the weights have jumped, there is a report of it
+            report = self._complete_jump(report, attempt)
+            if report.accepted and on_probation:
+                return self._begin_report(OpenReport(report, self.probation.updates, on_probation=True, before=losses))
             self.restore_point.clear()
-            return OpenReport(report, 1)
-        return OpenReport(report, self.probation.updates, on_probation=True, before=finite(losses))
+            return self._begin_report(OpenReport(report, 1))
+
+    def _begin_report(self, report: OpenReport) -> OpenReport:
+        self._open = report
+        self.reports.append(report.report)
+        return report
 
     @property
     def _judges(self) -> bool:
@@ -428,8 +486,8 @@ class NowcastSession:
         if self._judges and not losses and self.store.is_full and not self._said_unjudged:
             self._said_unjudged = True
             logger.warning(
-                "no training losses are observed, so nowcasts are kept without probation: call observe(loss) before "
-                "each step, or set probation=0"
+                "no training losses are observed, so nowcasts are kept without probation: call observe(loss) of the "
+                "optimizer or the callback before each step, or set probation=0"
             )
         return self._judges and not why_not_judged(losses)
 
@@ -450,22 +508,16 @@ class NowcastSession:
         if self.trust.periods_to_skip:
             self.trust = self.trust.after_skipping()
             return horizon, f"{self.trust.failures} in a row were undone"
+        if self.schedule.max_steps is not None and self.schedule.max_steps - self.step < self.probation.updates:
+            return horizon, "the run ends before a jump could recover"
         if has_risen(self._rates) and not self.nowcast_in_warmup:
             return horizon, "the learning rate rose between its snapshots (a warm-up, or a restart)"
         if horizon == 0:
             return horizon, "the learning rate that is left moves the weights no farther than they are"
         return self.trust.shorten(horizon), ""
 
-    def _jump(self, report: NowcastReport, on_probation: bool, refusal: str) -> NowcastReport:
-        """Replace the weights by their prediction, in every process or, if one has a ``refusal``, in none."""
-        attempt = attempt_jump(
-            self.live,
-            self.store,
-            report.horizon,
-            refusal=refusal,
-            step=self.step,
-            restore_point=self.restore_point if on_probation else None,
-        )
+    def _complete_jump(self, report: NowcastReport, attempt: Attempt) -> NowcastReport:
+        """What a jump makes stale is seen to, if there was one."""
         report = replace(report, reason=attempt.reason, seconds=attempt.seconds, bytes_sent=attempt.bytes_sent)
         if attempt.jump is None:
             return report

@@ -314,8 +314,12 @@ def test_wandbs_own_callback_does_not_name_the_numbers(tmp_path: Path) -> None:
 
 
 def test_a_nowcast_whose_probation_the_end_cuts_short_is_logged(tmp_path: Path) -> None:
-    nowcast = callback(probation=4)  # after the nowcast at 12, the run ends at 14
-    run = trainer(tmp_path, nowcast)
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 14
+
+    nowcast = callback(probation=4)  # after the nowcast at 12, the run is stopped at 14
+    run = trainer(tmp_path, nowcast, Stop(), max_steps=24)
     run.train()
 
     assert nowcast.reports[1].step == 12 and nowcast.reports[1].loss_at > 0

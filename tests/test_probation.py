@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import signal
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
 from torch import nn
 
+import nino.session
 from nino import NinoError, NowcastOptimizer
 from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
 
@@ -162,6 +164,62 @@ def test_a_disaster_is_undone_halfway() -> None:
     assert report.rolled_back and report.updates_undone == 10 and "after 10 updates" in report.reason
     assert report.as_log()["nowcast/updates_undone"] == 10
     assert_same(weights_of(model), weights_of(plain))
+
+
+@pytest.mark.parametrize("how", ["told", "seen"])
+def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: str) -> None:
+    model, plain = mlp(), mlp()
+    optimizer = _optimizer(model, add(3))
+    _train(model, optimizer, 0, PERIOD)
+    if how == "told":
+        for _ in range(25):
+            optimizer.observe(math.inf)
+            optimizer.session.after_skipped_update()
+    else:
+        for _ in range(256):
+            optimizer.observe(math.inf)
+    _train(plain, _optimizer(plain, add(3), probation=0).optimizer, 0, PERIOD)
+
+    assert optimizer.reports[-1].rolled_back and "every update was skipped" in optimizer.reports[-1].reason
+    assert_same(weights_of(model), weights_of(plain))
+    assert optimizer.session.trust.failures == 1
+    _train(model, optimizer, PERIOD, 2 * PERIOD)  # and training goes on
+    assert len(optimizer.reports) == 2
+
+
+def test_many_micro_batches_are_no_skipped_updates() -> None:
+    model = mlp()
+    optimizer = _optimizer(model, good)
+    _train(model, optimizer, 0, PERIOD)
+    for _ in range(600):
+        optimizer.observe(1.0)
+    assert not optimizer.reports[-1].rolled_back
+    assert len(optimizer.session._observed) <= 512
+
+
+def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
+    for max_steps, accepted in ((PERIOD + R - 1, False), (PERIOD + R, True)):
+        model = mlp()
+        base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = NowcastOptimizer(
+            base, model, ScriptedNowcaster(good), period=PERIOD, probation=R, max_steps=max_steps
+        )
+        _train(model, optimizer, 0, PERIOD)
+        assert optimizer.reports[-1].accepted == accepted
+        assert accepted or optimizer.reports[-1].reason == "the run ends before a jump could recover"
+
+
+def test_an_interrupt_after_the_prediction_leaves_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(nino.session, "settle_moments", interrupted)
+    model = mlp()
+    optimizer = _optimizer(model, add(3))
+    with pytest.raises(KeyboardInterrupt):
+        _train(model, optimizer, 0, PERIOD)
+    assert optimizer.reports[-1].accepted  # on record, and on probation
+    assert optimizer.state_dict()["nowcast"]["restore_point"] is not None
 
 
 def test_a_good_jump_is_kept() -> None:
