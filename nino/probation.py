@@ -2,9 +2,10 @@
 
 A nowcast looks bad before it is good: the loss right after a jump rises and comes back within some tens of updates. So
 a nowcast is not judged at once but put on probation for R updates. It is taken back if the loss at the end of them is
-still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. What is a
-disaster is taken back after R / 2 updates already. After each failure horizons shrink, after several nowcasts are left
-out; they grow back only while losses fall. ``docs/probation.md`` has the measurements behind the numbers.
+still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. Within the
+first hundred updates a good jump may still be on its way back; then only disasters are taken back, if need be halfway.
+After each failure horizons shrink, after several nowcasts are left out; they grow back only while losses fall.
+``docs/probation.md`` has the measurements behind the numbers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from nino.errors import NinoError
 
 PART_OF_PERIOD = 10
 """By default a probation takes one part in so many of a period."""
-SHORTEST_WITH_TWO_VERDICTS = 20
-"""Updates; half of a shorter probation has too few losses to say anything."""
+RECOVERY = 100
+"""Updates after which a good jump is no longer on its way back; that does not depend on the period."""
 PATIENT_FAILURES = 1
 """Failures in a row after which the next nowcast is tried all the same."""
 
@@ -43,9 +44,9 @@ class ProbationConfig:
     updates: int = 100
     """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
     tolerance: float = 3.0
-    """By how many standard errors the mean loss at the end may exceed that before the jump."""
+    """By how many standard errors the mean loss may exceed that before the jump, once a good one has recovered."""
     early_tolerance: float = 8.0
-    """By how many halfway: good jumps may still be on their way back, disasters are far worse."""
+    """By how many before that: disasters are far worse."""
     shrink: float = 0.5
     """What horizons are multiplied by after a nowcast that was taken back."""
     grow: float = 1.5
@@ -62,8 +63,12 @@ class ProbationConfig:
 
     @property
     def early_verdict(self) -> int:
-        """Updates after the jump at which a disaster is taken back; 0 for never."""
-        return self.updates // 2 if self.updates >= SHORTEST_WITH_TWO_VERDICTS else 0
+        """Updates after the jump at which a disaster is taken back before the end; 0 for never."""
+        return self.updates // 2 if self.updates >= RECOVERY else 0
+
+    def tolerance_after(self, updates: int) -> float:
+        """By how many standard errors the loss may exceed that before the jump, so many updates after it."""
+        return self.tolerance if updates >= RECOVERY else self.early_tolerance
 
 
 def finite(losses: Sequence[float]) -> list[float]:
@@ -124,25 +129,23 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
     return Evidence(mean, sum(late) / len(late), variance * (1 / len(before) + 1 / len(late)))
 
 
-def has_recovered(evidence: Evidence, config: ProbationConfig, *, early: bool = False) -> bool:
-    """Whether to keep the nowcast, at the end of its probation or, ``early``, halfway.
+def has_recovered(evidence: Evidence, config: ProbationConfig, updates: int) -> bool:
+    """Whether to keep the nowcast, so many updates after the jump.
 
     Losses that are NaN or infinite have not recovered, and what cannot be compared is not trusted. Where the losses
     before the jump had no noise at all, none is tolerated after it.
 
     Example:
-        >>> config = ProbationConfig(updates=50, tolerance=3.0)
-        >>> has_recovered(Evidence(before=2.0, after=2.2, error_variance=0.01), config)  # 2 standard errors
-        True
-        >>> has_recovered(Evidence(before=2.0, after=2.4, error_variance=0.01), config)  # 4
-        False
-        >>> has_recovered(Evidence(before=2.0, after=2.4, error_variance=0.01), config, early=True)
+        >>> two, four = (Evidence(before=2.0, after=after, error_variance=0.01) for after in (2.2, 2.4))
+        >>> has_recovered(two, ProbationConfig(), 100), has_recovered(four, ProbationConfig(), 100)  # standard errors
+        (True, False)
+        >>> has_recovered(four, ProbationConfig(), 50)
         True
     """
     if not all(math.isfinite(number) for number in (evidence.before, evidence.after, evidence.error_variance)):
         return False
-    tolerance = config.early_tolerance if early else config.tolerance
-    return not evidence.after - evidence.before > tolerance * math.sqrt(evidence.error_variance)
+    allowed = config.tolerance_after(updates) * math.sqrt(evidence.error_variance)
+    return not evidence.after - evidence.before > allowed
 
 
 @dataclass(frozen=True)

@@ -416,10 +416,10 @@ class NowcastSession:
         if is_true_everywhere(bool(after), self.live.device):
             evidence = gather_evidence(finite(self._of_all(nowcast.before)), self._of_all(after))
             report = replace(report, loss_after=evidence.after)
-            if not has_recovered(evidence, self.probation, early=not is_over):
+            updates = self.step - report.step
+            if not has_recovered(evidence, self.probation, updates):
                 self.trust = self.trust.after_failure(self.probation)
-                undone = self.step - report.step
-                losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {undone} updates"
+                losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {updates} updates"
                 return self._roll_back(report, losses)
             if is_over:
                 self.trust = self.trust.after_keeping(evidence, self.probation)

@@ -87,10 +87,8 @@ def held_out_losses(result: dict[str, Any]) -> dict[int, float]:
 def is_undone(jump: FirstJump, config: ProbationConfig) -> bool:
     """Whether the rule would have undone a jump."""
     before = jump.before[-config.losses_before :]
-    verdicts = [(at, at < config.updates) for at in (config.early_verdict, config.updates) if at]
-    return not all(
-        has_recovered(gather_evidence(before, jump.after[:at]), config, early=early) for at, early in verdicts
-    )
+    verdicts = [updates for updates in (config.early_verdict, config.updates) if updates]
+    return not all(has_recovered(gather_evidence(before, jump.after[:at]), config, at) for at in verdicts)
 
 
 def read_jumps(folder: Path) -> list[FirstJump]:

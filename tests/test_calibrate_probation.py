@@ -63,8 +63,8 @@ def test_a_jump_is_harmful_if_adam_is_ahead_one_period_later() -> None:
 def test_errors_are_counted() -> None:
     [row] = count(jumps(), [20], [3.0])
     assert row == {"updates": 20, "tolerance": 3.0, "harmless": 1, "false alarms": 0, "harmful": 1, "misses": 0}
-    [lenient] = count(jumps(), [18], [1000.0])  # too short for an early verdict, which has a tolerance of its own
-    assert (lenient["false alarms"], lenient["misses"]) == (0, 1)
+    # Within the first hundred updates there is one tolerance, whatever that at the end is.
+    assert count(jumps(), [20], [1000.0])[0]["misses"] == 0
 
 
 def test_the_script_reads_cells_and_leaves_trainings_with_probation_out(
