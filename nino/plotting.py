@@ -55,21 +55,31 @@ def run_record(
         ``None``.
 
     Raises:
-        NinoError: if there are not as many steps as losses.
+        NinoError: if there are not as many steps as losses, or they are no numbers.
 
     Example:
         >>> run_record([2.0, float("nan")], [])
         {'losses': [2.0, None], 'steps': [1, 2], 'nowcasts': []}
     """
-    values = [float(loss.detach() if isinstance(loss, Tensor) else loss) for loss in losses]
-    numbers = list(range(1, len(values) + 1)) if steps is None else [int(step) for step in steps]
+    try:
+        values = [float(loss.detach() if isinstance(loss, Tensor) else loss) for loss in losses]
+        numbers = list(range(1, len(values) + 1)) if steps is None else [int(step) for step in steps]
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise NinoError(f"losses must be numbers (NaN where unknown) and steps whole numbers: {reason}") from error
     if len(numbers) != len(values):
         raise NinoError(f"expected the update of every loss, got {len(numbers)} steps for {len(values)} losses")
     return {
         "losses": [value if math.isfinite(value) else None for value in values],
         "steps": numbers,
-        "nowcasts": [report.as_record() for report in reports],
+        "nowcasts": [_as_record(report) for report in reports],
     }
+
+
+def _as_record(report: object) -> dict[str, Any]:
+    if not isinstance(report, NowcastReport):
+        raise NinoError(f"reports must be NowcastReports, such as optimizer.reports, got a {type(report).__name__}")
+    return report.as_record()
 
 
 def plot_run(source: str | Path | Mapping[str, Any], out: str | Path | None = None) -> Figure:
@@ -97,6 +107,8 @@ def plot_run(source: str | Path | Mapping[str, Any], out: str | Path | None = No
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"plot_run needs matplotlib: pip install matplotlib ({error})") from error
+    if out is not None and not isinstance(out, (str, Path)):
+        raise NinoError(f"out must be the path of a picture, such as 'loss.png', or None, got {out!r}")
     run = read_run(source)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -133,6 +145,8 @@ def read_run(source: str | Path | Mapping[str, Any]) -> Run:
         NinoError: as :func:`plot_run`.
     """
     name, content = "", source
+    if not isinstance(source, (Mapping, str, Path)):
+        raise NinoError(f"a run must be a path or the content of its file, got a {type(source).__name__}: {EXPECTED}")
     if not isinstance(source, Mapping):
         name, content = str(source), _read_json(Path(source))
     if not isinstance(content, Mapping):
@@ -223,7 +237,12 @@ def _points(pairs: Iterable[tuple[Any, Any]]) -> Points:
 
 
 def _marked(nowcasts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [{**nowcast, "nowcast/step": int(nowcast["nowcast/step"])} for nowcast in nowcasts]
+    """With whole numbers for what is drawn: the step, and the horizon where there is one."""
+    marked: list[Mapping[str, Any]] = []
+    for nowcast in nowcasts:
+        horizon = {"nowcast/horizon": int(nowcast["nowcast/horizon"])} if "nowcast/horizon" in nowcast else {}
+        marked.append({**nowcast, "nowcast/step": int(nowcast["nowcast/step"]), **horizon})
+    return marked
 
 
 def _outcome(nowcast: Mapping[str, Any]) -> Outcome:

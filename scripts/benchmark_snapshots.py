@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nino.data import build_model
 from nino.history import Place, SnapshotStore
-from tasks.cli import fail, positive_int, run_main
+from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet
 from tasks.machine import describe_machine
 from tasks.measuring import seconds_of
@@ -138,7 +138,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder("--out", args.out)
     with tempfile.TemporaryDirectory(dir=args.snapshot_folder) as name:
         total = len(args.models) * (CONTEXT + args.repeats)
         with tqdm(total=total, unit="update", mininterval=1, dynamic_ncols=True) as bar:

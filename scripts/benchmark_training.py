@@ -32,7 +32,7 @@ from tqdm import tqdm
 from nino import NowcastOptimizer
 from nino.data import build_model
 from nino.probation import default_probation
-from tasks.cli import fail, positive_int, run_main, torch_device
+from tasks.cli import fail, make_output_folder, positive_int, run_main, torch_device, whole_number
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory, in_fresh_process
 from tasks.nowcasters import load_nowcaster
@@ -263,7 +263,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--period", type=positive_int, default=1000, help="for which to report the overhead")
     parser.add_argument("--short-period", type=positive_int, default=10, help="in which the parts are timed")
     parser.add_argument("--short-periods", type=positive_int, default=3, help="how many of them")
-    parser.add_argument("--whole-periods", type=int, default=1, help="measured with small models; 0 for none")
+    parser.add_argument("--whole-periods", type=whole_number, default=1, help="measured with small models; 0 for none")
     parser.add_argument("--memory-repeats", type=positive_int, default=2, help="processes per kind; medians count")
     parser.add_argument("--images", type=positive_int, default=128, help="of 3x32x32 in a batch of the CNN")
     parser.add_argument("--sequences", type=positive_int, default=8, help="in a batch of the language models")
@@ -287,7 +287,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     """Write what is known so far."""
-    args.out.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "snapshot_folder")}
     about = {"machine": describe_machine(), "device": args.device.type, "arguments": settings, "how": HOW}
     result = {**about, "summary": rows_of(runs, args.period), "runs": runs}
@@ -316,6 +315,7 @@ def main(argv: list[str]) -> int:
         updates = args.short_period * args.short_periods
         print(f"{', '.join(args.models)}: {updates} updates each of {kinds}, with a nowcast every {args.short_period}")
         return 0
+    make_output_folder("--out", args.out)
     runs: dict[str, dict[str, Any]] = {}
     failed = []
     for name in args.models:

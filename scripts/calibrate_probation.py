@@ -28,6 +28,8 @@ from tasks.report import format_table
 
 HARM = 0.01
 """Part of the loss by which a harmful jump is behind."""
+LENGTHS = (25, 50, 100)
+"""Of probation, in updates."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class FirstJump:
     seed: int
     learning_rate: float
     step: int
+    period: int
     horizon: int
     loss: float
     """Held-out, one period after the jump; NaN if the training has diverged."""
@@ -60,8 +63,8 @@ def first_jump(result: dict[str, Any], adam: dict[str, Any]) -> FirstJump | None
     cell, jump = result["cell"], next(iter(result["nowcasts"]), None)
     if jump is None or not jump["nowcast/accepted"]:
         return None
-    step, period = int(jump["nowcast/step"]), cell["rhythm"]["period"]
-    losses = [math.nan if loss is None else loss for loss in result["training_losses"]]
+    step, period = int(jump["nowcast/step"]), int(cell["rhythm"]["period"])
+    losses = training_losses(result)
     ends = [at for at in held_out_losses(adam) if step < at < step + period]
     if not ends:
         return None
@@ -71,6 +74,7 @@ def first_jump(result: dict[str, Any], adam: dict[str, Any]) -> FirstJump | None
         seed=cell["seed"],
         learning_rate=cell["learning_rate"],
         step=step,
+        period=period,
         horizon=int(jump["nowcast/horizon"]),
         loss=held_out_losses(result).get(max(ends), math.nan),
         loss_without=held_out_losses(adam)[max(ends)],
@@ -79,9 +83,14 @@ def first_jump(result: dict[str, Any], adam: dict[str, Any]) -> FirstJump | None
     )
 
 
+def training_losses(result: dict[str, Any]) -> list[float]:
+    """Of every update; NaN where unknown."""
+    return [math.nan if loss is None else float(loss) for loss in result["training_losses"]]
+
+
 def held_out_losses(result: dict[str, Any]) -> dict[int, float]:
     """By update."""
-    return {int(p["step"]): math.nan if p["eval_loss"] is None else p["eval_loss"] for p in result["curve"]}
+    return {int(p["step"]): math.nan if p["eval_loss"] is None else float(p["eval_loss"]) for p in result["curve"]}
 
 
 def is_undone(jump: FirstJump, config: ProbationConfig) -> bool:
@@ -91,15 +100,27 @@ def is_undone(jump: FirstJump, config: ProbationConfig) -> bool:
     return not all(has_recovered(gather_evidence(before, jump.after[:at]), config, at) for at in verdicts)
 
 
+def read_cell(path: Path) -> dict[str, Any]:
+    """A finished training, with all that is asked of it later."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        training_losses(result), held_out_losses(result), first_jump(result, result)
+        hash(same_beginning(result)), is_adam(result), is_constant(result), is_plain(result)
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror}")
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        fail(f"{path} is no finished training of scripts/evaluate_speedup.py ({error!r}); remove it or make it again")
+    return result
+
+
 def read_jumps(folder: Path) -> list[FirstJump]:
     """The first jumps of a comparison that can be judged."""
     paths = sorted((folder / "cells").glob("*.json"))
     if not paths:
         fail(f"{folder} holds no cells/*.json; make some with scripts/evaluate_speedup.py --out {folder}")
-    results = [json.loads(path.read_text()) for path in paths]
-    constant = [result for result in results if result["cell"]["schedule"] == "constant"]
+    constant = [result for result in map(read_cell, paths) if is_constant(result)]
     adams = {same_beginning(r): r for r in sorted(constant, key=lambda r: len(r["training_losses"])) if is_adam(r)}
-    plain = [r for r in constant if not (r["cell"]["rhythm"] or {}).get("probation") and same_beginning(r) in adams]
+    plain = [r for r in constant if is_plain(r) and same_beginning(r) in adams]
     jumps = [jump for r in plain if (jump := first_jump(r, adams[same_beginning(r)])) is not None]
     if not jumps:
         fail(f"{folder}: none of its {len(paths)} trainings jumps without probation and has Adam's beside it")
@@ -109,6 +130,16 @@ def read_jumps(folder: Path) -> list[FirstJump]:
 def is_adam(result: dict[str, Any]) -> bool:
     """Whether a training is the one to compare with."""
     return bool(result["cell"]["method"] == ADAM)
+
+
+def is_constant(result: dict[str, Any]) -> bool:
+    """Whether its learning rate stays what it is."""
+    return bool(result["cell"]["schedule"] == "constant")
+
+
+def is_plain(result: dict[str, Any]) -> bool:
+    """Whether no jump of it was on probation."""
+    return not (result["cell"]["rhythm"] or {}).get("probation")
 
 
 def same_beginning(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -155,7 +186,9 @@ def verdict(jump: FirstJump, config: ProbationConfig) -> dict[str, Any]:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--out of scripts/evaluate_speedup.py")
-    parser.add_argument("--updates", type=positive_int, nargs="+", default=[25, 50, 100], help="lengths of probation")
+    parser.add_argument(
+        "--updates", type=positive_int, nargs="+", help="lengths of probation; by default 25 50 100, up to a period"
+    )
     parser.add_argument("--tolerances", type=positive_float, nargs="+", default=[2.0, 3.0, 5.0], help="standard errors")
     return parser.parse_args(argv)
 
@@ -163,8 +196,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     jumps = read_jumps(args.folder)
+    shortest = min(jump.period for jump in jumps)
+    args.updates = args.updates or [length for length in LENGTHS if length <= shortest] or [shortest]
+    if max(args.updates) > shortest:
+        fail(f"--updates {max(args.updates)} is longer than a period of these trainings, {shortest}: give at most that")
     rows = count(jumps, args.updates, args.tolerances)
-    default = ProbationConfig()
+    default = ProbationConfig(updates=min(ProbationConfig().updates, shortest))
     per_method = by_method(jumps, default)
     print(f"{format_table(rows)}\n\nat the default, {default.updates} updates and {default.tolerance:g}:\n")
     print(format_table(per_method))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nino.data import Trajectory, TrajectoryWriter, build_model
 from nino.errors import TrajectoryError
-from tasks.cli import fail, positive_int, run_main
+from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet, load_parquet_images
 from tasks.task import ImageTask, Task, TextTask
 from tasks.text import gpt2, llama, load_text_files
@@ -197,6 +197,7 @@ def main(argv: list[str]) -> int:
     )
     if args.dry_run:
         return 0
+    make_output_folder("--out", args.out)
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
@@ -210,7 +211,6 @@ def main(argv: list[str]) -> int:
                     failed[plan.name] = f"{type(error).__name__}: {error}"
                 progress.update()
     summary = {"recorded": len(todo) - len(failed), "skipped": len(plans) - len(todo), "failed": failed}
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "collection.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))
     return 1 if failed else 0

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from nino import Nowcaster
 from nino.data import build_model
-from tasks.cli import fail, positive_int, run_main
+from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet, load_digits, shift_randomly
 from tasks.report import draw_curves, format_table, updates_to_reach
 from tasks.text import fixed_windows, llama, tokenize
@@ -242,11 +242,11 @@ def verdicts(rows: list[dict[str, Any]], updates: int) -> list[str]:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     Nowcaster.from_pretrained(args.nowcaster)  # fail before training, not after
+    make_output_folder("--out", args.out)
     began = time.perf_counter()
     runs = run_all(args)
     rows = summarise(runs)
     sentences = verdicts(rows, args.updates)
-    args.out.mkdir(parents=True, exist_ok=True)
     panels = {task: {method: runs[task, method]["curve"] for method in METHODS} for task in TASKS}
     jumps = {task: [int(report["nowcast/step"]) for report in runs[task, "nowcast"]["nowcasts"]] for task in TASKS}
     draw_curves(args.out / "curves.png", panels, jumps)

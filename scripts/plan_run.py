@@ -26,7 +26,9 @@ from nino.checkpoints import model_from_config
 from nino.data import build_model
 from nino.errors import NinoError
 from nino.planning import Rates, Settings, default_rates, estimate_update_seconds
-from tasks.cli import amount, fail, memory_size, positive_float, positive_int, run_main
+from nino.probation import default_probation
+from nino.schedule import ScheduleConfig
+from tasks.cli import amount, check_output_file, fail, memory_size, per_second, positive_float, positive_int, run_main
 from tasks.nowcasters import load_nowcaster
 from tasks.sizes import PLANNED
 
@@ -54,27 +56,35 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--snapshots-on", choices=("cpu", "device", "disk"), default="cpu")
     parser.add_argument("--snapshot-dtype", choices=list(DTYPES), help="by default that of the parameters")
     parser.add_argument("--optimizer-bytes", type=float, help="of state per weight; by default Adam's two moments")
-    parser.add_argument("--probation", type=int, default=100, help="updates; 0 for none")
+    parser.add_argument("--probation", type=int, help="updates; 0 for none, by default a tenth of the period")
     parser.add_argument("--period", type=int, default=1000, help="updates between nowcasts")
     parser.add_argument("--seconds-per-update", type=positive_float, help="of training, or estimate it by the next two")
     parser.add_argument("--tokens", type=amount, help="of one update, over all ranks, such as 4M")
-    parser.add_argument("--training-rate", type=amount, help="operations per second that a rank trains at, as 400T")
-    parser.add_argument("--rate", type=amount, help="operations per second of a nowcast, such as 10T")
-    parser.add_argument("--copy-rate", type=memory_size, help="bytes per second to and from where snapshots live")
-    parser.add_argument("--network-rate", type=memory_size, help="bytes per second that a rank sends, such as 50GB")
+    parser.add_argument(
+        "--training-rate", type=per_second(amount), help="operations per second that a rank trains at, as 400T"
+    )
+    parser.add_argument("--rate", type=per_second(amount), help="operations per second of a nowcast, such as 10T")
+    parser.add_argument(
+        "--copy-rate", type=per_second(memory_size), help="bytes per second to and from where snapshots live"
+    )
+    parser.add_argument(
+        "--network-rate", type=per_second(memory_size), help="bytes per second that a rank sends, such as 50GB"
+    )
     parser.add_argument("--json", type=Path, help="write the plan to this file")
     args = parser.parse_args(argv)
     if (args.tokens is None) != (args.training_rate is None):
         fail("--tokens and --training-rate belong together: they give the seconds of an update")
     if args.tokens is not None and args.seconds_per_update is not None:
         fail("give --seconds-per-update, or --tokens and --training-rate, not both")
-    if args.json is not None and not args.json.parent.is_dir():
-        fail(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json is not None:
+        check_output_file("--json", args.json)
     return args
 
 
 def make_plan(args: argparse.Namespace) -> nino.RunPlan:
     """Call the library."""
+    config = load_nowcaster(args.nowcaster).config
+    ScheduleConfig(period=args.period, context=config.context)  # a bad period is refused before what follows from it
     settings = {
         "world_size": args.world_size,
         "sharding": args.sharding,
@@ -83,11 +93,11 @@ def make_plan(args: argparse.Namespace) -> nino.RunPlan:
         "snapshots_on": args.snapshots_on,
         "snapshot_dtype": DTYPES.get(args.snapshot_dtype),
         "optimizer_bytes": args.optimizer_bytes,
-        "probation": args.probation,
+        "probation": default_probation(args.period) if args.probation is None else args.probation,
         "period": args.period,
         "seconds_per_update": args.seconds_per_update,
     }
-    checked, config = Settings(**settings), load_nowcaster(args.nowcaster).config
+    checked = Settings(**settings)
     model = load_model(args.model)
     if args.tokens is not None:
         weights = sum(parameter.numel() for parameter in model.parameters())

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from nino.data import build_model
-from nino.data.architecture import Architecture, describe_transformers
+from nino.data.architecture import LAYER_COUNTS, Architecture, describe_transformers
 from nino.graph import NeuralGraph
-from tasks.cli import fail, positive_int, run_main
+from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.graph_layout import Layout, lay_out, number_of_edges, number_of_weights
 from tasks.sizes import ARCHITECTURES
 
 VIEWS = ("adjacency", "layers")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""What configs call it."""
+MAX_DPI = 1200
+"""As fine as printers are; a picture of a few thousand would take gigabytes."""
 ABOUT_THE_FILE = ("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map")
 """Entries of a config file that say nothing of the model's shape."""
 
@@ -108,6 +108,14 @@ def title_of(args: argparse.Namespace, architecture: Architecture, graph: Neural
     return f"{name}{layers}: {number_of_weights(graph):,} weights, {graph.num_nodes:,} neurons"
 
 
+def dots_per_inch(text: str) -> int:
+    """An argparse type for resolutions."""
+    dpi = positive_int(text)
+    if dpi > MAX_DPI:
+        raise argparse.ArgumentTypeError(f"expected at most {MAX_DPI} dots per inch, got {dpi}")
+    return dpi
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -115,7 +123,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--layers", type=positive_int, help="draw so many of a transformer's layers, which are all alike")
     add("--wiring", choices=("exact", "official"), default="exact", help="official: the layout of published weights")
     add("--view", choices=("both", *VIEWS), default="both")
-    add("--dpi", type=positive_int, default=110, help="dots per inch")
+    add("--dpi", type=dots_per_inch, default=110, help=f"dots per inch, at most {MAX_DPI:,}")
     add("--out", type=Path, default=Path("results/graph"))
     return parser.parse_args(argv)
 
@@ -132,7 +140,7 @@ def main(argv: list[str]) -> int:
     graph = NeuralGraph.from_model(build_model(architecture, device="meta"), wiring=args.wiring)
     layout = lay_out(graph)
     title = title_of(args, architecture, graph)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder("--out", args.out)
     drawn: dict[str, str] = {}
     if args.view in ("both", "adjacency"):
         drawn["adjacency.png"] = draw_adjacency(graph, title, args.out / "adjacency.png", args.dpi)

@@ -77,7 +77,8 @@ def test_the_script_reads_cells_and_leaves_trainings_with_probation_out(
     assert main([str(tmp_path), "--updates", "20", "--tolerances", "3"]) == 0
     assert "digits-16" in capsys.readouterr().out
     written = json.loads((tmp_path / "calibration.json").read_text())
-    assert len(written["jumps"]) == 2 and written["default"]["updates"] == ProbationConfig().updates
+    assert len(written["jumps"]) == 2
+    assert written["default"]["updates"] == PERIOD < ProbationConfig().updates  # no more losses than there are
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,3 +89,38 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit) as stopped:
             main([str(tmp_path)])
         assert stopped.value.code == 2 and expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        json.dumps({"cell": 3}),
+        json.dumps({**good(), "curve": [{"step": 1}]}),
+        json.dumps({**adam(), "training_losses": ["low"]}),
+    ],
+)
+def test_a_broken_cell_is_named(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cells").mkdir()
+    for number, each in enumerate((adam(), good())):
+        (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(each))
+    (tmp_path / "cells" / "broken.json").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path), "--updates", "20"])
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "\n" not in said
+    assert "broken.json is no finished training of scripts/evaluate_speedup.py" in said
+
+
+def test_a_probation_longer_than_the_period_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cells").mkdir()
+    for number, each in enumerate((adam(), good())):
+        (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(each))
+    assert main([str(tmp_path), "--updates", "80"]) == 0
+    assert main([str(tmp_path), "--tolerances", "3"]) == 0
+    assert [row["updates"] for row in json.loads((tmp_path / "calibration.json").read_text())["rule"]] == [25, 50]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--updates", "20", "81"])
+    assert "--updates 81 is longer than a period of these trainings, 80: give at most that" in capsys.readouterr().err

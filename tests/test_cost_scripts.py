@@ -15,7 +15,7 @@ import psutil
 import pytest
 from test_scripts import SCRIPTS, run
 
-from tasks.cli import amount, run_main
+from tasks.cli import amount, memory_size, per_second, run_main
 from tasks.overhead import Costs, Update, difference, spent_in, spent_on
 
 
@@ -124,6 +124,10 @@ def test_a_plan_of_a_config_file_and_of_its_folder(tmp_path: Path, capsys: pytes
         (plan_run.main, ["llama-25m", "--tokens", "4M"], ["--tokens and --training-rate belong together"]),
         (plan_run.main, ["llama-25m", "--rate", "fast"], ["--rate", "4e6, 500G or 12T, got 'fast'"]),
         (plan_run.main, ["llama-25m", "--json", "no/such/folder/x.json"], ["there is no folder no/such/folder"]),
+        (plan_run.main, ["llama-25m", "--json", str(SCRIPTS)], ["--json", "is a folder; give the name of a file"]),
+        (plan_run.main, ["llama-25m", "--period", "99"], ["period=99 must be a multiple of context=5"]),
+        (benchmark_training.main, ["--whole-periods", "-1"], ["--whole-periods", "at least 0, got '-1'"]),
+        (benchmark_training.main, ["--out", __file__], ["--out", "cannot be made a folder: File exists"]),
         (plan_run.main, [str(SCRIPTS)], ["config.json does not exist"]),
         (benchmark_training.main, ["--short-period", "13"], ["--short-period 13 is no multiple of the context 5"]),
         (benchmark_training.main, ["--short-period", "5"], ["no update without a snapshot; give at least 10"]),
@@ -148,6 +152,47 @@ def test_a_dry_run_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_amounts_are_read_with_their_units() -> None:
     assert [amount(text) for text in ("4e6", "1.5G", "400T", "7")] == [4e6, 1.5e9, 4e14, 7.0]
+    assert [memory_size(text) for text in ("500MB", "1.5TB", "2 TiB")] == [5 * 10**8, 15 * 10**11, 2**41]
+    assert [per_second(memory_size)(text) for text in ("25GB/s", "1TB", "2 gib/S")] == [25 * 10**9, 10**12, 2**31]
+    assert per_second(amount)("400T/s") == 4e14
+
+
+def test_the_plan_takes_rates_per_second_and_a_tenth_of_the_period(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    options = ["--period", "100", "--rate", "10T/s", "--copy-rate", "25GB/s", "--network-rate", "1TB"]
+    assert plan_run.main(["cnn-14k", *options, "--json", str(out)]) == 0
+    plan = json.loads(out.read_text())
+    assert plan["settings"]["probation"] == 10
+    assert [plan["rates"][name] for name in ("nowcast_flops", "copy_bytes", "network_bytes")] == [1e13, 25e9, 1e12]
+
+
+@pytest.mark.parametrize("error", [FileExistsError(17, "File exists", "x.json"), OSError("first\nsecond")])
+def test_files_that_cannot_be_used_are_one_line(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: list[str]) -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main, [])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in ("error: x.json: File exists\n", "error: first second\n")
+
+
+@pytest.mark.parametrize("size", ["num_hidden_layers", "num_attention_heads", "vocab_size"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_models_of_no_size_are_refused(
+    size: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, size: number}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as ended:
+        run_main(plan_run.main, [str(tmp_path)])
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and "\n" not in said
+    assert f"sets {size}={number}, expected a whole number of at least 1" in said
 
 
 RUNS = {"llama-8b": (8, "1M"), "llama-70b": (512, "4M"), "llama-405b": (4096, "16M")}

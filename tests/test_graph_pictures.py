@@ -18,7 +18,10 @@ if any(importlib.util.find_spec(package) is None for package in ("matplotlib", "
     pytest.skip("matplotlib or transformers is not installed", allow_module_level=True)
 
 import plot_graph
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
+from tasks import graph_pictures
 from tasks.graph_layout import Box, lay_out, number_of_edges
 from tasks.graph_pictures import COLOURS, Scale, draw_adjacency
 from tasks.sizes import ARCHITECTURES
@@ -161,6 +164,7 @@ def test_layers_that_cannot_be_counted_are_refused(capsys: pytest.CaptureFixture
         ("[]", "is no config of a transformers model"),
         ('{"model_type": "bicycle"}', "names no model: expected 'architectures' or a 'model_type'"),
         ('{"architectures": ["Trainer"]}', "has no PreTrainedModel class 'Trainer'"),
+        ('{"architectures": ["LlamaForCausalLM"], "num_hidden_layers": -1}', "sets num_hidden_layers=-1, expected"),
         ('{"architectures": ["LlamaForCausalLM"], "attn_implementation": "a/b"}', "may fetch code from a hub"),
     ],
 )
@@ -177,3 +181,25 @@ def test_bad_configs_are_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dpi", "100000"], "expected at most 1200 dots per inch, got 100000"),
+        (["--out", __file__], "cannot be made a folder: File exists"),
+    ],
+)
+def test_pictures_that_cannot_be_made_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        plot_graph.main(["--model", "cnn-14k", "--out", str(tmp_path / "out"), *arguments])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_picture_takes_more_than_its_area(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = Figure(figsize=(4, 2))
+    monkeypatch.setattr(graph_pictures, "MAX_AREA", 80_000)
+    graph_pictures._save(figure, tmp_path / "small.png", 1200)
+    assert imread(tmp_path / "small.png").shape[:2] == (200, 400)

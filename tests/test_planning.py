@@ -259,7 +259,13 @@ def test_the_largest_model_is_planned_without_memory() -> None:
         ({"snapshots_on": "moon"}, "snapshots_on must be one of ['cpu', 'device', 'disk']"),
         ({"dtype": torch.int64}, "dtype must be a floating point torch.dtype"),
         ({"period": 12, "probation": 5}, "period=12 must be a multiple of context=5"),
-        ({"period": 50}, "probation=100 must end before the next nowcast"),
+        ({"period": 50, "probation": 100}, "probation=100 must end before the next nowcast"),
+        ({"period": 12}, "period=12 must be a multiple of context=5"),
+        ({"period": "1000"}, "period must be a whole number of at least 1, got '1000'"),
+        ({"optimizer_bytes": "8"}, "optimizer_bytes must be bytes per weight, at least 0; got '8'"),
+        ({"seconds_per_update": "1"}, "seconds_per_update must be a positive number, got '1'"),
+        ({"rates": {"nowcast_flops": 1e12}}, "rates must be a nino.planning.Rates or None, got {'nowcast_flops'"),
+        ({"nowcaster": 3}, "nowcaster must be a nowcaster, its config or its name, got 3"),
         ({"optimizer_bytes": -1}, "optimizer_bytes must be bytes per weight"),
         ({"seconds_per_update": 0.0}, "seconds_per_update must be a positive number"),
     ],
@@ -270,7 +276,16 @@ def test_bad_settings_are_refused(settings: dict[str, Any], expected: str) -> No
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
+def test_probation_is_a_part_of_the_period_unless_told_otherwise() -> None:
+    """As of the optimizer: a short period brings a short probation."""
+    plans = {period: nino.plan(nn.Linear(10, 10), period=period) for period in (5, 100, 1000)}
+    assert {period: plan.settings.probation for period, plan in plans.items()} == {5: 0, 100: 10, 1000: 100}
+    assert plans[5].memory.restore_point == 0 < plans[100].memory.restore_point
+
+
 def test_bad_models_and_rates_are_refused() -> None:
+    with pytest.raises(NinoError, match=r"^model must be a torch.nn.Module, .* got 'llama-8b'; nino.checkpoints"):
+        nino.plan("llama-8b")
     with pytest.raises(NinoError, match="no parameter of the model is trained"):
         nino.plan(nn.Linear(10, 10).requires_grad_(False))
     with pytest.raises(NinoError, match="copy_bytes must be a positive number"):

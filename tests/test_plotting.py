@@ -110,6 +110,7 @@ def test_a_record_of_a_loop() -> None:
         ('{"losses": [1, 2], "steps": [1], "nowcasts": []}', "no run that can be drawn"),
         ('{"losses": ["low"], "nowcasts": []}', "no run that can be drawn"),
         ('{"losses": [1], "nowcasts": [{}]}', r"KeyError\('nowcast/step'\)"),
+        ('{"losses": [1], "nowcasts": [{"nowcast/step": 1, "nowcast/horizon": null}]}', "no run that can be drawn"),
         ('{"log_history": [{"epoch": 1}]}', "holds no losses: nothing was logged yet"),
         ('{"training_losses": 3}', "no run that can be drawn"),
     ],
@@ -132,6 +133,22 @@ def test_missing_files_and_unwritable_pictures_are_one_line(tmp_path: Path) -> N
     for out in (tmp_path / "no" / "loss.png", tmp_path / "loss.docx"):
         with pytest.raises(NinoError, match="could not be written") as caught:
             plot_run(run_record(LOSSES, []), out=out)
+        assert "\n" not in str(caught.value)
+
+
+def test_arguments_of_the_wrong_kind_are_one_line() -> None:
+    pytest.importorskip("matplotlib")
+    record = run_record(LOSSES, [])
+    for call, message in (
+        (lambda: plot_run(None), "a run must be a path or the content of its file, got a NoneType: expected a Trainer"),
+        (lambda: plot_run([record]), "got a list: expected a Trainer"),
+        (lambda: plot_run(record, out=3), "out must be the path of a picture, such as 'loss.png', or None, got 3"),
+        (lambda: run_record([None], []), "losses must be numbers .NaN where unknown. and steps whole numbers: "),
+        (lambda: run_record([torch.ones(2)], []), "losses must be numbers"),
+        (lambda: run_record([1.0], [None]), "reports must be NowcastReports, .* got a NoneType"),
+    ):
+        with pytest.raises(NinoError, match=message) as caught:
+            call()
         assert "\n" not in str(caught.value)
 
 

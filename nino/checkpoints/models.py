@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from nino.checkpoints.reading import CONFIG_FILE, one_line
+from nino.data.architecture import refuse_sizes
 from nino.errors import CheckpointError, NinoError, SnapshotError
 
 PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
@@ -33,6 +35,7 @@ def model_from_config(source: str | Path) -> nn.Module:
     except ImportError as error:
         raise NinoError(f"{path} describes a transformers model: pip install 'nino[trainer]' ({error})") from error
     try:
+        refuse_sizes(json.loads(path.read_text()))
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         name = next(iter(config.architectures or []), "")
         make = getattr(transformers, name, None) or transformers.AutoModelForCausalLM.from_config

@@ -18,6 +18,15 @@ from nino.errors import TrajectoryError
 Architecture = dict[str, Any]
 Layers = list[tuple[str, dict[str, Any]]]
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What transformers configs call the number of layers."""
+SIZES = (
+    *LAYER_COUNTS,
+    *("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"),
+    *("hidden_size", "intermediate_size", "vocab_size", "n_embd", "d_model", "head_dim"),
+)
+"""Sizes that no model is without where its config has them."""
+
 
 def describe_sequential(layers: Layers) -> Architecture:
     """Describe an ``nn.Sequential`` by the ``torch.nn`` class name and keyword arguments of each layer.
@@ -69,6 +78,7 @@ def _build_transformers(architecture: Architecture) -> nn.Module:
 
     model_class = _class_of(transformers, architecture["class"], transformers.PreTrainedModel)
     _refuse_hub_code(architecture["config"])
+    refuse_sizes(architecture["config"])
     return model_class(model_class.config_class(**architecture["config"]))
 
 
@@ -78,6 +88,18 @@ def _class_of(library: Any, name: Any, base: type) -> Any:
     if not isinstance(found, type) or not issubclass(found, base):
         raise TypeError(f"{library.__name__} has no {base.__name__} class {name!r}")
     return found
+
+
+def refuse_sizes(config: dict[str, Any]) -> None:
+    """Refuse sizes of a transformers config below 1, which many of its models build nonsense from.
+
+    Raises:
+        ValueError: naming the size.
+    """
+    for name in SIZES:
+        value = config.get(name)
+        if isinstance(value, (int, float)) and value < 1:
+            raise ValueError(f"its config sets {name}={value!r}, expected a whole number of at least 1")
 
 
 def _refuse_hub_code(config: dict[str, Any]) -> None:

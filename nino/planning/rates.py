@@ -102,15 +102,14 @@ class TimePlan:
     @property
     def not_counted(self) -> tuple[str, ...]:
         """What is missing for want of a rate."""
+        snapshots = {} if self.snapshots_overlap else {"copying snapshots": self.snapshot}
         parts = {
-            "copying snapshots": None if self.snapshots_overlap else self.snapshot,
+            **snapshots,
             "copying restore points": self.restore_point,
             "products": self.compute,
             "reading snapshots": self.move,
             "traffic": self.send,
         }
-        if self.snapshots_overlap:
-            del parts["copying snapshots"]
         return tuple(name for name, seconds in parts.items() if seconds is None)
 
     def overhead(self, period: int, context: int) -> float | None:

@@ -26,7 +26,10 @@ from nino.planning.memory import MemoryPlan, plan_memory
 from nino.planning.rates import Rates, TimePlan, default_rates, plan_time
 from nino.planning.settings import DeviceType, Settings, Sharding
 from nino.planning.work import WorkPlan, plan_work
+from nino.probation import default_probation
 from nino.schedule import ScheduleConfig
+
+LONGEST_SHOWN = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ def plan(
     snapshots_on: Place = "cpu",
     snapshot_dtype: torch.dtype | None = None,
     optimizer_bytes: float | None = None,
-    probation: int = 100,
+    probation: int | None = None,
     period: int = 1000,
     seconds_per_update: float | None = None,
     rates: Rates | None = None,
@@ -92,7 +95,8 @@ def plan(
         snapshots_on: where snapshots and restore points are: ``"cpu"``, the parameters' ``"device"`` or ``"disk"``.
         snapshot_dtype: format of snapshots; ``None`` for the parameters' own.
         optimizer_bytes: optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype.
-        probation: updates that a nowcast has to prove itself; 0 for none, and no restore points.
+        probation: updates that a nowcast has to prove itself; 0 for none, and no restore points; ``None`` for
+            :func:`nino.probation.default_probation` of the period.
         period: optimizer updates between nowcasts.
         seconds_per_update: of training; without it there is no overhead. See :func:`estimate_update_seconds`.
         rates: of the machine; by default what was measured on two cores of a CPU, as far as that applies.
@@ -105,6 +109,9 @@ def plan(
         >>> report.memory.snapshots
         20020000
     """
+    _check_types(model, nowcaster, rates)
+    config = _config_of(nowcaster)
+    schedule = ScheduleConfig(period=period, context=config.context)
     settings = Settings(
         world_size=world_size,
         sharding=sharding,
@@ -113,12 +120,10 @@ def plan(
         snapshots_on=snapshots_on,
         snapshot_dtype=snapshot_dtype,
         optimizer_bytes=optimizer_bytes,
-        probation=probation,
+        probation=default_probation(period) if probation is None else probation,
         period=period,
         seconds_per_update=seconds_per_update,
     )
-    config = _config_of(nowcaster)
-    schedule = ScheduleConfig(period=period, context=config.context)
     graph = NeuralGraph.from_model(model)
     _check_ranks(settings, graph)
     trained = {n: p.numel() for n, p in model.named_parameters() if n in graph.shapes and p.requires_grad}
@@ -138,6 +143,26 @@ def plan(
         time=plan_time(memory, work, settings, config, rates),
         rates=rates,
     )
+
+
+def _check_types(model: object, nowcaster: object, rates: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise NinoError(
+            f"model must be a torch.nn.Module, which may be on the meta device, got {_shown(model)}; "
+            "nino.checkpoints.model_from_config makes one of a config.json"
+        )
+    if not isinstance(nowcaster, (Nowcaster, NowcasterConfig, str, Path)):
+        raise NinoError(f"nowcaster must be a nowcaster, its config or its name, got {_shown(nowcaster)}")
+    if rates is not None and not isinstance(rates, Rates):
+        raise NinoError(
+            f"rates must be a nino.planning.Rates or None, got {_shown(rates)}; try Rates(nowcast_flops=1e12)"
+        )
+
+
+def _shown(value: object) -> str:
+    """A value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST_SHOWN else f"a {type(value).__name__}"
 
 
 def _config_of(nowcaster: Nowcaster | NowcasterConfig | str | Path) -> NowcasterConfig:

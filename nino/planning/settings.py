@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -51,7 +52,7 @@ class Settings:
             dtype = getattr(self, name)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise NinoError(f"{name} must be a floating point torch.dtype or None, got {dtype!r}")
-        if self.optimizer_bytes is not None and not 0 <= self.optimizer_bytes < math.inf:
+        if self.optimizer_bytes is not None and not (_is_number(self.optimizer_bytes) and self.optimizer_bytes >= 0):
             raise NinoError(f"optimizer_bytes must be bytes per weight, at least 0; got {self.optimizer_bytes!r}")
         check_positive("seconds_per_update", self.seconds_per_update)
         if ProbationConfig(updates=self.probation).updates >= self.period:
@@ -68,11 +69,16 @@ class Settings:
         return (-(-total // self.world_size) if self.sharding == "fsdp2" else total), total
 
 
+def _is_number(value: object) -> bool:
+    """Whether it is a finite number, and not a text that reads like one."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_positive(name: str, value: float | None) -> None:
     """Refuse what is neither a positive number nor ``None``.
 
     Raises:
         NinoError: naming the setting.
     """
-    if value is not None and not 0 < value < math.inf:
+    if value is not None and not (_is_number(value) and value > 0):
         raise NinoError(f"{name} must be a positive number, got {value!r}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -14,7 +16,8 @@ import torch
 from nino.errors import NinoError
 
 POWERS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def fail(message: str) -> NoReturn:
@@ -31,6 +34,13 @@ def positive_int(text: str) -> int:
     return value
 
 
+def whole_number(text: str) -> int:
+    """An argparse type for whole numbers of at least 0."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """An argparse type for positive numbers."""
     try:
@@ -44,7 +54,7 @@ def positive_float(text: str) -> float:
 
 def memory_size(text: str) -> int:
     """An argparse type for numbers of bytes: 500MB, 2GB, 1.5GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", text.strip().upper())
     value = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}")
@@ -63,6 +73,35 @@ def amount(text: str) -> float:
     return value
 
 
+def per_second(of: Callable[[str], float]) -> Callable[[str], float]:
+    """An argparse type for rates: what another type reads, with or without ``/s`` behind it, as in 25GB/s."""
+
+    def rate(text: str) -> float:
+        return of(re.sub(r"\s*/s\s*$", "", text, flags=re.IGNORECASE))
+
+    return rate
+
+
+def check_output_file(option: str, path: Path) -> None:
+    """Stop if no file can be written there: better before the work than after it."""
+    if path.is_dir():
+        fail(f"{option} {path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        fail(f"{option} {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        fail(f"{option} {path} cannot be written: permission denied")
+
+
+def make_output_folder(option: str, path: Path) -> None:
+    """Make a folder for results, and stop if there can be none or nothing can be written to it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{option} {path} cannot be made a folder: {error.strerror}; give the name of a new or existing folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        fail(f"{option} {path} cannot be written to: permission denied")
+
+
 def torch_device(text: str) -> torch.device:
     """An argparse type for devices that are there."""
     try:
@@ -79,3 +118,6 @@ def run_main(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
         raise SystemExit(main(argv))
     except NinoError as error:
         fail(str(error))
+    except OSError as error:  # a full disk, a path that cannot be read or written
+        where = "" if error.filename is None else f"{error.filename}: "
+        fail(where + " ".join((error.strerror or str(error)).split()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import log2
+from math import log2, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ MAX_NODES_ONE_BY_ONE = 300
 INCHES_PER_LABEL = 0.15
 MAX_PIXELS = 2**16 - 1
 """What matplotlib can draw to either side."""
+MAX_AREA = 2**28
+"""Pixels of a picture: 1 GB in memory."""
 
 
 def name_of(edge_type: EdgeType) -> str:
@@ -316,4 +318,6 @@ def _draw_labels(axes: Any, arrows: Sequence[Arrow]) -> None:
 
 def _save(figure: Figure, path: Path, dpi: int) -> None:
     """Write a picture, in a lower resolution if it were too large to be drawn."""
-    figure.savefig(path, dpi=min(dpi, int(MAX_PIXELS / max(figure.get_size_inches()))))
+    width, height = figure.get_size_inches()
+    finest = min(MAX_PIXELS / max(width, height), sqrt(MAX_AREA / (width * height)))
+    figure.savefig(path, dpi=min(dpi, int(finest)))
