@@ -192,7 +192,7 @@ class NowcastCallback(TrainerCallback):
             else:
                 content = self.session.state_dict()
                 save_whole(content if args.should_save else own_numbers(content), path)
-        except (OSError, CheckpointError, PeerFailureError) as error:  # the rest of the checkpoint is whole, and so is the run
+        except (OSError, CheckpointError, PeerFailureError) as error:  # the rest of the checkpoint is whole
             logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, error)
 
     def on_train_end(
@@ -216,7 +216,7 @@ class NowcastCallback(TrainerCallback):
             return
         path = self._folder_to_resume(args, state) / STATE_FILE
         shards = path.with_name(SHARDS_FOLDER)
-        is_sharded = find_saved(shards) is not None
+        is_sharded = not path.exists() and find_saved(shards) is not None
         if not (path.exists() or is_sharded):
             logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
             self.session.step = state.global_step

@@ -143,7 +143,8 @@ class OpenReport:
         Raises:
             KeyError, TypeError, ValueError, AttributeError: if the state is damaged.
         """
-        before, after = [[float(loss) for loss in state[name]] for name in ("before", "after")]
+        before: list[float] = [float(loss) for loss in state["before"]]
+        after: list[Loss] = [float(loss) for loss in state["after"]]
         opened = OpenReport(
             _read_report(state["report"]), index(state["updates_to_come"]), bool(state["on_probation"]), before, after
         )

@@ -128,9 +128,10 @@ class RestorePoint:
         Raises:
             SnapshotError: if it is damaged or of another model.
         """
-        if len(state["store"]["snapshots"]) != 1:
-            raise SnapshotError(f"saved restore point is damaged: {len(state['store']['snapshots'])} copies, expected 1")
-        (taken,) = state["store"]["snapshots"]
+        copies = state["store"]["snapshots"]
+        if len(copies) != 1:
+            raise SnapshotError(f"saved restore point is damaged: {len(copies)} copies, expected 1")
+        (taken,) = copies
         # The optimizer may not be restored yet, and buffers may grow: they are only known from the copies.
         expected = {key: tensor for key, tensor in taken.items() if not key.startswith(f"{WEIGHT}/")}
         live = _live_tensors(model, parameters, None)
@@ -151,7 +152,7 @@ def _live_tensors(model: nn.Module, parameters: Mapping[str, Tensor], optimizer:
 
 
 def _fits(live: Tensor, saved: Tensor) -> bool:
-    """Whether a saved tensor can be written into a live one, which sparse, expanded and inference tensors cannot take."""
+    """Whether a saved tensor can be written into a live one: sparse, expanded and inference ones take nothing."""
     if live.layout != torch.strided or live.shape != saved.shape or live.is_inference():
         return False
     is_expanded = any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True))
