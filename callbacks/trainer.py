@@ -8,7 +8,6 @@ are read off the model's own outputs.
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,15 @@ from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
 from nino.rates import learning_rate_of
 from nino.report import NowcastReport
-from nino.saving import has_shards, load_session, own_numbers, save_session, with_own_numbers
+from nino.saving import (
+    discard_saved,
+    find_saved,
+    has_shards,
+    load_session,
+    own_numbers,
+    save_session,
+    with_own_numbers,
+)
 from nino.session import NowcastSession
 
 logger = logging.getLogger(__name__)
@@ -185,14 +192,14 @@ class NowcastCallback(TrainerCallback):
         path = folder / (STATE_FILE if args.should_save else OWN_FILE.format(args.process_index))
         path.unlink(missing_ok=True)  # of an earlier run, whose snapshots are not of these weights
         if args.should_save:
-            shutil.rmtree(folder / SHARDS_FOLDER, ignore_errors=True)
+            discard_saved(folder / SHARDS_FOLDER)
         try:
             if sharded:
                 save_session(self.session, folder / SHARDS_FOLDER)
             else:
                 content = self.session.state_dict()
                 save_whole(content if args.should_save else own_numbers(content), path)
-        except (OSError, PeerFailureError) as error:  # the rest of the checkpoint is whole, and so is the run
+        except (OSError, CheckpointError, PeerFailureError) as error:  # the rest of the checkpoint is whole
             logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, error)
 
     def on_train_end(
@@ -216,12 +223,13 @@ class NowcastCallback(TrainerCallback):
             return
         path = self._folder_to_resume(args, state) / STATE_FILE
         shards = path.with_name(SHARDS_FOLDER)
-        if not (path.exists() or shards.is_dir()):
+        is_sharded = not path.exists() and find_saved(shards) is not None
+        if not (path.exists() or is_sharded):
             logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
             self.session.step = state.global_step
             return
         try:
-            if shards.is_dir():
+            if is_sharded:
                 load_session(self.session, shards)
             else:
                 content, own = load_whole(path), path.with_name(OWN_FILE.format(args.process_index))

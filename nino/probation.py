@@ -11,8 +11,10 @@ After each failure horizons shrink, after several nowcasts are left out; they gr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import Any
 
 from nino.errors import NinoError
 
@@ -158,6 +160,18 @@ class Trust:
     """Nowcasts in a row that were taken back."""
     periods_to_skip: int = 0
     """Nowcasts to leave out."""
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> Trust:
+        """Read ``dataclasses.asdict`` of one.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is damaged.
+        """
+        trust = Trust(float(state["scale"]), index(state["failures"]), index(state["periods_to_skip"]))
+        if not (0 < trust.scale < math.inf and trust.failures >= 0 and trust.periods_to_skip >= 0):
+            raise ValueError(f"impossible {trust}")
+        return trust
 
     def after_failure(self, config: ProbationConfig) -> Trust:
         """The trust after a nowcast that was taken back.

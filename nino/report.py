@@ -7,11 +7,14 @@ alike, ``nowcast/...`` (the table is in ``docs/guide.md``).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from operator import index
 from typing import Any, Literal
 
 from torch import Tensor
+
+from nino.probation import MIN_LOSSES_BEFORE
 
 Loss = float | Tensor
 Outcome = Literal["accepted", "rolled back", "refused", "left out"]
@@ -135,5 +138,24 @@ class OpenReport:
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> OpenReport:
-        """The inverse of :meth:`state_dict`."""
-        return OpenReport(**{**state, "report": NowcastReport(**state["report"])})
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: if the state is damaged.
+        """
+        before: list[float] = [float(loss) for loss in state["before"]]
+        after: list[Loss] = [float(loss) for loss in state["after"]]
+        opened = OpenReport(
+            _read_report(state["report"]), index(state["updates_to_come"]), bool(state["on_probation"]), before, after
+        )
+        if opened.updates_to_come < 0 or (opened.on_probation and len(before) < MIN_LOSSES_BEFORE):
+            raise ValueError(f"a report that waits for {opened.updates_to_come} losses and knows {len(before)}")
+        return opened
+
+
+def _read_report(state: Mapping[str, Any]) -> NowcastReport:
+    convert: dict[str, Callable[[Any], Any]] = {"int": index, "float": float, "bool": bool, "str": str}
+    kinds = {entry.name: convert.get(str(entry.type)) for entry in fields(NowcastReport)}
+    numbers = {name: kind(state[name]) for name, kind in kinds.items() if kind is not None and name in state}
+    by_kind = {str(kind): float(jump) for kind, jump in state.get("relative_jump_by_kind", {}).items()}
+    return NowcastReport(**{**state, **numbers, "relative_jump_by_kind": by_kind})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nino.errors import SnapshotError
 from nino.history import Place, SnapshotStore
 from nino.interrupts import held_back
-from nino.shards import local_tensors
+from nino.shards import as_sharded, local_tensor, local_tensors
+
+logger = logging.getLogger(__name__)
 
 WEIGHT, BUFFER, OPTIMIZER = "weight", "buffer", "optimizer"
 
@@ -63,23 +68,44 @@ class RestorePoint:
 
     @torch.no_grad()
     def restore(self, model: nn.Module, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
-        """Write everything back in place; interrupts wait until it is done."""
-        saved = self._store.snapshots[-1]
-        live = _live_tensors(model, parameters, optimizer)
-        with held_back():
-            for key, tensor in saved.items():
-                if key in live:
-                    live[key].copy_(tensor)
-            for name, parameter in parameters.items() if optimizer is not None else ():
-                self._restore_numbers(name, optimizer.state.get(parameter, {}), saved)  # type: ignore[union-attr]
+        """Write everything back in place; interrupts wait until it is done.
 
-    def _restore_numbers(self, name: str, state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
-        for entry in list(state):
+        Buffers that have changed size since, or that nothing can be written into, are caches: they are left alone, and
+        one log line names them.
+        """
+        saved = self._store.snapshots[-1]
+        live = {key: tensor for key, tensor in _live_tensors(model, parameters, None).items() if key in saved}
+        caches = [k for k, tensor in live.items() if k.startswith(BUFFER) and not _fits(tensor, saved[k])]
+        with held_back():
+            for key in live.keys() - set(caches):
+                live[key].copy_(saved[key])
+            entries = _entries_by_parameter(saved)
+            for name, parameter in parameters.items() if optimizer is not None else ():
+                state = optimizer.state.get(parameter, {})  # type: ignore[union-attr]
+                if state:
+                    self._restore_state(name, parameter, state, saved, entries[name])
+        if caches:
+            names = ", ".join(key.removeprefix(f"{BUFFER}/") for key in sorted(caches)[:3])
+            logger.warning("buffers that cannot be written back stay as they are (%d): %s", len(caches), names)
+
+    def _restore_state(
+        self, name: str, parameter: Tensor, state: dict[str, Any], saved: Mapping[str, Tensor], entries: Iterable[str]
+    ) -> None:
+        """Write back the optimizer's state of one parameter, that is what is there now and the ``entries`` then."""
+        for entry in dict.fromkeys([*state, *entries]):
             key = f"{OPTIMIZER}/{name}/{entry}"
             if key in self._numbers:
                 state[entry] = deepcopy(self._numbers[key])
-            elif key not in saved:
+            elif key in saved:
+                _write_entry(state, entry, saved[key], parameter)
+            else:
                 del state[entry]  # began after the jump
+
+    def close(self) -> None:
+        """Forget the copies and give back memory, files and hooks."""
+        if self._made is not None:
+            self._made.close()
+        self._made, self._numbers = None, {}
 
     def clear(self) -> None:
         """Forget the copies."""
@@ -94,14 +120,23 @@ class RestorePoint:
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         """Restore :meth:`state_dict`.
 
+        Args:
+            state: what :meth:`state_dict` returned.
+            model: for the places of its buffers.
+            parameters: all that the model's graph has: the copies may be of some of them.
+
         Raises:
             SnapshotError: if it is damaged or of another model.
         """
-        snapshots = state["store"]["snapshots"]
-        # The optimizer may not be restored yet, so its tensors are only known from the copies.
-        expected = {key: tensor for taken in snapshots for key, tensor in taken.items() if key.startswith(OPTIMIZER)}
-        expected |= _live_tensors(model, parameters, None)
-        self._store.load_state_dict(state["store"], expected)
+        copies = state["store"]["snapshots"]
+        if len(copies) != 1:
+            raise SnapshotError(f"saved restore point is damaged: {len(copies)} copies, expected 1")
+        (taken,) = copies
+        # The optimizer may not be restored yet, and buffers may grow: they are only known from the copies.
+        expected = {key: tensor for key, tensor in taken.items() if not key.startswith(f"{WEIGHT}/")}
+        live = _live_tensors(model, parameters, None)
+        expected |= {k: t for k, t in live.items() if k not in expected or t.shape == expected[k].shape}
+        self._store.load_state_dict(state["store"], {}, expected)
         self._numbers = dict(state["numbers"])
 
     def _tensors(self) -> dict[tuple[str, str], Tensor]:
@@ -114,6 +149,35 @@ def _live_tensors(model: nn.Module, parameters: Mapping[str, Tensor], optimizer:
     buffers = {f"{BUFFER}/{name}": buffer for name, buffer in model.named_buffers()}
     state = {key: value for key, value in _optimizer_state(parameters, optimizer).items() if isinstance(value, Tensor)}
     return local_tensors({**weights, **buffers, **state})
+
+
+def _fits(live: Tensor, saved: Tensor) -> bool:
+    """Whether a saved tensor can be written into a live one: sparse, expanded and inference ones take nothing."""
+    if live.layout != torch.strided or live.shape != saved.shape or live.is_inference():
+        return False
+    is_expanded = any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True))
+    return not is_expanded
+
+
+def _entries_by_parameter(saved: Mapping[str, Tensor]) -> Mapping[str, list[str]]:
+    """Names of the optimizer's saved tensors, by parameter."""
+    entries: dict[str, list[str]] = defaultdict(list)
+    for key in saved:
+        if key.startswith(f"{OPTIMIZER}/"):
+            name, entry = key.removeprefix(f"{OPTIMIZER}/").rsplit("/", 1)
+            entries[name].append(entry)
+    return entries
+
+
+def _write_entry(state: dict[str, Any], entry: str, saved: Tensor, parameter: Tensor) -> None:
+    """Write a tensor back into an optimizer's state; in place, unless something else took its place."""
+    now = state.get(entry)
+    if isinstance(now, Tensor) and _fits(local_tensor(now), saved):
+        local_tensor(now).copy_(saved)
+        return
+    device = now.device if isinstance(now, Tensor) else parameter.device if saved.dim() else saved.device
+    copy = saved.to(device, copy=True)
+    state[entry] = as_sharded(copy, parameter) if saved.shape == local_tensor(parameter).shape else copy
 
 
 def _optimizer_state(parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> dict[str, Any]:

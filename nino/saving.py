@@ -9,6 +9,7 @@ another number of processes; what belongs to one process alone (running statisti
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ from nino.errors import CheckpointError, NinoError
 from nino.files import load_whole, save_whole, sync_folder
 from nino.session import NowcastSession
 from nino.shards import as_sharded, compute_device, is_dtensor, local_tensor
+
+logger = logging.getLogger(__name__)
 
 NUMBERS_FILE = "numbers.pt"
 TENSORS_FOLDER = "tensors"
@@ -45,16 +48,19 @@ def save_session(session: NowcastSession, folder: str | Path) -> None:
         folder: on a file system that all processes share; it appears whole or not at all, and replaces an older one.
 
     Raises:
+        CheckpointError: if what is there holds anything else than a saved history; nothing is changed then. A
+            RuntimeError in the other processes.
         OSError: if there is no room or no right to write; a RuntimeError in the other processes.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     folder = Path(folder)
-    partial, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    partial, old = _partial(folder), _old(folder)
     channel = _channel(session)
     with channel.together():
         if channel.rank == 0:
+            _refuse_foreign(folder, partial, old)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
@@ -67,8 +73,8 @@ def save_session(session: NowcastSession, folder: str | Path) -> None:
             save_whole(everyone, partial / NUMBERS_FILE)
     with channel.together():
         if channel.rank == 0:
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
+            if folder.exists():  # else the older one is all there is until the new one has its name
+                shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
             partial.rename(folder)
             sync_folder(folder.absolute().parent)
@@ -80,7 +86,7 @@ def load_session(session: NowcastSession, folder: str | Path) -> None:
 
     Args:
         session: of a run whose parameters are sharded over any number of processes.
-        folder: the one that was saved.
+        folder: the one that was saved. If a run was killed while it replaced it, the older one is read.
 
     Raises:
         CheckpointError: if the folder is missing or damaged, or holds tensors of single processes and their number
@@ -92,6 +98,10 @@ def load_session(session: NowcastSession, folder: str | Path) -> None:
 
     folder, channel = Path(folder), _channel(session)
     with channel.together():
+        found = find_saved(folder)
+        if found not in (None, folder) and channel.rank == 0:
+            logger.warning("%s is missing, a run was killed while it replaced it: %s is read instead", folder, found)
+        folder = found or folder
         numbers = _read_numbers(folder, channel)
         template: dict[str, Tensor] = {}
         _put_back(numbers, lambda entry: template.setdefault(entry[TENSOR], _empty(entry, session)))
@@ -99,6 +109,18 @@ def load_session(session: NowcastSession, folder: str | Path) -> None:
         with _as_errors(CheckpointError, f"{folder} cannot be resumed from"):
             load(template, storage_reader=FileSystemReader(folder / TENSORS_FOLDER))
         session.load_state_dict(_put_back(numbers, lambda entry: local_tensor(template[entry[TENSOR]])))
+
+
+def find_saved(folder: Path) -> Path | None:
+    """The folder that :func:`load_session` reads: this one, or the one that it was about to replace; if any."""
+    return next((path for path in (folder, _old(folder)) if path.is_dir()), None)
+
+
+def discard_saved(folder: Path) -> None:
+    """Delete what :func:`save_session` wrote there, also what a killed run left beside it; nothing else is touched."""
+    for path in (folder, _old(folder), _partial(folder)):
+        if not _foreign_in(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def own_numbers(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +147,40 @@ def with_own_numbers(state: Mapping[str, Any], numbers: Mapping[str, Any]) -> di
         return _put_back(numbers, find)
     except (LookupError, TypeError, ValueError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"damaged: {error!r}") from error
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".part")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def _refuse_foreign(*paths: Path) -> None:
+    for path in paths:
+        foreign = _foreign_in(path)
+        if foreign:
+            raise CheckpointError(
+                f"a history is saved in a folder of its own, but {path} {foreign}: nothing was written; name another "
+                "folder, or move what is there"
+            )
+
+
+def _foreign_in(path: Path) -> str:
+    """What is not of a saved history at a path, whole or cut short; nothing if all is, or if there is nothing."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        return "is no folder"
+    for entry in path.iterdir() if path.exists() else ():
+        is_file = entry.is_file() and not entry.is_symlink()
+        if is_file and entry.name in (NUMBERS_FILE, NUMBERS_FILE + ".part"):
+            continue
+        if entry.name != TENSORS_FOLDER or entry.is_symlink() or not entry.is_dir():
+            return f"holds {entry.name}"
+        for part in entry.iterdir():
+            if not (part.name.startswith(".metadata") or part.suffix == ".distcp"):
+                return f"holds {TENSORS_FOLDER}/{part.name}"
+    return ""
 
 
 class _Naming:

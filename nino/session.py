@@ -137,6 +137,7 @@ class NowcastSession:
         self._said_unjudged = False
         self._no_snapshot = ""
         """Why the last snapshot failed."""
+        self._is_detached = False
 
     @property
     def model(self) -> nn.Module:
@@ -261,9 +262,12 @@ class NowcastSession:
 
         A report that still waits for losses is closed, with those that came.
         """
+        self._is_detached = True
         self.finish()
         self.batch_norm.end()
         self._forget_history()
+        self.store.close()
+        self.restore_point.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session: numbers, lists and tensors only."""
@@ -306,17 +310,29 @@ class NowcastSession:
             if step < max(state["history"]["steps"], default=0):
                 raise NinoError(f"saved nowcasting state is damaged: snapshots from after its {step} updates")
             open_report = OpenReport.from_state_dict(state["open_report"]) if state["open_report"] is not None else None
-            trust, parameters = Trust(**state["trust"]), self.trainable_parameters()
+            trust = Trust.from_state_dict(state["trust"])
+            if open_report is not None and open_report.on_probation and state["restore_point"] is None:
+                raise NinoError("saved nowcasting state is damaged: a nowcast on probation without its restore point")
+            parameters, everything, unfrozen = self.trainable_parameters(), self.live.wired(), set[str]()
             restore_point = RestorePoint(self.store.place, self.store.folder)
             if state["restore_point"] is not None:
-                restore_point.load_state_dict(state["restore_point"], self.model, parameters)
+                restore_point.load_state_dict(state["restore_point"], self.model, everything)
+                unfrozen |= parameters.keys() - restore_point.weights.keys()
             batch_norm = BatchNormRenewal.read(state["batch_norm"])
-            self.store.load_state_dict(state["history"], parameters)  # last: it may still refuse
+            unfrozen |= self.store.load_state_dict(state["history"], parameters, everything)  # last: it may refuse
         except NinoError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise NinoError(f"saved nowcasting state is damaged: {error!r}") from error
-        self.restore_point.clear()
+        if unfrozen:
+            message = "%d parameters are trained now and were not when it was saved (%s): snapshots start afresh"
+            logger.warning(message, len(unfrozen), ", ".join(sorted(unfrozen)[:3]))
+            self.store.clear()
+            restore_point.close()
+            losses, rates = [], []
+            if open_report is not None:
+                open_report.on_probation = False
+        self.restore_point.close()
         self.restore_point = restore_point
         self.batch_norm.resume(batch_norm)
         self.live.remember()

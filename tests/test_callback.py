@@ -25,6 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from nino.callbacks import NowcastCallback
+from nino.files import load_whole
+from nino.saving import save_session
+from nino.session import NowcastSession
 
 STEPS = 14
 """Updates of a run. Nowcasts after 6 and 12, of three in all: horizons 4 and 1."""
@@ -388,6 +391,21 @@ def test_resume_into_another_folder(tmp_path: Path, whole: Any, how: str) -> Non
     run = trainer(tmp_path, nowcast, model=llama(seed=1), **settings)
 
     run.train(resume_from_checkpoint=checkpoint)
+
+    assert_same(weights_of(run.model), whole[1])
+
+
+def test_resume_from_the_folder_that_a_killed_run_was_about_to_replace(tmp_path: Path, whole: Any) -> None:
+    checkpoint = tmp_path / "out" / "checkpoint-9"
+    shutil.copytree(whole[0] / "checkpoint-9", checkpoint)
+    session = NowcastSession(llama(), tiny_nowcaster(), period=PERIOD, max_steps=STEPS)
+    session.load_state_dict(load_whole(checkpoint / "nowcast.pt"))
+    (checkpoint / "nowcast.pt").unlink()
+    save_session(session, checkpoint / "nowcast")
+    (checkpoint / "nowcast").rename(checkpoint / "nowcast.old")  # what is left between the two renames
+    run = trainer(tmp_path, callback(), model=llama(seed=1))
+
+    run.train(resume_from_checkpoint=str(checkpoint))
 
     assert_same(weights_of(run.model), whole[1])
 

@@ -554,10 +554,6 @@ def test_what_cannot_be_loaded_changes_nothing(tmp_path: Path) -> None:
     assert files_in(tmp_path) == ["snapshot-000001.safetensors"]
 
 
-def _without_bias(state: State) -> None:
-    del state["snapshots"][1]["bias"]
-
-
 def _with_more(state: State) -> None:
     state["snapshots"][0]["other.weight"] = torch.ones(1)
 
@@ -596,10 +592,33 @@ def _flag_lost(state: State) -> None:
     state["exact"].pop()
 
 
+def test_snapshots_keep_what_was_frozen_since() -> None:
+    state = filled(2, 4).state_dict()
+    del state["snapshots"][1]["bias"]  # frozen at 3
+    rest = {"weight": parameters(0)["weight"]}
+    store = filled(10)
+
+    assert store.load_state_dict(state, rest, parameters(0)) == set()
+
+    assert store.steps == [2, 4]
+    assert [sorted(taken) for taken in store.snapshots] == [["bias", "weight"], ["weight"]]
+    with pytest.raises(SnapshotError, match="of another model"):
+        store.load_state_dict(state, rest)
+
+
+def test_snapshots_without_what_was_unfrozen_since_are_forgotten() -> None:
+    state = filled(2, 4).state_dict()
+    del state["snapshots"][1]["bias"]
+    store = filled(10)
+
+    assert store.load_state_dict(state, parameters(0)) == {"bias"}
+
+    assert len(store) == 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_without_bias, r"of another model: \['bias'\] differ"),
         (_with_more, r"of another model: \['other.weight'\] differ"),
         (_other_shape, r"of another model: \['weight'\] differ"),
         (_no_tensor, "damaged"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
-from torch import nn
+from torch import Tensor, nn
 
 import nino.session
 from nino import NinoError, NowcastOptimizer
@@ -151,6 +151,68 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
 
     _train(model, optimizer, PERIOD + R, 2 * PERIOD)
     assert [r.horizon for r in optimizer.reports] == [3, 2]  # round(3 * 0.5) = 2
+
+
+class Caching(nn.Module):
+    """Has buffers as caches are: one grows, one is expanded, one is made in inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grows", torch.zeros(2))
+        self.register_buffer("expanded", torch.zeros(1).expand(3))
+        self.register_buffer("inferred", torch.zeros(2))
+        with torch.inference_mode():
+            self.inferred = torch.zeros(2)
+        self.register_buffer("counter", torch.zeros(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.grows = torch.zeros(self.grows.numel() + 1)
+        self.counter += 1
+        return inputs
+
+
+@pytest.mark.parametrize("base", ["adam", "momentum"])
+def test_caches_do_not_hinder_undoing(base: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, plain = nn.Sequential(Caching(), *mlp()), nn.Sequential(Caching(), *mlp())
+    optimizer = _optimizer(model, add(3), base=base)
+    _train(model, optimizer, 0, PERIOD + 1)
+    for parameter in model.parameters():  # an optimizer may make its state anew, in another form
+        state = optimizer.state[parameter]
+        name = "exp_avg" if base == "adam" else "momentum_buffer"
+        state[name] = state[name].new_zeros(()).expand(parameter.shape)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # no update can be made of that
+    for _ in range(R - 1):
+        inputs, targets = batch(0)
+        optimizer.observe(F.mse_loss(model(inputs), targets))
+        optimizer.session.after_update()
+    other = _optimizer(plain, add(3), probation=0, base=base).optimizer
+    _train(plain, other, 0, PERIOD)
+
+    assert optimizer.reports[-1].rolled_back
+    assert_same(weights_of(model), weights_of(plain))
+    assert torch.equal(model[0].counter, plain[0].counter)
+    assert model[0].grows.numel() > plain[0].grows.numel()
+    mine, expected = optimizer.optimizer.state_dict()["state"], other.state_dict()["state"]
+    for index, entries in expected.items():
+        for name, value in entries.items():
+            assert torch.equal(torch.as_tensor(mine[index][name]), torch.as_tensor(value))
+    lines = [record.getMessage() for record in caplog.records if record.name == "nino.rollback"]
+    assert lines == ["buffers that cannot be written back stay as they are (3): 0.expanded, 0.grows, 0.inferred"]
+
+
+def test_a_restore_point_is_resumed_from_before_a_cache_has_grown() -> None:
+    model = nn.Sequential(Caching(), *mlp())
+    optimizer = _optimizer(model, add(3))
+    _train(model, optimizer, 0, PERIOD + 1)
+    resumed_model = nn.Sequential(Caching(), *mlp(seed=1))
+    resumed = _optimizer(resumed_model, add(3))
+    resumed_model[1:].load_state_dict(model[1:].state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, of in ((model, optimizer), (resumed_model, resumed)):
+        _train(each, of, PERIOD + 1, PERIOD + R)
+        assert of.session.reports[-1].rolled_back
+    assert_same(weights_of(resumed_model), weights_of(model))
 
 
 def test_a_disaster_is_undone_halfway() -> None:

@@ -467,6 +467,12 @@ def test_resumed_session_goes_on_as_if_nothing_had_happened(at: int) -> None:
     assert resumed.step == at + 15
 
 
+def _opened(**changes: Any) -> State:
+    report = {"step": 6, "horizon": 3, "accepted": True}
+    opened = {"report": report, "updates_to_come": 3, "on_probation": True, "before": [1.0, 2.0, 1.0], "after": []}
+    return {**opened, **changes}
+
+
 def _damage(**changes: Any) -> Callable[[State], State]:
     return lambda state: {**state, **changes}
 
@@ -489,6 +495,14 @@ def _damage(**changes: Any) -> Callable[[State], State]:
             _damage(history={"steps": [2], "snapshots": [{"0.weight": torch.ones(2, 3)}]}, learning_rates=[1.0]),
             r"another model: \['0.weight'\] differ",
         ),
+        (_damage(trust={"scale": None, "failures": 0, "periods_to_skip": 0}), "damaged: TypeError"),
+        (_damage(trust={"scale": math.nan, "failures": 0, "periods_to_skip": 0}), "damaged: ValueError"),
+        (_damage(trust={"scale": 1.0, "failures": 0, "periods_to_skip": "1"}), "damaged: TypeError"),
+        (_damage(open_report=_opened(updates_to_come=None)), "damaged: TypeError"),
+        (_damage(open_report=_opened(before=[1.0, "low", 2.0])), "damaged: ValueError"),
+        (_damage(open_report=_opened(before=[1.0])), "damaged: ValueError"),
+        (_damage(open_report=_opened()), "damaged: a nowcast on probation without its restore point"),
+        (_damage(open_report=_opened(report={"step": "x", "horizon": 1, "accepted": True})), "damaged: TypeError"),
         (_damage(learning_rates=[1.0]), "damaged: 1 learning rates of 2 snapshots"),
         (
             _damage(history={"steps": [2], "snapshots": [{"weight": torch.ones(1, 2)}]}, learning_rates=[1.0]),
@@ -508,6 +522,53 @@ def test_damaged_and_foreign_states_change_nothing(spoil: Callable[[State], Any]
     assert session.state_dict().keys() == before.keys()
     for key, value in session.state_dict().items():
         assert str(value) == str(before[key])
+
+
+def _resumed(session: NowcastSession, train_first: bool) -> NowcastSession:
+    model = copy.deepcopy(session.model)
+    model[0].requires_grad_(train_first)
+    resumed = NowcastSession(model, tiny_nowcaster(), period=PERIOD)
+    resumed.load_state_dict(session.state_dict())
+    return resumed
+
+
+def test_a_layer_that_is_frozen_between_snapshots_does_not_hinder_resuming() -> None:
+    whole = NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD)
+    update(whole, 4)
+    whole.model[0].requires_grad_(False)
+    resumed = _resumed(whole, train_first=False)
+    for session in (whole, resumed):
+        update(session, 4)  # snapshot without the layer after 6 updates, which jump; the next ones after 8
+    assert [report.accepted for report in resumed.reports] == [True]
+    assert_same(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_a_layer_that_is_unfrozen_before_resuming_starts_a_fresh_history(caplog: pytest.LogCaptureFixture) -> None:
+    whole = NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD)
+    whole.model[0].requires_grad_(False)
+    update(whole, 4)
+
+    resumed = _resumed(whole, train_first=True)
+
+    assert (resumed.step, resumed.store.steps, list(resumed._rates)) == (4, [], [])
+    assert warnings_in(caplog) == [
+        "2 parameters are trained now and were not when it was saved (0.bias, 0.weight): snapshots start afresh"
+    ]
+    update(resumed, PERIOD + 2)
+    assert [(report.step, report.accepted) for report in resumed.reports] == [(6, False), (12, True)]
+
+
+def test_detaching_gives_memory_back() -> None:
+    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
+    update(session, PERIOD + 1)
+    keeper: Any = session.store._keeper
+    assert keeper._free and keeper._copiers
+
+    session.detach()
+
+    assert not keeper._free and not keeper._copiers
+    assert session.restore_point._made is None
+    assert session._is_detached
 
 
 # Models

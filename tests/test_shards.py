@@ -25,6 +25,7 @@ import nino
 from nino import CheckpointError, NinoError, NowcastOptimizer
 from nino.graph.rows import Rows, num_edges_at, place_of, view_rows
 from nino.history import SnapshotStore
+from nino.saving import discard_saved
 from nino.session import NowcastSession
 from nino.shards import local_tensor
 from nino.share import Share
@@ -304,3 +305,64 @@ def test_damaged_histories_are_refused_by_name(what: str, process_group: None, t
     assert "\n" not in str(caught.value)
     assert what == "other model" or str(folder) in str(caught.value)
     assert loader.session.step == 0
+
+
+def _saved_and_going_on(folder: Path) -> tuple[nn.Module, NowcastOptimizer]:
+    """A training that saved after 3 updates and stands at 5."""
+    model = _sharded()
+    optimizer = _optimizer(model)
+    _train(model, optimizer, 0, 3)
+    optimizer.save_history(folder)
+    _train(model, optimizer, 3, 5)
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    "path", ["nowcast", "nowcast/model.pt", "nowcast/tensors/model.pt", "nowcast.old/model.pt", "nowcast.part"]
+)
+def test_nothing_is_deleted_that_is_not_of_a_saved_history(path: str, process_group: None, tmp_path: Path) -> None:
+    folder, model = tmp_path / "nowcast", _sharded()
+    precious = tmp_path / path
+    precious.parent.mkdir(parents=True, exist_ok=True)
+    precious.write_text("weights of a month")
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(CheckpointError, match="nothing was written") as caught:
+        _optimizer(model).save_history(folder)
+    discard_saved(folder)
+
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / path.split("/")[0]) in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert precious.read_text() == "weights of a month"
+
+
+def test_a_run_that_is_killed_between_the_two_renames_keeps_its_history(
+    process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "nowcast"
+    _, optimizer = _saved_and_going_on(folder)
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: _killed() if path.suffix == ".part" else rename(path, to))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.save_history(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nowcast.old", "nowcast.part"]
+    with pytest.raises(KeyboardInterrupt):  # again: what is left must outlive the next try
+        optimizer.save_history(folder)
+    monkeypatch.undo()
+
+    resumed = _optimizer(_sharded())
+    resumed.load_history(folder)
+
+    assert (resumed.session.step, resumed.session.store.steps) == (3, [2])
+    assert [record.getMessage() for record in caplog.records if record.name == "nino.saving"] == [
+        f"{folder} is missing, a run was killed while it replaced it: {folder}.old is read instead"
+    ]
+    optimizer.save_history(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nowcast"]
+    resumed.load_history(folder)
+    assert resumed.session.step == 5
+
+
+def _killed() -> None:
+    raise KeyboardInterrupt

@@ -116,19 +116,29 @@ class SnapshotStore:
             kept.is_lent = True
         return {"steps": list(self.steps), "snapshots": snapshots, "exact": [kept.is_exact for kept in self._kept]}
 
-    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], trained: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None
+    ) -> set[str]:
         """Restore :meth:`state_dict`, of a store in any place, putting copies where this store keeps them.
 
         Args:
             state: what :meth:`state_dict` returned.
-            parameters: the model's, by name: the snapshots must fit them.
+            trained: the parameters of which snapshots will be taken, by name.
+            others: further ones that saved snapshots may hold, of when they were trained; they stay in them.
+
+        Returns:
+            Those of ``trained`` that saved snapshots lack: they were frozen then. If there are any, the store is empty.
 
         Raises:
             SnapshotError: if the saved snapshots are of another model or damaged, or cannot be copied; nothing is
                 changed then.
         """
-        parameters = local_tensors(parameters)
+        parameters = local_tensors({**(others or {}), **trained})
         steps, exact = _check_state(state, self.context, parameters)
+        lacking = {name for taken in state["snapshots"] for name in trained.keys() - taken.keys()}
+        if lacking:
+            self.clear()
+            return lacking
         copies: list[Kept] = []
         try:
             for snapshot, was_exact in zip(state["snapshots"], exact, strict=True):
@@ -140,6 +150,7 @@ class SnapshotStore:
         finally:
             self._keeper.trim()
         self._replace(steps, copies)
+        return set()
 
     def __getstate__(self) -> dict[str, Any]:
         settings = {"context": self.context, "place": self.place, "dtype": self.dtype, "folder": self.folder}
@@ -158,9 +169,11 @@ class SnapshotStore:
 
     def _copy_saved(self, saved: Mapping[str, Tensor], was_exact: bool, parameters: Mapping[str, Tensor]) -> Kept:
         beside = self.place == "device"
-        copy = self._copy({n: saved[n].to(p.device) if beside else saved[n] for n, p in parameters.items()})
+        # In the order in which they are taken: buffers are used again if they are of the same form.
+        names = [name for name in parameters if name in saved]
+        copy = self._copy({n: saved[n].to(parameters[n].device) if beside else saved[n] for n in names})
         copy.is_exact = was_exact and all(
-            saved[name].dtype == copy.tensors[name].dtype == parameter.dtype for name, parameter in parameters.items()
+            saved[name].dtype == copy.tensors[name].dtype == parameters[name].dtype for name in names
         )
         return copy
 
@@ -186,7 +199,7 @@ def _check_state(
         )
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     for taken in shapes:
-        wrong = sorted(name for name in {*taken, *expected} if taken.get(name) != expected.get(name))
+        wrong = sorted(name for name in taken if taken[name] != expected.get(name))
         if wrong:
             raise SnapshotError(f"saved history is of another model: {wrong[:3]} differ ({len(wrong)} in all)")
     return steps, exact
