@@ -215,6 +215,9 @@ class NowcastSession:
         Returns:
             A report if this call completed one, else ``None``.
         """
+        if self._is_detached:
+            self.step += 1
+            return None
         if not self._has_begun:  # frameworks shard and replace parameters after this object was made
             self.live.begin()
             self._notice_changes()

@@ -612,3 +612,14 @@ def test_a_model_that_is_resized_after_it_was_wired_is_refused() -> None:
 
     with pytest.raises(NinoError, match=r"\['2.bias'\] changed shape since nowcasting was set up"):
         session.after_update()
+
+
+def test_a_detached_session_only_counts() -> None:
+    session = NowcastSession(one_layer(), ScriptedNowcaster(add(1)), period=PERIOD)
+    update(session, PERIOD, losses=float)
+    session.detach()
+    weight = session.model[0].weight.clone()
+    update(session, 2 * PERIOD, losses=float)
+    assert session.step == 3 * PERIOD
+    assert [report.step for report in session.reports] == [PERIOD]
+    assert torch.equal(session.model[0].weight, weight + 2 * PERIOD)
