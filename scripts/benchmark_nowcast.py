@@ -32,7 +32,7 @@ from nino import NeuralGraph, Nowcaster
 from nino.data import build_model
 from nino.engine.hardware import product_dtype
 from nino.engine.tiling import TILE_EDGES
-from tasks.cli import make_output_folder, memory_size, positive_int, run_main, torch_device
+from tasks.cli import check_output_folder, memory_size, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory, in_fresh_process
 from tasks.nowcasters import load_nowcaster
@@ -250,6 +250,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     """Write what is known so far, the smallest model first."""
     runs = sorted(runs, key=lambda run: run["weights"])
+    args.out.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
     about = {"machine": describe_machine(), "device": args.device.type, "arguments": settings}
     result = {**about, "summary": summarise(runs), "runs": runs}
@@ -259,7 +260,7 @@ def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    make_output_folder("--out", args.out)
+    check_output_folder("--out", args.out)
     runs: list[dict[str, Any]] = []
     failed = []
     for name in args.models:

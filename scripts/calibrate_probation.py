@@ -186,9 +186,8 @@ def verdict(jump: FirstJump, config: ProbationConfig) -> dict[str, Any]:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--out of scripts/evaluate_speedup.py")
-    parser.add_argument(
-        "--updates", type=positive_int, nargs="+", help="lengths of probation; by default 25 50 100, up to a period"
-    )
+    lengths = "lengths of probation; by default those of 25 50 100 that fit into a period"
+    parser.add_argument("--updates", type=positive_int, nargs="+", help=lengths)
     parser.add_argument("--tolerances", type=positive_float, nargs="+", default=[2.0, 3.0, 5.0], help="standard errors")
     return parser.parse_args(argv)
 

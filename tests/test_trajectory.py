@@ -349,7 +349,7 @@ def _transformers(name: Any, **config: Any) -> dict[str, Any]:
         (_transformers("AutoModelForCausalLM"), ["'AutoModelForCausalLM'"]),
         (_transformers("GPT2LMHeadModel", n_embd="wide"), ["n_embd", "wide"]),
         (_transformers("GPT2LMHeadModel", n_embd=4, n_head=3), ["divisible"]),
-        (_transformers("GPT2LMHeadModel", n_head=0), ["zero"]),
+        (_transformers("GPT2LMHeadModel", n_head=0), ["n_head=0", "at least 1"]),
         (
             _transformers("GPT2LMHeadModel", attn_implementation="someone/kernel"),
             ["attn_implementation", "leave it out"],

@@ -92,14 +92,19 @@ def check_output_file(option: str, path: Path) -> None:
         fail(f"{option} {path} cannot be written: permission denied")
 
 
-def make_output_folder(option: str, path: Path) -> None:
-    """Make a folder for results, and stop if there can be none or nothing can be written to it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{option} {path} cannot be made a folder: {error.strerror}; give the name of a new or existing folder")
-    if not os.access(path, os.W_OK | os.X_OK):
+def check_output_folder(option: str, path: Path) -> None:
+    """Stop if there is no such folder and none can be made, or nothing can be written to it; makes nothing."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        fail(f"{option} {path} cannot be made a folder: {there} is a file; give the name of a new or existing folder")
+    if not os.access(there, os.W_OK | os.X_OK):
         fail(f"{option} {path} cannot be written to: permission denied")
+
+
+def make_output_folder(option: str, path: Path) -> None:
+    """Make a folder for results, after :func:`check_output_folder`."""
+    check_output_folder(option, path)
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def torch_device(text: str) -> torch.device:
