@@ -232,6 +232,7 @@ def sharded_probation() -> Result:
     optimizer.save_history(folder / "nowcast")
     model_state, optimizer_state = get_state_dict(model, optimizer)  # the recipe of docs/distributed.md
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "training")
+    refusal = refused_save(optimizer, folder / "foreign")
     weights += train(model, optimizer, 14, 20)
 
     resumed = shard(mlp(seed=1).to(DEVICE))
@@ -249,7 +250,22 @@ def sharded_probation() -> Result:
         "resumed weights": train(resumed, other, 14, 20),
         "resumed reports": reports_of(other),
         "snapshot bytes": optimizer.session.store.nbytes,
+        "refused save": refusal,
     }
+
+
+def refused_save(optimizer: NowcastOptimizer, folder: Path) -> tuple[str, bool]:
+    """Save where something else is: the error's name, and whether that is still there."""
+    if dist.get_rank() == 0:
+        folder.mkdir()
+        (folder / "model.pt").touch()
+    dist.barrier()
+    error = "none"
+    try:
+        optimizer.save_history(folder)
+    except (ValueError, RuntimeError) as refusal:
+        error = type(refusal).__name__
+    return error, [path.name for path in folder.iterdir()] == ["model.pt"]
 
 
 def sharded_callback() -> Result:

@@ -173,6 +173,8 @@ def test_two_processes_with_shards(tmp_path: Path) -> None:
         assert re.search(reason, refused["NaN"]["reason"])
     for saved in found["sharded_callback"]:
         assert saved == {"steps": [2, 4], "same": True, "step": 5}
+    refused_saves = [run["refused save"] for run in found["sharded_probation"]]
+    assert refused_saves == [("CheckpointError", True), ("PeerFailureError", True)]
     for run in found["guide"]:
         assert [report[:2] for report in run["reports"]] == [(20, True), (40, True)]
         assert run["step"] == 50
