@@ -235,7 +235,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_speak_against_a_good_one() 
 @pytest.mark.parametrize("which", ["before", "after", "error_variance"])
 def test_evidence_that_is_not_finite_speaks_against_a_nowcast(which: str, broken: float) -> None:
     evidence = {"before": 1.0, "after": 1.0, "error_variance": 0.0, which: broken}
-    assert not has_recovered(Evidence(**evidence), ProbationConfig(updates=4))
+    assert not has_recovered(Evidence(**evidence), ProbationConfig(updates=4), 100)
 
 
 def test_losses_that_become_nan_in_the_probation_undo_the_nowcast() -> None:
