@@ -75,8 +75,8 @@ class NowcastSession:
             logged and ends nothing.
 
     Raises:
-        NinoError: if the model cannot be wired, its parameters are sharded, none of them is trained, or a setting is
-            out of range.
+        NinoError: if the model cannot be wired or is sharded in a way that cannot be nowcast, nothing of it is trained,
+            or a setting is out of range.
     """
 
     def __init__(
