@@ -36,6 +36,20 @@ EVALUATE_EVERY_STATES = 8
 TRAINING_TEXTS = ("tinyshakespeare.txt", "gutenberg/*.txt")
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """How runs on a set of images are varied."""
+
+    channels: int
+    sizes: tuple[int, ...]
+    """Pixels, one drawn per run."""
+    share: int
+    """How often it is drawn, relative to the others."""
+
+
+IMAGE_SETS = {"cifar10": ImageSet(3, (12, 16, 16, 24), 3), "mnist": ImageSet(1, (14,), 1)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """One run to record; plain values only, so that it is stored beside the states."""
@@ -53,20 +67,20 @@ class RunPlan:
     interval: int
 
 
-def plan_image_run(index: int, choose: random.Random, updates: int, interval: int) -> RunPlan:
-    """A CNN of varied width on CIFAR-10 (at 16 or 32 pixels) or MNIST."""
-    data = choose.choices(["cifar10", "mnist"], weights=[3, 1])[0]
-    size = choose.choices([16, 32], weights=[3, 1])[0] if data == "cifar10" else 14
+def plan_image_run(index: int, choose: random.Random, updates: int, interval: int, sets: list[str]) -> RunPlan:
+    """A CNN of varied width on small images, since the smaller the image, the more runs an hour records."""
+    data = choose.choices(sets, weights=[IMAGE_SETS[name].share for name in sets])[0]
+    size = choose.choice(IMAGE_SETS[data].sizes)
     hidden = choose.choice([(8, 16, 16), (16, 32, 32), (16, 32, 32), (12, 24, 24), (24, 24, 48)])
     return RunPlan(
         name=f"images-{index:04d}",
         family="images",
         data=data,
         image_size=size,
-        architecture=convnet(3 if data == "cifar10" else 1, hidden, norm=choose.random() < 0.25),
-        lr=choose.choice([1e-3, 2e-3, 3e-3, 3e-3, 6e-3]),
+        architecture=convnet(IMAGE_SETS[data].channels, hidden, norm=choose.random() < 0.25),
+        lr=choose.choice([1e-3, 2e-3, 3e-3, 3e-3, 6e-3, 1e-2]),
         weight_decay=choose.choice([0.0, 0.0, 1e-2]),
-        batch_size=choose.choice([32, 64, 128]),
+        batch_size=choose.choice([32, 64, 64, 128]),
         seed=choose.randrange(2**31),
         updates=updates,
         interval=interval,
@@ -75,7 +89,7 @@ def plan_image_run(index: int, choose: random.Random, updates: int, interval: in
 
 def plan_language_run(index: int, choose: random.Random, updates: int, interval: int, texts: list[str]) -> RunPlan:
     """A Llama (most often) or GPT-2 of 1 to 3 layers on one or several texts."""
-    vocab_size = choose.choice([320, 512, 512])
+    vocab_size = choose.choice([512, 512, 1024])
     layers, width = choose.choice([(1, 32), (2, 24), (2, 32), (2, 32), (3, 24), (2, 48), (1, 48)])
     heads = choose.choice([2, 4])
     if choose.random() < 0.7:
@@ -89,9 +103,9 @@ def plan_language_run(index: int, choose: random.Random, updates: int, interval:
         data=",".join(sorted(choose.sample(texts, k=choose.choice([1, 2, 4])))),
         image_size=0,
         architecture=architecture,
-        lr=choose.choice([5e-4, 1e-3, 2e-3, 2e-3, 4e-3]),
+        lr=choose.choice([2e-4, 5e-4, 1e-3, 1e-3, 2e-3, 4e-3]),
         weight_decay=choose.choice([0.0, 0.0, 1e-2, 1e-1]),
-        batch_size=choose.choice([8, 16]),
+        batch_size=choose.choice([8, 8, 16]),
         seed=choose.randrange(2**31),
         updates=updates,
         interval=interval,
@@ -105,7 +119,7 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
     for index in range(args.runs):
         choose = random.Random(f"{args.seed}-{index}")
         if args.family in ("all", "images"):
-            plans.append(plan_image_run(index, choose, args.updates, args.interval))
+            plans.append(plan_image_run(index, choose, args.updates, args.interval, args.images))
         if args.family in ("all", "language"):
             plans.append(plan_language_run(index, choose, args.updates, args.interval, texts))
     return plans
@@ -167,6 +181,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder that receives one folder per run")
     parser.add_argument("--family", choices=["all", "images", "language"], default="all")
+    parser.add_argument(
+        "--images", nargs="+", choices=list(IMAGE_SETS), default=list(IMAGE_SETS), help="what image runs are trained on"
+    )
     parser.add_argument("--runs", type=positive_int, default=20, help="runs per family")
     parser.add_argument("--updates", type=positive_int, default=4000, help="optimizer updates per run")
     parser.add_argument("--interval", type=positive_int, default=25, help="optimizer updates between recorded states")
@@ -176,7 +193,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     needed = []
     if args.family in ("all", "images"):
-        needed += ["cifar10-train.parquet", "mnist-train.parquet"]
+        needed += [f"{name}-train.parquet" for name in args.images]
     if args.family in ("all", "language"):
         needed += ["text/tinyshakespeare.txt"]
     for name in needed:
