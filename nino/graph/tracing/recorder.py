@@ -1,0 +1,239 @@
+"""Records what a model computes: one forward pass, operation by operation, as PyTorch's dispatcher sees it.
+
+At that level every spelling of a model comes down to some hundred basic operations on tensors, so nothing has to be
+known of modules, and whatever runs can be recorded. What depends on weights on the meta device is not computed (only
+its shape is known); what depends on inputs and constants alone always is, so that a model may look at its inputs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nino.errors import GraphError, NinoError
+
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+"""Source lines in these folders are not where a person's model does something."""
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor at one moment: an operation that works in place makes a new value of the same tensor."""
+
+    shape: tuple[int, ...]
+    tensor: Tensor
+    """Kept, so that no other tensor takes its identity; on the meta device if it depends on weights that are."""
+    parameter: str | None = None
+    """Name of the parameter that it is."""
+    is_input: bool = False
+    is_constant: bool = False
+    """Whether it was there before the forward pass and is neither parameter nor input: a buffer, a table."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operation."""
+
+    name: str
+    """Of the operation without its overload, such as ``aten.view``."""
+    function: Any
+    args: tuple[Any, ...]
+    """Tensors are :class:`Value` objects, in lists too."""
+    kwargs: dict[str, Any]
+    outputs: tuple[Value, ...]
+    where: str
+    """Line of the model that asked for it, ``file.py:12``."""
+    is_pointwise: bool
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """All that was given, by the names of the operation's schema."""
+        names = [argument.name for argument in self.function._schema.arguments]
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+    @cached_property
+    def inputs(self) -> list[Value]:
+        """Every value among the arguments."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Value)]
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it changes its first argument."""
+        first = self.function._schema.arguments[:1]
+        return bool(first) and first[0].alias_info is not None and first[0].alias_info.is_write
+
+
+@dataclass
+class Trace:
+    """A recorded forward pass."""
+
+    parameters: dict[str, Value]
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    """What the model hands over and a user of it sees, in order; see :func:`observed`."""
+
+
+def record(model: nn.Module, example_inputs: Any) -> Trace:
+    """Run a model once, in evaluation mode, without gradients, and record it; the model stays as it was.
+
+    Args:
+        model: on any device, ``meta`` included.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments; small is enough.
+
+    Raises:
+        GraphError: if the model does not run on the inputs, naming the operation and the line.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    recorder = _Recorder(model, (args, kwargs))
+    try:
+        with _quiet(model), recorder:
+            output = model(*args, **kwargs)
+    except Exception as error:  # whatever a model's forward may raise
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        line = _line_of(error)
+        raise GraphError(
+            f"{type(model).__name__} cannot be traced: {line} raised {type(error).__name__}: {reason}; give example "
+            "inputs that its forward takes, and real weights if it looks at values that depend on them"
+        ) from error
+    trace = recorder.trace
+    trace.outputs = [recorder.value(tensor) for tensor, _ in observed(output)]
+    if not trace.outputs:
+        raise GraphError(f"{type(model).__name__} returns no floating point tensor, but {type(output).__name__}")
+    return trace
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call.
+
+    Raises:
+        NinoError: if they are none of what is expected.
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise NinoError(
+        f"example_inputs must be a tensor, a tuple or a dict of keyword arguments, got {type(example_inputs).__name__}"
+    )
+
+
+def observed(output: Any) -> Iterator[tuple[Tensor, bool]]:
+    """The floating point tensors of a model's output that must not change, and whether their last axis may move.
+
+    Of an output with logits only these count; a last hidden state lives on the stream, and moves with it.
+    """
+    if isinstance(output, Tensor):
+        if (output.is_floating_point() or output.is_complex()) and output.numel() > 0:
+            yield output, False
+    elif isinstance(output, Mapping):
+        if isinstance(output.get("logits"), Tensor):
+            yield from observed(output["logits"])
+        elif isinstance(output.get("last_hidden_state"), Tensor):
+            yield output["last_hidden_state"], True
+        else:
+            for value in output.values():
+                yield from observed(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from observed(value)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, and no fused operation that hides what it is made of."""
+    training = [module for module in model.modules() if module.training]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for module in training:
+                module.training = True
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operation on tensors while it is entered."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self._values: dict[int, Value] = {}
+        parameters = {}
+        for name, parameter in model.named_parameters():
+            parameters[name] = self._values[id(parameter)] = Value(tuple(parameter.shape), parameter, parameter=name)
+        for tensor in tree_leaves(inputs):
+            if isinstance(tensor, Tensor) and id(tensor) not in self._values:
+                self._values[id(tensor)] = Value(tuple(tensor.shape), tensor, is_input=True)
+        self.trace = Trace(parameters)
+
+    def value(self, tensor: Tensor) -> Value:
+        """The newest value of a tensor; one that no operation made is a constant."""
+        if id(tensor) not in self._values:
+            self._values[id(tensor)] = Value(tuple(tensor.shape), tensor, is_constant=True)
+        return self._values[id(tensor)]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = tree_map(lambda leaf: self.value(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        result = _run(function, args, kwargs)
+        outputs = []
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                value = self._values[id(tensor)] = Value(tuple(tensor.shape), tensor)
+                outputs.append(value)
+        name = function.overloadpacket._qualified_op_name.replace("::", ".")
+        is_pointwise = torch.Tag.pointwise in function.tags
+        call = Call(name, function, *before, tuple(outputs), _where(), is_pointwise)
+        if call.is_in_place and outputs:  # also where a real tensor stands for one on the meta device
+            self._values[id(args[0])] = outputs[0]
+        self.trace.calls.append(call)
+        return result
+
+
+def _run(function: Any, args: Any, kwargs: Any) -> Any:
+    """Call an operation; one that joins real tensors and meta ones only finds out shapes."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if any(tensor.is_meta for tensor in tensors):
+        args, kwargs = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    elif torch.device("meta") == kwargs.get("device"):
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    return function(*args, **kwargs)
+
+
+def _where() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(LIBRARIES):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"
+
+
+def _line_of(error: Exception) -> str:
+    traceback, line = error.__traceback__, "?"
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_filename
+        if not name.startswith(LIBRARIES):
+            line = f"{Path(name).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return line
