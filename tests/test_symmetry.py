@@ -22,6 +22,7 @@ from models import (
     vectors,
 )
 from torch import Tensor, nn
+from wired import WIRED
 
 import nino
 from nino import NeuralGraph
@@ -70,10 +71,10 @@ def snapshots_of(graph: NeuralGraph, context: int = 5) -> list[State]:
     ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_relabelling_leaves_the_output_alone(case: Case) -> None:
     model = case.model().double()
-    graph = NeuralGraph.from_model(model)
+    graph = case.graph(model)
     assert graph.wiring == "exact"
     assert tuple(axis.name for axis in permutable_axes(graph)) == case.permutable  # nothing is pinned
     state = state_of(model, graph)
@@ -88,10 +89,10 @@ def test_relabelling_leaves_the_output_alone(case: Case) -> None:
             assert difference(output_with(model, partly, case.inputs()), before) > 1e-4, (name, parameter)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_the_nowcast_moves_with_the_neurons(case: Case) -> None:
     """Both engines with all axes relabelled at once; each axis alone, to tell which is wrong, with one of them."""
-    graph = NeuralGraph.from_model(case.build())
+    graph = case.graph(case.build())
     caster, snapshots = nowcaster(), snapshots_of(graph)
     moves = relabellings(graph)
     for engine, names in (("blockwise", ["all"]), ("edges", moves)):
@@ -160,10 +161,10 @@ def test_the_official_quirk_breaks_equivariance_over_heads() -> None:
 # check_wiring
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_check_wiring_passes_every_family(case: Case) -> None:
     model = case.build()  # as initialised: zero biases and gains of one must not hide anything
-    report = nino.check_wiring(model, case.inputs(), tolerance=case.tolerance)
+    report = nino.check_wiring(model, case.inputs(), graph=case.graph(model), tolerance=case.tolerance)
     assert report.ok, report.first_failure
     assert report.first_failure is None
     assert tuple(axis.name for axis in report.groups if axis.passed) == case.permutable
