@@ -370,7 +370,9 @@ def test_the_builder_refuses_layouts_that_are_no_view() -> None:
         builder.block("weight", kind, EdgeType.LINEAR, source, other.slots(), layout=layout)
 
     (c,) = other.axes
-    with pytest.raises(nino.GraphError, match=r"stored as c=6 x a=2 x b=3, it cannot be viewed as \[b=3 x a=2, c=6, 1\]"):
+    with pytest.raises(
+        nino.GraphError, match=r"stored as c=6 x a=2 x b=3, it cannot be viewed as \[b=3 x a=2, c=6, 1\]"
+    ):
         block(pairs.slots(b, a), c, a, b)
     with pytest.raises(nino.GraphError, match=r"expected each axis of its sides once, a=2 x b=3 x c=6"):
         block(pairs.slots(), c, a)

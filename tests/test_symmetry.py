@@ -22,7 +22,7 @@ from models import (
     vectors,
 )
 from torch import Tensor, nn
-from wired import WIRED
+from wired import HEADS, WIRED, wire_fused_by_head
 
 import nino
 from nino import NeuralGraph
@@ -373,6 +373,35 @@ def test_group_normalisation_that_is_ignored() -> None:
     builder.fan_out("4.bias", outputs, EdgeType.BIAS)
     report = nino.check_wiring(model, images(), graph=builder.finish("test", "exact"), tolerance=1e-10)
     assert [axis.name for axis in report.groups if axis.passed is False] == ["channels"]
+
+
+def test_fused_rows_in_another_order() -> None:
+    """Stored head by head, but wired as if all queries came first, then all keys, then all values."""
+
+    def wire(builder: GraphBuilder) -> None:
+        wire_fused_by_head(builder, lambda head, part: part * HEADS + head)
+
+    case = replace(next(case for case in WIRED if case.name == "fused_by_head"), wire=wire)
+    model = case.model()
+    report = nino.check_wiring(model, case.inputs(), graph=case.graph(model), tolerance=1e-10)
+    assert [axis.name for axis in report.groups if axis.passed is False] == ["head", "dim", "value_dim"]
+
+
+def test_parts_of_a_group_correspond_by_what_they_carry() -> None:
+    """Gates and values of channel group 0 take the place of those of group 1, in whatever order they were wired."""
+    case = next(case for case in WIRED if case.name == "grouped")
+    model = case.model()
+    graph = case.graph(model)
+    late = [block for block in graph.blocks if any(index == 1 for _, index in block.target.fixed)]
+    early = [block for block in graph.blocks if block not in late]
+    graph = replace(graph, blocks=(*early, *late[::-1]))
+    report = nino.check_wiring(model, case.inputs(), graph=graph, tolerance=1e-10)
+    assert report.ok, report.first_failure
+
+    without = replace(graph, blocks=graph.blocks[:-1])
+    with pytest.raises(nino.GraphError, match=r"wire every index of the axis alike") as caught:
+        nino.check_wiring(model, case.inputs(), graph=without)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_head_is_relabelled_for_itself() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from models import Case, images, sequences, vectors
@@ -92,7 +94,9 @@ class Grouped(nn.Module):
 def wire_grouped(builder: GraphBuilder) -> None:
     inputs, outputs = fixed_group(builder, "inputs", 3), fixed_group(builder, "outputs", 3)
     g = builder.axis("g", 2)
-    a, b, c = (builder.group(name, g, builder.axis(name, size, within=g)) for name, size in zip("abc", (3, 4, 3)))
+    a, b, c = (
+        builder.group(name, g, builder.axis(name, size, within=g)) for name, size in (("a", 3), ("b", 4), ("c", 3))
+    )
     builder.dense("first.weight", inputs, a, EdgeType.CONV)
     builder.fan_out("first.bias", a, EdgeType.BIAS)
     mixed = builder.group("mixed", *a.axes)
@@ -128,7 +132,12 @@ class FusedByHead(nn.Module):
         return self.head(x + self.output(attended.transpose(1, 2).flatten(2)))
 
 
-def wire_fused_by_head(builder: GraphBuilder) -> None:
+def rows_by_head(head: int, part: int) -> int:
+    """Which of the pieces of DIM rows is a part (queries, keys, values) of a head."""
+    return 3 * head + part
+
+
+def wire_fused_by_head(builder: GraphBuilder, piece: Callable[[int, int], int] = rows_by_head) -> None:
     inputs, outputs = fixed_group(builder, "inputs", 5), fixed_group(builder, "outputs", 3)
     stream, head = builder.axis("stream", 6), builder.axis("head", HEADS)
     dim, value_dim = builder.axis("dim", DIM, within=head), builder.axis("value_dim", DIM, within=head)
@@ -139,7 +148,7 @@ def wire_fused_by_head(builder: GraphBuilder) -> None:
     wire_linear(builder, "embed", inputs, before)
     for h in range(HEADS):
         for index, edge_type in enumerate((EdgeType.QUERY, EdgeType.KEY, EdgeType.VALUE)):
-            target, rows = parts[index].slots(fixed={head: h}), (0, (3 * h + index) * DIM, DIM)
+            target, rows = parts[index].slots(fixed={head: h}), (0, piece(h, index) * DIM, DIM)
             builder.dense("fused.weight", before, target, edge_type, narrow=rows)
             builder.fan_out("fused.bias", target, EdgeType.BIAS, node=nodes[index], narrow=rows)
     builder.dense("output.weight", parts[2], after)
@@ -148,7 +157,7 @@ def wire_fused_by_head(builder: GraphBuilder) -> None:
 
 
 class Quarters(nn.Module):
-    """One parameter from two groups to two others, stored ``[outputs, kernel, inputs]``: four parts of it are blocks."""
+    """One parameter from two groups to two others, stored ``[outputs, kernel, inputs]``: its quarters are blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +173,9 @@ class Quarters(nn.Module):
 
 def wire_quarters(builder: GraphBuilder) -> None:
     inputs, outputs = fixed_group(builder, "inputs", 3), fixed_group(builder, "outputs", 3)
-    a, b, c, d = (builder.group(name, builder.axis(name, size)) for name, size in zip("abcd", (2, 4, 3, 5)))
+    a, b, c, d = (
+        builder.group(name, builder.axis(name, size)) for name, size in (("a", 2), ("b", 4), ("c", 3), ("d", 5))
+    )
     kernel = builder.axis("kernel", 2, permutable=False)
     wire_linear(builder, "a", inputs, a)
     wire_linear(builder, "b", inputs, b)
