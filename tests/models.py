@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nino import NeuralGraph
+from nino.graph.builder import GraphBuilder
+
 VOCABULARY = 11
 
 
@@ -23,10 +26,20 @@ class Case:
     permutable: tuple[str, ...]
     tolerance: float = 1e-10
     """Of its float64 output; the RMS norms of the Llama line compute in float32."""
+    wire: Callable[[GraphBuilder], None] | None = None
+    """Wires it by hand, if no family does."""
 
     def model(self, seed: int = 0) -> nn.Module:
         """In evaluation mode, with every parameter drawn at random: no zero biases, no gains of one."""
         return randomised(self.build(), seed)
+
+    def graph(self, model: nn.Module) -> NeuralGraph:
+        """The exact graph of the model."""
+        if self.wire is None:
+            return NeuralGraph.from_model(model)
+        builder = GraphBuilder(model)
+        self.wire(builder)
+        return builder.finish(self.name, "exact")
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

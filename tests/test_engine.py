@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import CASES, VOCABULARY, Case
 from torch import Tensor, nn
+from wired import WIRED
 
 from nino import NeuralGraph, Nowcaster
 from nino.engine import fusion, hardware, kernels, predict_blockwise, predict_edgewise
@@ -261,9 +262,9 @@ def test_bfloat16_products_stay_near_the_definition(
     assert _relative_error(found, _edgewise(network, graph, snapshots, horizon), floor=0.05) <= BFLOAT16_TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_every_family(case: Case) -> None:
-    graph = NeuralGraph.from_model(case.build())
+    graph = case.graph(case.build())
     config = NowcasterConfig(hidden=8, max_horizon=6, num_words=VOCABULARY + 1)
     network = _random_network(config, 0, torch.float64)
     snapshots = _random_snapshots(graph, config.context, 0, torch.float64)

@@ -10,9 +10,12 @@ import pytest
 import torch
 from models import CASES, Case, flat_cnn, gpt2, group_norm_cnn, llama
 from torch import Tensor, nn
+from wired import WIRED
 
 from nino import NeuralGraph
-from nino.graph.positions import _basis
+from nino.graph import EdgeType
+from nino.graph.builder import GraphBuilder
+from nino.graph.positions import _basis, quotient_adjacency
 
 
 def dense_laplacian(graph: NeuralGraph) -> Tensor:
@@ -61,14 +64,15 @@ def smooth_modes(graph: NeuralGraph, num_features: int = 8) -> Tensor:
     return out
 
 
-GRAPHS = [(case, "exact") for case in CASES]
+GRAPHS = [(case, "exact") for case in [*CASES, *WIRED]]
 OFFICIAL = ("mlp", "flat_cnn", "batch_norm_cnn", "prelu_cnn", "gpt2")
 GRAPHS += [(case, "official") for case in CASES if case.name in OFFICIAL]
 
 
 @pytest.mark.parametrize(("case", "wiring"), GRAPHS, ids=lambda value: getattr(value, "name", value))
 def test_positions_are_the_smooth_eigenvectors(case: Case, wiring: str) -> None:
-    graph = NeuralGraph.from_model(case.build(), wiring)
+    model = case.build()
+    graph = NeuralGraph.from_model(model, wiring) if wiring == "official" else case.graph(model)
     positions = graph.positions()
     assert positions.shape == (graph.num_nodes, 8)
     assert positions.dtype == torch.float32
@@ -103,6 +107,20 @@ def test_a_path_worked_out_by_hand() -> None:
     expected[:, 0] = torch.tensor([1, -1]) / 2**0.5
     assert torch.allclose(graph.positions(), expected)
     assert graph.positions(num_features=3).shape == (2, 3)
+
+
+def test_parts_of_a_group_that_read_each_other() -> None:
+    """A grouped layer from neurons to themselves: both directions, and a neuron is its own neighbour once."""
+    builder = GraphBuilder(nn.Conv1d(6, 6, 1, groups=2))
+    g = builder.axis("g", 2)
+    neurons = builder.group("neurons", g, builder.axis("i", 3))
+    builder.fan_out("bias", neurons, EdgeType.BIAS)
+    for source, target in ((0, 1), (1, 0)):
+        ends = neurons.slots(fixed={g: source}), neurons.slots(fixed={g: target})
+        builder.dense("weight", *ends, narrow=(0, 3 * target, 3))
+    graph = builder.finish("test", "exact")
+    assert quotient_adjacency(graph).diagonal().tolist() == [4, 1]  # the three of the other part, and itself
+    assert torch.allclose(graph.positions(), smooth_modes(graph), atol=1e-6)
 
 
 def test_small_quotients_are_filled_up_with_zeros() -> None:

@@ -20,10 +20,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from wired import WIRED
 
 import nino
 from nino import CheckpointError, NinoError, NowcastOptimizer
-from nino.graph.rows import Rows, num_edges_at, place_of, view_rows
+from nino.graph import BlockKind, EdgeBlock, EdgeType
+from nino.graph.builder import GraphBuilder
+from nino.graph.rows import Place, Rows, num_edges_at, place_of, view_rows, whole_place
 from nino.history import SnapshotStore
 from nino.saving import discard_saved
 from nino.session import NowcastSession
@@ -43,12 +46,12 @@ def process_group() -> Iterator[None]:
 # Rows
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_rows_of_a_parameter_are_a_part_of_each_block(case: Case) -> None:
     """Whatever the layout: the rows' view is the piece of the whole view at the rows' place."""
     model = case.model()
     for wiring in ("exact", "official") if case.name in ("gpt2", "pooled_cnn") else ("exact",):
-        graph = nino.NeuralGraph.from_model(model, wiring)
+        graph = nino.NeuralGraph.from_model(model, wiring) if wiring == "official" else case.graph(model)
         values = {name: torch.randn(shape) for name, shape in graph.shapes.items()}
         seen = dict.fromkeys(graph.shapes, 0)
         for block in graph.parameter_blocks:
@@ -98,7 +101,7 @@ class Summing(Share):
     """Adds up over threads."""
 
     def __init__(self, number: int) -> None:
-        self.barrier = threading.Barrier(number)
+        self.barrier = threading.Barrier(number, timeout=60)
         self.given: dict[int, Tensor] = {}
 
     def add_(self, sums: Tensor) -> Tensor:
@@ -131,6 +134,75 @@ def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
     for scaler in found.values():
         torch.testing.assert_close(scaler.std, expected.std, rtol=2e-6, atol=0)  # 0 stays exactly 0
         torch.testing.assert_close(scaler.mean, expected.mean, rtol=1e-7, atol=0)
+
+
+class OwnRows(Summing):
+    """One of several threads, each with a range of the rows of every parameter."""
+
+    def __init__(self, sums: Summing, rank: int, graph: nino.NeuralGraph) -> None:
+        self.sums, self.rank, self.shapes = sums, rank, graph.shapes
+
+    def held_rows(self, name: str, shape: tuple[int, ...]) -> Rows:
+        total = Rows.all_of(shape).total
+        cuts = [total * part // (2 * NUMBER) for part in (2 * self.rank, 2 * self.rank + 2)]  # as even as may be
+        return Rows(*cuts, total)
+
+    own_rows = held_rows
+
+    def place(self, block: EdgeBlock) -> Place:
+        if block.parameter is None:
+            targets, sources = whole_place(block)
+            return (targets if self.rank == 0 else slice(0, 0)), sources
+        return place_of(block, self.held_rows(block.parameter, self.shapes[block.parameter]))
+
+    def add_(self, sums: Tensor) -> Tensor:
+        return self.sums.add_(sums)
+
+
+NUMBER = 3
+
+
+@pytest.mark.parametrize("case", WIRED, ids=lambda case: case.name)
+def test_rows_of_hand_made_blocks_are_predicted_as_the_whole(case: Case) -> None:
+    """Blocks that carry a part of the rows, of which a process may have some, all or none."""
+    graph, caster = case.graph(case.build()), tiny_nowcaster()
+    context = caster.config.context
+    generator = torch.Generator().manual_seed(0)
+    snapshots = [
+        {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in graph.shapes.items()}
+        for _ in range(context)
+    ]
+    expected = caster.predict(snapshots, 1, graph, dtype=torch.float64)
+    sums, found = Summing(NUMBER), {}
+
+    def work(rank: int) -> None:
+        share = OwnRows(sums, rank, graph)
+        rows = {name: share.held_rows(name, shape) for name, shape in graph.shapes.items()}
+        own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
+        found[rank] = {name: tensor.clone() for name, tensor in own[-1].items()}
+        caster.predict_(found[rank], own, 1, graph, dtype=torch.float64, share=share)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(NUMBER)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, tensor in expected.items():
+        whole = torch.cat([found[rank][name] for rank in range(NUMBER)])
+        change = (tensor - snapshots[-1][name]).abs().max()
+        assert (whole - tensor).abs().max() <= 1e-9 * change, name
+
+
+def test_positions_of_a_kernel_cannot_be_divided() -> None:
+    builder = GraphBuilder(nn.Conv1d(4, 3, 2, bias=False))  # [3, 4, 2], of which the 3 are taken for the kernel
+    ends = [builder.group(name, builder.axis(name, size)).slots() for name, size in (("a", 4), ("b", 2))]
+    kernel = builder.axis("kernel", 3, permutable=False)
+    layout = (kernel, *ends[0].axes, *ends[1].axes)
+    builder.block("weight", BlockKind.DENSE, EdgeType.CONV, *ends, layout=layout)
+    (block,) = builder.finish("test", "exact").blocks
+    assert place_of(block, Rows(0, 3, 3)) == whole_place(block)
+    with pytest.raises(nino.GraphError, match="its rows are kernel, which are neither sources nor targets"):
+        place_of(block, Rows(0, 2, 3))
 
 
 # Sharded models

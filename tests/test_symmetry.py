@@ -22,6 +22,7 @@ from models import (
     vectors,
 )
 from torch import Tensor, nn
+from wired import HEADS, WIRED, wire_fused_by_head
 
 import nino
 from nino import NeuralGraph
@@ -70,10 +71,10 @@ def snapshots_of(graph: NeuralGraph, context: int = 5) -> list[State]:
     ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_relabelling_leaves_the_output_alone(case: Case) -> None:
     model = case.model().double()
-    graph = NeuralGraph.from_model(model)
+    graph = case.graph(model)
     assert graph.wiring == "exact"
     assert tuple(axis.name for axis in permutable_axes(graph)) == case.permutable  # nothing is pinned
     state = state_of(model, graph)
@@ -88,10 +89,10 @@ def test_relabelling_leaves_the_output_alone(case: Case) -> None:
             assert difference(output_with(model, partly, case.inputs()), before) > 1e-4, (name, parameter)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_the_nowcast_moves_with_the_neurons(case: Case) -> None:
     """Both engines with all axes relabelled at once; each axis alone, to tell which is wrong, with one of them."""
-    graph = NeuralGraph.from_model(case.build())
+    graph = case.graph(case.build())
     caster, snapshots = nowcaster(), snapshots_of(graph)
     moves = relabellings(graph)
     for engine, names in (("blockwise", ["all"]), ("edges", moves)):
@@ -160,10 +161,10 @@ def test_the_official_quirk_breaks_equivariance_over_heads() -> None:
 # check_wiring
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_check_wiring_passes_every_family(case: Case) -> None:
     model = case.build()  # as initialised: zero biases and gains of one must not hide anything
-    report = nino.check_wiring(model, case.inputs(), tolerance=case.tolerance)
+    report = nino.check_wiring(model, case.inputs(), graph=case.graph(model), tolerance=case.tolerance)
     assert report.ok, report.first_failure
     assert report.first_failure is None
     assert tuple(axis.name for axis in report.groups if axis.passed) == case.permutable
@@ -372,6 +373,35 @@ def test_group_normalisation_that_is_ignored() -> None:
     builder.fan_out("4.bias", outputs, EdgeType.BIAS)
     report = nino.check_wiring(model, images(), graph=builder.finish("test", "exact"), tolerance=1e-10)
     assert [axis.name for axis in report.groups if axis.passed is False] == ["channels"]
+
+
+def test_fused_rows_in_another_order() -> None:
+    """Stored head by head, but wired as if all queries came first, then all keys, then all values."""
+
+    def wire(builder: GraphBuilder) -> None:
+        wire_fused_by_head(builder, lambda head, part: part * HEADS + head)
+
+    case = replace(next(case for case in WIRED if case.name == "fused_by_head"), wire=wire)
+    model = case.model()
+    report = nino.check_wiring(model, case.inputs(), graph=case.graph(model), tolerance=1e-10)
+    assert [axis.name for axis in report.groups if axis.passed is False] == ["head", "dim", "value_dim"]
+
+
+def test_parts_of_a_group_correspond_by_what_they_carry() -> None:
+    """Gates and values of channel group 0 take the place of those of group 1, in whatever order they were wired."""
+    case = next(case for case in WIRED if case.name == "grouped")
+    model = case.model()
+    graph = case.graph(model)
+    late = [block for block in graph.blocks if any(index == 1 for _, index in block.target.fixed)]
+    early = [block for block in graph.blocks if block not in late]
+    graph = replace(graph, blocks=(*early, *late[::-1]))
+    report = nino.check_wiring(model, case.inputs(), graph=graph, tolerance=1e-10)
+    assert report.ok, report.first_failure
+
+    without = replace(graph, blocks=graph.blocks[:-1])
+    with pytest.raises(nino.GraphError, match=r"wire every index of the axis alike") as caught:
+        nino.check_wiring(model, case.inputs(), graph=without)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_head_is_relabelled_for_itself() -> None:

@@ -1,19 +1,21 @@
 """Builds a :class:`NeuralGraph` in forward order from named groups; family files use nothing else.
 
 The builder knows the shapes of the model's parameters, ticks off each element that is wired, and refuses to finish
-while one is missing. It never touches values.
+while one is missing. It never touches values. :meth:`GraphBuilder.block` adds any block; ``dense``, ``diagonal`` and
+``fan_out`` know how the usual layers store theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import nn
 
 from nino.errors import GraphError
-from nino.graph.ir import MAX_FEATURES, Axis, BlockKind, EdgeBlock, EdgeType, NeuralGraph, NeuronGroup, Slots
+from nino.graph.ir import MAX_FEATURES, Axis, BlockKind, EdgeBlock, EdgeType, Narrow, NeuralGraph, NeuronGroup, Slots
 
 Side = NeuronGroup | Slots
 
@@ -35,8 +37,7 @@ class GraphBuilder:
         self._groups: dict[str, NeuronGroup] = {}
         self._axes: dict[str, Axis] = {}
         self._blocks: list[EdgeBlock] = []
-        self._wired: dict[str, int] = {}
-        self._parts: dict[str, list[tuple[int, int, int]]] = {}
+        self._parts: dict[str, list[list[range]]] = {}
 
     def __contains__(self, parameter: str) -> bool:
         return parameter in self.shapes
@@ -46,10 +47,10 @@ class GraphBuilder:
         self.shapes = {name: shape for name, shape in self.shapes.items() if name not in parameters}
 
     def axis(self, name: str, size: int, *, permutable: bool = True, within: Axis | None = None) -> Axis:
-        """Name a new axis."""
+        """Name a new axis; :meth:`Axis.twin` gives the other side's name for it."""
         if name in self._axes:
             raise GraphError(f"axis {name!r} exists already; every axis needs a name of its own")
-        self._axes[name] = Axis(name, size, permutable, within)
+        self._axes[name] = Axis(name, size, permutable, within and within.root)
         return self._axes[name]
 
     def group(self, name: str, *axes: Axis, is_words: bool = False) -> NeuronGroup:
@@ -67,9 +68,11 @@ class GraphBuilder:
         edge_type: EdgeType = EdgeType.LINEAR,
         *,
         source_first: bool = False,
-        narrow: tuple[int, int, int] | None = None,
+        narrow: Narrow | tuple[Narrow, ...] = (),
     ) -> None:
         """Connect every source slot to every target slot by a weight.
+
+        Where both sides have the same axis, the source's slots get its twin.
 
         Args:
             parameter: its name; stored as ``[target, source, *kernel]``, as in ``nn.Linear`` and ``nn.Conv2d``.
@@ -77,16 +80,32 @@ class GraphBuilder:
             target: the neurons that it feeds.
             edge_type: a row of the network's table.
             source_first: the parameter is stored as ``[source, target, *kernel]`` instead (``nn.Embedding``, GPT-2).
-            narrow: ``(dim, start, length)`` if only a part of the parameter is meant.
+            narrow: ``(dim, start, length)`` if only a part of the parameter is meant; several, of one dimension each.
+
+        Example:
+            >>> builder = GraphBuilder(nn.RNNCell(3, 4))
+            >>> hidden = builder.group("hidden", builder.axis("hidden", 4))
+            >>> builder.dense("weight_hh", hidden, hidden)
         """
         source, target = _slots(source), _slots(target)
-        sides = source.axes + target.axes if source_first else target.axes + source.axes
-        self._add_parameter(parameter, BlockKind.DENSE, edge_type, source, target, sides, narrow)
+        source = replace(source, axes=tuple(axis.twin() if axis in target.axes else axis for axis in source.axes))
+        first, second = (source, target) if source_first else (target, source)
+        layout = self._layout(parameter, [first, second], source, target, narrow)
+        self.block(parameter, BlockKind.DENSE, edge_type, source, target, layout=layout, narrow=narrow)
 
-    def diagonal(self, parameter: str, source: Side, target: Side, edge_type: EdgeType) -> None:
+    def diagonal(
+        self,
+        parameter: str,
+        source: Side,
+        target: Side,
+        edge_type: EdgeType,
+        *,
+        narrow: Narrow | tuple[Narrow, ...] = (),
+    ) -> None:
         """Connect source slot i to target slot i by a parameter stored as ``[slots, *kernel]``."""
         source, target = _slots(source), _slots(target)
-        self._add_parameter(parameter, BlockKind.DIAGONAL, edge_type, source, target, target.axes, None)
+        layout = self._layout(parameter, [target], source, target, narrow)
+        self.block(parameter, BlockKind.DIAGONAL, edge_type, source, target, layout=layout, narrow=narrow)
 
     def fan_out(
         self,
@@ -95,13 +114,16 @@ class GraphBuilder:
         edge_type: EdgeType,
         *,
         node: NeuronGroup | None = None,
-        narrow: tuple[int, int, int] | None = None,
+        narrow: Narrow | tuple[Narrow, ...] = (),
     ) -> None:
-        """Connect one node (by default a new one, named after the parameter) to every target slot: a bias, a gain."""
+        """Connect one node (by default a new one, named after the parameter) to every target slot: a bias, a gain.
+
+        Parts of one parameter that lead to parts of one group need the same node, or the neurons are no longer alike.
+        """
         target = _slots(target)
-        node = node or self.group(f"{parameter}.node")
-        source = node.slots(*target.axes) if target.axes else node.slots()
-        self._add_parameter(parameter, BlockKind.FAN_OUT, edge_type, source, target, target.axes, narrow)
+        source = Slots(node or self.group(f"{parameter}.node"), target.axes, target.fixed)
+        layout = self._layout(parameter, [target], source, target, narrow)
+        self.block(parameter, BlockKind.FAN_OUT, edge_type, source, target, layout=layout, narrow=narrow)
 
     def optional_fan_out(self, parameter: str, target: Side, edge_type: EdgeType) -> None:
         """:meth:`fan_out` if the model has the parameter (a layer's bias, say)."""
@@ -112,7 +134,77 @@ class GraphBuilder:
         """Wire a single number that acts on every target slot: one edge into a hub node that is joined to them all."""
         hub = self.group(f"{parameter}.hub")
         self.fan_out(parameter, hub, EdgeType.BIAS)
-        self.connect(f"{parameter}.reach", hub.slots(*_slots(target).axes), target, EdgeType.HEAD)
+        target = _slots(target)
+        self.connect(f"{parameter}.reach", Slots(hub, target.axes, target.fixed), target, EdgeType.HEAD)
+
+    def block(
+        self,
+        parameter: str,
+        kind: BlockKind,
+        edge_type: EdgeType,
+        source: Slots,
+        target: Slots,
+        *,
+        layout: tuple[Axis, ...],
+        narrow: Narrow | tuple[Narrow, ...] = (),
+    ) -> None:
+        """Add the edges of a parameter, or of a part of it, however it is stored.
+
+        Args:
+            parameter: its name.
+            kind: how the slots of the two sides meet.
+            edge_type: a row of the network's table.
+            source: the neurons that it reads.
+            target: the neurons that it feeds.
+            layout: the axes of the part in storage order, every dimension split as far as needed. An axis that both
+                sides have is there twice, once as a twin. Axes that are on neither side are those of the kernel: an
+                edge carries all their positions, and where there are more than 9, parallel blocks carry 9 each.
+            narrow: ``(dim, start, length)`` if only a part of the parameter is meant; several, of one dimension each.
+
+        Raises:
+            GraphError: if the layout is not that of the part, cannot be viewed as ``[source, target, feature]`` without
+                copying, or some elements are wired already.
+
+        Example:
+            A convolution in two groups, ``[2 * 4, 3, 5]``: group 1 reads channels ``(1, i)`` and feeds ``(1, o)``.
+
+            >>> builder = GraphBuilder(nn.Conv1d(6, 8, 5, groups=2, bias=False))
+            >>> g, i, o = builder.axis("g", 2), builder.axis("i", 3), builder.axis("o", 4)
+            >>> k = builder.axis("k", 5, permutable=False)
+            >>> reads, feeds = builder.group("reads", g, i), builder.group("feeds", g, o)
+            >>> for j in range(2):
+            ...     source, target = reads.slots(fixed={g: j}), feeds.slots(fixed={g: j})
+            ...     builder.block(
+            ...         "weight", BlockKind.DENSE, EdgeType.CONV, source, target, layout=(o, i, k), narrow=(0, 4 * j, 4)
+            ...     )
+            >>> [block.num_edges for block in builder.finish("example", "exact").blocks]
+            [12, 12]
+        """
+        box = self._box(parameter, narrow)
+        features = _feature_axes(parameter, kind, source, target, layout)
+        num_positions = prod(axis.size for axis in features)
+        for start in range(0, num_positions, MAX_FEATURES):
+            block = EdgeBlock(
+                name=parameter,
+                kind=kind,
+                type=edge_type,
+                source=source,
+                target=target,
+                parameter=parameter,
+                layout=layout,
+                narrow=_several(narrow),
+                features=(start, min(start + MAX_FEATURES, num_positions)),
+            )
+            try:
+                block.view(torch.empty(self.shapes[parameter], device="meta"))
+            except RuntimeError as error:
+                raise GraphError(
+                    f"{parameter}: stored as {_names(layout)}, it cannot be viewed as [{_names(source.axes)}, "
+                    f"{_names(target.axes)}, {_names(features)}] without copying; name the axes of a side in the order "
+                    "in which they are stored, or wire it in parts"
+                ) from error
+            self._blocks.append(block)
+        self._tick_off(parameter, box)
 
     def connect(self, name: str, source: Side, target: Side, edge_type: EdgeType) -> None:
         """Add an auxiliary diagonal block (a residual connection, membership of a head)."""
@@ -127,10 +219,11 @@ class GraphBuilder:
         Raises:
             GraphError: naming the parameters of which some elements are on no edge, or on several.
         """
+        counts = {name: sum(prod(map(len, box)) for box in self._parts.get(name, [])) for name in self.shapes}
         wrong = [
-            f"{name} ({self._wired.get(name, 0)} of {prod(shape)} elements)"
+            f"{name} ({counts[name]} of {prod(shape)} elements)"
             for name, shape in self.shapes.items()
-            if self._wired.get(name, 0) != prod(shape)
+            if counts[name] != prod(shape)
         ]
         if wrong:
             raise GraphError(
@@ -139,66 +232,102 @@ class GraphBuilder:
             )
         return NeuralGraph(tuple(self._groups.values()), tuple(self._blocks), self.shapes, wiring, family)
 
-    def _add_parameter(
-        self,
-        parameter: str,
-        kind: BlockKind,
-        edge_type: EdgeType,
-        source: Slots,
-        target: Slots,
-        sides: tuple[Axis, ...],
-        narrow: tuple[int, int, int] | None,
-    ) -> None:
+    def _box(self, parameter: str, narrow: Narrow | tuple[Narrow, ...]) -> list[range]:
+        """The part of a parameter that is meant: of every dimension a range of indices."""
         if parameter not in self.shapes:
             raise GraphError(f"the model has no parameter {parameter!r}; its wiring expects one")
-        if len(set(sides)) < len(sides):
-            raise GraphError(
-                f"{parameter}: joins an axis of {source.group.name} to itself; its two sides need their own"
-            )
-        part = list(self.shapes[parameter])
-        if narrow is not None:
-            part[narrow[0]] = narrow[2]
-        kernel = _kernel_shape(part, prod(axis.size for axis in sides))
+        shape = self.shapes[parameter]
+        box = [range(size) for size in shape]
+        dims = [dim for dim, _, _ in _several(narrow)]
+        for dim, start, length in _several(narrow):
+            if (
+                not 0 <= dim < len(shape)
+                or dims.count(dim) > 1
+                or start < 0
+                or length < 1
+                or start + length > shape[dim]
+            ):
+                raise GraphError(
+                    f"{parameter}: narrow={narrow} does not fit its shape {shape}; expected (dim, start, length), or "
+                    "several, each within a dimension of its own"
+                )
+            box[dim] = range(start, start + length)
+        return box
+
+    def _layout(
+        self,
+        parameter: str,
+        stored: Sequence[Slots],
+        source: Slots,
+        target: Slots,
+        narrow: Narrow | tuple[Narrow, ...],
+    ) -> tuple[Axis, ...]:
+        """The axes of a parameter that is stored as those of some slots, each in dimensions of their own; a kernel."""
+        part = [len(indices) for indices in self._box(parameter, narrow)]
+        kernel: list[int] | None = part
+        for slots in stored:
+            kernel = _following(kernel, slots.size)
         if kernel is None:
             raise GraphError(
                 f"{parameter}: shape {tuple(part)} does not join {source.group.name} ({source.size}) and "
-                f"{target.group.name} ({target.size})"
+                f"{target.group.name} ({target.size}); expected the dimensions of "
+                f"{', '.join(slots.group.name for slots in stored)} in this order, and a kernel's"
             )
-        kernel_axes = tuple(
+        kernel_axes = [
             Axis(f"{parameter}.kernel.{dim}", size, permutable=False) for dim, size in enumerate(kernel) if size > 1
-        )
-        num_positions = prod(kernel)
-        for start in range(0, num_positions, MAX_FEATURES):
-            block = EdgeBlock(
-                name=parameter,
-                kind=kind,
-                type=edge_type,
-                source=source,
-                target=target,
-                parameter=parameter,
-                layout=sides + kernel_axes,
-                narrow=narrow,
-                features=(start, min(start + MAX_FEATURES, num_positions)),
-            )
-            block.view(torch.empty(self.shapes[parameter], device="meta"))  # refuses axes in the wrong order
-            self._blocks.append(block)
-        self._tick_off(parameter, prod(part), narrow)
+        ]
+        return (*(axis for slots in stored for axis in slots.axes), *kernel_axes)
 
-    def _tick_off(self, parameter: str, num_elements: int, narrow: tuple[int, int, int] | None) -> None:
-        dim, start, length = narrow or (0, 0, prod(self.shapes[parameter]))
-        for other_dim, other_start, other_length in self._parts.get(parameter, []):
-            if dim != other_dim or (start < other_start + other_length and other_start < start + length):
+    def _tick_off(self, parameter: str, box: list[range]) -> None:
+        for other in self._parts.get(parameter, []):
+            if all(a.start < b.stop and b.start < a.stop for a, b in zip(box, other, strict=True)):
                 raise GraphError(f"{parameter}: some of its elements are wired twice")
-        self._parts.setdefault(parameter, []).append((dim, start, length))
-        self._wired[parameter] = self._wired.get(parameter, 0) + num_elements
+        self._parts.setdefault(parameter, []).append(box)
 
 
-def _kernel_shape(shape: list[int], num_slots: int) -> list[int] | None:
-    """The dimensions that follow those which the neurons fill; ``None`` if the neurons do not fill whole ones."""
-    for dim in range(len(shape) + 1):
-        if prod(shape[:dim]) == num_slots:
-            return shape[dim:]
-    return None
+def _several(narrow: Narrow | tuple[Narrow, ...]) -> tuple[Narrow, ...]:
+    """As the blocks hold it: any number of ranges, by dimension."""
+    if narrow and isinstance(narrow[0], int):
+        return (narrow,)
+    return tuple(sorted(narrow))
+
+
+def _feature_axes(
+    parameter: str, kind: BlockKind, source: Slots, target: Slots, layout: tuple[Axis, ...]
+) -> tuple[Axis, ...]:
+    """The axes of a layout that are on neither side, once it is clear that the others are there as they should be."""
+    if kind is not BlockKind.DENSE and source.size != target.size:
+        raise GraphError(f"{parameter}: {source.size} source slots cannot pair with {target.size} target slots")
+    sides = (*source.axes, *target.axes) if kind is BlockKind.DENSE else target.axes
+    if len(set(sides)) < len(sides):
+        raise GraphError(
+            f"{parameter}: {source.group.name} and {target.group.name} share an axis of {_names(sides)}; let one of "
+            "them have its twin"
+        )
+    if not {*sides} <= {*layout} or len({*layout}) < len(layout):
+        raise GraphError(
+            f"{parameter}: its layout is {_names(layout)}; expected each axis of its sides once, {_names(sides)}, and "
+            "those of its kernel"
+        )
+    features = tuple(axis for axis in layout if axis not in sides)
+    movable = [axis for axis in features if axis.permutable and axis.size > 1]
+    if movable:
+        raise GraphError(
+            f"{parameter}: {_names(movable)} is on neither side, so it is part of the kernel, but may be relabelled; "
+            "expected permutable=False"
+        )
+    return features
+
+
+def _names(axes: Iterable[Axis]) -> str:
+    return " x ".join(f"{axis.name}={axis.size}" for axis in axes) or "1"
+
+
+def _following(shape: list[int] | None, num_slots: int) -> list[int] | None:
+    """The dimensions that follow those which some slots fill; ``None`` if the slots do not fill whole ones."""
+    if shape is None:
+        return None
+    return next((shape[dim:] for dim in range(len(shape) + 1) if prod(shape[:dim]) == num_slots), None)
 
 
 def _slots(side: Side) -> Slots:

@@ -10,15 +10,19 @@ Two ideas carry the file:
 - An :class:`Axis` is a set of things that can be relabelled together: the channels of the residual stream, the heads
   of an attention layer. A :class:`NeuronGroup` is a product of axes, and one axis may occur in many groups (all
   stream groups share the stream's axis). So the axes *are* the permutation symmetries of the model.
+  Where both sides of a block have the same axis (``weight_hh`` of a recurrent cell, ``[h, h]``), one side names its
+  *twin*, so that rows and columns can be told apart and still move together.
 - :class:`Slots` address the neurons of a group as one side of a block. They may name more axes than the group has:
   the neuron is then repeated along them. ``o_proj`` of grouped-query attention reads value neurons ``(kv, dim)``
-  through slots ``(kv, query, dim)``, once per query head of the group.
+  through slots ``(kv, query, dim)``, once per query head of the group. They may also hold axes *fixed* at one index
+  and so address a part of the group: a grouped convolution is one block per group of channels ``(g, i)``, with
+  ``g`` fixed and the slots ``(i,)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from math import prod
 from typing import TYPE_CHECKING
@@ -31,6 +35,8 @@ from nino.errors import GraphError
 if TYPE_CHECKING:
     from nino.graph.edge_list import EdgeList
 
+Narrow = tuple[int, int, int]
+"""``(dim, start, length)``: a range of indices of one dimension of a parameter."""
 MAX_FEATURES = 9
 """Parameter elements that one edge can carry (a 3 x 3 kernel)."""
 
@@ -77,6 +83,23 @@ class Axis:
     """Whether relabelling leaves the model's function unchanged; words, pixels and rotary dimensions do not."""
     within: Axis | None = None
     """An outer axis: this one is relabelled separately for every index of it."""
+    twin_of: Axis | None = None
+    """The axis that this one is the same as; it is relabelled as that one is. Made by :meth:`twin`."""
+
+    @property
+    def root(self) -> Axis:
+        """The axis that groups and relabellings know: itself, or what it is a twin of."""
+        return self if self.twin_of is None else self.twin_of
+
+    def twin(self) -> Axis:
+        """The same things once more, for the other side of a block; the twin of a twin is the root.
+
+        Example:
+            >>> hidden = Axis("hidden", 4)
+            >>> hidden.twin() == hidden, hidden.twin().root == hidden
+            (False, True)
+        """
+        return replace(self, name=f"{self.name}.twin", twin_of=self) if self.twin_of is None else self.twin_of
 
 
 @dataclass(frozen=True)
@@ -85,13 +108,34 @@ class Slots:
 
     group: NeuronGroup
     axes: tuple[Axis, ...]
+    """The group's own, in any order, and any along which its neurons repeat; a twin may stand for its root."""
+    fixed: tuple[tuple[Axis, int], ...] = ()
+    """Axes held at one index: the slots address the part of the group that lies there."""
 
     def __post_init__(self) -> None:
-        missing = [axis.name for axis in self.group.axes if axis not in self.axes]
+        held = [axis for axis, _ in self.fixed]
+        named = [axis.root for axis in self.axes] + held
+        missing = [axis.name for axis in self.group.axes if axis not in named]
         if missing:
             raise GraphError(
                 f"slots of group {self.group.name!r} leave out its axes {missing}; name every axis of the group"
             )
+        twice = [axis.name for index, axis in enumerate(named) if axis in named[:index]]
+        if twice:
+            raise GraphError(f"slots of group {self.group.name!r} name the axes {twice} twice; once is enough")
+        for axis, index in self.fixed:
+            if axis.twin_of is not None or not 0 <= index < axis.size:
+                raise GraphError(
+                    f"slots of group {self.group.name!r} are fixed at {axis.name}={index}; expected an axis that is no "
+                    f"twin, and an index from 0 to {axis.size - 1}"
+                )
+        for axis in named:
+            among = held if axis in held else named
+            if axis.permutable and axis.within is not None and axis.within not in among:
+                raise GraphError(
+                    f"slots of group {self.group.name!r} name {axis.name} but not {axis.within.name}, for every index "
+                    f"of which it is relabelled separately; name both (if {axis.name} is fixed, fix both)"
+                )
 
     @property
     def size(self) -> int:
@@ -101,8 +145,15 @@ class Slots:
     def local_index(self) -> Tensor:
         """For every slot, which neuron of the group it stands for: int64 ``[size]``."""
         own = torch.arange(self.group.size).view([axis.size for axis in self.group.axes])
-        order = [self.group.axes.index(axis) for axis in self.axes if axis in self.group.axes]
-        shape = [axis.size if axis in self.group.axes else 1 for axis in self.axes]
+        held = dict(self.fixed)
+        kept: list[Axis] = []
+        for axis in self.group.axes:
+            if axis in held:
+                own = own.select(len(kept), held[axis])
+            else:
+                kept.append(axis)
+        order = [kept.index(axis.root) for axis in self.axes if axis.root in kept]
+        shape = [axis.size if axis.root in kept else 1 for axis in self.axes]
         return own.permute(order).reshape(shape).expand([axis.size for axis in self.axes]).reshape(-1)
 
 
@@ -115,14 +166,32 @@ class NeuronGroup:
     is_words: bool = False
     """Whether neuron i is word i of the vocabulary (some weights have a table row per word)."""
 
+    def __post_init__(self) -> None:
+        if any(axis.twin_of is not None for axis in self.axes) or len(set(self.axes)) < len(self.axes):
+            raise GraphError(
+                f"neuron group {self.name!r} has the axes {[axis.name for axis in self.axes]}; expected each once, and "
+                "no twins: those are for the slots of blocks"
+            )
+
     @property
     def size(self) -> int:
         """The number of neurons; a group without axes is a single node."""
         return prod(axis.size for axis in self.axes)
 
-    def slots(self, *axes: Axis) -> Slots:
-        """Address the neurons by ``axes``, which hold the group's own and any along which they repeat."""
-        return Slots(self, axes or self.axes)
+    def slots(self, *axes: Axis, fixed: Mapping[Axis, int] | None = None) -> Slots:
+        """Address the neurons, or a part of them.
+
+        Args:
+            axes: the group's own and any along which the neurons repeat; by default the group's own.
+            fixed: axes that are held at one index instead; they are not among ``axes``.
+
+        Example:
+            >>> group, channel = Axis("group", 2), Axis("channel", 3)
+            >>> NeuronGroup("channels", (group, channel)).slots(fixed={group: 1}).local_index()
+            tensor([3, 4, 5])
+        """
+        held = {axis.root: index for axis, index in (fixed or {}).items()}
+        return Slots(self, axes or tuple(axis for axis in self.axes if axis not in held), tuple(held.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +207,9 @@ class EdgeBlock:
     parameter: str | None = None
     """Name of the parameter that the edges carry; ``None`` for an auxiliary block, whose edges carry the constant 1."""
     layout: tuple[Axis, ...] = ()
-    """The parameter's axes in storage order, each of its dimensions split as far as needed."""
-    narrow: tuple[int, int, int] | None = None
-    """``(dim, start, length)``: the part of the parameter that this block carries, for fused layers."""
+    """The axes of the parameter, or of its part, in storage order, each dimension split as far as needed."""
+    narrow: tuple[Narrow, ...] = ()
+    """The part of the parameter that this block carries, for fused layers; at most one range per dimension."""
     features: tuple[int, int] = (0, 1)
     """The range of kernel positions that this block carries; wider kernels become parallel blocks."""
 
@@ -166,7 +235,7 @@ class EdgeBlock:
         Raises:
             GraphError: if the tensor's shape is not the parameter's.
         """
-        return self.arranged(self._narrowed(parameter), self.layout, self.source.axes, self.target.axes)
+        return self.arranged(narrowed(parameter, self.narrow), self.layout, self.source.axes, self.target.axes)
 
     def arranged(
         self, part: Tensor, layout: tuple[Axis, ...], source: tuple[Axis, ...], target: tuple[Axis, ...]
@@ -179,11 +248,12 @@ class EdgeBlock:
         shape = [prod(axis.size for axis in side) for side in (*sides, feature_axes)]
         return view.permute(order).view(shape)[..., self.features[0] : self.features[1]]
 
-    def _narrowed(self, parameter: Tensor) -> Tensor:
-        if self.narrow is None:
-            return parameter
-        dim, start, length = self.narrow
-        return parameter.narrow(dim, start, length)
+
+def narrowed(tensor: Tensor, narrow: Iterable[Narrow]) -> Tensor:
+    """View the part of a tensor that lies in a range of each of some dimensions."""
+    for dim, start, length in narrow:
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
 
 
 def _split(tensor: Tensor, layout: tuple[Axis, ...], name: str) -> Tensor:

@@ -2,9 +2,10 @@
 
 The features are eigenvectors of the symmetric normalised Laplacian of the undirected binary graph, self loops included
 (NiNo, section 3.1; the published code drops the self loops here, so ``wiring="official"`` does too). In a neural graph
-the neurons of a group are all alike: every block joins each neuron of one group to equally many of another. The
-groups are therefore an *equitable partition*, and every eigenvector of the quotient matrix (one row per group), spread
-evenly over its groups, is an eigenvector of the whole graph (Godsil and Royle, Algebraic Graph Theory, section 9.3).
+the neurons of a group are all alike: every block joins each neuron of one group to equally many of another (where each
+block leads to a part of a group, those of all parts together do). The groups are therefore an *equitable partition*,
+and every eigenvector of the quotient matrix (one row per group), spread evenly over its groups, is an eigenvector of
+the whole graph (Godsil and Royle, Algebraic Graph Theory, section 9.3).
 That is exact, deterministic, equal for all neurons of a group and takes milliseconds at any model size. The modes
 that the quotient lacks differ between the neurons of one group; they are arbitrary within their eigenspaces and would
 break equivariance. The quotient has repeated eigenvalues as well (two nodes that hang on one group, equal layers):
@@ -48,19 +49,57 @@ def quotient_adjacency(graph: NeuralGraph) -> Tensor:
 
 def _num_neighbour_pairs(blocks: list[EdgeBlock], first: int, number: dict[NeuronGroup, int]) -> int:
     """How many distinct pairs of neurons the blocks between two groups join."""
-    group_sizes = blocks[0].source.group.size, blocks[0].target.group.size
-    inside = blocks[0].source.group == blocks[0].target.group
-    if any(block.kind is BlockKind.DENSE for block in blocks) or min(group_sizes) == 1:
-        return group_sizes[0] * group_sizes[1]
-    pairs = []
+    one, other = blocks[0].source.group, blocks[0].target.group
+    if any(_joins_all(block) for block in blocks):
+        return one.size * other.size
+    if number[one] != first:
+        one, other = other, one
+    rectangles: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for block in blocks:
         source, target = block.source.local_index(), block.target.local_index()
-        pairs.append(torch.stack([source, target] if number[block.source.group] == first else [target, source]))
-    joined = torch.cat(pairs, dim=1)
-    if inside:
-        same = torch.arange(group_sizes[0])
-        joined = torch.cat([joined, joined.flip(0), torch.stack([same, same])], dim=1)
-    return (joined[0] * max(group_sizes) + joined[1]).unique().numel()
+        ends = [(source, target) if number[block.source.group] == first else (target, source)]
+        if one == other:  # both are each other's neighbours
+            ends.append((target, source))
+        (rectangles if block.kind is BlockKind.DENSE else pairs).extend(ends)
+    if one == other:
+        same = torch.arange(one.size)
+        pairs.append((same, same))
+    return _size_of_union(rectangles, pairs, one.size, other.size)
+
+
+def _size_of_union(
+    rectangles: list[tuple[Tensor, Tensor]], pairs: list[tuple[Tensor, Tensor]], size: int, other_size: int
+) -> int:
+    """How many pairs of neurons some rectangles and single pairs cover together.
+
+    Neurons that lie in the same rectangles are alike to these, so they are counted as one class of neurons.
+    """
+    classes, of_neuron, counts = _classes([neurons for neurons, _ in rectangles], size)
+    other_classes, of_other, other_counts = _classes([others for _, others in rectangles], other_size)
+    are_joined = classes.T @ other_classes > 0
+    total = int(counts @ are_joined.double() @ other_counts)
+    if pairs:
+        left, right = (torch.cat(side) for side in zip(*pairs, strict=True))
+        is_new = ~are_joined[of_neuron[left], of_other[right]]
+        total += (left * other_size + right)[is_new].unique().numel()
+    return total
+
+
+def _classes(sets: list[Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Neurons by the sets that hold them: which sets hold each class, the class of each neuron, the classes' sizes."""
+    holds = torch.zeros(len(sets) + 1, size, dtype=torch.float64)  # the last set is empty: there is one at least
+    for row, neurons in zip(holds, sets, strict=False):
+        row[neurons] = 1
+    classes, of_neuron, counts = holds.unique(dim=1, return_inverse=True, return_counts=True)
+    return classes, of_neuron, counts.double()
+
+
+def _joins_all(block: EdgeBlock) -> bool:
+    """Whether every neuron of one group is joined to every one of the other."""
+    if block.source.fixed or block.target.fixed:
+        return False
+    return block.kind is BlockKind.DENSE or min(block.source.group.size, block.target.group.size) == 1
 
 
 def laplacian_positions(graph: NeuralGraph, num_features: int = 8) -> Tensor:

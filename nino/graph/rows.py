@@ -1,8 +1,9 @@
 """Rows of a parameter, and which part of an edge block they are.
 
 What is dealt out over processes is always a range of a parameter's rows (its first dimension): so FSDP2 shards
-parameters, and so the work on replicas is divided. In every block the rows run along one of its sides, so a range of
-them is a contiguous range of that side's slots: a smaller block between the same neuron groups.
+parameters, and so the work on replicas is divided. In a block the rows run along one of its sides, so a range of them
+is a contiguous range of that side's slots: a smaller block between the same neuron groups. (Where the rows are the
+positions of a kernel instead, they cannot be divided.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from math import prod
 from torch import Tensor
 
 from nino.errors import GraphError
-from nino.graph.ir import Axis, BlockKind, EdgeBlock
+from nino.graph.ir import Axis, BlockKind, EdgeBlock, Narrow, narrowed
 
 Place = tuple[slice, slice]
 """Which targets and which sources of a block; for a paired block which edges, and ``slice(0, 1)``."""
@@ -101,11 +102,7 @@ def view_rows(block: EdgeBlock, tensor: Tensor, rows: Rows) -> Tensor:
     if rows.are_all:
         return block.view(tensor)
     own = _narrowed(block, rows)
-    if block.narrow is not None:
-        dim, start, length = block.narrow
-        if dim == 0:
-            start, length = start + own.start - rows.start, len(own)
-        tensor = tensor.narrow(dim, start, length)
+    tensor = narrowed(tensor, (_shifted(narrow, own, rows) for narrow in block.narrow))
     if own.are_all:
         return block.arranged(tensor, block.layout, block.source.axes, block.target.axes)
     row_axes, are_targets, _ = _along_rows(block, own.total)
@@ -121,11 +118,17 @@ def view_rows(block: EdgeBlock, tensor: Tensor, rows: Rows) -> Tensor:
 
 def _narrowed(block: EdgeBlock, rows: Rows) -> Rows:
     """The same rows, counted within the part of the parameter that the block carries."""
-    if block.narrow is None or block.narrow[0] != 0:
-        return rows
-    _, first, length = block.narrow
-    start = min(max(rows.start - first, 0), length)
-    return Rows(start, max(min(rows.stop - first, length), start), length)
+    for dim, first, length in block.narrow:
+        if dim == 0:
+            start = min(max(rows.start - first, 0), length)
+            return Rows(start, max(min(rows.stop - first, length), start), length)
+    return rows
+
+
+def _shifted(narrow: Narrow, own: Rows, held: Rows) -> Narrow:
+    """A range of the parameter as a range of a tensor that holds some of its rows."""
+    dim, start, _ = narrow
+    return narrow if dim else (0, start + own.start - held.start, len(own))
 
 
 def _along_rows(block: EdgeBlock, num_rows: int) -> tuple[tuple[Axis, ...], bool, int]:

@@ -7,12 +7,14 @@ wire shows (a round trip "values in, values out" would pass on a shuffled graph)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nino.graph.ir import Axis, BlockKind, NeuralGraph, Slots
+from nino.errors import GraphError
+from nino.graph.ir import Axis, BlockKind, EdgeBlock, NeuralGraph, Slots
 
 Relabelling = dict[Axis, Tensor]
 """Per axis the permutation of its indices, ``[outer indices, size]``: one row per index of the axis it lies within."""
@@ -43,35 +45,94 @@ def _random_permutation(size: int, generator: torch.Generator) -> Tensor:
 
 
 def relabel(graph: NeuralGraph, state: Mapping[str, Tensor], relabelling: Relabelling) -> dict[str, Tensor]:
-    """Return a copy of ``state`` (per parameter name a tensor) with its neurons relabelled."""
+    """Return a copy of ``state`` (per parameter name a tensor) with its neurons relabelled.
+
+    Raises:
+        GraphError: if a block's slots are fixed at one index of a relabelled axis, and no block of the parameter's is
+            like it at the index that its values come from.
+    """
     out = {name: tensor.clone() for name, tensor in state.items()}
+    siblings = _Siblings(graph)
     for block in graph.parameter_blocks:
         name = str(block.parameter)
-        values = block.view(state[name])
-        target = _slot_permutation(block.target, relabelling)
-        if block.kind is BlockKind.DENSE:
-            source = _slot_permutation(block.source, relabelling)
-            values = values[source][:, target]
-        else:
-            values = values[target]
+        source, target = _moved_slots(block.source, relabelling), _moved_slots(block.target, relabelling)
+        values = siblings.at(block, source.fixed, target.fixed).view(state[name])
+        values = values[source.order][:, target.order] if block.kind is BlockKind.DENSE else values[target.order]
         block.view(out[name]).copy_(values)
     return out
 
 
-def _slot_permutation(slots: Slots, relabelling: Relabelling) -> Tensor:
-    """For every slot, the slot whose value it takes."""
+Fixed = tuple[tuple[Axis, int], ...]
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Where the slots of one side take their values from."""
+
+    order: Tensor
+    """For every slot, the slot whose value it takes, among those of the side that is fixed at ``fixed``."""
+    fixed: Fixed
+
+
+class _Siblings:
+    """Blocks of one parameter that differ only in the index at which their slots are fixed.
+
+    There may be several at one index (the gates and values of a fused layer that lead to the same neurons); they
+    correspond in the order of what they carry of the parameter.
+    """
+
+    def __init__(self, graph: NeuralGraph) -> None:
+        self._blocks: dict[Hashable, list[EdgeBlock]] = {}
+        for block in graph.parameter_blocks:
+            if block.source.fixed or block.target.fixed:
+                key = self._key(block, block.source.fixed, block.target.fixed)
+                self._blocks.setdefault(key, []).append(block)
+        for alike in self._blocks.values():
+            alike.sort(key=lambda block: block.narrow)
+
+    def at(self, block: EdgeBlock, source: Fixed, target: Fixed) -> EdgeBlock:
+        """The block like this one whose slots are fixed there."""
+        if (source, target) == (block.source.fixed, block.target.fixed):
+            return block
+        alike = self._blocks[self._key(block, block.source.fixed, block.target.fixed)]
+        there = self._blocks.get(self._key(block, source, target), [])
+        if len(there) != len(alike):
+            place = ", ".join(dict.fromkeys(f"{axis.name}={index}" for axis, index in (*source, *target)))
+            raise GraphError(
+                f"{block.name}: {len(alike)} of its blocks lie where one does and {len(there)} at {place}; wire every "
+                "index of the axis alike, or say that it is not permutable"
+            )
+        return there[alike.index(block)]
+
+    @staticmethod
+    def _key(block: EdgeBlock, source: Fixed, target: Fixed) -> Hashable:
+        ends = (
+            (block.source.group, block.source.axes, frozenset(source)),
+            (
+                block.target.group,
+                block.target.axes,
+                frozenset(target),
+            ),
+        )
+        return block.parameter, block.kind, block.type, block.features, ends
+
+
+def _moved_slots(slots: Slots, relabelling: Relabelling) -> _Moved:
     sizes = [axis.size for axis in slots.axes]
-    coordinates = (
-        dict(zip(slots.axes, torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), strict=True)) if sizes else {}
-    )
-    moved: dict[Axis, Tensor] = {}
-    flat = torch.zeros(sizes, dtype=torch.long)
+    grids = torch.meshgrid(*map(torch.arange, sizes), indexing="ij") if sizes else ()
+    coordinates = {axis.root: grid for axis, grid in zip(slots.axes, grids, strict=True)}
+    coordinates |= {axis: torch.tensor(index) for axis, index in slots.fixed}
+    order = torch.zeros(sizes, dtype=torch.long)
     for axis in slots.axes:
-        index = coordinates[axis]
-        if axis in relabelling:
-            rows = relabelling[axis]
-            outer = coordinates[axis.within] if axis.within is not None else torch.zeros_like(index)
-            index = rows[outer, index]
-        moved[axis] = index
-        flat = flat * axis.size + index
-    return flat.reshape(-1)
+        order = order * axis.size + _moved_index(axis.root, coordinates, relabelling)
+    fixed = tuple((axis, int(_moved_index(axis, coordinates, relabelling))) for axis, _ in slots.fixed)
+    return _Moved(order.reshape(-1), fixed)
+
+
+def _moved_index(axis: Axis, coordinates: Mapping[Axis, Tensor], relabelling: Relabelling) -> Tensor:
+    """The index of an axis that what lies at these coordinates comes from."""
+    index = coordinates[axis]
+    if axis not in relabelling:
+        return index
+    outer = coordinates[axis.within] if axis.within is not None else torch.zeros_like(index)
+    return relabelling[axis][outer, index]

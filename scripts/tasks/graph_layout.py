@@ -176,8 +176,8 @@ def _arrows(graph: NeuralGraph, blocks: Iterable[EdgeBlock], boxes: dict[NeuronG
 
 def _shape(graph: NeuralGraph, block: EdgeBlock) -> list[int]:
     shape = list(graph.shapes[str(block.parameter)])
-    if block.narrow is not None:
-        shape[block.narrow[0]] = block.narrow[2]
+    for dim, _, length in block.narrow:
+        shape[dim] = length
     return shape
 
 

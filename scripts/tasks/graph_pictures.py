@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from math import log2, sqrt
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path as Curve
 
 from nino.graph import NeuralGraph
-from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuronGroup
+from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuronGroup, Slots
 from tasks.graph_layout import LINE, PADDING, Arrow, Box, Layout, number_of_edges, short_name
 
 COLOURS: dict[EdgeType, str] = {
@@ -80,6 +81,13 @@ class Scale:
         """Where the middles of neurons of a group are."""
         return self.starts[group] + self.sides[group] * (neurons + 0.5) / group.size
 
+    def spans(self, slots: Slots) -> list[tuple[float, float]]:
+        """From where to where neurons lie that one side of a block addresses: the whole group, or parts of it."""
+        neurons = slots.local_index().unique().numpy() if slots.fixed else np.arange(slots.group.size)
+        runs = np.split(neurons, np.flatnonzero(np.diff(neurons) > 1) + 1)
+        start, step = self.starts[slots.group], self.sides[slots.group] / slots.group.size
+        return [(start + step * run[0], start + step * (run[-1] + 1)) for run in runs]
+
 
 def draw_adjacency(graph: NeuralGraph, title: str, path: Path, dpi: int) -> str:
     """Draw which neurons (columns) lead to which (rows); returns ``"edges"`` or ``"blocks"``: what was drawn."""
@@ -138,14 +146,12 @@ def _draw_edges(axes: Any, graph: NeuralGraph, scale: Scale) -> None:
 
 def _draw_blocks(axes: Any, graph: NeuralGraph, scale: Scale) -> None:
     for block in graph.blocks:
-        source, target = block.source.group, block.target.group
         if block.kind is BlockKind.DIAGONAL:
             axes.add_collection(LineCollection(_diagonals(block, scale), colors=COLOURS[block.type], linewidths=1.2))
         else:
-            corner = scale.starts[source], scale.starts[target]
-            axes.add_patch(
-                Rectangle(corner, scale.sides[source], scale.sides[target], facecolor=COLOURS[block.type], zorder=1)
-            )
+            for columns, rows in product(scale.spans(block.source), scale.spans(block.target)):
+                corner, sides = (columns[0], rows[0]), (columns[1] - columns[0], rows[1] - rows[0])
+                axes.add_patch(Rectangle(corner, *sides, facecolor=COLOURS[block.type], zorder=1))
     axes.plot([0, scale.total], [0, scale.total], color=COLOURS[EdgeType.SELF_LOOP], linewidth=0.8)
 
 
