@@ -268,11 +268,18 @@ def _cut_sum(root: Index, sizes: Sequence[int]) -> list[Index]:
 def is_axis(index: Index) -> bool:
     """Whether an index counts as one axis: an atom, or pinned halves that an operation mixed (rotary dimensions)."""
     root = find(index)
-    if root.form is Form.ATOM:
-        return True
-    if root.form is Form.PRODUCT or not root.pinned:
-        return False
-    return len({id(find(part)) for part in root.parts if part.size > 1}) <= 1
+    if root.form is not Form.SUM:
+        return root.form is Form.ATOM
+    parts = [find(part) for part in root.parts if part.size > 1]
+    if not parts:
+        return bool(root.pinned)
+    return len(parts) == len(root.parts) and len({id(part) for part in parts}) == 1 and bool(parts[0].pinned)
+
+
+def is_pinned(axis: Index) -> bool:
+    """Whether an axis may not be relabelled."""
+    root = find(axis)
+    return bool(root.pinned) or root.form is Form.SUM
 
 
 @dataclass(frozen=True)

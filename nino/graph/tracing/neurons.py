@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.axes import Axes, contracted_pair, names
-from nino.graph.tracing.indices import Index, axes_of, find, segments
+from nino.graph.tracing.indices import Index, axes_of, find, is_pinned, segments
 from nino.graph.tracing.recorder import Call, Trace, Value
 
 STRUCTURAL = names(
@@ -299,7 +299,8 @@ class Wirer:
         groups = [group for of_value in labels for group in self.groups_at(of_value)]
         if not any(axis in group.axes for group in groups for axis in along):  # the same neurons in other places
             shape = [1 if place == dim else size for place, size in enumerate(output.shape)]
-            together = self._joined([of.amax(dim, keepdim=True) for of in labels if of.shape[dim]], call).expand(shape)
+            parts = [of.amax(dim, keepdim=True) for of in labels if of.shape[dim]]
+            together = self._joined(parts, call, connect=False).expand(shape)
             labels = [self._current(of) for of in labels]
             for place, value in enumerate(values):
                 if self.is_weight(value):
@@ -331,17 +332,17 @@ class Wirer:
                 labels = self._onto(value, labels, edge_type, call, shape)
         self._set(call, [labels, *(torch.zeros(other.shape) for other in call.outputs[1:])])
 
-    def _joined(self, parts: Sequence[Labels], call: Call) -> Labels:
-        """Labels of neurons that are combined one by one."""
+    def _joined(self, parts: Sequence[Labels], call: Call, connect: bool = True) -> Labels:
+        """Labels of neurons that are combined one by one, or (without ``connect``) that play the same part."""
         parts = [part for part in map(self._current, parts) if bool((part != 0).any())]
         if not parts:
             return torch.zeros(1)
         out = parts[0]
         for other in parts[1:]:
-            out = self._joined_pair(out, other, call)
+            out = self._joined_pair(out, other, connect)
         return out
 
-    def _joined_pair(self, a: Labels, b: Labels, call: Call) -> Labels:
+    def _joined_pair(self, a: Labels, b: Labels, connect: bool) -> Labels:
         a, b = torch.broadcast_tensors(a, b)
         out = torch.where(a > 0, a, torch.where(b > 0, b, torch.where(a != 0, a, b)))
         both = (a > 0) & (b > 0) & (a != b)
@@ -349,13 +350,15 @@ class Wirer:
             return out
         pairs = torch.unique(torch.stack([a[both], b[both]]), dim=1)
         for first, second in pairs.T.tolist():
-            joined = self._join(self.group(first), self.group(second), call)
+            joined = self._join(self.group(first), self.group(second), connect)
             out = torch.where(both & (a == first) & (b == second), float(joined.number), out)
         return self._current(out)
 
-    def _join(self, a: Group, b: Group, call: Call) -> Group:
+    def _join(self, a: Group, b: Group, connect: bool) -> Group:
         """Groups whose neurons are combined one by one: one group, or two with a connection."""
         if a is b:
+            return a
+        if not connect and (a.is_read or b.is_read or set(a.axes) != set(b.axes)):
             return a
         if set(a.axes) != set(b.axes):
             larger, smaller = (a, b) if len(a.axes) >= len(b.axes) else (b, a)
@@ -379,7 +382,7 @@ class Wirer:
         """An operation that uses up dimensions, or resizes them; neurons stay where none of them is summed over."""
         for value in call.inputs:
             if self.is_weight(value):
-                self._activated(value, [axis for axis in axes_of(self.axes.of(value)) if not axis.pinned], call)
+                self._activated(value, [axis for axis in axes_of(self.axes.of(value)) if not is_pinned(axis)], call)
         self._set(call, [self._reduced(call, output) for output in call.outputs])
 
     def _reduced(self, call: Call, output: Value) -> Labels:
@@ -438,7 +441,7 @@ class Wirer:
                 here = labels[place]
                 groups = self.groups_at(here)
                 if not groups:
-                    groups = [self.new_group(f"{name}.neurons", [a.axis for a in piece.along if not a.axis.pinned])]
+                    groups = [self.new_group(f"{name}.neurons", [a.axis for a in piece.along if not is_pinned(a.axis)])]
                     labels = labels.clone()
                     labels[_region_of(piece, view, self.shapes[name])] = groups[0].number
                 self._wire(name, piece, None, groups[0], edge_type, {})
@@ -483,7 +486,7 @@ class Wirer:
             if bias is not a and bias is not b and self.is_weight(bias):
                 labels = self._onto(bias, labels, EdgeType.BIAS, call, call.outputs[0].shape)
             elif bias is not a and bias is not b:
-                labels = self._joined([labels, self.labels(bias)], call).expand(call.outputs[0].shape)
+                labels = self._joined([labels, self.labels(bias).expand(labels.shape)], call).expand(call.outputs[0].shape)
         self._set(call, [labels])
 
     def _multiply_by_experts(self, call: Call) -> None:
@@ -798,7 +801,7 @@ def _own_sides(piece: Piece, num_dims: int) -> dict[int, Side]:
     sides = {}
     for place, along in enumerate(piece.along):
         sides[place] = Side.TARGET if along.dim == first else Side.SOURCE
-        if num_dims > 2 and along.dim >= 2 and along.axis.pinned and along.dim != first:
+        if num_dims > 2 and along.dim >= 2 and is_pinned(along.axis) and along.dim != first:
             sides[place] = Side.KERNEL
     return sides
 

@@ -1,0 +1,566 @@
+"""Small models of many architectures, built from their configs, with what they are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Inputs = Any
+WORDS = 40
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A model and an example of its inputs."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Inputs]
+
+
+def text(length: int = 6, **more: Any) -> Callable[[], Inputs]:
+    """Two rows of words that differ."""
+
+    def make() -> Inputs:
+        ids = torch.randint(3, WORDS, (2, length), generator=torch.Generator().manual_seed(1))
+        return {"input_ids": ids, **more}
+
+    return make
+
+
+def numbers(*shape: int, name: str = "") -> Callable[[], Inputs]:
+    """Random numbers of a shape, as the only argument or under a name."""
+
+    def make() -> Inputs:
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        return {name: tensor} if name else tensor
+
+    return make
+
+
+def from_config(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    """A transformers model of random weights."""
+
+    def build() -> nn.Module:
+        import transformers
+
+        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+    return build
+
+
+DECODER = {
+    "vocab_size": WORDS,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+GROUPED = {**DECODER, "num_key_value_heads": 2}
+PLAIN_TEXT = text(use_cache=False)
+PIXELS = numbers(2, 3, 16, 16, name="pixel_values")
+VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": 3,
+}
+
+
+class UNet(nn.Module):
+    """Two levels down and up again, with a connection across."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1 = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.down2 = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU())
+        self.up = nn.ConvTranspose2d(8, 5, 2, stride=2)
+        self.join = nn.Conv2d(11, 7, 3, padding=1)
+        self.head = nn.Conv2d(7, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.down1(x)
+        coarse = self.down2(F.max_pool2d(fine, 2))
+        return self.head(F.relu(self.join(torch.cat([fine, self.up(coarse)], dim=1))))
+
+
+class LstmTagger(nn.Module):
+    """Words in, a label per word out, through two layers of LSTM cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 6)
+        self.lstm = nn.LSTM(6, 8, num_layers=2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.lstm(self.words(input_ids))[0])
+
+
+class GruClassifier(nn.Module):
+    """A bidirectional GRU and a decision about the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(5, 6, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(x)[0].mean(dim=1))
+
+
+class DeepSets(nn.Module):
+    """A function of sets: equivariant layers and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each1, self.all1 = nn.Linear(4, 8), nn.Linear(4, 8, bias=False)
+        self.each2, self.all2 = nn.Linear(8, 7), nn.Linear(8, 7, bias=False)
+        self.head = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.each1(x) + self.all1(x.mean(dim=1, keepdim=True)))
+        x = torch.relu(self.each2(x) + self.all2(x.amax(dim=1, keepdim=True)))
+        return self.head(x.sum(dim=1))
+
+
+class Siren(nn.Module):
+    """An implicit neural representation: coordinates in, colours out, sines between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.sin(30 * layer(x))
+        return self.layers[-1](x)
+
+
+class Triplane(nn.Module):
+    """Features on three planes, read where a point projects to, and a small network on their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planes = nn.Parameter(torch.randn(3, 6, 5, 5))
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, points: Tensor) -> Tensor:
+        pairs = torch.stack([points[:, [0, 1]], points[:, [0, 2]], points[:, [1, 2]]])[:, :, None]
+        features = F.grid_sample(self.planes, pairs, align_corners=True)
+        return self.net(features.sum(dim=0)[..., 0].T)
+
+
+class SqueezeExcite(nn.Module):
+    """A gate per channel, computed from all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.squeeze, self.excite = nn.Linear(8, 4), nn.Linear(4, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean(dim=(2, 3))))))
+        return self.head((x * gate[:, :, None, None]).amax(dim=(2, 3)))
+
+
+class ShuffleUnit(nn.Module):
+    """Channel split, grouped convolutions and a channel shuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.mix = nn.Conv2d(8, 12, 3, groups=2)
+        self.last = nn.Conv2d(12, 6, 1, groups=3)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.stem(x)).chunk(2, dim=1)
+        x = torch.cat([left, self.branch(right)], dim=1)
+        x = F.relu(self.mix(F.channel_shuffle(x, 2)))
+        return self.head(F.relu(self.last(F.channel_shuffle(x, 3))).mean(dim=(2, 3)))
+
+
+class CrossAttention(nn.Module):
+    """torch's own transformer, encoder and decoder, with learned queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(3, 8)
+        self.queries = nn.Parameter(torch.randn(1, 2, 8))
+        self.core = nn.Transformer(8, 2, 1, 1, 12, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.core(self.inputs(x), self.queries.expand(len(x), -1, -1)))
+
+
+class Mixer(nn.Module):
+    """An MLP-Mixer: one network across places, one across channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.places = nn.Sequential(nn.Linear(16, 10), nn.GELU(), nn.Linear(10, 16))
+        self.channels = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.places(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        x = x + self.channels(self.norm2(x))
+        return self.head(x.mean(dim=1))
+
+
+class Volume(nn.Module):
+    """Convolutions in one and in three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three = nn.Conv3d(1, 4, 3, stride=2)
+        self.one = nn.Conv1d(4, 5, 2, dilation=2)
+        self.head = nn.Linear(5 * 6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.three(x)).flatten(2)
+        return self.head(F.relu(self.one(x)).flatten(1))
+
+
+class GatedStateSpace(nn.Module):
+    """A convolution-like state space block: a depthwise causal convolution, a decay per channel, a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(4, 12)
+        self.conv = nn.Conv1d(6, 6, 3, groups=6, padding=2)
+        self.decay = nn.Parameter(torch.rand(6))
+        self.outputs = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.inputs(x).chunk(2, dim=-1)
+        value = F.silu(self.conv(value.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+        state, out = torch.zeros_like(value[:, 0]), []
+        for step in range(x.shape[1]):
+            state = torch.exp(-F.softplus(self.decay)) * state + value[:, step]
+            out.append(state)
+        return self.outputs(torch.stack(out, dim=1) * F.silu(gate))
+
+
+def with_lora() -> nn.Module:
+    """A Llama with low-rank adapters on its attention."""
+    from peft import LoraConfig, get_peft_model
+
+    model = from_config("LlamaForCausalLM", "LlamaConfig", **GROUPED)()
+    return get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+def segformer() -> nn.Module:
+    return from_config(
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        hidden_sizes=[8, 16],
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=8,
+        num_labels=3,
+    )()
+
+
+ENCODER = {**DECODER, "num_labels": 3}
+SPECIMENS: dict[str, Specimen] = {
+    "Llama": Specimen(from_config("LlamaForCausalLM", "LlamaConfig", **GROUPED), PLAIN_TEXT),
+    "Mistral": Specimen(from_config("MistralForCausalLM", "MistralConfig", **GROUPED), PLAIN_TEXT),
+    "Mixtral": Specimen(
+        from_config("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4), PLAIN_TEXT
+    ),
+    "Qwen2": Specimen(from_config("Qwen2ForCausalLM", "Qwen2Config", **GROUPED), PLAIN_TEXT),
+    "Qwen3": Specimen(from_config("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=6), PLAIN_TEXT),
+    "Gemma 2": Specimen(from_config("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=6), PLAIN_TEXT),
+    "Gemma 3": Specimen(from_config("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=6), PLAIN_TEXT),
+    "Phi-3": Specimen(
+        from_config("Phi3ForCausalLM", "Phi3Config", **GROUPED, pad_token_id=0, bos_token_id=1, eos_token_id=2), PLAIN_TEXT
+    ),
+    "GPT-2": Specimen(
+        from_config("GPT2LMHeadModel", "GPT2Config", vocab_size=WORDS, n_embd=16, n_layer=2, n_head=4, n_positions=32),
+        PLAIN_TEXT,
+    ),
+    "GPT-NeoX": Specimen(from_config("GPTNeoXForCausalLM", "GPTNeoXConfig", **DECODER, rotary_pct=0.5), PLAIN_TEXT),
+    "OPT": Specimen(
+        from_config(
+            "OPTForCausalLM",
+            "OPTConfig",
+            vocab_size=WORDS,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            word_embed_proj_dim=12,
+        ),
+        PLAIN_TEXT,
+    ),
+    "Falcon": Specimen(
+        from_config(
+            "FalconForCausalLM",
+            "FalconConfig",
+            vocab_size=WORDS,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+        ),
+        PLAIN_TEXT,
+    ),
+    "BLOOM": Specimen(
+        from_config("BloomForCausalLM", "BloomConfig", vocab_size=WORDS, hidden_size=16, n_layer=2, n_head=4), PLAIN_TEXT
+    ),
+    "BERT": Specimen(from_config("BertForSequenceClassification", "BertConfig", **ENCODER), text()),
+    "RoBERTa": Specimen(from_config("RobertaForMaskedLM", "RobertaConfig", **DECODER), text()),
+    "DeBERTa": Specimen(
+        from_config(
+            "DebertaV2ForSequenceClassification",
+            "DebertaV2Config",
+            **ENCODER,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+            share_att_key=False,
+        ),
+        text(),
+    ),
+    "DistilBERT": Specimen(
+        from_config(
+            "DistilBertForMaskedLM",
+            "DistilBertConfig",
+            vocab_size=WORDS,
+            dim=16,
+            hidden_dim=24,
+            n_layers=2,
+            n_heads=4,
+            max_position_embeddings=32,
+        ),
+        text(),
+    ),
+    "ALBERT": Specimen(
+        from_config("AlbertForSequenceClassification", "AlbertConfig", **ENCODER, embedding_size=12), text()
+    ),
+    "T5": Specimen(
+        from_config(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            vocab_size=WORDS,
+            d_model=16,
+            d_kv=4,
+            d_ff=24,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        ),
+        text(use_cache=False, decoder_input_ids=torch.tensor([[0, 3, 4], [0, 5, 6]])),
+    ),
+    "BART": Specimen(
+        from_config(
+            "BartForConditionalGeneration",
+            "BartConfig",
+            vocab_size=WORDS,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=32,
+        ),
+        text(use_cache=False),
+    ),
+    "Whisper": Specimen(
+        from_config(
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            vocab_size=WORDS,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            num_mel_bins=8,
+            max_source_positions=10,
+            max_target_positions=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        ),
+        lambda: {
+            "input_features": numbers(2, 8, 20)(),
+            "decoder_input_ids": torch.tensor([[1, 3, 4], [1, 5, 6]]),
+            "use_cache": False,
+        },
+    ),
+    "wav2vec2": Specimen(
+        from_config(
+            "Wav2Vec2ForCTC",
+            "Wav2Vec2Config",
+            vocab_size=WORDS,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=24,
+            conv_dim=(8, 8),
+            conv_stride=(4, 2),
+            conv_kernel=(6, 3),
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+        ),
+        numbers(2, 120, name="input_values"),
+    ),
+    "CLIP": Specimen(
+        from_config(
+            "CLIPModel",
+            "CLIPConfig",
+            text_config={**DECODER, "eos_token_id": 2, "projection_dim": 12},
+            vision_config={k: v for k, v in VISION.items() if k != "num_labels"},
+            projection_dim=12,
+        ),
+        lambda: {**text()(), **PIXELS()},
+    ),
+    "ViT": Specimen(from_config("ViTForImageClassification", "ViTConfig", **VISION), PIXELS),
+    "DeiT": Specimen(from_config("DeiTForImageClassification", "DeiTConfig", **VISION), PIXELS),
+    "BEiT": Specimen(
+        from_config("BeitForImageClassification", "BeitConfig", **VISION, use_relative_position_bias=True), PIXELS
+    ),
+    "Swin": Specimen(
+        from_config(
+            "SwinForImageClassification",
+            "SwinConfig",
+            image_size=16,
+            patch_size=2,
+            embed_dim=8,
+            depths=[2, 1],
+            num_heads=[2, 4],
+            window_size=2,
+            num_labels=3,
+        ),
+        PIXELS,
+    ),
+    "ConvNeXt": Specimen(
+        from_config(
+            "ConvNextForImageClassification",
+            "ConvNextConfig",
+            hidden_sizes=[8, 12],
+            depths=[1, 1],
+            num_stages=2,
+            num_labels=3,
+            image_size=16,
+        ),
+        PIXELS,
+    ),
+    "ConvNeXt V2": Specimen(
+        from_config(
+            "ConvNextV2ForImageClassification",
+            "ConvNextV2Config",
+            hidden_sizes=[8, 12],
+            depths=[1, 1],
+            num_stages=2,
+            num_labels=3,
+            image_size=16,
+        ),
+        PIXELS,
+    ),
+    "ResNet": Specimen(
+        from_config(
+            "ResNetForImageClassification",
+            "ResNetConfig",
+            embedding_size=6,
+            hidden_sizes=[8, 12],
+            depths=[1, 2],
+            num_labels=3,
+        ),
+        PIXELS,
+    ),
+    "RegNet": Specimen(
+        from_config(
+            "RegNetForImageClassification",
+            "RegNetConfig",
+            embedding_size=6,
+            hidden_sizes=[8, 12],
+            depths=[1, 2],
+            groups_width=4,
+            num_labels=3,
+        ),
+        PIXELS,
+    ),
+    "MobileNetV2": Specimen(
+        from_config(
+            "MobileNetV2ForImageClassification",
+            "MobileNetV2Config",
+            depth_multiplier=0.25,
+            depth_divisible_by=4,
+            min_depth=4,
+            num_labels=3,
+        ),
+        numbers(2, 3, 32, 32, name="pixel_values"),
+    ),
+    "EfficientNet": Specimen(
+        from_config(
+            "EfficientNetForImageClassification",
+            "EfficientNetConfig",
+            width_coefficient=0.25,
+            depth_coefficient=0.3,
+            depth_divisor=4,
+            hidden_dim=32,
+            num_labels=3,
+            image_size=32,
+        ),
+        numbers(2, 3, 32, 32, name="pixel_values"),
+    ),
+    "SegFormer": Specimen(segformer, PIXELS),
+    "Mamba": Specimen(
+        from_config(
+            "MambaForCausalLM",
+            "MambaConfig",
+            vocab_size=WORDS,
+            hidden_size=8,
+            state_size=4,
+            num_hidden_layers=2,
+            time_step_rank=3,
+        ),
+        PLAIN_TEXT,
+    ),
+    "Llama with LoRA": Specimen(with_lora, PLAIN_TEXT),
+    "U-Net": Specimen(UNet, numbers(2, 3, 8, 8)),
+    "LSTM": Specimen(LstmTagger, text(4)),
+    "GRU": Specimen(GruClassifier, numbers(2, 4, 5)),
+    "DeepSets": Specimen(DeepSets, numbers(2, 5, 4)),
+    "SIREN": Specimen(Siren, numbers(6, 2)),
+    "Triplane": Specimen(Triplane, lambda: torch.rand(7, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1),
+    "Squeeze and excite": Specimen(SqueezeExcite, numbers(2, 3, 8, 8)),
+    "ShuffleNet unit": Specimen(ShuffleUnit, numbers(2, 3, 8, 8)),
+    "torch Transformer": Specimen(CrossAttention, numbers(2, 4, 3)),
+    "MLP-Mixer": Specimen(Mixer, numbers(2, 3, 16, 16)),
+    "1d and 3d convolutions": Specimen(Volume, numbers(2, 1, 5, 7, 5)),
+    "Gated state space": Specimen(GatedStateSpace, numbers(2, 5, 4)),
+}
