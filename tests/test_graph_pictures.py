@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,24 @@ def test_a_large_graph_is_drawn_without_listing_its_edges(tmp_path: Path, monkey
     scale = Scale(graph)
     words, single = graph.groups[0], next(group for group in graph.groups if group.size == 1)
     assert scale.sides[words] > 5 * scale.sides[single]
+
+
+def test_blocks_of_a_part_of_a_group_are_drawn_there() -> None:
+    from wired import WIRED
+
+    case = next(case for case in WIRED if case.name == "grouped")
+    graph = case.graph(case.build())
+    scale = Scale(graph)
+    block = next(block for block in graph.blocks if block.name == "mixing.weight" and block.narrow[0][1] == 3)
+    group = block.source.group
+    start, side = scale.starts[group], scale.sides[group]
+    assert scale.spans(block.source) == [(start + side / 2, start + side)]
+    assert scale.spans(group.slots()) == [(start, start + side)]
+    channel = group.axes[1]
+    inner = replace(channel, within=None)  # every third neuron
+    apart = replace(group, axes=(group.axes[0], inner))
+    scale.starts[apart], scale.sides[apart] = 0.0, 6.0
+    assert scale.spans(apart.slots(fixed={inner: 1})) == [(1, 2), (4, 5)]
 
 
 def test_every_type_of_edge_has_a_colour_of_its_own() -> None:

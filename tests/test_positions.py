@@ -15,7 +15,7 @@ from wired import WIRED
 from nino import NeuralGraph
 from nino.graph import EdgeType
 from nino.graph.builder import GraphBuilder
-from nino.graph.positions import _basis, quotient_adjacency
+from nino.graph.positions import _basis, _size_of_union, quotient_adjacency
 
 
 def dense_laplacian(graph: NeuralGraph) -> Tensor:
@@ -121,6 +121,24 @@ def test_parts_of_a_group_that_read_each_other() -> None:
     graph = builder.finish("test", "exact")
     assert quotient_adjacency(graph).diagonal().tolist() == [4, 1]  # the three of the other part, and itself
     assert torch.allclose(graph.positions(), smooth_modes(graph), atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_rectangles", "num_pairs"), [(0, 9), (1, 0), (3, 9), (40, 9)])
+def test_neighbours_are_counted_once(num_rectangles: int, num_pairs: int) -> None:
+    """Against a list of all pairs; rectangles overlap, and name some neurons twice."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(size: int) -> Tensor:
+        return torch.randint(size, (3,), generator=generator)
+
+    rectangles = [(some(40), some(90)) for _ in range(num_rectangles)]
+    pairs = [(some(40), some(90)) for _ in range(num_pairs)]
+    joined = torch.zeros(40, 90, dtype=torch.bool)
+    for left, right in rectangles:
+        joined[left[:, None], right] = True
+    for left, right in pairs:
+        joined[left, right] = True
+    assert _size_of_union(rectangles, pairs, 40, 90) == joined.sum()
 
 
 def test_small_quotients_are_filled_up_with_zeros() -> None:

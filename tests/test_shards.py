@@ -193,6 +193,17 @@ def test_rows_of_hand_made_blocks_are_predicted_as_the_whole(case: Case) -> None
         assert (whole - tensor).abs().max() <= 1e-9 * change, name
 
 
+def test_axes_of_size_one_may_stand_anywhere_among_the_rows() -> None:
+    builder = GraphBuilder(nn.Linear(2, 6, bias=False))
+    a, b, one = (builder.axis(name, size) for name, size in (("a", 6), ("b", 2), ("one", 1)))
+    ends = builder.group("in", b).slots(), builder.group("out", a, one).slots()
+    builder.block("weight", BlockKind.DENSE, EdgeType.LINEAR, *ends, layout=(one, a, b))
+    (block,) = builder.finish("test", "exact").blocks
+    weight, rows = torch.randn(6, 2), Rows(2, 5, 6)
+    assert place_of(block, rows) == (slice(2, 5), slice(0, 2))
+    assert torch.equal(view_rows(block, weight[2:5], rows), block.view(weight)[:, 2:5])
+
+
 def test_positions_of_a_kernel_cannot_be_divided() -> None:
     builder = GraphBuilder(nn.Conv1d(4, 3, 2, bias=False))  # [3, 4, 2], of which the 3 are taken for the kernel
     ends = [builder.group(name, builder.axis(name, size)).slots() for name, size in (("a", 4), ("b", 2))]

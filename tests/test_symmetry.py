@@ -414,3 +414,18 @@ def test_every_head_is_relabelled_for_itself() -> None:
     name = "model.layers.0.self_attn.v_proj.bias"
     moved = relabel(graph, state, {value_dim: rows})[name].view(2, 4)
     assert torch.equal(moved, rows + torch.tensor([[0], [4]]))
+
+
+def test_every_part_is_relabelled_for_itself() -> None:
+    """The value rows of head h, which are its last, follow row h of the permutations; then heads change places."""
+    case = next(case for case in WIRED if case.name == "fused_by_head")
+    graph = case.graph(case.build())
+    head, value_dim = (axis for axis in permutable_axes(graph) if axis.name in ("head", "value_dim"))
+    state = {name: torch.arange(torch.Size(shape).numel()).view(shape) for name, shape in graph.shapes.items()}
+    swaps = {value_dim: torch.tensor([[1, 0], [0, 1], [1, 0]])}
+    moved = relabel(graph, state, swaps)["fused.bias"].view(3, 3, 2)
+    assert moved[:, 2].tolist() == [[5, 4], [10, 11], [17, 16]]
+    assert torch.equal(moved[:, :2], state["fused.bias"].view(3, 3, 2)[:, :2])
+    moved = relabel(graph, state, {**swaps, head: torch.tensor([[2, 0, 1]])})["fused.bias"].view(3, 3, 2)
+    assert moved[:, 2].tolist() == [[17, 16], [4, 5], [11, 10]]
+    assert moved[:, 0].tolist() == [[12, 13], [0, 1], [6, 7]]

@@ -23,6 +23,8 @@ from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph, NeuronGroup
 
 ZERO_EIGENVALUE = 1e-9
 SAME_EIGENVALUE = 1e-8
+SETS_AT_ONCE = 30
+"""Bits of an integer that say which sets of neurons one of them is in; the others number the classes so far."""
 
 
 def quotient_adjacency(graph: NeuralGraph) -> Tensor:
@@ -88,11 +90,17 @@ def _size_of_union(
 
 def _classes(sets: list[Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Neurons by the sets that hold them: which sets hold each class, the class of each neuron, the classes' sizes."""
-    holds = torch.zeros(len(sets) + 1, size, dtype=torch.float64)  # the last set is empty: there is one at least
-    for row, neurons in zip(holds, sets, strict=False):
-        row[neurons] = 1
-    classes, of_neuron, counts = holds.unique(dim=1, return_inverse=True, return_counts=True)
-    return classes, of_neuron, counts.double()
+    of_neuron = torch.zeros(size, dtype=torch.long)
+    for start in range(0, len(sets), SETS_AT_ONCE):
+        code = of_neuron << SETS_AT_ONCE
+        for bit, neurons in enumerate(sets[start : start + SETS_AT_ONCE]):
+            code[neurons] |= 1 << bit
+        of_neuron = code.unique(return_inverse=True)[1]
+    counts = of_neuron.bincount()
+    holds = torch.zeros(len(sets), len(counts), dtype=torch.float64)
+    for row, neurons in zip(holds, sets, strict=True):
+        row[of_neuron[neurons]] = 1
+    return holds, of_neuron, counts.double()
 
 
 def _joins_all(block: EdgeBlock) -> bool:

@@ -133,11 +133,15 @@ def _shifted(narrow: Narrow, own: Rows, held: Rows) -> Narrow:
 
 def _along_rows(block: EdgeBlock, num_rows: int) -> tuple[tuple[Axis, ...], bool, int]:
     """The axes that make up the rows, whether they belong to the targets, and the slots of that side per row."""
+    layout, target, source = (
+        tuple(axis for axis in axes if axis.size > 1)  # of size 1 they may stand anywhere
+        for axes in (block.layout, block.target.axes, block.source.axes)
+    )
     count = 0
-    while prod(axis.size for axis in block.layout[:count]) < num_rows:
+    while prod(axis.size for axis in layout[:count]) < num_rows:
         count += 1
-    axes = block.layout[:count]
-    for side, are_targets in ((block.target.axes, True), (block.source.axes, False)):
+    axes = layout[:count]
+    for side, are_targets in ((target, True), (source, False)):
         if side[:count] == axes and (are_targets or block.kind is BlockKind.DENSE):
             return axes, are_targets, prod(axis.size for axis in side[count:])
     raise GraphError(

@@ -135,7 +135,7 @@ def _own_shape(block: EdgeBlock, graph: NeuralGraph, settings: Settings) -> tupl
     rows, total = settings.rows(graph.shapes[block.parameter])
     if settings.sharding == "none":
         rows, total = 1, settings.world_size  # the rows are dealt out as well, by cost
-    by_sources = block.kind is BlockKind.DENSE and block.layout[0] in block.source.axes
+    by_sources = block.kind is BlockKind.DENSE and not {*block.layout[:1]}.isdisjoint(block.source.axes)
     if by_sources:
         return targets, -(-sources * rows // total)
     return -(-targets * rows // total), sources
