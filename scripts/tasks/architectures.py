@@ -231,7 +231,7 @@ class Volume(nn.Module):
         super().__init__()
         self.three = nn.Conv3d(1, 4, 3, stride=2)
         self.one = nn.Conv1d(4, 5, 2, dilation=2)
-        self.head = nn.Linear(5 * 6, 2)
+        self.head = nn.Linear(5 * 10, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.three(x)).flatten(2)
@@ -287,15 +287,14 @@ ENCODER = {**DECODER, "num_labels": 3}
 SPECIMENS: dict[str, Specimen] = {
     "Llama": Specimen(from_config("LlamaForCausalLM", "LlamaConfig", **GROUPED), PLAIN_TEXT),
     "Mistral": Specimen(from_config("MistralForCausalLM", "MistralConfig", **GROUPED), PLAIN_TEXT),
-    "Mixtral": Specimen(
-        from_config("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4), PLAIN_TEXT
-    ),
+    "Mixtral": Specimen(from_config("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4), PLAIN_TEXT),
     "Qwen2": Specimen(from_config("Qwen2ForCausalLM", "Qwen2Config", **GROUPED), PLAIN_TEXT),
     "Qwen3": Specimen(from_config("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=6), PLAIN_TEXT),
     "Gemma 2": Specimen(from_config("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=6), PLAIN_TEXT),
     "Gemma 3": Specimen(from_config("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=6), PLAIN_TEXT),
     "Phi-3": Specimen(
-        from_config("Phi3ForCausalLM", "Phi3Config", **GROUPED, pad_token_id=0, bos_token_id=1, eos_token_id=2), PLAIN_TEXT
+        from_config("Phi3ForCausalLM", "Phi3Config", **GROUPED, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        PLAIN_TEXT,
     ),
     "GPT-2": Specimen(
         from_config("GPT2LMHeadModel", "GPT2Config", vocab_size=WORDS, n_embd=16, n_layer=2, n_head=4, n_positions=32),
@@ -330,7 +329,8 @@ SPECIMENS: dict[str, Specimen] = {
         PLAIN_TEXT,
     ),
     "BLOOM": Specimen(
-        from_config("BloomForCausalLM", "BloomConfig", vocab_size=WORDS, hidden_size=16, n_layer=2, n_head=4), PLAIN_TEXT
+        from_config("BloomForCausalLM", "BloomConfig", vocab_size=WORDS, hidden_size=16, n_layer=2, n_head=4),
+        PLAIN_TEXT,
     ),
     "BERT": Specimen(from_config("BertForSequenceClassification", "BertConfig", **ENCODER), text()),
     "RoBERTa": Specimen(from_config("RobertaForMaskedLM", "RobertaConfig", **DECODER), text()),
@@ -531,7 +531,7 @@ SPECIMENS: dict[str, Specimen] = {
             width_coefficient=0.25,
             depth_coefficient=0.3,
             depth_divisor=4,
-            hidden_dim=32,
+            hidden_dim=320,
             num_labels=3,
             image_size=32,
         ),

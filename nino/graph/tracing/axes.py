@@ -208,19 +208,18 @@ COPIES = names(
     "slice split split_with_sizes unbind lift_fresh"
 )
 READS_POSITIONS = names(
-    "index index_select gather embedding scatter scatter_ scatter_add scatter_add_ index_add index_add_ index_put "
-    "index_put_ take_along_dim"
+    "index _unsafe_index index_select gather embedding scatter scatter_add scatter_reduce index_add index_put take_along_dim"
 )
 
 
-@rule("copy_")
+@rule("copy")
 def _copy(axes: Axes, call: Call) -> list[Dims]:
     target, source = call.arguments["self"], call.arguments["src"]
     aligned(axes, [target, source], target.shape)
     return [axes.of(target)]
 
 
-@rule("alias detach clone contiguous _to_copy lift_fresh masked_fill masked_fill_ dropout")
+@rule("alias detach clone contiguous _to_copy lift_fresh masked_fill dropout")
 def _same(axes: Axes, call: Call) -> list[Dims]:
     first = call.inputs[0]
     return [aligned(axes, call.inputs, first.shape)]
@@ -248,7 +247,7 @@ def _uniform(axes: Axes, call: Call) -> list[Dims]:
     return [fresh(output.shape) for output in call.outputs]
 
 
-@rule("fill_ zero_ fill")
+@rule("fill zero")
 def _filled(axes: Axes, call: Call) -> list[Dims]:
     return [axes.of(call.inputs[0])]
 
@@ -311,9 +310,11 @@ def _repeat(axes: Axes, call: Call) -> list[Dims]:
     return [[product([Index(n // i.size), i]) if i.size else Index(n) for i, n in zip(dims, output.shape, strict=True)]]
 
 
-@rule("unsqueeze squeeze")
+@rule("unsqueeze squeeze as_strided")
 def _squeeze(axes: Axes, call: Call) -> list[Dims]:
     dims = [index for index in axes.of(call.inputs[0]) if index.size != 1]
+    if [index.size for index in dims] != [size for size in call.outputs[0].shape if size != 1]:
+        raise MismatchError("it reads memory in another order")
     return [[Index(1) if size == 1 else dims.pop(0) for size in call.outputs[0].shape]]
 
 
@@ -441,7 +442,7 @@ def _ordered(axes: Axes, call: Call) -> list[Dims]:
     return [resized(axes, value, output, call) for output in call.outputs]
 
 
-@rule("tril triu diagonal diag_embed tril_ triu_")
+@rule("tril triu diagonal diag_embed")
 def _triangle(axes: Axes, call: Call) -> list[Dims]:
     value = call.inputs[0]
     if call.name in ("aten.diagonal", "aten.diag_embed"):
@@ -514,6 +515,13 @@ def _im2col(axes: Axes, call: Call) -> list[Dims]:
     return [[*batch, product([channels, window]), Index(output.shape[-1], pinned=reason)]]
 
 
+@rule("channel_shuffle native_channel_shuffle")
+def _channel_shuffle(axes: Axes, call: Call) -> list[Dims]:
+    dims = list(axes.of(call.inputs[0]))
+    dims[1] = product(list(reversed(factor(dims[1], call.arguments["groups"]))))
+    return [dims]
+
+
 @rule("pixel_shuffle")
 def _pixel_shuffle(axes: Axes, call: Call) -> list[Dims]:
     value, output = call.inputs[0], call.outputs[0]
@@ -573,7 +581,7 @@ def _meet_elsewhere(axes: Axes, value: Value, positions: Value, dim: int, call: 
                 pin(index, f"{reason_of(call)} reads a part of it")
 
 
-@rule("scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_")
+@rule("scatter scatter_add scatter_reduce")
 def _scatter(axes: Axes, call: Call) -> list[Dims]:
     value, positions = call.arguments["self"], call.arguments["index"]
     dim = call.arguments["dim"] % max(len(value.shape), 1)
@@ -585,7 +593,7 @@ def _scatter(axes: Axes, call: Call) -> list[Dims]:
     return [axes.of(value)]
 
 
-@rule("index index_put index_put_ _unsafe_index _unsafe_index_put")
+@rule("index index_put _unsafe_index _unsafe_index_put")
 def _index(axes: Axes, call: Call) -> list[Dims]:
     value = call.arguments["self"]
     given = list(call.arguments["indices"]) + [None] * len(value.shape)
@@ -635,7 +643,7 @@ def _meet_written(dims: Dims, values: Dims) -> None:
             unify(index, written)
 
 
-@rule("index_add index_add_ index_copy index_copy_ index_fill index_fill_")
+@rule("index_add index_copy index_fill")
 def _index_add(axes: Axes, call: Call) -> list[Dims]:
     value, positions, source = call.arguments["self"], call.arguments["index"], call.arguments.get("source")
     dim = call.arguments["dim"] % len(value.shape)
@@ -668,7 +676,7 @@ def _nonzero(axes: Axes, call: Call) -> list[Dims]:
 # Contractions
 
 
-@rule("mm bmm mv dot addmm baddbmm addmv addbmm linear matmul addmm_ baddbmm_")
+@rule("mm bmm mv dot addmm baddbmm addmv addbmm linear matmul")
 def _matmul(axes: Axes, call: Call) -> list[Dims]:
     a, b = contracted_pair(call)
     left, right = axes.of(a), axes.of(b)

@@ -26,19 +26,18 @@ from nino.graph.tracing.indices import Index, axes_of, find, is_pinned, segments
 from nino.graph.tracing.recorder import Call, Trace, Value
 
 STRUCTURAL = names(
-    "view _unsafe_view reshape _reshape_alias permute transpose t expand broadcast_to repeat tile unsqueeze squeeze select "
+    "view _unsafe_view reshape _reshape_alias permute transpose t expand broadcast_to repeat tile unsqueeze squeeze as_strided select "
     "slice split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unbind movedim flip roll tril triu diagonal "
-    "unfold constant_pad_nd gather index_select index _unsafe_index copy_ select_scatter slice_scatter index_copy im2col "
+    "unfold constant_pad_nd gather index_select index _unsafe_index copy select_scatter slice_scatter index_copy im2col channel_shuffle "
+    "native_channel_shuffle "
     "pixel_shuffle alias detach clone contiguous _to_copy lift_fresh"
 )
 """They move elements about and compute nothing."""
 IDENTITIES = names("alias detach clone contiguous _to_copy lift_fresh")
-RESHAPES = names("view _unsafe_view reshape _reshape_alias")
+RESHAPES = names("view _unsafe_view reshape _reshape_alias as_strided squeeze unsqueeze")
 CONCATENATIONS = names("cat concat stack")
-WRITES = names(
-    "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_ index_put index_put_"
-)
-PRODUCTS = names("mm bmm mv dot addmm baddbmm addmv addbmm linear matmul addmm_ baddbmm_")
+WRITES = names("scatter scatter_add scatter_reduce index_add index_put")
+PRODUCTS = names("mm bmm mv dot addmm baddbmm addmv addbmm linear matmul")
 CONVOLUTIONS = names("convolution _convolution convolution_overrideable")
 NORMS = names(
     "native_layer_norm _fused_rms_norm rms_norm layer_norm native_group_norm group_norm native_batch_norm "
@@ -46,8 +45,8 @@ NORMS = names(
     "_batch_norm_with_update miopen_batch_norm batch_norm"
 )
 LAYER_NORMS = names("native_layer_norm _fused_rms_norm rms_norm layer_norm")
-GAINS = names("mul mul_ div div_")
-KEEPING = names("_softmax _log_softmax _safe_softmax cumsum cumprod masked_fill masked_fill_ sort topk native_dropout")
+GAINS = names("mul div")
+KEEPING = names("_softmax _log_softmax _safe_softmax cumsum cumprod masked_fill sort topk native_dropout")
 """The first output's neurons are those of the input, in other places perhaps."""
 
 
@@ -251,7 +250,7 @@ class Wirer:
             self._set(call, [self.labels(first)])
         elif call.name in RESHAPES:
             self._set(call, [self.labels(first).reshape(call.outputs[0].shape)])
-        elif call.name == "aten.copy_":
+        elif call.name == "aten.copy":
             self._mix(call, [call.inputs[1]] if call.inputs[1:] else [first], EdgeType.BIAS)
         else:
             self._set(call, self._moved(call))
@@ -266,7 +265,7 @@ class Wirer:
 
         args, kwargs = tree_map(label, (call.args, call.kwargs))
         try:
-            moved = call.function(*args, **kwargs)
+            moved = _out_of_place(call)(*args, **kwargs)
         except (RuntimeError, NotImplementedError):  # positions on the meta device, labels that share memory
             return [self._guess(call, output) for output in call.outputs]
         return list(moved) if isinstance(moved, (list, tuple)) else [moved]
@@ -336,7 +335,7 @@ class Wirer:
         """Labels of neurons that are combined one by one, or (without ``connect``) that play the same part."""
         parts = [part for part in map(self._current, parts) if bool((part != 0).any())]
         if not parts:
-            return torch.zeros(1)
+            return torch.zeros(())
         out = parts[0]
         for other in parts[1:]:
             out = self._joined_pair(out, other, connect)
@@ -442,8 +441,8 @@ class Wirer:
                 groups = self.groups_at(here)
                 if not groups:
                     groups = [self.new_group(f"{name}.neurons", [a.axis for a in piece.along if not is_pinned(a.axis)])]
-                    labels = labels.clone()
-                    labels[_region_of(piece, view, self.shapes[name])] = groups[0].number
+                    region = dict(enumerate(_region_of(piece, view, self.shapes[name])))
+                    labels = torch.where(_box(labels.shape, region), float(groups[0].number), labels)
                 self._wire(name, piece, None, groups[0], edge_type, {})
         return labels
 
@@ -486,7 +485,9 @@ class Wirer:
             if bias is not a and bias is not b and self.is_weight(bias):
                 labels = self._onto(bias, labels, EdgeType.BIAS, call, call.outputs[0].shape)
             elif bias is not a and bias is not b:
-                labels = self._joined([labels, self.labels(bias).expand(labels.shape)], call).expand(call.outputs[0].shape)
+                labels = self._joined([labels, self.labels(bias).expand(labels.shape)], call).expand(
+                    call.outputs[0].shape
+                )
         self._set(call, [labels])
 
     def _multiply_by_experts(self, call: Call) -> None:
@@ -630,12 +631,8 @@ class Wirer:
     ) -> None:
         """Write a target group's number where a piece of a weight writes."""
         region = _region_of(piece, view, shape)
-        chosen = torch.ones([1] * out.dim(), dtype=torch.bool)
-        for dim, out_dim in weight.kept.items():
-            line = torch.zeros(out.shape[out_dim], dtype=torch.bool)
-            line[torch.as_tensor(region[dim])] = True
-            chosen = chosen & line.view([-1 if d == out_dim else 1 for d in range(out.dim())])
-        out[chosen.expand(out.shape)] = target.number
+        box = _box(out.shape, {out_dim: region[dim] for dim, out_dim in weight.kept.items()})
+        out[box.expand(out.shape)] = target.number
 
     def _meet(self, left: Factor, right: Factor, call: Call) -> Labels:
         """Neurons meet neurons: queries and keys, scores and values."""
@@ -781,6 +778,16 @@ def _region_of(piece: Piece, view: Tensor, shape: Sequence[int]) -> list[list[in
     return [[p for p in positions if p < size] for positions, size in zip(region, view.shape, strict=True)]
 
 
+def _box(shape: Sequence[int], region: dict[int, Sequence[int]]) -> Tensor:
+    """Where in a shape the positions along some dimensions meet: bool, to be broadcast to it."""
+    box = torch.ones([1] * len(shape), dtype=torch.bool)
+    for dim, positions in region.items():
+        line = torch.zeros(shape[dim], dtype=torch.bool)
+        line[torch.as_tensor(positions, dtype=torch.long)] = True
+        box = box & line.view([-1 if place == dim else 1 for place in range(len(shape))])
+    return box
+
+
 def _sides(piece: Piece, view: Tensor, shape: Sequence[int], weight: Factor, kernel: bool) -> dict[int, Side]:
     """Where each axis of a piece leads when its parameter is read through a view."""
     strides = _strides(shape)
@@ -826,13 +833,17 @@ def _follow_view(call: Call, value: Value, view: Tensor, place: int, shape: Sequ
             (call.args, call.kwargs),
         )
         try:
-            moved = call.function(*args, **kwargs)
+            moved = _out_of_place(call)(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
             return None
         return _if_same_memory(moved[place] if isinstance(moved, (list, tuple)) else moved, view)
     if (call.is_pointwise or call.name == "aten._weight_norm_interface") and _broadcasts(view.shape, shape):
         return view.expand(tuple(shape))
     return None
+
+
+def _out_of_place(call: Call) -> Any:
+    return getattr(torch.ops.aten, call.name.removeprefix("aten.")) if call.is_in_place else call.function
 
 
 def _if_same_memory(result: Tensor, view: Tensor) -> Tensor | None:

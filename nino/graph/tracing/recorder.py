@@ -46,7 +46,7 @@ class Call:
     """One operation."""
 
     name: str
-    """Of the operation without its overload, such as ``aten.view``."""
+    """Of the operation, such as ``aten.view``, without its overload and whether it works in place."""
     function: Any
     args: tuple[Any, ...]
     """Tensors are :class:`Value` objects, in lists too."""
@@ -201,7 +201,7 @@ class _Recorder(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 value = self._values[id(tensor)] = Value(tuple(tensor.shape), tensor)
                 outputs.append(value)
-        name = function.overloadpacket._qualified_op_name.replace("::", ".")
+        name = function.overloadpacket._qualified_op_name.replace("::", ".").removesuffix("_")
         is_pointwise = torch.Tag.pointwise in function.tags
         call = Call(name, function, *before, tuple(outputs), _where(), is_pointwise)
         if call.is_in_place and outputs:  # also where a real tensor stands for one on the meta device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product as combinations
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -89,7 +90,9 @@ class _Assembler:
         group = group.root()
         if group not in self._groups:
             axes = [self._axis(index, group.name) for index in group.axes]
-            self._groups[group] = self.builder.group(self._unique(f"group {group.name}").removeprefix("group "), *axes, is_words=group.is_words)
+            self._groups[group] = self.builder.group(
+                self._unique(f"group {group.name}").removeprefix("group "), *axes, is_words=group.is_words
+            )
         return self._groups[group]
 
     def _new_group(self, name: str, axes: Sequence[Index]) -> Group:
@@ -110,13 +113,15 @@ class _Assembler:
             self._blocks(wire_, extra, common, [], source, target, edge_type)
             return
         node = self._node(wire_.parameter, target)
-        for at in self._parts(wire_.along):
+        for at in self._parts(wire_, [common]):
             slots = self._slots(target, common, at)
             self._block(wire_, BlockKind.FAN_OUT, wire_.type, Slots(node, slots.axes, slots.fixed), slots, at)
 
     def _node(self, parameter: str, target: Group) -> NeuronGroup:
         if (parameter, target) not in self._nodes:
-            self._nodes[parameter, target] = self.builder.group(self._unique(f"group {parameter}.node").removeprefix("group "))
+            self._nodes[parameter, target] = self.builder.group(
+                self._unique(f"group {parameter}.node").removeprefix("group ")
+            )
         return self._nodes[parameter, target]
 
     def _reached(self, target: Group, common: Sequence[Along], name: str) -> Group:
@@ -162,27 +167,29 @@ class _Assembler:
         own = [along for along in feeds if along not in shared]
         if shared and not (reads and own):  # neuron to neuron
             every = sorted([*reads, *feeds], key=lambda along: (along.dim, -along.stride))
-            for at in self._parts(wire_.along):
+            for at in self._parts(wire_, [every]):
                 sides = self._slots(source, every, at), self._slots(target, every, at)
                 self._block(wire_, BlockKind.DIAGONAL, edge_type, *sides, at)
             return
         twins = {along.axis for along in reads} & {along.axis for along in feeds}
-        for at in self._parts(wire_.along, shared):
+        for at in self._parts(wire_, [reads, own], shared):
             sides = (
                 self._slots(source, [*reads, *shared], at, twins),
                 self._slots(target, feeds, at),
             )
             self._block(wire_, BlockKind.DENSE, edge_type, *sides, at, twins)
 
-    def _parts(self, along: Sequence[Along], held: Sequence[Along] = ()) -> Iterator[dict[Along, int]]:
-        """Indices at which axes are held, so that each part is one range of every dimension."""
-        held = list(dict.fromkeys([*held, *_scattered(along, held)]))
+    def _parts(
+        self, wire_: Wire, sides: Sequence[Sequence[Along]], held: Sequence[Along] = ()
+    ) -> Iterator[dict[Along, int]]:
+        """Indices at which axes are held, so that the slots of each side lie at equal distances in memory."""
+        shape = self.builder.shapes[wire_.parameter]
+        scattered = [along for side in sides for along in _scattered(side, shape)]
+        held = list(dict.fromkeys([*held, *scattered]))
         for choice in combinations(*(range(one.axis.size) for one in held)):
             yield dict(zip(held, choice, strict=True))
 
-    def _slots(
-        self, group: Group, along: Sequence[Along], at: dict[Along, int], twins: Iterable[Index] = ()
-    ) -> Slots:
+    def _slots(self, group: Group, along: Sequence[Along], at: dict[Along, int], twins: Iterable[Index] = ()) -> Slots:
         axes, fixed = [], []
         for one in along:
             axis = self._axis(one.axis, group.name)
@@ -204,7 +211,9 @@ class _Assembler:
     ) -> None:
         self._num_blocks += 1
         if self._num_blocks > MOST_BLOCKS:
-            raise GraphError(f"{wire_.parameter} is stored so that it takes more than {MOST_BLOCKS:,} blocks to wire it")
+            raise GraphError(
+                f"{wire_.parameter} is stored so that it takes more than {MOST_BLOCKS:,} blocks to wire it"
+            )
         shape = self.builder.shapes[wire_.parameter]
         layout, narrow = [], []
         for dim, size in enumerate(shape):
@@ -217,9 +226,7 @@ class _Assembler:
                 layout.append(self._layout_axis(wire_, along, twins))
             if length != size:
                 narrow.append((dim, start, length))
-        self.builder.block(
-            wire_.parameter, kind, edge_type, source, target, layout=tuple(layout), narrow=tuple(narrow)
-        )
+        self.builder.block(wire_.parameter, kind, edge_type, source, target, layout=tuple(layout), narrow=tuple(narrow))
 
     def _layout_axis(self, wire_: Wire, along: Along, twins: Iterable[Index]) -> Axis:
         if along.side is Side.KERNEL:
@@ -234,18 +241,19 @@ class _Assembler:
         self.builder.connect(link.name, source.slots(*axes), target.slots(*axes), link.type)
 
 
-def _scattered(along: Sequence[Along], held: Sequence[Along]) -> list[Along]:
-    """The axes to hold so that what remains of every dimension is one range, the outermost first."""
-    scattered = []
-    for dim in {one.dim for one in along}:
-        rest = sorted((o for o in along if o.dim == dim and o not in held), key=lambda o: o.stride)
-        expected = 1
-        for place, one in enumerate(rest):
-            if one.stride != expected:
-                scattered += rest[place:]
-                break
-            expected *= one.axis.size
-    return scattered
+def _scattered(side: Sequence[Along], shape: Sequence[int]) -> list[Along]:
+    """The outermost axes of a side, as many as must be held so that the rest is one range of every dimension."""
+    strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    rest = sorted(side, key=lambda along: along.stride * strides[along.dim])
+    ends: dict[int, int] = {}
+    for place, along in enumerate(rest):
+        inner = rest[place - 1] if place else None
+        step = along.stride * strides[along.dim]
+        adjoins = inner is None or step == inner.axis.size * inner.stride * strides[inner.dim]
+        if not adjoins or along.stride != ends.get(along.dim, 1):
+            return rest[place:]
+        ends[along.dim] = along.stride * along.axis.size
+    return []
 
 
 def _outer_axes(axes: Axes, wires: Sequence[Wire], links: Sequence[Link]) -> dict[Index, Index]:
