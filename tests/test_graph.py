@@ -353,7 +353,7 @@ def test_the_builder_takes_parts_that_do_not_overlap_in_every_dimension() -> Non
     builder.dense("weight", a, b, narrow=((0, 0, 2), (1, 0, 2)))
     with pytest.raises(nino.GraphError, match=r"weight: some of its elements are wired twice"):
         builder.dense("weight", a, b, narrow=((0, 1, 2), (1, 1, 2)))
-    builder.dense("weight", a, b, narrow=((0, 2, 2), (1, 1, 2)))
+    builder.dense("weight", a, b, narrow=((0, 2, 2), (1, 1, 2)))  # what was refused has left nothing behind
     with pytest.raises(nino.GraphError, match=r"weight \(8 of 16 elements\)"):
         builder.finish("test", "exact")
     for narrow in ((2, 0, 2), (0, 3, 2), (0, -1, 2), (0, 0, 0), ((0, 0, 2), (0, 2, 2))):

@@ -169,8 +169,8 @@ class GraphBuilder:
             A convolution in two groups, ``[2 * 4, 3, 5]``: group 1 reads channels ``(1, i)`` and feeds ``(1, o)``.
 
             >>> builder = GraphBuilder(nn.Conv1d(6, 8, 5, groups=2, bias=False))
-            >>> g, i, o = builder.axis("g", 2), builder.axis("i", 3), builder.axis("o", 4)
-            >>> k = builder.axis("k", 5, permutable=False)
+            >>> g, k = builder.axis("g", 2), builder.axis("k", 5, permutable=False)
+            >>> i, o = builder.axis("i", 3, within=g), builder.axis("o", 4, within=g)
             >>> reads, feeds = builder.group("reads", g, i), builder.group("feeds", g, o)
             >>> for j in range(2):
             ...     source, target = reads.slots(fixed={g: j}), feeds.slots(fixed={g: j})
@@ -182,29 +182,21 @@ class GraphBuilder:
         """
         box = self._box(parameter, narrow)
         features = _feature_axes(parameter, kind, source, target, layout)
+        block = EdgeBlock(
+            name=parameter,
+            kind=kind,
+            type=edge_type,
+            source=source,
+            target=target,
+            parameter=parameter,
+            layout=layout,
+            narrow=_several(narrow),
+        )
+        self._check_view(block, features)
+        self._tick_off(parameter, box)
         num_positions = prod(axis.size for axis in features)
         for start in range(0, num_positions, MAX_FEATURES):
-            block = EdgeBlock(
-                name=parameter,
-                kind=kind,
-                type=edge_type,
-                source=source,
-                target=target,
-                parameter=parameter,
-                layout=layout,
-                narrow=_several(narrow),
-                features=(start, min(start + MAX_FEATURES, num_positions)),
-            )
-            try:
-                block.view(torch.empty(self.shapes[parameter], device="meta"))
-            except RuntimeError as error:
-                raise GraphError(
-                    f"{parameter}: stored as {_names(layout)}, it cannot be viewed as [{_names(source.axes)}, "
-                    f"{_names(target.axes)}, {_names(features)}] without copying; name the axes of a side in the order "
-                    "in which they are stored, or wire it in parts"
-                ) from error
-            self._blocks.append(block)
-        self._tick_off(parameter, box)
+            self._blocks.append(replace(block, features=(start, min(start + MAX_FEATURES, num_positions))))
 
     def connect(self, name: str, source: Side, target: Side, edge_type: EdgeType) -> None:
         """Add an auxiliary diagonal block (a residual connection, membership of a head)."""
@@ -231,6 +223,16 @@ class GraphBuilder:
                 f"{', '.join(wrong)}: nino/graph/architectures/{family}.py does not know this model completely"
             )
         return NeuralGraph(tuple(self._groups.values()), tuple(self._blocks), self.shapes, wiring, family)
+
+    def _check_view(self, block: EdgeBlock, features: tuple[Axis, ...]) -> None:
+        try:
+            block.view(torch.empty(self.shapes[block.name], device="meta"))
+        except RuntimeError as error:
+            raise GraphError(
+                f"{block.name}: stored as {_names(block.layout)}, it cannot be viewed as "
+                f"[{_names(block.source.axes)}, {_names(block.target.axes)}, {_names(features)}] without copying; name "
+                "the axes of a side in the order in which they are stored, or wire it in parts"
+            ) from error
 
     def _box(self, parameter: str, narrow: Narrow | tuple[Narrow, ...]) -> list[range]:
         """The part of a parameter that is meant: of every dimension a range of indices."""
