@@ -35,12 +35,15 @@ class AxisReport:
     """Whether the graph claims that relabelling leaves the model's function unchanged."""
     passed: bool | None = None
     """Whether it does; ``None`` where there is nothing to relabel (not permutable, or of size 1)."""
+    reason: str = ""
+    """Why it is not permutable, where tracing found out."""
     max_error: float | None = None
     """Largest change of the output, relative to its largest element."""
 
     def __str__(self) -> str:
         if self.passed is None:
-            return f"{self.name} ({self.size}): {'single' if self.permutable else 'not permutable'}"
+            state = "single" if self.permutable else "not permutable"
+            return f"{self.name} ({self.size}): {state}{', ' * bool(self.reason)}{self.reason}"
         return f"{self.name} ({self.size}): {'passed' if self.passed else 'FAILED'}, error {self.max_error:.1e}"
 
 
@@ -117,7 +120,9 @@ def check_wiring(
     tested = set(permutable_axes(graph))
     for axis in dict.fromkeys(axis for group in graph.groups for axis in group.axes):
         if axis not in tested:
-            reports.append(AxisReport(name=axis.name, size=axis.size, permutable=axis.permutable))
+            reports.append(
+                AxisReport(name=axis.name, size=axis.size, permutable=axis.permutable, reason=axis.reason)
+            )
             continue
         relabelling = random_relabelling([axis], generator)
         moved = relabel(graph, trial.state, relabelling)

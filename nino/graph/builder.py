@@ -46,11 +46,13 @@ class GraphBuilder:
         """Keep parameters out of the graph: they are in no block and are never nowcast."""
         self.shapes = {name: shape for name, shape in self.shapes.items() if name not in parameters}
 
-    def axis(self, name: str, size: int, *, permutable: bool = True, within: Axis | None = None) -> Axis:
+    def axis(
+        self, name: str, size: int, *, permutable: bool = True, within: Axis | None = None, reason: str = ""
+    ) -> Axis:
         """Name a new axis; :meth:`Axis.twin` gives the other side's name for it."""
         if name in self._axes:
             raise GraphError(f"axis {name!r} exists already; every axis needs a name of its own")
-        self._axes[name] = Axis(name, size, permutable, within and within.root)
+        self._axes[name] = Axis(name, size, permutable, within and within.root, reason=reason)
         return self._axes[name]
 
     def group(self, name: str, *axes: Axis, is_words: bool = False) -> NeuronGroup:

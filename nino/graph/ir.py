@@ -22,7 +22,7 @@ Two ideas carry the file:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from math import prod
 from typing import TYPE_CHECKING
@@ -85,6 +85,8 @@ class Axis:
     """An outer axis: this one is relabelled separately for every index of it."""
     twin_of: Axis | None = None
     """The axis that this one is the same as; it is relabelled as that one is. Made by :meth:`twin`."""
+    reason: str = field(default="", compare=False)
+    """Why it is not permutable, if that was found out."""
 
     @property
     def root(self) -> Axis:

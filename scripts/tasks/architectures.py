@@ -287,7 +287,7 @@ ENCODER = {**DECODER, "num_labels": 3}
 SPECIMENS: dict[str, Specimen] = {
     "Llama": Specimen(from_config("LlamaForCausalLM", "LlamaConfig", **GROUPED), PLAIN_TEXT),
     "Mistral": Specimen(from_config("MistralForCausalLM", "MistralConfig", **GROUPED), PLAIN_TEXT),
-    "Mixtral": Specimen(from_config("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4), PLAIN_TEXT),
+    "Mixtral": Specimen(from_config("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, experts_implementation="eager"), PLAIN_TEXT),
     "Qwen2": Specimen(from_config("Qwen2ForCausalLM", "Qwen2Config", **GROUPED), PLAIN_TEXT),
     "Qwen3": Specimen(from_config("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=6), PLAIN_TEXT),
     "Gemma 2": Specimen(from_config("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=6), PLAIN_TEXT),

@@ -63,6 +63,7 @@ class Axes:
         self.dims: dict[Value, Dims] = {}
         self.unknown: dict[str, str] = {}
         self._positions_of: dict[Value, Index] = {}
+        self._rows: dict[Value, list[tuple[Index, int]]] = {}
         self._alone: list[Dims] = []
         for value in trace.parameters.values():
             self.dims[value] = [Index(size) for size in value.shape]
@@ -83,6 +84,17 @@ class Axes:
     def positions_of(self, value: Value) -> Index | None:
         """If the numbers of a value are positions along an index (``topk``): which one."""
         return self._positions_of.get(value)
+
+    def choose_row(self, row: Value, index: Index, position: int) -> None:
+        """A value is one row of a table: the weights of one expert, say."""
+        self._rows[row] = [(index, position)]
+
+    def meet_rows(self, a: Value, b: Value) -> None:
+        """What was made with an expert's weights meets further weights of the same expert."""
+        for index, position in self._rows.get(a, []):
+            for other, other_position in self._rows.get(b, []):
+                if position == other_position and index.size == other.size:
+                    unify(index, other)
 
     def occur_alone(self, dims: Dims) -> None:
         """Note that an operation mixes what is along other dimensions, at each position of these."""
@@ -129,7 +141,10 @@ class Axes:
             dims = apply(self, call)
         except MismatchError as error:
             dims = pinned_outputs(self, call, f"{reason_of(call)}: {error}")
+        rows = [row for value in call.inputs for row in self._rows.get(value, [])]
         for value, of_value in zip(call.outputs, dims, strict=False):
+            if rows:
+                self._rows[value] = rows
             if [index.size for index in of_value] != list(value.shape):
                 raise AssertionError(f"the rule of {call.name} gave {of_value} for a value of shape {value.shape}")
             self.dims[value] = of_value
@@ -326,6 +341,7 @@ def _select(axes: Axes, call: Call) -> list[Dims]:
     rest = dims[:dim] + dims[dim + 1 :]
     if value.parameter is not None:  # one row of a table
         axes.pin(value, [dim], f"{reason_of(call)} reads it by position")
+        axes.choose_row(call.outputs[0], dims[dim], call.arguments["index"] % dims[dim].size)
     else:
         cut(dims[dim], [1] * dims[dim].size)
     return [rest]
@@ -679,6 +695,7 @@ def _nonzero(axes: Axes, call: Call) -> list[Dims]:
 @rule("mm bmm mv dot addmm baddbmm addmv addbmm linear matmul")
 def _matmul(axes: Axes, call: Call) -> list[Dims]:
     a, b = contracted_pair(call)
+    axes.meet_rows(a, b)
     left, right = axes.of(a), axes.of(b)
     unify(left[-1], right[-2] if len(right) > 1 else right[0])
     batch: Dims = []

@@ -276,10 +276,15 @@ def is_axis(index: Index) -> bool:
     return len(parts) == len(root.parts) and len({id(part) for part in parts}) == 1 and bool(parts[0].pinned)
 
 
+def why_pinned(axis: Index) -> str:
+    """Why an axis may not be relabelled; empty if it may."""
+    root = find(axis)
+    return root.pinned or next((why_pinned(part) for part in root.parts), "")
+
+
 def is_pinned(axis: Index) -> bool:
     """Whether an axis may not be relabelled."""
-    root = find(axis)
-    return bool(root.pinned) or root.form is Form.SUM
+    return bool(why_pinned(axis))
 
 
 @dataclass(frozen=True)

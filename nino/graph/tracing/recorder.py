@@ -110,7 +110,26 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
     trace.outputs = [recorder.value(tensor) for tensor, _ in observed(output)]
     if not trace.outputs:
         raise GraphError(f"{type(model).__name__} returns no floating point tensor, but {type(output).__name__}")
+    trace.calls = _needed(trace)
     return trace
+
+
+def _needed(trace: Trace) -> list[Call]:
+    """The calls on which the outputs depend, and numbers that the model's own code reads; not those whose outputs are
+    looked at for their shape alone."""
+    values, memory = set(trace.outputs), {_memory(value) for value in trace.outputs}
+    needed = []
+    for call in reversed(trace.calls):
+        writes = call.is_in_place and any(_memory(output) in memory for output in call.outputs)
+        if writes or not call.outputs or values.intersection(call.outputs):
+            needed.append(call)
+            values.update(call.inputs)
+            memory.update(map(_memory, call.inputs))
+    return needed[::-1]
+
+
+def _memory(value: Value) -> int:
+    return value.tensor.untyped_storage()._cdata
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,7 +13,7 @@ from nino.errors import GraphError
 from nino.graph.builder import GraphBuilder
 from nino.graph.ir import Axis, BlockKind, EdgeType, NeuronGroup, Slots
 from nino.graph.tracing.axes import Axes
-from nino.graph.tracing.indices import Index, is_pinned
+from nino.graph.tracing.indices import Index, is_pinned, why_pinned
 from nino.graph.tracing.neurons import Along, Group, Link, Neurons, Side, Wire, Wirer
 from nino.graph.tracing.recorder import record
 
@@ -81,8 +81,9 @@ class _Assembler:
         if index not in self._axes:
             outer = self._within.get(index)
             within = self._axis(outer, name) if outer is not None else None
+            reason = why_pinned(index)
             self._axes[index] = self.builder.axis(
-                self._unique(name), index.size, permutable=not is_pinned(index), within=within
+                self._unique(name), index.size, permutable=not reason, within=within, reason=reason
             )
         return self._axes[index]
 
