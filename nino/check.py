@@ -120,9 +120,7 @@ def check_wiring(
     tested = set(permutable_axes(graph))
     for axis in dict.fromkeys(axis for group in graph.groups for axis in group.axes):
         if axis not in tested:
-            reports.append(
-                AxisReport(name=axis.name, size=axis.size, permutable=axis.permutable, reason=axis.reason)
-            )
+            reports.append(AxisReport(name=axis.name, size=axis.size, permutable=axis.permutable, reason=axis.reason))
             continue
         relabelling = random_relabelling([axis], generator)
         moved = relabel(graph, trial.state, relabelling)

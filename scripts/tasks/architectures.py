@@ -182,14 +182,14 @@ class ShuffleUnit(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3)
         self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1))
         self.mix = nn.Conv2d(8, 12, 3, groups=2)
-        self.last = nn.Conv2d(12, 6, 1, groups=3)
+        self.last = nn.Conv2d(12, 6, 1, groups=2)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = F.relu(self.stem(x)).chunk(2, dim=1)
         x = torch.cat([left, self.branch(right)], dim=1)
         x = F.relu(self.mix(F.channel_shuffle(x, 2)))
-        return self.head(F.relu(self.last(F.channel_shuffle(x, 3))).mean(dim=(2, 3)))
+        return self.head(F.relu(self.last(F.channel_shuffle(x, 2))).mean(dim=(2, 3)))
 
 
 class CrossAttention(nn.Module):
@@ -287,7 +287,12 @@ ENCODER = {**DECODER, "num_labels": 3}
 SPECIMENS: dict[str, Specimen] = {
     "Llama": Specimen(from_config("LlamaForCausalLM", "LlamaConfig", **GROUPED), PLAIN_TEXT),
     "Mistral": Specimen(from_config("MistralForCausalLM", "MistralConfig", **GROUPED), PLAIN_TEXT),
-    "Mixtral": Specimen(from_config("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, experts_implementation="eager"), PLAIN_TEXT),
+    "Mixtral": Specimen(
+        from_config(
+            "MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, experts_implementation="eager"
+        ),
+        PLAIN_TEXT,
+    ),
     "Qwen2": Specimen(from_config("Qwen2ForCausalLM", "Qwen2Config", **GROUPED), PLAIN_TEXT),
     "Qwen3": Specimen(from_config("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=6), PLAIN_TEXT),
     "Gemma 2": Specimen(from_config("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=6), PLAIN_TEXT),

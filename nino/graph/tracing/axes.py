@@ -8,7 +8,7 @@ sum, a flip, the spatial dimensions of a convolution) pins. An operation without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 
 import torch
@@ -153,6 +153,16 @@ class Axes:
                 self.dims[value] = fresh(value.shape, reason_of(call))
 
 
+def pieces_of(index: Index, sizes: Sequence[int], call: Call) -> Dims:
+    """Cut an index into pieces; pin it, and only it, if it cannot be cut so."""
+    try:
+        return cut(index, sizes)
+    except MismatchError as error:
+        reason = f"{reason_of(call)}: {error}"
+        pin(index, reason)
+        return fresh(sizes, reason)
+
+
 def reason_of(call: Call) -> str:
     """What did it, and where."""
     return f"{call.name.removeprefix('aten.')} at {call.where}"
@@ -272,25 +282,40 @@ def _filled(axes: Axes, call: Call) -> list[Dims]:
 
 @rule("view _unsafe_view reshape _reshape_alias view_copy")
 def _view(axes: Axes, call: Call) -> list[Dims]:
-    return [regrouped(axes.of(call.inputs[0]), call.outputs[0].shape)]
+    before, after = axes.of(call.inputs[0]), call.outputs[0].shape
+    dims: Dims = []
+    for given, shape in _runs(before, after):
+        try:
+            dims += regrouped(given, shape)
+        except MismatchError as error:
+            reason = f"{reason_of(call)}: {error}"
+            for index in given:
+                pin(index, reason)
+            dims += fresh(shape, reason)
+    return [dims]
+
+
+def _runs(before: Dims, shape: Sequence[int]) -> Iterator[tuple[Dims, list[int]]]:
+    """The smallest runs of dimensions that hold the same elements before and after."""
+    left, right = list(before), list(shape)
+    while left or right:
+        given, wanted = left[:1], right[:1]
+        del left[:1], right[:1]
+        while (had := prod(index.size for index in given)) != (has := prod(wanted)):
+            if had < has:
+                given.append(left.pop(0))
+            else:
+                wanted.append(right.pop(0))
+        yield given, wanted
 
 
 def regrouped(dims: Dims, shape: Sequence[int]) -> Dims:
     """Group the same elements, in the same order, into other dimensions."""
-    rest = [part for index in dims for part in factors(index)]
+    rest = product(dims)
     grouped = []
     for size in shape:
-        taken: list[Index] = []
-        while (done := prod(part.size for part in taken)) < size:
-            part = rest.pop(0)
-            needed, remainder = divmod(size, done)
-            if remainder or (part.size < needed and needed % part.size):
-                raise MismatchError(f"{dims} cannot be viewed as {tuple(shape)}")
-            if part.size > needed:
-                part, inner = factor(part, needed)
-                rest.insert(0, inner)
-            taken.append(part)
-        grouped.append(product(taken) if size > 0 else Index(0))
+        index, rest = factor(rest, size) if size else (Index(0), rest)
+        grouped.append(index)
     return grouped
 
 
@@ -343,7 +368,7 @@ def _select(axes: Axes, call: Call) -> list[Dims]:
         axes.pin(value, [dim], f"{reason_of(call)} reads it by position")
         axes.choose_row(call.outputs[0], dims[dim], call.arguments["index"] % dims[dim].size)
     else:
-        cut(dims[dim], [1] * dims[dim].size)
+        pieces_of(dims[dim], [1] * dims[dim].size, call)
     return [rest]
 
 
@@ -356,7 +381,7 @@ def _slice(axes: Axes, call: Call) -> list[Dims]:
     if step == 1:
         if length != size:
             sizes = [start, length, size - start - length]
-            pieces = cut(dims[dim], [n for n in sizes if n]) if length else []
+            pieces = pieces_of(dims[dim], [n for n in sizes if n], call) if length else []
             dims[dim] = pieces[1 if start else 0] if length else Index(0)
     elif size % step == 0 and start < step and length == size // step:
         outer, inner = factor(dims[dim], size // step)
@@ -381,9 +406,9 @@ def _split(axes: Axes, call: Call) -> list[Dims]:
     dim = call.arguments.get("dim", 0) % len(dims)
     before, after = dims[:dim], dims[dim + 1 :]
     if call.name == "aten.unbind":
-        cut(dims[dim], [1] * dims[dim].size)
+        pieces_of(dims[dim], [1] * dims[dim].size, call)
         return [[*before, *after] for _ in call.outputs]
-    pieces = cut(dims[dim], [output.shape[dim] for output in call.outputs])
+    pieces = pieces_of(dims[dim], [output.shape[dim] for output in call.outputs], call)
     return [[*before, piece, *after] for piece in pieces]
 
 

@@ -190,10 +190,9 @@ class Wirer:
         self._words.update(value for value in call.inputs if value.is_input)
         if call.name in STRUCTURAL and call.inputs[:1] and call.inputs[0] in self._words:
             self._words.update(call.outputs)
-        if all(self.is_weight(value) or _is_number(value) for value in call.inputs) and call.inputs:
-            if any(map(self.is_weight, call.inputs)) and not self._needs_neurons(call):
-                self._follow_weights(call)
-                return
+        if self._is_of_weights_alone(call):
+            self._follow_weights(call)
+            return
         for names_, follow in self._followers():
             if call.name in names_:
                 follow(call)
@@ -215,8 +214,12 @@ class Wirer:
             (NORMS, self._normalise),
         ]
 
-    def _needs_neurons(self, call: Call) -> bool:
-        return call.name in PRODUCTS | CONVOLUTIONS | CONCATENATIONS or call.name == "aten.embedding"
+    def _is_of_weights_alone(self, call: Call) -> bool:
+        """Whether an operation only prepares parameters: exponentials, transposes, rows of a table."""
+        if call.name in PRODUCTS | CONVOLUTIONS | CONCATENATIONS or call.name == "aten.embedding":
+            return False
+        numbers = [value for value in call.inputs if value.shape and value.tensor.is_floating_point()]
+        return any(map(self.is_weight, numbers)) and all(map(self.is_weight, numbers))
 
     def _set(self, call: Call, labels: Sequence[Labels]) -> None:
         """Give the outputs their labels; what is computed in place changes those of every view."""
@@ -644,13 +647,20 @@ class Wirer:
         if paired:
             return self._score(paired, used, out, call)
         for factor, others in ((right, groups[0]), (left, groups[1])):
-            if groups[0 if factor is left else 1]:
-                labels = self.labels(factor.value).amax(factor.contracted or 0, keepdim=True)
-                small = _placed(labels, factor, out.dim())
-                if any(n > 0 for n in _distinct(small)):
-                    self._weigh(self.groups_at(small), others)
-                    return small.expand(output.shape)
+            labels = self.labels(factor.value).amax(factor.contracted or 0, keepdim=True)
+            small = self._without(_placed(labels, factor, out.dim()), used)
+            kept = self.groups_at(small)
+            if kept:
+                self._weigh(kept, others)
+                return small.expand(output.shape)
         return out
+
+    def _without(self, labels: Labels, used: set[Index]) -> Labels:
+        """Labels of neurons that were summed over are none any more."""
+        for number in _distinct(labels):
+            if number > 0 and used & set(self.group(number).axes):
+                labels = torch.where(labels == number, 0.0, labels)
+        return labels
 
     def _score(self, pairs: list[tuple[Group, Group]], used: set[Index], out: Labels, call: Call) -> Labels:
         alive = set(axes_of(self.axes.of(call.outputs[0])))
@@ -888,10 +898,6 @@ def _dims_used_up(before: Sequence[Index], after: Sequence[Index]) -> list[int]:
 def _broadcasts(shape: Sequence[int], onto: Sequence[int]) -> bool:
     pairs = zip(reversed(shape), reversed(onto), strict=False)
     return len(shape) <= len(onto) and all(size in (1, other) for size, other in pairs)
-
-
-def _is_number(value: Value) -> bool:
-    return not value.shape
 
 
 def _distinct(labels: Labels) -> list[float]:
