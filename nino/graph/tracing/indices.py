@@ -318,6 +318,28 @@ def segments(index: Index) -> list[Segment]:
     return out
 
 
+Combination = tuple[Index, ...]
+"""Axes that meet in one element, in an order of no meaning; one that runs along two dimensions is there twice."""
+
+
+def combinations_of(dims: Iterable[Index]) -> set[Combination]:
+    """The axes that meet in the elements of a value: one combination for each choice among the pieces of its sums."""
+    found: set[Combination] = {()}
+    for index in dims:
+        found = {tuple(sorted((*a, *b), key=id)) for a in found for b in _combinations(find(index))}
+    return found
+
+
+def _combinations(root: Index) -> set[Combination]:
+    if root.size == 1:
+        return {()}
+    if is_axis(root):
+        return {(root,)}
+    if root.form is Form.SUM:
+        return {choice for part in root.parts for choice in _combinations(find(part))}
+    return combinations_of(root.parts)
+
+
 def axes_of(indices: Iterable[Index]) -> list[Index]:
     """Every axis in some indices, each once, in order of appearance."""
     found: dict[int, Index] = {}

@@ -39,6 +39,8 @@ class Value:
     is_input: bool = False
     is_constant: bool = False
     """Whether it was there before the forward pass and is neither parameter nor input: a buffer, a table."""
+    hides: tuple[str, ...] = ()
+    """Parameters in whose memory it lies, if it is a constant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +67,20 @@ class Call:
     @cached_property
     def inputs(self) -> list[Value]:
         """Every value among the arguments."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Value)]
+        given = {name: value for name, value in self.kwargs.items() if name != "out"}
+        return [leaf for leaf in tree_leaves((self.args, given)) if isinstance(leaf, Value)]
+
+    @cached_property
+    def written(self) -> list[Value]:
+        """The arguments that it writes into, in order."""
+        schema = self.function._schema.arguments
+        written = [argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write]
+        return [self.arguments[name] for name in written if isinstance(self.arguments.get(name), Value)]
 
     @property
     def is_in_place(self) -> bool:
         """Whether it changes its first argument."""
-        first = self.function._schema.arguments[:1]
-        return bool(first) and first[0].alias_info is not None and first[0].alias_info.is_write
+        return bool(self.written) and self.written[0] is self.inputs[0]
 
 
 @dataclass
@@ -115,12 +124,11 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
 
 
 def _needed(trace: Trace) -> list[Call]:
-    """The calls on which the outputs depend, and numbers that the model's own code reads; not those whose outputs are
-    looked at for their shape alone."""
+    """The calls on which outputs depend, or numbers that the model itself reads; not those looked at for a shape."""
     values, memory = set(trace.outputs), {_memory(value) for value in trace.outputs}
     needed = []
     for call in reversed(trace.calls):
-        writes = call.is_in_place and any(_memory(output) in memory for output in call.outputs)
+        writes = bool(call.written) and any(_memory(output) in memory for output in call.outputs)
         if writes or not call.outputs or values.intersection(call.outputs):
             needed.append(call)
             values.update(call.inputs)
@@ -197,9 +205,11 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()
         self._values: dict[int, Value] = {}
+        self._in_memory: dict[int, list[str]] = {}
         parameters = {}
         for name, parameter in model.named_parameters():
             parameters[name] = self._values[id(parameter)] = Value(tuple(parameter.shape), parameter, parameter=name)
+            self._in_memory.setdefault(parameter.untyped_storage()._cdata, []).append(name)
         for tensor in tree_leaves(inputs):
             if isinstance(tensor, Tensor) and id(tensor) not in self._values:
                 self._values[id(tensor)] = Value(tuple(tensor.shape), tensor, is_input=True)
@@ -208,7 +218,8 @@ class _Recorder(TorchDispatchMode):
     def value(self, tensor: Tensor) -> Value:
         """The newest value of a tensor; one that no operation made is a constant."""
         if id(tensor) not in self._values:
-            self._values[id(tensor)] = Value(tuple(tensor.shape), tensor, is_constant=True)
+            hides = tuple(self._in_memory.get(tensor.untyped_storage()._cdata, ()))
+            self._values[id(tensor)] = Value(tuple(tensor.shape), tensor, is_constant=True, hides=hides)
         return self._values[id(tensor)]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -222,7 +233,7 @@ class _Recorder(TorchDispatchMode):
                 outputs.append(value)
         name = function.overloadpacket._qualified_op_name.replace("::", ".").removesuffix("_")
         is_pointwise = torch.Tag.pointwise in function.tags
-        call = Call(name, function, *before, tuple(outputs), _where(), is_pointwise)
+        call = Call(name, function, before[0], before[1], tuple(outputs), _where(), is_pointwise)
         if call.is_in_place and outputs:  # also where a real tensor stands for one on the meta device
             self._values[id(args[0])] = outputs[0]
         self.trace.calls.append(call)

@@ -14,7 +14,8 @@ from nino.graph.builder import GraphBuilder
 from nino.graph.ir import Axis, BlockKind, EdgeType, NeuronGroup, Slots
 from nino.graph.tracing.axes import Axes
 from nino.graph.tracing.indices import Index, is_pinned, why_pinned
-from nino.graph.tracing.neurons import Along, Group, Link, Neurons, Side, Wire, Wirer
+from nino.graph.tracing.neurons import find_neurons
+from nino.graph.tracing.neurons.records import Along, Group, Link, Neurons, Side, Wire
 from nino.graph.tracing.recorder import record
 
 MOST_BLOCKS = 2**16
@@ -30,7 +31,7 @@ def wire(model: nn.Module, builder: GraphBuilder, example_inputs: Any) -> Axes:
     trace = record(model, example_inputs)
     trace.parameters = {name: trace.parameters[name] for name in builder.shapes}
     axes = Axes(trace)
-    _Assembler(builder, axes, Wirer(trace, axes).neurons).assemble()
+    _Assembler(builder, axes, find_neurons(trace, axes)).assemble()
     return axes
 
 
@@ -96,7 +97,7 @@ class _Assembler:
             )
         return self._groups[group]
 
-    def _new_group(self, name: str, axes: Sequence[Index]) -> Group:
+    def _new_group(self, name: str, axes: Iterable[Index]) -> Group:
         self._numbers += 1
         return Group(name, tuple(axes), self._numbers)
 
@@ -263,13 +264,10 @@ def _outer_axes(axes: Axes, wires: Sequence[Wire], links: Sequence[Link]) -> dic
     together: dict[Index, set[Index]] = {}
     order: dict[Index, int] = {}
     for found in (*axes.occurrences(), *_sides_of(wires, links)):
-        present = wanted.intersection(found)
+        once = {index for index in found if index in wanted and found.count(index) == 1}
         for index in (index for index in found if index in wanted):
             order.setdefault(index, len(order))
-            if index in together:
-                together[index] &= present
-            else:
-                together[index] = set(present)
+            together[index] = together.get(index, once) & (once | {index})
     outer: dict[Index, Index] = {}
     for index, others in together.items():
         others = {other for other in others if other is not index and _may_hold(other, index, together, order)}
@@ -283,7 +281,7 @@ def _may_hold(outer: Index, inner: Index, together: dict[Index, set[Index]], ord
     return inner not in together[outer] or order[outer] < order[inner]
 
 
-def _sides_of(wires: Sequence[Wire], links: Sequence[Link]) -> Iterator[list[Index]]:
+def _sides_of(wires: Sequence[Wire], links: Sequence[Link]) -> Iterator[Sequence[Index]]:
     """Axes that the slots of blocks name together."""
     for wire_ in wires:
         yield list(wire_.target.root().axes)

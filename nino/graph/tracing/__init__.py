@@ -1,0 +1,1 @@
+"""Wires any model by tracing it."""

@@ -1,0 +1,164 @@
+"""What the second pass knows while it runs: labels of values, neuron groups, and what was wired so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nino.graph.ir import EdgeType
+from nino.graph.tracing.axes import Axes
+from nino.graph.tracing.indices import Index, find
+from nino.graph.tracing.neurons.records import Along, Group, Link, Neurons, Piece, Side, Wire
+from nino.graph.tracing.neurons.storage import pieces_of
+from nino.graph.tracing.recorder import Call, Trace, Value
+
+
+def distinct(labels: Labels) -> list[float]:
+    """The labels that occur, but zero; where one place in memory stands for many positions, only that one is read."""
+    for dim, stride in enumerate(labels.stride()):
+        if stride == 0 and labels.shape[dim] > 1:
+            labels = labels.narrow(dim, 0, 1)
+    return [number for number in torch.unique(labels).tolist() if number != 0]
+
+
+Labels = Tensor
+"""Group numbers, float32 of a value's shape: 0 for none, negative for what was summed over neurons of the group."""
+
+
+class Board:
+    """The state of the second pass.
+
+    Attributes:
+        axes: what the first pass found.
+        neurons: the result, as it grows.
+        pieces: per parameter its parts along whose dimensions nothing changes its meaning.
+        views: per value that depends on parameters alone, those that it still is a strided view of.
+        wired: what joins each piece, by parameter and start.
+        words: integers that came in as they are: words, not positions that were counted.
+    """
+
+    def __init__(self, trace: Trace, axes: Axes) -> None:
+        self.axes = axes
+        self.neurons = Neurons()
+        self.shapes = {name: value.shape for name, value in trace.parameters.items()}
+        self.dims = {name: axes.of(value) for name, value in trace.parameters.items()}
+        self.pieces = {name: pieces_of(name, dims) for name, dims in self.dims.items()}
+        self._labels: dict[Value, Labels] = {}
+        self.views: dict[Value, dict[str, Tensor]] = {
+            value: {name: torch.empty(value.shape, device="meta")} for name, value in trace.parameters.items()
+        }
+        self.wired: dict[tuple[str, tuple[int, ...]], Wire] = {}
+        self.words: set[Value] = set()
+
+    def labels(self, value: Value) -> Labels:
+        """The labels of a value; those of a parameter are zero."""
+        if value not in self._labels:
+            self._labels[value] = torch.zeros(value.shape)
+        return self._labels[value]
+
+    def put(self, value: Value, labels: Labels) -> None:
+        """Give a value its labels."""
+        self._labels[value] = labels
+
+    def is_weight(self, value: Value) -> bool:
+        """Whether a value depends on parameters alone."""
+        return value in self.views
+
+    def group(self, number: float) -> Group:
+        """The group of a label."""
+        return self.neurons.groups[int(abs(number)) - 1].root()
+
+    def groups_at(self, labels: Labels) -> list[Group]:
+        """The groups that occur, each once, in order of their numbers."""
+        found = dict.fromkeys(self.group(n) for n in distinct(labels) if n > 0)
+        return list(found)
+
+    def new_group(self, name: str, axes: Sequence[Index], **flags: Any) -> Group:
+        """A new neuron group."""
+        group = Group(name, tuple(dict.fromkeys(map(find, axes))), len(self.neurons.groups) + 1, **flags)
+        self.neurons.groups.append(group)
+        return group
+
+    def link(self, name: str, source: Group, target: Group, axes: Iterable[Index], edge_type: EdgeType) -> None:
+        """Connect neurons; a group is not connected with itself."""
+        if source.root() is not target.root():
+            self.neurons.links.append(Link(name, source, target, tuple(dict.fromkeys(map(find, axes))), edge_type))
+
+    def set(self, call: Call, labels: Sequence[Labels]) -> None:
+        """Give the outputs their labels; what is computed in place changes those of every view."""
+        if call.is_in_place and not self.is_weight(call.inputs[0]):
+            target = self.labels(call.inputs[0])
+            try:
+                labels = [target.copy_(labels[0])]
+            except RuntimeError:  # one place in memory stands for many positions
+                labels = [labels[0]]
+        for value, of_value in zip(call.outputs, labels, strict=False):
+            self._labels[value] = of_value
+
+    def current(self, labels: Labels) -> Labels:
+        """The same labels after groups were joined."""
+        out = labels
+        for number in distinct(labels):
+            if number > 0 and self.group(number).number != number:
+                out = torch.where(out == number, float(self.group(number).number), out)
+        return out
+
+    def joined(self, parts: Sequence[Labels], call: Call, connect: bool = True) -> Labels:
+        """Labels of neurons that are combined one by one, or (without ``connect``) that play the same part."""
+        parts = [part for part in map(self.current, parts) if bool((part != 0).any())]
+        if not parts:
+            return torch.zeros(())
+        out = parts[0]
+        for other in parts[1:]:
+            out = self._joined_pair(out, other, connect)
+        return out
+
+    def _joined_pair(self, a: Labels, b: Labels, connect: bool) -> Labels:
+        a, b = torch.broadcast_tensors(a, b)
+        out = torch.where(a > 0, a, torch.where(b > 0, b, torch.where(a != 0, a, b)))
+        both = (a > 0) & (b > 0) & (a != b)
+        if not bool(both.any()):
+            return out
+        pairs = torch.unique(torch.stack([a[both], b[both]]), dim=1)
+        for first, second in pairs.T.tolist():
+            joined = self._join(self.group(first), self.group(second), connect)
+            out = torch.where(both & (a == first) & (b == second), float(joined.number), out)
+        return self.current(out)
+
+    def _join(self, a: Group, b: Group, connect: bool) -> Group:
+        """Groups whose neurons are combined one by one: one group, or two with a connection."""
+        if a is b:
+            return a
+        if not connect and (a.is_read or b.is_read or set(a.axes) != set(b.axes)):
+            return a
+        if set(a.axes) != set(b.axes):
+            larger, smaller = (a, b) if len(a.axes) >= len(b.axes) else (b, a)
+            if set(smaller.axes) <= set(larger.axes):
+                self.link(f"{smaller.name} reaches {larger.name}", smaller, larger, larger.axes, EdgeType.HEAD)
+            return larger
+        if a.is_read and b.is_read:
+            together = self.new_group(f"{a.name} with {b.name}", a.axes)
+            self.link(f"{together.name}: first", a, together, a.axes, EdgeType.RESIDUAL)
+            self.link(f"{together.name}: second", b, together, a.axes, EdgeType.RESIDUAL)
+            return together
+        if not a.is_read and not b.is_read:
+            b.merged = a
+            a.is_given = a.is_given and b.is_given
+            return a
+        read, unread = (a, b) if a.is_read else (b, a)
+        self.link(f"{unread.name} residual", read, unread, read.axes, EdgeType.RESIDUAL)
+        return unread
+
+    def wire(
+        self, name: str, piece: Piece, source: Group | None, target: Group, edge_type: EdgeType, sides: dict[int, Side]
+    ) -> None:
+        """Say what a piece of a parameter joins."""
+        along = tuple(
+            Along(a.dim, a.axis, a.stride, sides.get(place, Side.TARGET)) for place, a in enumerate(piece.along)
+        )
+        wire = Wire(name, piece.start, along, source, target, edge_type)
+        self.wired[name, piece.start] = wire
+        self.neurons.wires.append(wire)

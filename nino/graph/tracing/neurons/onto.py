@@ -1,0 +1,53 @@
+"""Parameters that meet neurons one by one: biases, gains, tables of positions, learned queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nino.graph.ir import EdgeType
+from nino.graph.tracing.indices import Index, axes_of, is_pinned
+from nino.graph.tracing.neurons.board import Board, Labels
+from nino.graph.tracing.neurons.operations import broadcasts
+from nino.graph.tracing.neurons.records import Group
+from nino.graph.tracing.neurons.storage import box, place_of, region_of
+from nino.graph.tracing.recorder import Value
+
+
+def put_onto(
+    board: Board, weight: Value, labels: Labels, edge_type: EdgeType, shape: Sequence[int], trailing: int = 0
+) -> Labels:
+    """Wire parameters that are combined with neurons one by one: biases, gains, tables of positions."""
+    labels = labels.expand(tuple(shape))
+    for name, view in board.views.get(weight, {}).items():
+        view = view.reshape(*view.shape, *[1] * trailing) if trailing else view
+        if not broadcasts(view.shape, shape):
+            continue
+        view = view.expand(tuple(shape))
+        for piece in board.pieces[name]:
+            place = place_of(piece, view, board.shapes[name])
+            if place is None or (name, piece.start) in board.wired:
+                continue
+            here = labels[place]
+            groups = board.groups_at(here)
+            if not groups:
+                groups = [board.new_group(f"{name}.neurons", [a.axis for a in piece.along if not is_pinned(a.axis)])]
+                region = dict(enumerate(region_of(piece, view, board.shapes[name])))
+                labels = torch.where(box(labels.shape, region), float(groups[0].number), labels)
+            board.wire(name, piece, None, groups[0], edge_type, {})
+    return labels
+
+
+def as_neurons(board: Board, weight: Value, neurons: Sequence[Index]) -> Labels:
+    """Turn a value made of parameters alone (a learned query) into neurons along some axes."""
+    labels = torch.zeros(weight.shape)
+    group: Group | None = None
+    for name in board.views.get(weight, {}):
+        axes = [axis for axis in axes_of(board.dims[name]) if axis in neurons]
+        group = group or board.new_group(f"{name}.neurons", axes)
+    if group is not None:
+        labels = labels + group.number
+        put_onto(board, weight, labels, EdgeType.BIAS, weight.shape)
+    board.put(weight, labels)
+    return labels

@@ -1,0 +1,99 @@
+"""Goes through the calls in order and hands each to what knows its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from nino.graph.ir import EdgeType
+from nino.graph.tracing.axes import Axes
+from nino.graph.tracing.neurons.board import Board
+from nino.graph.tracing.neurons.contractions import convolve, look_up, multiply, multiply_by_experts
+from nino.graph.tracing.neurons.mixing import mix, normalise, reduce
+from nino.graph.tracing.neurons.moves import concatenate, move, write
+from nino.graph.tracing.neurons.operations import (
+    CONCATENATIONS,
+    CONVOLUTIONS,
+    GAINS,
+    KEEPING,
+    NORMS,
+    PRODUCTS,
+    STRUCTURAL,
+    WRITES,
+)
+from nino.graph.tracing.neurons.records import Neurons, Side
+from nino.graph.tracing.neurons.storage import own_sides
+from nino.graph.tracing.neurons.views import follow_view
+from nino.graph.tracing.recorder import Call, Trace
+
+FOLLOWERS: dict[str, Callable[[Board, Call], None]] = {
+    **dict.fromkeys(STRUCTURAL, move),
+    **dict.fromkeys(CONCATENATIONS, concatenate),
+    **dict.fromkeys(WRITES, write),
+    **dict.fromkeys(PRODUCTS, multiply),
+    **dict.fromkeys(CONVOLUTIONS, convolve),
+    **dict.fromkeys(NORMS, normalise),
+    "aten.embedding": look_up,
+    "aten._grouped_mm": multiply_by_experts,
+}
+
+
+def find_neurons(trace: Trace, axes: Axes) -> Neurons:
+    """Find the neuron groups of a trace and which of them every piece of every parameter joins."""
+    board = Board(trace, axes)
+    for call in trace.calls:
+        _apply(board, call)
+    _wire_what_is_left(board)
+    return board.neurons
+
+
+def _apply(board: Board, call: Call) -> None:
+    if not call.outputs:
+        return
+    board.words.update(value for value in call.inputs if value.is_input)
+    if call.name in STRUCTURAL and call.inputs[:1] and call.inputs[0] in board.words:
+        board.words.update(call.outputs)
+    if _is_of_weights_alone(board, call):
+        _follow_weights(board, call)
+        return
+    if call.name in FOLLOWERS:
+        FOLLOWERS[call.name](board, call)
+    elif call.is_pointwise or call.name in KEEPING:
+        mix(board, call, call.inputs, EdgeType.NORM if call.name in GAINS else EdgeType.BIAS)
+    else:
+        reduce(board, call)
+
+
+def _is_of_weights_alone(board: Board, call: Call) -> bool:
+    """Whether an operation only prepares parameters: exponentials, transposes, rows of a table."""
+    if call.name in PRODUCTS | CONVOLUTIONS | CONCATENATIONS or call.name == "aten.embedding":
+        return False
+    numbers = [value for value in call.inputs if value.shape and value.tensor.is_floating_point()]
+    return any(map(board.is_weight, numbers)) and all(map(board.is_weight, numbers))
+
+
+def _follow_weights(board: Board, call: Call) -> None:
+    """A value made of parameters alone stays a view of them, as far as it is one."""
+    for place, output in enumerate(call.outputs):
+        views: dict[str, Tensor] = {}
+        for value in call.inputs:
+            for name, view in board.views.get(value, {}).items():
+                followed = follow_view(call, value, view, place, output.shape)
+                if followed is not None:
+                    views.setdefault(name, followed)
+        board.views[output] = views
+
+
+def _wire_what_is_left(board: Board) -> None:
+    """Parameters (and parts of them) that met no neurons get neurons of their own, along their true axes."""
+    for name, pieces in board.pieces.items():
+        for piece in pieces:
+            if (name, piece.start) in board.wired:
+                continue
+            sides = own_sides(piece, len(board.shapes[name]))
+            targets = [a.axis for p, a in enumerate(piece.along) if sides[p] is Side.TARGET]
+            sources = [a.axis for p, a in enumerate(piece.along) if sides[p] is Side.SOURCE]
+            target = board.new_group(f"{name}.outputs", targets)
+            source = board.new_group(f"{name}.inputs", sources) if sources else None
+            board.wire(name, piece, source, target, EdgeType.LINEAR if source else EdgeType.BIAS, sides)

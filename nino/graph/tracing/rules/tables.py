@@ -1,0 +1,143 @@
+"""Reading and writing by position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nino.graph.tracing.indices import Index, pin, unify
+from nino.graph.tracing.recorder import Call, Value
+from nino.graph.tracing.rules.common import Dims, aligned, fresh, pinned_outputs, reason_of, rule
+
+if TYPE_CHECKING:
+    from nino.graph.tracing.axes import Axes
+
+
+@rule("embedding")
+def _embedding(axes: Axes, call: Call) -> list[Dims]:
+    table, positions = call.arguments["weight"], call.arguments["indices"]
+    axes.index_with(table, 0, positions, call)
+    return [[*axes.of(positions), *axes.of(table)[1:]]]
+
+
+@rule("index_select")
+def _index_select(axes: Axes, call: Call) -> list[Dims]:
+    value, positions = call.arguments["self"], call.arguments["index"]
+    dim = call.arguments["dim"] % len(value.shape)
+    axes.index_with(value, dim, positions, call)
+    dims = list(axes.of(value))
+    dims[dim] = axes.of(positions)[0] if positions.shape else Index(1)
+    return [dims]
+
+
+@rule("gather")
+def _gather(axes: Axes, call: Call) -> list[Dims]:
+    value, positions = call.arguments["self"], call.arguments["index"]
+    dim = call.arguments["dim"] % len(value.shape)
+    axes.index_with(value, dim, positions, call)
+    _meet_elsewhere(axes, value, positions, dim, call)
+    return [axes.of(positions)]
+
+
+def _meet_elsewhere(axes: Axes, value: Value, positions: Value, dim: int, call: Call) -> None:
+    for place, (a, b) in enumerate(zip(axes.of(value), axes.of(positions), strict=True)):
+        if place != dim and a.size == b.size:
+            unify(a, b)
+        elif place != dim:
+            for index in (a, b):
+                pin(index, f"{reason_of(call)} reads a part of it")
+
+
+@rule("scatter scatter_add scatter_reduce")
+def _scatter(axes: Axes, call: Call) -> list[Dims]:
+    value, positions = call.arguments["self"], call.arguments["index"]
+    dim = call.arguments["dim"] % max(len(value.shape), 1)
+    axes.index_with(value, dim, positions, call)
+    _meet_elsewhere(axes, value, positions, dim, call)
+    source = call.arguments.get("src")
+    if isinstance(source, Value):
+        aligned(axes, [positions, source], positions.shape)
+    return [axes.of(value)]
+
+
+@rule("index index_put _unsafe_index _unsafe_index_put")
+def _index(axes: Axes, call: Call) -> list[Dims]:
+    value = call.arguments["self"]
+    given = list(call.arguments["indices"]) + [None] * len(value.shape)
+    taken: list[int] = []
+    read: list[Value] = []
+    dim = 0
+    for positions in given:
+        if dim >= len(value.shape):
+            break
+        width = max(len(positions.shape), 1) if positions is not None and _is_mask(positions) else 1
+        if positions is not None:
+            taken += range(dim, dim + width)
+            read.append(positions)
+            for place in range(dim, dim + width):
+                axes.index_with(value, place, None if _is_mask(positions) else positions, call)
+        dim += width
+    where = _read_dims(axes, read, value, taken, call)
+    kept = [index for place, index in enumerate(axes.of(value)) if place not in taken]
+    adjoining = taken == list(range(taken[0], taken[0] + len(taken))) if taken else True
+    front = taken[0] if taken and adjoining else 0
+    dims = [*kept[:front], *where, *kept[front:]]
+    if call.name.startswith(("aten.index_put", "aten._unsafe_index_put")):
+        _meet_written(dims, axes.of(call.arguments["values"]))
+        return [axes.of(value)]
+    return [dims]
+
+
+def _is_mask(positions: Value) -> bool:
+    return positions.tensor.dtype in (torch.bool, torch.uint8)
+
+
+def _read_dims(axes: Axes, read: list[Value], value: Value, taken: list[int], call: Call) -> Dims:
+    if any(_is_mask(positions) for positions in read):
+        for positions in read:
+            axes.pin(positions, range(len(positions.shape)), f"{reason_of(call)} chooses from it")
+        written = call.name.startswith(("aten.index_put", "aten._unsafe_index_put"))
+        if written:
+            shape = list(call.arguments["values"].shape)
+            kept = len(value.shape) - len(taken)
+            return fresh(shape[: max(len(shape) - kept, 0)], reason_of(call))
+        return fresh(call.outputs[0].shape[:1], reason_of(call))
+    shape = torch.broadcast_shapes(*(positions.shape for positions in read))
+    return aligned(axes, read, shape)
+
+
+def _meet_written(dims: Dims, values: Dims) -> None:
+    for index, written in zip(reversed(dims), reversed(values), strict=False):
+        if index.size == written.size:
+            unify(index, written)
+
+
+@rule("index_add index_copy index_fill")
+def _index_add(axes: Axes, call: Call) -> list[Dims]:
+    value, positions, source = call.arguments["self"], call.arguments["index"], call.arguments.get("source")
+    dim = call.arguments["dim"] % len(value.shape)
+    axes.index_with(value, dim, positions, call)
+    if isinstance(source, Value):
+        for place, (index, written) in enumerate(zip(axes.of(value), axes.of(source), strict=True)):
+            unify(axes.of(positions)[0] if place == dim else index, written)
+    return [axes.of(value)]
+
+
+@rule("select_scatter slice_scatter")
+def _slice_scatter(axes: Axes, call: Call) -> list[Dims]:
+    value, source = call.arguments["self"], call.arguments["src"]
+    dim = call.arguments.get("dim", 0) % len(value.shape)
+    axes.pin(value, [dim], f"{reason_of(call)} writes it by position")
+    of_source = list(axes.of(source))
+    if call.name == "aten.select_scatter":
+        of_source.insert(dim, Index(1))
+    for place, (index, written) in enumerate(zip(axes.of(value), of_source, strict=True)):
+        if place != dim:
+            unify(index, written)
+    return [axes.of(value)]
+
+
+@rule("nonzero masked_select unique _unique2 unique_consecutive")
+def _nonzero(axes: Axes, call: Call) -> list[Dims]:
+    return pinned_outputs(axes, call, f"{reason_of(call)} depends on the data")
