@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from nino.graph.tracing.indices import Combination, Index, MismatchError, combinations_of, pin, unify
-from nino.graph.tracing.positions import Positions
+from nino.graph.tracing.indices import Combination, Index, MismatchError, combinations_of, pin, settle, unify
+from nino.graph.tracing.positions import COPIES, Positions
 from nino.graph.tracing.recorder import Call, Trace, Value
 from nino.graph.tracing.rules import RULES
 from nino.graph.tracing.rules.common import Dims, fresh, names, pinned_outputs, reason_of, unknown
 from nino.graph.tracing.rules.elementwise import pointwise
 
+PIECEWISE = COPIES | names("index unsafe_split unsafe_split_with_sizes chunk")
+"""They may take a value apart; all other operations use it as it is."""
 REARRANGED_IN_PLACE = names("t transpose squeeze unsqueeze swapaxes swapdims resize set")
 """In place, but what changes is the order of the dimensions and no number."""
 
@@ -92,9 +94,17 @@ class Axes:
             if one is not None:
                 pin(one, f"{reason_of(call)} reads it by position")
 
+    def settle(self, call: Call) -> None:
+        """An operation uses its inputs as they are, not pieces of them."""
+        for value in call.inputs:
+            for index in self.of(value):
+                settle(index)
+
     def _apply(self, call: Call) -> None:
         apply = RULES.get(call.name) or (pointwise if call.is_pointwise else unknown)
         self.positions.follow(call)
+        if call.name not in PIECEWISE:
+            self.settle(call)
         try:
             dims = apply(self, call)
         except MismatchError as error:

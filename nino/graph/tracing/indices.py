@@ -50,8 +50,16 @@ class Index:
     """Factors, the outermost first, or summands."""
     pinned: str = ""
     """Why it may not be relabelled; empty if it may."""
-    merged: Index | None = field(default=None)
+    merged: Index | None = None
     """The index that it was found to be the same as."""
+    is_used: bool = False
+    """Whether anything is known of it besides where it lies in a product."""
+    whole: Index | None = None
+    """The product that it is the outer factor of, if that was an atom before."""
+    copies: list[Index] = field(default_factory=list)
+    """What stands for it in the pieces of a product that was cut apart; see :func:`cut_apart`."""
+    apart: Apart | None = None
+    """How it was cut apart."""
 
     def __repr__(self) -> str:
         root = find(self)
@@ -91,6 +99,7 @@ def summed(parts: Sequence[Index]) -> Index:
 
 def pin(index: Index, reason: str) -> None:
     """Say that nothing in an index may be relabelled; the first reason stays."""
+    settle(index)
     root = find(index)
     if not root.pinned and root.size > 1:
         root.pinned = reason
@@ -110,6 +119,12 @@ def unify(a: Index, b: Index) -> None:
 def _unify(a: Index, b: Index) -> None:
     a, b = find(a), find(b)
     if a is b or a.size == b.size == 1:
+        return
+    for index in (a, b):
+        settle(index)
+    a, b = find(a), find(b)
+    a.is_used = b.is_used = True
+    if a is b:
         return
     if a.size != b.size:
         raise MismatchError(f"{a} and {b} differ in size")
@@ -171,6 +186,17 @@ def _unify_product_with_sum(a: Index, b: Index) -> None:
         _unify(second, product(rest))
 
 
+def settle(index: Index) -> None:
+    """Use an index as it is: it stands for all of its copies, so they are the same; see :func:`cut_apart`."""
+    root = find(index)
+    root.is_used = True
+    copies, root.copies = root.copies, []
+    for copy in copies:
+        _unify(root, copy)
+    for part in root.parts:
+        settle(part)
+
+
 def factors(index: Index) -> list[Index]:
     """The factors of an index, the outermost first, none of them a product or of size 1."""
     root = find(index)
@@ -187,15 +213,16 @@ def factor(index: Index, size: int) -> tuple[Index, Index]:
     Raises:
         MismatchError: if its structure does not allow it.
     """
-    root = find(index)
     if size == 1:
-        return Index(1), root
-    if size == root.size:
-        return root, Index(1)
+        return Index(1), find(index)
+    if size == index.size:
+        return find(index), Index(1)
+    settle(index)
+    root = find(index)
     if root.size % size:
         raise MismatchError(f"{root} is no product of {size} and something else")
     if root.form is Form.ATOM:
-        outer, inner = Index(size, pinned=root.pinned), Index(root.size // size, pinned=root.pinned)
+        outer, inner = Index(size, pinned=root.pinned, whole=root), Index(root.size // size, pinned=root.pinned)
         root.form, root.parts = Form.PRODUCT, (outer, inner)
         return outer, inner
     if root.form is Form.SUM:
@@ -233,9 +260,10 @@ def cut(index: Index, sizes: Sequence[int]) -> list[Index]:
     Raises:
         MismatchError: if its structure does not allow it.
     """
-    root = find(index)
     if len(sizes) == 1:
-        return [root]
+        return [find(index)]
+    settle(index)
+    root = find(index)
     if sum(sizes) != root.size:
         raise MismatchError(f"{root} has no pieces of {', '.join(map(str, sizes))}")
     if root.form is Form.ATOM:
@@ -249,6 +277,99 @@ def cut(index: Index, sizes: Sequence[int]) -> list[Index]:
     if any(size % inner for size in sizes):
         raise MismatchError(f"{root} cannot be cut into {', '.join(map(str, sizes))}")
     return [product([piece, *rest]) for piece in cut(outer, [size // inner for size in sizes])]
+
+
+MOST_PIECES = 64
+"""More pieces than that are no layers that were fused, but places."""
+
+
+@dataclass(eq=False)
+class Apart:
+    """How a dimension was cut apart: per piece, what stands for the dimensions within it."""
+
+    inner: list[Index]
+    pieces: list[tuple[Index, list[Index]]]
+
+    def dims(self, dims: Sequence[Index], dim: int, place: int) -> list[Index]:
+        """The dimensions of a piece."""
+        piece, copies = self.pieces[place]
+        own = dict(zip(map(id, self.inner), copies, strict=True))
+        return [piece if at == dim else own.get(id(find(index)), index) for at, index in enumerate(dims)]
+
+
+def cut_apart(dims: Sequence[Index], dim: int, sizes: Sequence[int]) -> list[list[Index]]:
+    """Cut a dimension into pieces, and give each its own copy of the dimensions that lie within it.
+
+    A fused layer stores ``3 x dims`` for queries, keys and values. Seen as two dimensions and cut along the first, its
+    pieces would share the second, and rotary positions, which tell the dimensions of queries apart, would pin those of
+    values. As long as nothing but a view has used the second dimension, ``3 x dims`` is ``dims + dims + dims`` as well.
+
+    Args:
+        dims: of a value.
+        dim: which to cut.
+        sizes: of the pieces.
+
+    Returns:
+        The dimensions of every piece.
+
+    Raises:
+        MismatchError: if the structure of the dimension does not allow it.
+    """
+    outer = find(dims[dim])
+    if len(sizes) > 1 and (outer.apart is not None or _can_come_apart(dims, outer, sizes)):
+        return _pieces_apart(dims, dim, sizes)
+    return [[*dims[:dim], piece, *dims[dim + 1 :]] for piece in cut(outer, sizes)]
+
+
+def _can_come_apart(dims: Sequence[Index], outer: Index, sizes: Sequence[int]) -> bool:
+    whole = outer.whole and find(outer.whole)
+    if whole is None or whole.form is not Form.PRODUCT or find(whole.parts[0]) is not outer or len(sizes) > MOST_PIECES:
+        return False
+    inner = factors(whole.parts[1])
+    here = {id(find(index)) for index in dims}
+    return all(f.form is Form.ATOM and not (f.is_used or f.pinned) and id(f) in here for f in inner)
+
+
+def _pieces_apart(dims: Sequence[Index], dim: int, sizes: Sequence[int]) -> list[list[Index]]:
+    outer = find(dims[dim])
+    apart = outer.apart or _come_apart(outer, sizes)
+    place, out = 0, []
+    for size in sizes:
+        piece = apart.pieces[place][0]
+        if piece.size > size:  # a finer cut than the one before
+            finer = cut_apart(apart.dims(dims, dim, place), dim, [size, piece.size - size])
+            where = [next(at for at, index in enumerate(dims) if find(index) is find(i)) for i in apart.inner]
+            apart.pieces[place : place + 1] = [(of[dim], [of[at] for at in where]) for of in finer]
+            piece = apart.pieces[place][0]
+        if piece.size == size:
+            out.append(apart.dims(dims, dim, place))
+            place += 1
+            continue
+        taken = []
+        while sum(part.size for part in taken) < size:  # several pieces at once share what lies within
+            taken.append(apart.pieces[place][0])
+            place += 1
+        if sum(part.size for part in taken) > size:
+            raise MismatchError(f"{outer} was cut otherwise before")
+        out.append([*dims[:dim], summed(taken), *dims[dim + 1 :]])
+    return out
+
+
+def _come_apart(outer: Index, sizes: Sequence[int]) -> Apart:
+    whole = find(outer.whole)  # type: ignore[arg-type]
+    inner = factors(whole.parts[1])
+    pieces, parts = [], []
+    for piece in cut(outer, sizes):
+        copies = [Index(index.size) for index in inner]
+        for index, copy in zip(inner, copies, strict=True):
+            index.copies.append(copy)
+        part = product([piece, *copies]) if piece.size == 1 else product([piece, product(copies)])
+        piece.whole = part if piece.size > 1 else None
+        pieces.append((piece, copies))
+        parts.append(part)
+    whole.form, whole.parts = Form.SUM, tuple(parts)
+    outer.apart = Apart(inner, pieces)
+    return outer.apart
 
 
 def _cut_sum(root: Index, sizes: Sequence[int]) -> list[Index]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product as combinations
 from math import prod
 from typing import Any
@@ -13,7 +14,7 @@ from nino.errors import GraphError
 from nino.graph.builder import GraphBuilder
 from nino.graph.ir import Axis, BlockKind, EdgeType, NeuronGroup, Slots
 from nino.graph.tracing.axes import Axes
-from nino.graph.tracing.indices import Index, is_pinned, why_pinned
+from nino.graph.tracing.indices import Index, is_pinned, pin, why_pinned
 from nino.graph.tracing.neurons import find_neurons
 from nino.graph.tracing.neurons.records import Along, Group, Link, Neurons, Side, Wire
 from nino.graph.tracing.recorder import record
@@ -48,11 +49,15 @@ class _Assembler:
         self._adapted: dict[tuple[Group, tuple[Index, ...]], Group] = {}
         self._names: dict[str, int] = {}
         self._numbers = len(neurons.groups)
-        self._within = _outer_axes(axes, self.wires, self.links)
+        self._found = axes
+        self._within: dict[Index, Index] = {}
         self._num_blocks = 0
 
     def assemble(self) -> None:
         """Add everything to the builder."""
+        for wire_ in self.wires:
+            _tell_apart(wire_)
+        self._within = _outer_axes(self._found, self.wires, self.links)
         for wire_ in self.wires:
             self._name_axes(wire_)
         for wire_ in self.wires:
@@ -186,8 +191,10 @@ class _Assembler:
     ) -> Iterator[dict[Along, int]]:
         """Indices at which axes are held, so that the slots of each side lie at equal distances in memory."""
         shape = self.builder.shapes[wire_.parameter]
-        scattered = [along for side in sides for along in _scattered(side, shape)]
-        held = list(dict.fromkeys([*held, *scattered]))
+        held = list(dict.fromkeys([*held, *(along for side in sides for along in _scattered(side, shape))]))
+        for side in sides:  # what is relabelled separately for every index of an axis is held together with it
+            outer = {self._within.get(along.axis) for along in held if along in side}
+            held += [along for along in side if along.axis in outer and along not in held]
         for choice in combinations(*(range(one.axis.size) for one in held)):
             yield dict(zip(held, choice, strict=True))
 
@@ -241,6 +248,20 @@ class _Assembler:
         source, target = self._group(link.source), self._group(link.target)
         axes = [self._axis(index, link.name) for index in link.axes]
         self.builder.connect(link.name, source.slots(*axes), target.slots(*axes), link.type)
+
+
+def _tell_apart(wire_: Wire) -> None:
+    """Where a weight reads an axis twice (all pairs of neurons), one of them counts as places, and neither may move."""
+    seen: set[tuple[Index, Side]] = set()
+    along = []
+    for one in wire_.along:
+        if (one.axis, one.side) in seen:
+            reason = f"{wire_.parameter} joins pairs of it"
+            pin(one.axis, reason)
+            one = replace(one, axis=Index(one.axis.size, pinned=reason))
+        seen.add((one.axis, one.side))
+        along.append(one)
+    wire_.along = tuple(along)
 
 
 def _scattered(side: Sequence[Along], shape: Sequence[int]) -> list[Along]:

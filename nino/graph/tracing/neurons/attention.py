@@ -57,6 +57,8 @@ def _score(board: Board, pairs: list[tuple[Group, Group]], used: set[Index], out
         axes = [axis for axis in (*a.axes, *b.axes) if axis not in used and axis in alive]
         heads = heads or board.new_group(f"{stem(a.name)}.heads", axes)
         every = tuple(dict.fromkeys((*a.axes, *b.axes)))
+        if not set(heads.axes) <= set(every):
+            continue
         board.link(f"{a.name} of heads", heads, a, every, EdgeType.HEAD)
         board.link(f"{b.name} of heads", heads, b, every, EdgeType.HEAD)
         board.link(f"{a.name} with {b.name}", a, b, every, EdgeType.HEAD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from nino.graph.tracing.indices import Index, MismatchError, cut, pin, unify
+from nino.graph.tracing.indices import Index, MismatchError, cut_apart, pin, unify
 from nino.graph.tracing.recorder import Call, Value
 
 if TYPE_CHECKING:
@@ -76,14 +76,23 @@ def aligned(axes: Axes, values: Iterable[Value], shape: Sequence[int]) -> Dims:
     return [index if index is not None else Index(size) for index, size in zip(dims, shape, strict=True)]
 
 
-def cut_or_pin(index: Index, sizes: Sequence[int], call: Call) -> Dims:
-    """Cut an index into pieces; pin it, and only it, if it cannot be cut so."""
+def pieces_of(dims: Dims, dim: int, sizes: Sequence[int], call: Call) -> list[Dims]:
+    """The dimensions of the pieces into which one of them is cut; pin it, and only it, if it cannot be cut so."""
     try:
-        return cut(index, sizes)
+        return cut_apart(dims, dim, sizes)
     except MismatchError as error:
         reason = f"{reason_of(call)}: {error}"
-        pin(index, reason)
-        return fresh(sizes, reason)
+        pin(dims[dim], reason)
+        return [[*dims[:dim], piece, *dims[dim + 1 :]] for piece in fresh(sizes, reason)]
+
+
+def part_of(dims: Dims, dim: int, start: int, length: int, call: Call) -> Dims:
+    """The dimensions of what lies at some consecutive positions along one of them."""
+    size = dims[dim].size
+    if length in (0, size):
+        return dims if length else [*dims[:dim], Index(0), *dims[dim + 1 :]]
+    sizes = [n for n in (start, length, size - start - length) if n]
+    return pieces_of(dims, dim, sizes, call)[1 if start else 0]
 
 
 def resized(axes: Axes, value: Value, output: Value, call: Call) -> Dims:

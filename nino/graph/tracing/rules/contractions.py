@@ -22,6 +22,7 @@ def _matmul(axes: Axes, call: Call) -> list[Dims]:
     if len(left) == 3 and len(right) == 3:
         unify(left[0], right[0])
         batch = [left[0]]
+    axes.occur_alone([*batch, left[-1]])  # each position kept of one factor meets each of the other
     dims = [*batch, *([left[-2]] if len(left) > 1 else []), *([right[-1]] if len(right) > 1 else [])]
     if call.name == "aten.addbmm":
         dims = dims[1:]
@@ -58,6 +59,7 @@ def _grouped_mm(axes: Axes, call: Call) -> list[Dims]:
     if isinstance(ends, Value):
         unify(axes.of(ends)[0], axes.of(experts)[0])
     unify(axes.of(rows)[1], axes.of(experts)[1])
+    axes.occur_alone([axes.of(experts)[0], axes.of(rows)[1]])
     return [[axes.of(rows)[0], axes.of(experts)[2]]]
 
 
@@ -67,4 +69,5 @@ def _cdist(axes: Axes, call: Call) -> list[Dims]:
     unify(a[-1], b[-1])
     if len(a) == len(b) == 3:
         unify(a[0], b[0])
+    axes.occur_alone([*a[:-2], a[-1]])
     return [[*a[:-1], b[-2]]]

@@ -26,6 +26,7 @@ def _copy(axes: Axes, call: Call) -> list[Dims]:
 @rule("alias detach clone contiguous _to_copy lift_fresh masked_fill dropout")
 def _same(axes: Axes, call: Call) -> list[Dims]:
     first = call.inputs[0]
+    call.outputs[0].is_constant = first.is_constant and not call.is_in_place
     return [aligned(axes, call.inputs, first.shape)]
 
 

@@ -106,6 +106,7 @@ def _convolution(axes: Axes, call: Call) -> list[Dims]:
         group, _ = factor(outer, groups)
         unify(channels, product([group, per_group]))
         channels_out = outer
+    axes.occur_alone([channels])
     if bias is not None:
         unify(axes.of(bias)[0], channels_out)
     reason = f"{reason_of(call)} tells its positions apart"

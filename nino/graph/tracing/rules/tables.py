@@ -8,7 +8,7 @@ import torch
 
 from nino.graph.tracing.indices import Index, pin, unify
 from nino.graph.tracing.recorder import Call, Value
-from nino.graph.tracing.rules.common import Dims, aligned, fresh, pinned_outputs, reason_of, rule
+from nino.graph.tracing.rules.common import Dims, aligned, fresh, part_of, pinned_outputs, reason_of, rule
 
 if TYPE_CHECKING:
     from nino.graph.tracing.axes import Axes
@@ -64,6 +64,10 @@ def _scatter(axes: Axes, call: Call) -> list[Dims]:
 @rule("index index_put _unsafe_index _unsafe_index_put")
 def _index(axes: Axes, call: Call) -> list[Dims]:
     value = call.arguments["self"]
+    row = _single_row(call)
+    if row is not None:
+        return [part_of(axes.of(value), *row, 1, call)]
+    axes.settle(call)
     given = list(call.arguments["indices"]) + [None] * len(value.shape)
     taken: list[int] = []
     read: list[Value] = []
@@ -87,6 +91,17 @@ def _index(axes: Axes, call: Call) -> list[Dims]:
         _meet_written(dims, axes.of(call.arguments["values"]))
         return [axes.of(value)]
     return [dims]
+
+
+def _single_row(call: Call) -> tuple[int, int] | None:
+    """Dimension and position, if a list of one number, written in the code, is read: ``x[..., [-1], :]``."""
+    given = [(dim, p) for dim, p in enumerate(call.arguments["indices"]) if p is not None]
+    if call.name != "aten.index" or len(given) != 1 or call.arguments["self"].parameter is not None:
+        return None
+    dim, positions = given[0]
+    if positions.shape != (1,) or positions.tensor.is_meta or _is_mask(positions) or not positions.is_constant:
+        return None
+    return dim, int(positions.tensor) % call.arguments["self"].shape[dim]
 
 
 def _is_mask(positions: Value) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nino.graph.tracing.indices import Index, MismatchError, cut, factor, pin, product, summed
 from nino.graph.tracing.recorder import Call
-from nino.graph.tracing.rules.common import Dims, aligned, cut_or_pin, fresh, reason_of, rule
+from nino.graph.tracing.rules.common import Dims, aligned, fresh, part_of, pieces_of, reason_of, rule
 
 if TYPE_CHECKING:
     from nino.graph.tracing.axes import Axes
@@ -97,13 +97,13 @@ def _select(axes: Axes, call: Call) -> list[Dims]:
     value = call.arguments["self"]
     dims = axes.of(value)
     dim = call.arguments["dim"] % len(dims)
-    rest = dims[:dim] + dims[dim + 1 :]
+    row = call.arguments["index"] % dims[dim].size
     if value.parameter is not None:  # one row of a table
         axes.pin(value, [dim], f"{reason_of(call)} reads it by position")
-        axes.choose_row(call.outputs[0], dims[dim], call.arguments["index"] % dims[dim].size)
-    else:
-        cut_or_pin(dims[dim], [1] * dims[dim].size, call)
-    return [rest]
+        axes.choose_row(call.outputs[0], dims[dim], row)
+        return [dims[:dim] + dims[dim + 1 :]]
+    of_row = part_of(dims, dim, row, 1, call)
+    return [of_row[:dim] + of_row[dim + 1 :]]
 
 
 @rule("slice")
@@ -113,11 +113,8 @@ def _slice(axes: Axes, call: Call) -> list[Dims]:
     step, size = call.arguments.get("step", 1), dims[dim].size
     start, length = slice_bounds(call, size)
     if step == 1:
-        if length != size:
-            sizes = [start, length, size - start - length]
-            pieces = cut_or_pin(dims[dim], [n for n in sizes if n], call) if length else []
-            dims[dim] = pieces[1 if start else 0] if length else Index(0)
-    elif size % step == 0 and start < step and length == size // step:
+        return [part_of(dims, dim, start, length, call)]
+    if size % step == 0 and start < step and length == size // step:
         outer, inner = factor(dims[dim], size // step)
         cut(inner, [1] * step)
         dims[dim] = outer
@@ -138,12 +135,10 @@ def slice_bounds(call: Call, size: int) -> tuple[int, int]:
 def _split(axes: Axes, call: Call) -> list[Dims]:
     dims = axes.of(call.inputs[0])
     dim = call.arguments.get("dim", 0) % len(dims)
-    before, after = dims[:dim], dims[dim + 1 :]
     if call.name == "aten.unbind":
-        cut_or_pin(dims[dim], [1] * dims[dim].size, call)
-        return [[*before, *after] for _ in call.outputs]
-    pieces = cut_or_pin(dims[dim], [output.shape[dim] for output in call.outputs], call)
-    return [[*before, piece, *after] for piece in pieces]
+        pieces = pieces_of(dims, dim, [1] * dims[dim].size, call)
+        return [of_piece[:dim] + of_piece[dim + 1 :] for of_piece in pieces]
+    return pieces_of(dims, dim, [output.shape[dim] for output in call.outputs], call)
 
 
 @rule("cat concat")
