@@ -72,7 +72,7 @@ class Axes:
                 self.of(value)
             self._apply(call)
         for value in trace.outputs:
-            for index in self.of(value):
+            for index in self.of(value)[: -1 if value in trace.movable else None]:
                 pin(index, "it is an output of the model")
 
     def of(self, value: Value) -> Dims:
