@@ -94,8 +94,13 @@ def _wire_by_tracing(model: nn.Module, example_inputs: Any) -> NeuralGraph:
 def _wire_by_family(model: nn.Module) -> NeuralGraph:
     builder = GraphBuilder(model)
     family, wire_family = _family_of(model, builder)
-    wire_family(model, builder)
-    return builder.finish(family, "exact")
+    try:
+        wire_family(model, builder)
+        return builder.finish(family, "exact")
+    except GraphError as error:
+        if family == "chain":  # what was tried, not what it was known to be
+            raise chain.NotAChainError(str(error)) from error
+        raise
 
 
 def _family_of(model: nn.Module, builder: GraphBuilder) -> tuple[str, Wire]:
