@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nino.data import Trajectory, TrajectoryWriter, build_model
+from nino.data import Trajectory, build_model, record
 from nino.errors import TrajectoryError
 from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet, load_parquet_images
@@ -142,21 +142,29 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> float:
     model = build_model(plan.architecture)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
     generator = torch.Generator().manual_seed(plan.seed)
-    named = dict(model.named_parameters())
-    training = {k: v for k, v in dataclasses.asdict(plan).items() if k != "architecture"} | {"optimizer": "AdamW"}
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in named.items()]
-    writer = TrajectoryWriter(out / plan.name, shapes, plan.architecture, training)
-    metrics: dict[str, float] = {}
-    for step in range(plan.updates + 1):
-        if step % plan.interval == 0:
-            evaluated = step // plan.interval % EVALUATE_EVERY_STATES == 0 or step == plan.updates
-            writer.append(step, named, metrics | (task.evaluate(model) if evaluated else {}))
+    notes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "architecture"}
+    recorder = record(
+        model,
+        out / plan.name,
+        interval=plan.interval,
+        optimizer=optimizer,
+        training=notes,
+        architecture=plan.architecture,
+    )
+    recorder.after_update(0, task.evaluate(model))
+    for step in range(1, plan.updates + 1):
         optimizer.zero_grad()
         loss = task.loss(model, task.batch(plan.batch_size, generator))
         loss.backward()
         optimizer.step()
-        metrics = {"loss": loss.item()}
-    writer.close()
+        metrics: dict[str, float] = {}
+        if recorder.is_due(step):
+            is_evaluated = step // plan.interval % EVALUATE_EVERY_STATES == 0 or step == plan.updates
+            metrics = {"loss": loss.item()} | (task.evaluate(model) if is_evaluated else {})
+        recorder.after_update(step, metrics)
+        if recorder.problem:
+            raise TrajectoryError(recorder.problem)
+    recorder.close()
     return task.evaluate(model)["eval_loss"]
 
 

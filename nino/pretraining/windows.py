@@ -1,7 +1,9 @@
 """Windows of recorded runs: C snapshots as the network reads them, and where every weight went afterwards.
 
 A window takes states of one run that lie ``stride`` recorded states apart, standardised by the statistics of its inputs
-alone, as a nowcast is. Targets beyond the end of the run are masked.
+alone, as a nowcast is. Targets beyond the end of the run are masked. A window lies
+within one segment of the run (:meth:`nino.data.Trajectory.segments`), never across a jump: its targets say where plain
+training leads from its inputs.
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ class RecordedRun:
     def __init__(self, trajectory: Trajectory, config: NowcasterConfig) -> None:
         self.trajectory = trajectory
         self.family = str(trajectory.training.get("family", "unknown"))
+        self.segments = trajectory.segments()
+        if trajectory.architecture is None:
+            raise TrajectoryError(
+                f"{trajectory.folder} does not say how to build its model; record it with an architecture"
+            )
         model = build_model(trajectory.architecture, device="meta")
         graph = NeuralGraph.from_model(model, wiring=config.wiring)
         recorded = dict(trajectory.parameters)
@@ -67,6 +74,14 @@ class RecordedRun:
         self.positions = graph.positions(config.num_positions)
         self.words = graph.words()
         self.feature_mask = self.edges.feature_mask()
+
+    def starts(self, length: int) -> list[range]:
+        """Where stretches of ``length`` states can begin, in each segment that is long enough."""
+        return [range(s.start, s.stop - length + 1) for s in self.segments if len(s) >= length]
+
+    def end_of_segment(self, index: int) -> int:
+        """The end (exclusive) of the segment that a state lies in."""
+        return next(segment.stop for segment in self.segments if index in segment)
 
 
 class WindowSource:
@@ -89,8 +104,13 @@ class WindowSource:
         self.runs = [RecordedRun(Trajectory(folder), config) for folder in folders]
         for run in self.runs:
             needed = config.context * min(self.strides) + 1
-            if len(run.trajectory) < needed:
-                raise TrajectoryError(f"{run.trajectory.folder}: {len(run.trajectory)} states, a window needs {needed}")
+            longest = max(map(len, run.segments))
+            if longest < needed:
+                found = f"{len(run.trajectory)} states"
+                found += "" if len(run.segments) == 1 else f", at most {longest} without a jump or a gap between"
+                raise TrajectoryError(
+                    f"{run.trajectory.folder}: {found}, a window needs {needed}; choose smaller strides or leave it out"
+                )
         self.by_family: dict[str, list[int]] = {}
         for index, run in enumerate(self.runs):
             self.by_family.setdefault(run.family, []).append(index)
@@ -99,10 +119,11 @@ class WindowSource:
         """Draw a run of the family, a stride that fits it and a start."""
         members = self.by_family[family]
         run = members[_randint(len(members), generator)]
-        num_states = len(self.runs[run].trajectory)
-        fitting = [s for s in self.strides if (self.config.context - 1) * s + s < num_states]
+        lengths = {stride: self.config.context * stride + 1 for stride in self.strides}
+        fitting = [stride for stride in self.strides if self.runs[run].starts(lengths[stride])]
         stride = fitting[_randint(len(fitting), generator)]
-        return WindowPlace(run=run, first=_randint(num_states - self.config.context * stride, generator), stride=stride)
+        places = [first for starts in self.runs[run].starts(lengths[stride]) for first in starts]
+        return WindowPlace(run=run, first=places[_randint(len(places), generator)], stride=stride)
 
     def num_edges(self, place: WindowPlace) -> int:
         """The cost of a window."""
@@ -121,7 +142,10 @@ class WindowSource:
         """
         run, config = self.runs[place.run], self.config
         last = place.first + (config.context - 1) * place.stride
-        num_targets = min(config.max_horizon, (len(run.trajectory) - 1 - last) // place.stride)
+        end = run.end_of_segment(place.first)
+        if last >= end:
+            raise TrajectoryError(f"{run.trajectory.folder}: {place} reaches over a jump or the end of its segment")
+        num_targets = min(config.max_horizon, (end - 1 - last) // place.stride)
         rows = run.trajectory.states([place.first + i * place.stride for i in range(config.context + num_targets)])
         named = run.trajectory.split(rows)
         states, future = {}, {}
