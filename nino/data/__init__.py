@@ -1,6 +1,7 @@
 """Recorded training runs: how they are recorded, stored, described and read."""
 
 from nino.data.architecture import build_model, describe_model, describe_sequential, describe_transformers
+from nino.data.memmap import read_memmap
 from nino.data.recording import Recorder, record
 from nino.data.trajectory import Trajectory
 from nino.data.writer import TrajectoryWriter
@@ -13,5 +14,6 @@ __all__ = [
     "describe_model",
     "describe_sequential",
     "describe_transformers",
+    "read_memmap",
     "record",
 ]

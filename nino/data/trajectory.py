@@ -45,34 +45,32 @@ PER_STATE = ("steps", "learning_rates", "metrics")
 Parameters = list[tuple[str, tuple[int, ...]]]
 
 
-class Trajectory:
-    """Read one recorded run; states stay on disk until they are asked for.
+class RecordedStates:
+    """The states of one run and what is known of it; states stay on disk until they are asked for."""
 
-    Args:
-        folder: what a :class:`TrajectoryWriter` wrote.
-
-    Raises:
-        TrajectoryError: if the folder holds no trajectory, one of another format or version, or one whose
-            states file is shorter than a single state.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        header = read_header(self.folder)
-        self.architecture: dict[str, Any] | None = header["architecture"]
-        self.training: dict[str, Any] = header["training"]
-        self.complete: bool = header["complete"]
-        self.parameters: Parameters = [(name, tuple(shape)) for name, shape in header["parameters"]]
-        self.num_elements = num_elements(header)
-        self._states = self._map_states(header)
-        self.steps: list[int] = header["steps"][: len(self._states)]
-        self.learning_rates: list[float | None] = header["learning_rates"][: len(self._states)]
-        self.metrics: list[dict[str, float]] = header["metrics"][: len(self._states)]
-        self.jumps: list[int] = header["jumps"]
+    folder: Path
+    """Names the run in errors."""
+    architecture: dict[str, Any] | None
+    training: dict[str, Any]
+    complete: bool
+    parameters: Parameters
+    steps: list[int]
+    """Optimizer updates done at each state."""
+    learning_rates: list[float | None]
+    metrics: list[dict[str, float]]
+    jumps: list[int]
+    """Updates after which the weights were moved by something else than the optimizer."""
+    _states: np.ndarray[Any, Any]
+    """``[states, num_elements]`` on disk."""
 
     def __len__(self) -> int:
         """The number of whole states."""
         return len(self._states)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers of one state."""
+        return sum(prod(shape) for _, shape in self.parameters)
 
     def states(self, indices: Sequence[int]) -> Tensor:
         """Return the asked-for states as float32 ``[len(indices), num_elements]``.
@@ -108,6 +106,31 @@ class Trajectory:
                 first = index
         return [*found, range(first, len(self))]
 
+
+class Trajectory(RecordedStates):
+    """Read one recorded run; states stay on disk until they are asked for.
+
+    Args:
+        folder: what a :class:`TrajectoryWriter` wrote.
+
+    Raises:
+        TrajectoryError: if the folder holds no trajectory, one of another format or version, or one whose
+            states file is shorter than a single state.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        header = read_header(self.folder)
+        self.architecture = header["architecture"]
+        self.training = header["training"]
+        self.complete = header["complete"]
+        self.parameters = [(name, tuple(shape)) for name, shape in header["parameters"]]
+        self._states = self._map_states(header)
+        self.steps = header["steps"][: len(self._states)]
+        self.learning_rates = header["learning_rates"][: len(self._states)]
+        self.metrics = header["metrics"][: len(self._states)]
+        self.jumps = header["jumps"]
+
     def _map_states(self, header: dict[str, Any]) -> np.ndarray[Any, Any]:
         path = self.folder / STATES_FILE
         num_states = whole_states(self.folder, header)
@@ -120,14 +143,9 @@ class Trajectory:
         return np.memmap(path, dtype=header["dtype"], mode="r", shape=(num_states, self.num_elements))
 
 
-def num_elements(header: dict[str, Any]) -> int:
-    """Numbers of one state."""
-    return sum(prod(shape) for _, shape in header["parameters"])
-
-
 def row_bytes(header: dict[str, Any]) -> int:
     """Bytes of one state."""
-    return num_elements(header) * np.dtype(header["dtype"]).itemsize
+    return sum(prod(shape) for _, shape in header["parameters"]) * np.dtype(header["dtype"]).itemsize
 
 
 def whole_states(folder: Path, header: dict[str, Any]) -> int:

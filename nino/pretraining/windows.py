@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nino.data import Trajectory, build_model
+from nino.data.trajectory import RecordedStates
 from nino.engine import graph_inputs
 from nino.errors import TrajectoryError
 from nino.graph import NeuralGraph
@@ -56,7 +57,7 @@ class Window:
 class RecordedRun:
     """A trajectory with its graph, ready to be cut into windows."""
 
-    def __init__(self, trajectory: Trajectory, config: NowcasterConfig) -> None:
+    def __init__(self, trajectory: RecordedStates, config: NowcasterConfig) -> None:
         self.trajectory = trajectory
         self.family = str(trajectory.training.get("family", "unknown"))
         self.segments = trajectory.segments()
@@ -88,7 +89,7 @@ class WindowSource:
     """Draws windows from a set of runs.
 
     Args:
-        folders: of recorded trajectories.
+        folders: of recorded trajectories, or runs that were read already (:func:`nino.data.read_memmap`).
         config: of the nowcaster; gives context, horizon and wiring.
         strides: snapshots of a window lie this many recorded states apart; one is drawn per window.
 
@@ -96,12 +97,14 @@ class WindowSource:
         TrajectoryError: if no folder is given, or a run is unreadable or shorter than the smallest window.
     """
 
-    def __init__(self, folders: Sequence[str], config: NowcasterConfig, strides: Sequence[int] = (1,)) -> None:
+    def __init__(
+        self, folders: Sequence[str | RecordedStates], config: NowcasterConfig, strides: Sequence[int] = (1,)
+    ) -> None:
         if not folders:
             raise TrajectoryError("no recorded runs: expected at least one trajectory folder")
         self.config = config
         self.strides = tuple(strides)
-        self.runs = [RecordedRun(Trajectory(folder), config) for folder in folders]
+        self.runs = [RecordedRun(Trajectory(run) if isinstance(run, str) else run, config) for run in folders]
         for run in self.runs:
             needed = config.context * min(self.strides) + 1
             longest = max(map(len, run.segments))
