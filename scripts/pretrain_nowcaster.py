@@ -18,7 +18,8 @@ from pathlib import Path
 
 from nino import NowcasterConfig
 from nino.data.trajectory import HEADER_FILE
-from nino.pretraining.loop import PretrainingConfig, pretrain
+from nino.pretraining.config import PretrainingConfig
+from nino.pretraining.loop import pretrain
 from nino.pretraining.windows import WindowSource
 from tasks.cli import fail, positive_int, run_main
 
@@ -45,11 +46,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--hidden", type=positive_int, default=128, help="width of the network")
     add("--steps", type=positive_int, default=5000, help="updates of the nowcaster")
     add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
+    add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
     add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="recorded states between snapshots")
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
     add("--lr", type=float, default=3e-3)
     add("--weight-decay", type=float, default=1e-2)
     add("--clip", type=float, default=5.0, help="largest gradient norm")
+    add("--ema", type=float, default=0.0, help="save the average of the weights with this decay, 0.999 for example")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=1, help="processes that read ahead")
     add("--evaluate-every", type=positive_int, default=250)

@@ -113,7 +113,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 9:  # of the third state, when its bytes are written
+        if len(calls) == 6:  # of the third state, when its bytes are written
             raise OSError(28, "No space left on device")
         real(descriptor)
 

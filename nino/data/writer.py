@@ -31,7 +31,7 @@ from nino.data.trajectory import (
     whole_states,
 )
 from nino.errors import TrajectoryError
-from nino.files import sync_file, sync_folder
+from nino.files import sync_file
 
 StateDtype = Literal["float32", "float16"]
 
@@ -207,7 +207,6 @@ class TrajectoryWriter:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(self.folder)
 
 
 def check_dtype(dtype: str) -> None:

@@ -9,8 +9,9 @@ training leads from its inputs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ class Window:
     """``[O, 9]``: movement from the last snapshot but one to the last, for the linear rival."""
     families: tuple[str, ...]
     """What each graph of the window is of, for reports."""
+
+    def to(self, device: torch.device) -> Window:
+        """The window on a device."""
+
+        def move(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+        return Window(**{**move(vars(self)), "inputs": EdgeInputs(**move(vars(self.inputs)))})
 
 
 class RecordedRun:
