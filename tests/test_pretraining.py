@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recordings import CNN, MLP, record_collection, record_walk
+from recordings import CNN, FAR, MLP, record_collection, record_walk
 from torch import Tensor, nn
 
 from nino import CheckpointError, NinoError, Nowcaster, NowcasterConfig, TrajectoryError
@@ -55,6 +55,30 @@ def test_window_holds_standardised_states_and_what_came_after(tmp_path: Path) ->
     assert window.mask[:, 0, :4].all() and not window.mask[..., 4:].any() and not window.mask[:, 1:].any()
     last_step = (weight[11] - weight[9]) / (inputs.std() + 1e-6)
     torch.testing.assert_close(window.last_steps[edges, 0], last_step.flatten(), rtol=1e-5, atol=1e-5)
+
+
+def test_no_window_reaches_over_a_jump(tmp_path: Path) -> None:
+    walk = record_walk(tmp_path / "run", MLP, "mlp", num_states=40, jumps=(7, 11, 25))
+    source = WindowSource([str(walk)], CONFIG, (1, 2))
+    generator, segments = torch.Generator().manual_seed(0), [range(0, 7), range(7, 11), range(11, 25), range(25, 40)]
+    assert source.runs[0].segments == segments
+    places = set()
+    for _ in range(300):
+        place = source.draw("mlp", generator)
+        window = source.load(place, generator)
+        targets = int(window.mask[0, 0].sum())
+        (segment,) = [one for one in segments if place.first in one]
+        last = place.first + place.stride * (4 + targets)
+        assert targets >= 1 and last in segment and last + place.stride not in segment  # up to the jump, not over it
+        assert window.targets.abs().max() < FAR / 10 and window.last_steps.abs().max() < FAR / 10
+        places.add((place.first, place.stride))
+    # Six states fit at stride 1 and eleven at stride 2: all such places are drawn, and none in the segment of four.
+    ones = {(first, 1) for first in [*range(0, 2), *range(11, 20), *range(25, 35)]}
+    assert places == ones | {(first, 2) for first in [*range(11, 15), *range(25, 30)]}
+    with pytest.raises(TrajectoryError, match="reaches over a jump"):
+        source.load(WindowPlace(run=0, first=3, stride=1))
+    with pytest.raises(TrajectoryError, match=r"40 states, at most 15 without a jump .*, a window needs 16"):
+        WindowSource([str(walk)], CONFIG, (3,))
 
 
 def test_loss_counts_only_existing_targets(tmp_path: Path) -> None:
