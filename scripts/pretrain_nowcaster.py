@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from nino import NowcasterConfig
-from nino.data.trajectory import HEADER_FILE
+from nino.data.trajectory import HEADER_FILE, read_header
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
 from nino.pretraining.windows import WindowSource
@@ -27,12 +27,16 @@ HOLD_OUT_EVERY = 10
 
 
 def split_runs(folder: Path) -> tuple[list[str], list[str]]:
-    """Folders of the finished runs to train on, and of every tenth of each family, held out."""
+    """Folders of the finished runs to train on, and of every tenth of each family, held out.
+
+    Raises:
+        TrajectoryError: if one of the runs is damaged, foreign or of another version, finished or not.
+    """
     families: dict[str, list[str]] = defaultdict(list)
-    for header in sorted(folder.glob(f"*/{HEADER_FILE}")):
-        content = json.loads(header.read_text())
-        if content.get("complete"):
-            families[content["training"].get("family", "unknown")].append(str(header.parent))
+    for path in sorted(folder.glob(f"*/{HEADER_FILE}")):
+        header = read_header(path.parent)
+        if header["complete"]:
+            families[str(header["training"].get("family", "unknown"))].append(str(path.parent))
     held_out = [run for runs in families.values() for run in runs[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY]]
     return [run for runs in families.values() for run in runs if run not in held_out], held_out
 

@@ -281,6 +281,53 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
     header.write_text(json.dumps(content))
     with pytest.raises(TrajectoryError, match="differ from its architecture"):
         WindowSource([str(tmp_path / "foreign")], CONFIG)
+    content["architecture"] = None
+    header.write_text(json.dumps(content))
+    with pytest.raises(TrajectoryError, match="does not say how to build its model"):
+        WindowSource([str(tmp_path / "foreign")], CONFIG)
+    record_walk(tmp_path / "diverged", MLP, "mlp", num_states=10)
+    with open(tmp_path / "diverged" / "states.bin", "r+b") as states:
+        states.seek(-4, os.SEEK_END)
+        states.write(b"\x00\x00\xc0\x7f")  # the last weight of the last state becomes NaN
+    with pytest.raises(TrajectoryError, match="diverged: a state holds NaN or infinity; leave this run out"):
+        WindowSource([str(tmp_path / "diverged")], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 3}, "mlp-3/trajectory.json has version 3, this release reads 1 and 2"),
+        ({"format": "other"}, "mlp-3/trajectory.json is not a trajectory"),
+        (None, "mlp-3/trajectory.json is not readable JSON"),
+        ({"training": 3}, "training must be an object"),
+    ],
+)
+def test_a_bad_run_among_good_ones_is_one_line(
+    tmp_path: Path, change: dict[str, int] | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain_nowcaster import main, split_runs
+
+    from tasks.cli import run_main
+
+    folder = tmp_path / "runs"
+    for index in range(6):
+        record_walk(folder / f"mlp-{index}", MLP, "mlp", num_states=7)
+    headers = [folder / f"mlp-{index}" / "trajectory.json" for index in range(6)]
+    old = json.loads(headers[1].read_text())  # versions 1 and 2 go together
+    headers[1].write_text(
+        json.dumps({n: v for n, v in old.items() if n not in ("learning_rates", "jumps")} | {"version": 1})
+    )
+    train, held_out = split_runs(folder)
+    assert (len(train), len(held_out)) == (5, 1)
+    WindowSource(train, CONFIG)
+
+    content = json.loads(headers[3].read_text())
+    headers[3].write_text("{" if change is None else json.dumps(content | change))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main, ["--runs", str(folder), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
 
 
 @pytest.mark.slow

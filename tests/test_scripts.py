@@ -146,6 +146,7 @@ def test_jumps_that_leave_nothing_to_learn_are_one_line(
     nowcaster: str, period: int, words: str, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from collect_trajectories import main
+
     from tasks.cli import run_main
 
     arguments = ["--data", data_folder, "--out", tmp_path / "out", "--jump-with", nowcaster, "--jump-period", period]

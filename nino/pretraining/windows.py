@@ -74,6 +74,7 @@ class RecordedRun:
             raise TrajectoryError(
                 f"{trajectory.folder} does not say how to build its model; record it with an architecture"
             )
+        trajectory.states([len(trajectory) - 1])  # a run that diverged ends in NaN: better said now than in its midst
         model = build_model(trajectory.architecture, device="meta")
         graph = NeuralGraph.from_model(model, wiring=config.wiring)
         recorded = dict(trajectory.parameters)
