@@ -33,6 +33,7 @@ from nino.errors import TrajectoryError
 from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet, load_parquet_images
 from tasks.nowcasters import load_nowcaster
+from tasks.rehearsal import random_images, random_text, time_training
 from tasks.task import ImageTask, Task, TextTask
 from tasks.text import gpt2, llama, load_text_files
 
@@ -204,6 +205,16 @@ def state_bytes(plan: RunPlan) -> int:
     return 4 * elements * (plan.updates // plan.interval + 1)
 
 
+def run_seconds(plan: RunPlan) -> float:
+    """About how long a run takes on one thread of this machine; nowcasts and writing are not counted."""
+    torch.set_num_threads(1)
+    config = plan.architecture.get("config", {})
+    channels = IMAGE_SETS[plan.data].channels if plan.data in IMAGE_SETS else 0
+    task = random_text(config["vocab_size"]) if config else random_images(channels, plan.image_size)
+    update, evaluation = time_training(task, build_model(plan.architecture), plan.batch_size)
+    return plan.updates * (update + evaluation / (plan.interval * EVALUATE_EVERY_STATES))
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -223,7 +234,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=positive_int, default=1, help="runs at once, one thread each")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be recorded and how large it is")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would be recorded, how large it is and how long it takes"
+    )
     args = parser.parse_args(argv)
     needed = []
     if args.family in ("all", "images"):
@@ -262,6 +275,8 @@ def main(argv: list[str]) -> int:
         f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
     )
     if args.dry_run:
+        hours = sum(map(run_seconds, tqdm(todo, unit="run", leave=False))) / 3600 / args.jobs
+        print(f"about {hours:.1f} hours with --jobs {args.jobs}, at the speed of this machine now")
         return 0
     make_output_folder("--out", args.out)
     failed: dict[str, str] = {}

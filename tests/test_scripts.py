@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_collect_then_pretrain(data_folder: Path, tmp_path: Path) -> None:
     arguments = ["--data", data_folder, "--out", tmp_path / "runs", "--updates", 12, "--interval", 1, "--runs", 6]
     planned = run("collect_trajectories.py", *arguments, "--dry-run")
     assert planned.returncode == 0 and "12 runs planned, 0 already recorded" in planned.stdout
+    assert re.search(r"^about [\d.]+ hours with --jobs 1", planned.stdout, re.M)
     assert not (tmp_path / "runs" / "collection.json").exists()
     collected = run("collect_trajectories.py", *arguments, "--jobs", 2)
     assert collected.returncode == 0, collected.stderr
