@@ -123,6 +123,11 @@ def test_training_learns_and_resumes_exactly(tmp_path: Path, sources: tuple[Wind
     last = whole["history"][-1]
     assert last["mlp/nowcaster"] < last["mlp/copy"], "walks drift: standing still is not hard to beat"
 
+    saved = Nowcaster.from_pretrained(tmp_path / "whole").network
+    average = torch.load(tmp_path / "whole" / "training.pt", weights_only=True)["average"]
+    assert all(torch.equal(value, average[f"module.{name}"]) for name, value in saved.state_dict().items())
+    assert validate(saved, sources[1], 2, torch.device("cpu"))["mlp/nowcaster"] == last["mlp/nowcaster"]
+
     # Stop after the first evaluation, as a kill would, and start again with the same arguments.
     class Killed(Exception):
         pass
