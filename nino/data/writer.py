@@ -170,8 +170,9 @@ class TrajectoryWriter:
 
     def note_jump(self, step: int) -> None:
         """Say that the weights after ``step`` updates are not where the optimizer led: a nowcast, or its undoing."""
-        self._header["jumps"].append(int(step))
-        self._write_header()
+        if not self._header["jumps"] or step > self._header["jumps"][-1]:
+            self._header["jumps"].append(int(step))
+            self._write_header()
 
     @property
     def last_step(self) -> int | None:

@@ -23,12 +23,12 @@ def flops_per_edge(network: nn.Module, window: Window) -> float:
 
 
 def matmul_flops_per_s(width: int, device: torch.device, dtype: torch.dtype) -> float:
-    """How many floating-point operations a second this device does in matrix products of this width; best of five."""
+    """How many floating-point operations a second this device does in matrix products of this width; best of twenty."""
     rows = 1 << (13 if device.type == "cpu" else 17)
     edges = torch.ones(rows, width, device=device, dtype=dtype)
     weight = torch.ones(width, width, device=device, dtype=dtype)
     best = inf
-    for _ in range(6):  # the first one warms up
+    for _ in range(21):  # the first one warms up, and other programs disturb some
         _wait_for(device)
         began = time.perf_counter()
         edges @ weight
