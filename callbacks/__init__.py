@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nino.callbacks.recorder import TrajectoryRecorder
     from nino.callbacks.trainer import NowcastCallback
 
-__all__ = ["NowcastCallback"]
+__all__ = ["NowcastCallback", "TrajectoryRecorder"]
+
+MODULES = {"NowcastCallback": "nino.callbacks.trainer", "TrajectoryRecorder": "nino.callbacks.recorder"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "NowcastCallback":
-        try:
-            from nino.callbacks.trainer import NowcastCallback
-        except ImportError as error:
-            raise ImportError(f"NowcastCallback needs transformers: pip install 'nino[trainer]' ({error})") from error
-        return NowcastCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(MODULES[name]), name)
+    except ImportError as error:
+        raise ImportError(f"{name} needs transformers: pip install 'nino[trainer]' ({error})") from error

@@ -20,6 +20,7 @@ from nino.callbacks.reporting import ReportLog
 from nino.distributed import PeerFailureError
 from nino.errors import CheckpointError, NinoError
 from nino.files import load_whole, save_whole
+from nino.graph import NeuralGraph
 from nino.history import Place
 from nino.live_model import unwrap
 from nino.moments import Moments
@@ -61,6 +62,9 @@ class NowcastCallback(TrainerCallback):
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
+        graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
+            family that is sharded). By default it is wired when training starts, and a model of no known family by
+            tracing it on the first batch.
         resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one that is neither
             in its output folder nor named by ``args.resume_from_checkpoint``.
 
@@ -83,6 +87,7 @@ class NowcastCallback(TrainerCallback):
         moments: Moments = "keep",
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
+        graph: NeuralGraph | None = None,
         resume_from: str | Path | None = None,
     ) -> None:
         self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
@@ -94,6 +99,7 @@ class NowcastCallback(TrainerCallback):
         self.moments: Moments = moments
         self.batch_norm = batch_norm
         self.nowcast_in_warmup = nowcast_in_warmup
+        self.graph = graph
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
         self._learning_rate: float | None = None
@@ -131,6 +137,7 @@ class NowcastCallback(TrainerCallback):
             batch_norm=self.batch_norm,
             nowcast_in_warmup=self.nowcast_in_warmup,
             optimizer=optimizer,
+            graph=self.graph,
             on_report=self._log.add,
         )
         self._log.attach(self)

@@ -19,6 +19,7 @@ from nino.errors import NinoError
 from nino.graph.architectures.chain import BATCH_NORMS
 from nino.graph.ir import Axis, NeuralGraph
 from nino.graph.symmetry import Relabelling, permutable_axes, random_relabelling, relabel
+from nino.graph.tracing.recorder import as_arguments, observed
 
 State = dict[str, Tensor]
 EMPTY_SCALE = 0.1
@@ -52,7 +53,7 @@ class WiringReport:
     """The outcome of :func:`check_wiring`."""
 
     ok: bool
-    """Whether the model is of a known family and relabelling any permutable axis left its output unchanged."""
+    """Whether the model could be wired and relabelling any permutable axis left its output unchanged."""
     groups: tuple[AxisReport, ...]
     """One record per axis along which neurons are grouped, in the order of the graph."""
     first_failure: str | None = None
@@ -86,7 +87,7 @@ def check_wiring(
         model: on any device but ``meta``.
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a mapping of keyword arguments.
             Small is enough: a batch of two, a few tokens that differ.
-        graph: by default the model's exact one.
+        graph: by default the model's exact one, wired by tracing it on these inputs.
         generator: CPU generator of the noise and the relabellings; by default one with a fixed seed.
         tolerance: largest change of the output that is not a failure, relative to the largest element. The default
             allows for models that compute in float32 by themselves (the RMS norms of Llama); others keep to 1e-10.
@@ -105,11 +106,11 @@ def check_wiring(
         >>> report.ok, [axis.name for axis in report.groups if axis.passed]
         (True, ['0'])
     """
-    graph = graph or NeuralGraph.from_model(model)
+    graph = graph or NeuralGraph.from_model(model, example_inputs=example_inputs)
     if graph.wiring == "per-parameter":
         problem = (
-            f"{type(model).__name__} is of no family that Nino knows: its graph joins no parameter to another, so "
-            "there is nothing to check"
+            f"{type(model).__name__} could neither be traced nor recognised: its graph joins no parameter to another, "
+            "so there is nothing to check"
         )
         return WiringReport(ok=False, groups=(), first_failure=problem)
     generator = generator or torch.Generator().manual_seed(0)
@@ -185,15 +186,8 @@ class _Trial:
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), {name: _as_double(value) for name, value in example_inputs.items()}
-    if isinstance(example_inputs, Tensor):
-        return (_as_double(example_inputs),), {}
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(map(_as_double, example_inputs)), {}
-    raise NinoError(
-        f"example_inputs must be a tensor, a tuple or a dict of keyword arguments, got {type(example_inputs).__name__}"
-    )
+    args, kwargs = as_arguments(example_inputs)
+    return tuple(map(_as_double, args)), {name: _as_double(value) for name, value in kwargs.items()}
 
 
 def _as_double(value: Any) -> Any:
@@ -208,21 +202,10 @@ def _with_noise(parameter: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _comparable(output: Any) -> Iterator[Tensor]:
-    """The tensors of an output that relabelling must not change."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel() > 0:
-            yield output.double()
-    elif isinstance(output, Mapping):
-        if isinstance(output.get("logits"), Tensor):
-            yield from _comparable(output["logits"])
-        elif isinstance(output.get("last_hidden_state"), Tensor):  # lives on the stream, and moves with it
-            yield from _comparable(output["last_hidden_state"].sort(dim=-1).values)
-        else:
-            for value in output.values():
-                yield from _comparable(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _comparable(value)
+    """The tensors of an output that relabelling must not change; what moves along its last axis is sorted along it."""
+    for tensor, may_move in observed(output):
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor.double()
+        yield real.sort(dim=-1).values if may_move else real
 
 
 def _suspect(trial: _Trial, axis: Axis, relabelling: Relabelling, moved: State, tolerance: float) -> str:

@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from nino.changes import describe_changes
 from nino.errors import NinoError
+from nino.first_inputs import FirstInputs
+from nino.graph import NeuralGraph
+from nino.graph.architectures import is_known, wire_each_alone
 from nino.graph.builder import graph_parameters
 from nino.interrupts import held_back
 from nino.nowcaster import Nowcaster
@@ -23,19 +26,31 @@ class LiveModel:
         model: wrappers of DDP and ``torch.compile`` are looked through.
         nowcaster: which wires it.
         optimizer: if given, what it does not hold counts as frozen.
+        graph: of the model; by default it is wired here, and a model of no known family once it has run.
 
     Raises:
         NinoError: if the model cannot be wired, or nothing of it is trained.
     """
 
-    def __init__(self, model: nn.Module, nowcaster: Nowcaster, optimizer: Optimizer | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        nowcaster: Nowcaster,
+        optimizer: Optimizer | None,
+        graph: NeuralGraph | None = None,
+    ) -> None:
         self.module = unwrap(model)
         self.optimizer = optimizer
         self.nowcaster = nowcaster
         self.problem = ""
         """Why the model cannot be wired since it has changed."""
         refuse_unsupported(self.module)
-        self.graph = nowcaster.graph_of(self.module)
+        self._first_inputs = FirstInputs(self.module)
+        self._was_run = False
+        """Whether a model of no known family was traced, or could not be."""
+        self.graph = graph or self._wire()
+        if graph is not None:
+            _check_graph(graph, self.module)
         nowcaster.check_fits(self.graph)
         self._check()
         self.positions = self.graph.positions(nowcaster.config.num_positions)
@@ -57,6 +72,10 @@ class LiveModel:
         """All parameters of the graph, by name."""
         return {name: parameter for name, parameter in self.module.named_parameters() if name in self.graph.shapes}
 
+    def detach(self) -> None:
+        """Leave no trace on the model."""
+        self._first_inputs.stop()
+
     @property
     def device(self) -> torch.device:
         """Where nowcasts of it are computed."""
@@ -74,6 +93,9 @@ class LiveModel:
 
     def changes(self) -> str:
         """What has changed since this was last asked; nothing if nothing did. A model that has is wired again."""
+        if self.graph.wiring == "per-parameter" and self._first_inputs.seen is not None and not self._was_run:
+            self._was_run = True
+            self._wire_again()
         shapes = graph_parameters(self.module)
         change = describe_changes(self._shapes, shapes, self._trained, self.trainable())
         if change:
@@ -85,9 +107,18 @@ class LiveModel:
         """Take the parameters as they are now for what they should be."""
         self._shapes, self._trained = graph_parameters(self.module), self.trainable()
 
+    def _wire(self) -> NeuralGraph:
+        """A model that has to be run to be wired waits for its first batch, each parameter alone until then."""
+        if is_known(self.module):
+            return self.nowcaster.graph_of(self.module)
+        if self._first_inputs.seen is None:
+            self._first_inputs.watch()
+            return wire_each_alone(self.module)
+        return self.nowcaster.graph_of(self.module, self._first_inputs.seen)
+
     def _wire_again(self) -> None:
         try:
-            graph = self.nowcaster.graph_of(self.module)
+            graph = self._wire()
             self.nowcaster.check_fits(graph)
         except Exception as error:  # every nowcast is then refused, with this reason; the run goes on
             self.problem = str(error) or repr(error)
@@ -108,6 +139,16 @@ class LiveModel:
                 "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
                 "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
             )
+
+
+def _check_graph(graph: NeuralGraph, model: nn.Module) -> None:
+    shapes = graph_parameters(model)
+    wrong = [name for name, shape in graph.shapes.items() if shapes.get(name) != shape]
+    if wrong:
+        raise NinoError(
+            f"the graph is of another model: {type(model).__name__} has {shapes.get(wrong[0], 'no')} {wrong[0]}, the "
+            f"graph {graph.shapes[wrong[0]]}; wire this model"
+        )
 
 
 @torch.no_grad()

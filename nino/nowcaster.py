@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,8 +104,13 @@ class Nowcaster:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(self.config.to_json())
 
-    def graph_of(self, model: torch.nn.Module) -> NeuralGraph:
-        """Wire a model as this nowcaster expects; where the published layout has no form for it, exactly."""
+    def graph_of(self, model: torch.nn.Module, example_inputs: Any = None) -> NeuralGraph:
+        """Wire a model as this nowcaster expects; where the published layout has no form for it, exactly.
+
+        Args:
+            model: to wire.
+            example_inputs: as in :meth:`NeuralGraph.from_model`.
+        """
         if self.config.wiring == "official":
             try:
                 return NeuralGraph.from_model(model, wiring="official")
@@ -114,7 +119,7 @@ class Nowcaster:
                     "%s; the published weights will run on the exact wiring, on which they were not trained", error
                 )
                 self._said_wiring = True
-        return NeuralGraph.from_model(model)
+        return NeuralGraph.from_model(model, example_inputs=example_inputs)
 
     def check_fits(self, graph: NeuralGraph) -> None:
         """Refuse a graph with more words than the network's table has rows.

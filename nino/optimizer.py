@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.errors import NinoError
+from nino.graph import NeuralGraph
 from nino.history import Place
 from nino.moments import Moments
 from nino.nowcaster import Nowcaster
@@ -49,6 +50,9 @@ class NowcastOptimizer(Optimizer):
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
+        graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
+            family that is sharded). By default it is wired here, and a model of no known family by tracing it on the
+            first batch.
         on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or at the
             end of its probation. An error that it raises is logged and ends nothing.
 
@@ -81,6 +85,7 @@ class NowcastOptimizer(Optimizer):
         moments: Moments = "keep",
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
+        graph: NeuralGraph | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -102,6 +107,7 @@ class NowcastOptimizer(Optimizer):
             batch_norm=batch_norm,
             nowcast_in_warmup=nowcast_in_warmup,
             optimizer=optimizer,
+            graph=graph,
             on_report=on_report,
         )
         # Optimizer.__init__ would make groups and state of its own; __setstate__ sets up hooks and nothing else.

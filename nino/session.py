@@ -71,6 +71,8 @@ class NowcastSession:
         batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
+        graph: of the model, if it was wired before; by default it is wired here, and a model of no known family by
+            tracing it on the first batch.
         on_report: called with each nowcast's report once the loss after it is known; an error that it raises is
             logged and ends nothing.
 
@@ -94,6 +96,7 @@ class NowcastSession:
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
         optimizer: Optimizer | None = None,
+        graph: NeuralGraph | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
         if not isinstance(batch_norm, bool):
@@ -113,7 +116,7 @@ class NowcastSession:
                 max_steps,
                 period,
             )
-        self.live = LiveModel(model, nowcaster, optimizer)
+        self.live = LiveModel(model, nowcaster, optimizer, graph)
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
         self.probation = ProbationConfig(updates=default_probation(period) if probation is None else probation)
         if self.probation.updates >= period:
@@ -268,6 +271,7 @@ class NowcastSession:
         self._is_detached = True
         self.finish()
         self.batch_norm.end()
+        self.live.detach()
         self._forget_history()
         self.store.close()
         self.restore_point.close()

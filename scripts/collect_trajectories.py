@@ -5,6 +5,8 @@
 Runs of two families are planned from one seed: ``images`` (small CNNs on CIFAR-10 and MNIST) and ``language``
 (small Llamas and GPT-2s on plain text), with varied width, depth, learning rate and batch size. Every run becomes one
 folder (see ``nino/data/trajectory.py``). Finished runs are skipped, so the same command resumes a killed collection.
+With ``--jump-with NOWCASTER --jump-period 1000`` runs are nowcast as they go, and their headers say where: so that a
+nowcaster learns from what follows a jump.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from nino.data import Trajectory, TrajectoryWriter, build_model
+from nino import NowcastOptimizer, ScheduleConfig
+from nino.data import Trajectory, build_model, record
 from nino.errors import TrajectoryError
 from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet, load_parquet_images
+from tasks.nowcasters import load_nowcaster
+from tasks.rehearsal import random_images, random_text, time_training
 from tasks.task import ImageTask, Task, TextTask
 from tasks.text import gpt2, llama, load_text_files
 
@@ -65,6 +71,9 @@ class RunPlan:
     seed: int
     updates: int
     interval: int
+    jump_with: str | None = None
+    """The nowcaster, if the run is nowcast."""
+    jump_period: int | None = None
 
 
 def plan_image_run(index: int, choose: random.Random, updates: int, interval: int, sets: list[str]) -> RunPlan:
@@ -122,7 +131,10 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
             plans.append(plan_image_run(index, choose, args.updates, args.interval, args.images))
         if args.family in ("all", "language"):
             plans.append(plan_language_run(index, choose, args.updates, args.interval, texts))
-    return plans
+    if args.jump_with is None:
+        return plans
+    jumps = {"jump_with": args.jump_with, "jump_period": args.jump_period}
+    return [dataclasses.replace(plan, name=f"{plan.name}-jumps", **jumps) for plan in plans]
 
 
 @lru_cache(maxsize=4)
@@ -133,30 +145,49 @@ def load_task(data: str, image_size: int, vocab_size: int, folder: Path, cache: 
     return ImageTask(load_parquet_images(data, folder, cache, size=image_size), mirror=data == "cifar10")
 
 
+def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW at a constant rate, with nowcasts if the plan has them."""
+    base = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
+    if plan.jump_with is None or plan.jump_period is None:
+        return base
+    nowcaster = load_nowcaster(plan.jump_with)
+    return NowcastOptimizer(base, model, nowcaster, period=plan.jump_period, max_steps=plan.updates)
+
+
 def record_run(plan: RunPlan, data: Path, out: Path) -> float:
-    """Train one model with AdamW at a constant rate and record it; returns its last validation loss."""
+    """Train one model and record it; returns its last validation loss."""
     torch.set_num_threads(1)
     torch.manual_seed(plan.seed)
     vocab_size = plan.architecture.get("config", {}).get("vocab_size", 0)
     task = load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache")
     model = build_model(plan.architecture)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
+    optimizer = make_optimizer(plan, model)
     generator = torch.Generator().manual_seed(plan.seed)
-    named = dict(model.named_parameters())
-    training = {k: v for k, v in dataclasses.asdict(plan).items() if k != "architecture"} | {"optimizer": "AdamW"}
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in named.items()]
-    writer = TrajectoryWriter(out / plan.name, shapes, plan.architecture, training)
-    metrics: dict[str, float] = {}
-    for step in range(plan.updates + 1):
-        if step % plan.interval == 0:
-            evaluated = step // plan.interval % EVALUATE_EVERY_STATES == 0 or step == plan.updates
-            writer.append(step, named, metrics | (task.evaluate(model) if evaluated else {}))
+    notes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "architecture"}
+    recorder = record(
+        model,
+        out / plan.name,
+        interval=plan.interval,
+        optimizer=optimizer,
+        training=notes,
+        architecture=plan.architecture,
+    )
+    recorder.after_update(0, task.evaluate(model))
+    for step in range(1, plan.updates + 1):
         optimizer.zero_grad()
         loss = task.loss(model, task.batch(plan.batch_size, generator))
         loss.backward()
+        if isinstance(optimizer, NowcastOptimizer):
+            optimizer.observe(loss)
         optimizer.step()
-        metrics = {"loss": loss.item()}
-    writer.close()
+        metrics: dict[str, float] = {}
+        if recorder.is_due(step):
+            is_evaluated = step // plan.interval % EVALUATE_EVERY_STATES == 0 or step == plan.updates
+            metrics = {"loss": loss.item()} | (task.evaluate(model) if is_evaluated else {})
+        recorder.after_update(step, metrics)
+        if recorder.problem:
+            raise TrajectoryError(recorder.problem)
+    recorder.close()
     return task.evaluate(model)["eval_loss"]
 
 
@@ -174,6 +205,16 @@ def state_bytes(plan: RunPlan) -> int:
     return 4 * elements * (plan.updates // plan.interval + 1)
 
 
+def run_seconds(plan: RunPlan) -> float:
+    """About how long a run takes on one thread of this machine; nowcasts and writing are not counted."""
+    torch.set_num_threads(1)
+    config = plan.architecture.get("config", {})
+    channels = IMAGE_SETS[plan.data].channels if plan.data in IMAGE_SETS else 0
+    task = random_text(config["vocab_size"]) if config else random_images(channels, plan.image_size)
+    update, evaluation = time_training(task, build_model(plan.architecture), plan.batch_size)
+    return plan.updates * (update + evaluation / (plan.interval * EVALUATE_EVERY_STATES))
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -187,9 +228,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=positive_int, default=20, help="runs per family")
     parser.add_argument("--updates", type=positive_int, default=4000, help="optimizer updates per run")
     parser.add_argument("--interval", type=positive_int, default=25, help="optimizer updates between recorded states")
+    parser.add_argument("--jump-with", metavar="NOWCASTER", help="nowcast the runs: a name, a folder or a .pt file")
+    parser.add_argument(
+        "--jump-period", type=positive_int, default=1000, help="optimizer updates between jumps, with --jump-with"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=positive_int, default=1, help="runs at once, one thread each")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be recorded and how large it is")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would be recorded, how large it is and how long it takes"
+    )
     args = parser.parse_args(argv)
     needed = []
     if args.family in ("all", "images"):
@@ -201,7 +248,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             fail(f"--data: {args.data / name} does not exist; docs/pretraining.md describes the folder")
     if args.interval > args.updates:
         fail(f"--interval {args.interval} is larger than --updates {args.updates}: no window could be read")
+    if args.jump_with is not None:
+        check_jumps(args)
     return args
+
+
+def check_jumps(args: argparse.Namespace) -> None:
+    """Stop if the nowcaster cannot be used in this rhythm, or leaves nothing to learn from between its jumps."""
+    context = load_nowcaster(args.jump_with).config.context
+    ScheduleConfig(period=args.jump_period, context=context)
+    if args.jump_period // args.interval <= context:
+        fail(
+            f"--jump-period {args.jump_period} holds {args.jump_period // args.interval} states at --interval "
+            f"{args.interval}: a window needs {context + 1} between two jumps"
+        )
+    if args.jump_period >= args.updates:
+        fail(f"--jump-period {args.jump_period} is not below --updates {args.updates}: no run would jump")
 
 
 def main(argv: list[str]) -> int:
@@ -213,6 +275,8 @@ def main(argv: list[str]) -> int:
         f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
     )
     if args.dry_run:
+        hours = sum(map(run_seconds, tqdm(todo, unit="run", leave=False))) / 3600 / args.jobs
+        print(f"about {hours:.1f} hours with --jobs {args.jobs}, at the speed of this machine now")
         return 0
     make_output_folder("--out", args.out)
     failed: dict[str, str] = {}

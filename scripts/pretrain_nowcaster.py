@@ -17,8 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from nino import NowcasterConfig
-from nino.data.trajectory import HEADER_FILE
-from nino.pretraining.loop import PretrainingConfig, pretrain
+from nino.data.trajectory import HEADER_FILE, read_header
+from nino.pretraining.config import PretrainingConfig
+from nino.pretraining.loop import pretrain
 from nino.pretraining.windows import WindowSource
 from tasks.cli import fail, positive_int, run_main
 
@@ -26,12 +27,16 @@ HOLD_OUT_EVERY = 10
 
 
 def split_runs(folder: Path) -> tuple[list[str], list[str]]:
-    """Folders of the finished runs to train on, and of every tenth of each family, held out."""
+    """Folders of the finished runs to train on, and of every tenth of each family, held out.
+
+    Raises:
+        TrajectoryError: if one of the runs is damaged, foreign or of another version, finished or not.
+    """
     families: dict[str, list[str]] = defaultdict(list)
-    for header in sorted(folder.glob(f"*/{HEADER_FILE}")):
-        content = json.loads(header.read_text())
-        if content.get("complete"):
-            families[content["training"].get("family", "unknown")].append(str(header.parent))
+    for path in sorted(folder.glob(f"*/{HEADER_FILE}")):
+        header = read_header(path.parent)
+        if header["complete"]:
+            families[str(header["training"].get("family", "unknown"))].append(str(path.parent))
     held_out = [run for runs in families.values() for run in runs[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY]]
     return [run for runs in families.values() for run in runs if run not in held_out], held_out
 
@@ -45,11 +50,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--hidden", type=positive_int, default=128, help="width of the network")
     add("--steps", type=positive_int, default=5000, help="updates of the nowcaster")
     add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
+    add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
     add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="recorded states between snapshots")
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
     add("--lr", type=float, default=3e-3)
     add("--weight-decay", type=float, default=1e-2)
     add("--clip", type=float, default=5.0, help="largest gradient norm")
+    add("--ema", type=float, default=0.0, help="save the average of the weights with this decay, 0.999 for example")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=1, help="processes that read ahead")
     add("--evaluate-every", type=positive_int, default=250)

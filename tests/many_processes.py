@@ -474,6 +474,32 @@ def mesh_of_each_process() -> list[Any]:
     return [DeviceMesh(DEVICE.type, [rank]) for rank in range(dist.get_world_size())]
 
 
+def recorded() -> Result:
+    """Shards, replicas, and shards whose recording meets a full disk after its first state: all train on."""
+    from nino.data import record
+
+    result: Result = {}
+    for name in ("shards", "replicas", "full"):
+        model = mlp() if name == "replicas" else shard(mlp())
+        wrapped = nn.parallel.DistributedDataParallel(model) if name == "replicas" else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        recorder = record(wrapped, Path(sys.argv[1]) / f"recorded-{name}", interval=2, optimizer=optimizer)
+        recorder.after_update(0)
+        weights = [whole_weights(model)]
+        for step in range(1, 7):
+            if name == "full" and step == 2 and recorder._writer is not None:
+                recorder._writer.append = mock.Mock(side_effect=OSError(28, "No space left on device"))  # type: ignore
+            inputs, targets = batch(step)
+            optimizer.zero_grad()
+            F.mse_loss(wrapped(inputs), targets).backward()
+            optimizer.step()
+            recorder.after_update(step)
+            weights.append(whole_weights(model))
+        recorder.close()
+        result[name] = {"weights": weights[::2], "problem": recorder.problem}
+    return result
+
+
 # Replicas
 
 

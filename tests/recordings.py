@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +27,18 @@ CNN = describe_sequential(
     ]
 )
 
+FAR = 1000.0
 
-def record_walk(folder: Path, architecture: Architecture, family: str, num_states: int = 30, seed: int = 0) -> Path:
-    """Record a drifting random walk of the architecture's weights."""
+
+def record_walk(
+    folder: Path,
+    architecture: Architecture,
+    family: str,
+    num_states: int = 30,
+    seed: int = 0,
+    jumps: Sequence[int] = (),
+) -> Path:
+    """Record a drifting random walk of the architecture's weights; at the states ``jumps`` it is far away at once."""
     torch.manual_seed(seed)
     model = build_model(architecture)
     named = dict(model.named_parameters())
@@ -38,6 +48,9 @@ def record_walk(folder: Path, architecture: Architecture, family: str, num_state
     state = {name: parameter.detach().clone() for name, parameter in named.items()}
     drift = {name: 0.05 * torch.randn_like(value) for name, value in state.items()}
     for index in range(num_states):
+        if index in jumps:
+            state = {name: value + FAR for name, value in state.items()}
+            writer.note_jump(25 * index)
         writer.append(25 * index, state, {"loss": 1.0 / (index + 1)})
         state = {name: value + drift[name] + 0.01 * torch.randn_like(value) for name, value in state.items()}
     writer.close()

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from nino import CheckpointError, NowcastOptimizer
+from nino.data import Trajectory
 
 Results = list[dict[str, Any]]
 """Of one scenario, by process."""
@@ -157,11 +158,21 @@ def assert_shards_are_nowcast(found: dict[str, Results]) -> None:
     assert_refused_together(found["sharded_faults"], PLACES)
 
 
+def assert_recorded_by_the_first(folder: Path, results: Results) -> None:
+    """What the first process wrote is whole; one that can write no more leaves no other waiting."""
+    for name in ("shards", "replicas", "full"):
+        run = Trajectory(folder / f"recorded-{name}")
+        assert (run.steps, run.complete) == (([0], False) if name == "full" else ([0, 2, 4, 6], True))
+        for index, weights in enumerate(results[0][name]["weights"][: len(run)]):
+            assert_same(run.split(run.states([index])[0]), weights)
+    assert [found["full"]["problem"] for found in results] == ["[Errno 28] No space left on device", ""]
+
+
 # Launches
 
 
 def test_two_processes_with_shards(tmp_path: Path) -> None:
-    found = launch("torchrun", 2, tmp_path, *SHARDED, "sharded_callback", "refusals", "guide")
+    found = launch("torchrun", 2, tmp_path, *SHARDED, "sharded_callback", "refusals", "guide", "recorded")
 
     assert_shards_are_nowcast(found)
     rows = found["sharded_table"][1]["prelu_cnn"]
@@ -175,6 +186,7 @@ def test_two_processes_with_shards(tmp_path: Path) -> None:
         assert saved == {"steps": [2, 4], "same": True, "step": 5}
     refused_saves = [run["refused save"] for run in found["sharded_probation"]]
     assert refused_saves == [("CheckpointError", True), ("PeerFailureError", True)]
+    assert_recorded_by_the_first(tmp_path, found["recorded"])
     for run in found["guide"]:
         assert [report[:2] for report in run["reports"]] == [(20, True), (40, True)]
         assert run["step"] == 50

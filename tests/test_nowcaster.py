@@ -151,6 +151,7 @@ def _config(**changes: Any) -> str:
         (_config(hidden=10**7), [WEIGHTS_FILE, CONFIG_FILE]),
         (_config(kind="wnn"), [WEIGHTS_FILE, CONFIG_FILE]),
         (_config(max_horizon=2), [WEIGHTS_FILE, CONFIG_FILE]),
+        (_config(context=5), [WEIGHTS_FILE, CONFIG_FILE, "edge_proj.weight"]),
     ],
 )
 def test_configs_that_are_foreign_or_of_other_sizes_are_refused(text: str, words: list[str], tmp_path: Path) -> None:

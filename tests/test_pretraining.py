@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from recordings import CNN, MLP, record_collection, record_walk
+from recordings import CNN, FAR, MLP, record_collection, record_walk
+from torch import Tensor, nn
 
-from nino import CheckpointError, Nowcaster, NowcasterConfig, TrajectoryError
+from nino import CheckpointError, NinoError, Nowcaster, NowcasterConfig, TrajectoryError
 from nino.data import Trajectory
 from nino.model import build_network
-from nino.pretraining.batching import deal, union
-from nino.pretraining.loop import PretrainingConfig, learning_rate_factor, pretrain
+from nino.pretraining.averaging import averaged
+from nino.pretraining.batching import Batches, deal, union
+from nino.pretraining.config import PretrainingConfig
+from nino.pretraining.loop import _Pretraining, learning_rate_factor, pretrain
 from nino.pretraining.objective import absolute_error, rivals
+from nino.pretraining.throughput import flops_per_edge
+from nino.pretraining.validation import validate
 from nino.pretraining.windows import WindowPlace, WindowSource
 
 CONFIG = NowcasterConfig(hidden=8)
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_nowcaster.py"
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> tuple[WindowSource, WindowSource]:
-    record_collection(tmp_path / "runs", runs=2)
-    folders = sorted(str(path) for path in (tmp_path / "runs").iterdir())
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[WindowSource, WindowSource]:
+    runs = record_collection(tmp_path_factory.mktemp("runs"), runs=2)
+    folders = sorted(str(path) for path in runs.iterdir())
     return WindowSource(folders[1:3], CONFIG, (1, 2)), WindowSource([folders[0], folders[3]], CONFIG, (1, 2))
 
 
@@ -48,6 +55,30 @@ def test_window_holds_standardised_states_and_what_came_after(tmp_path: Path) ->
     assert window.mask[:, 0, :4].all() and not window.mask[..., 4:].any() and not window.mask[:, 1:].any()
     last_step = (weight[11] - weight[9]) / (inputs.std() + 1e-6)
     torch.testing.assert_close(window.last_steps[edges, 0], last_step.flatten(), rtol=1e-5, atol=1e-5)
+
+
+def test_no_window_reaches_over_a_jump(tmp_path: Path) -> None:
+    walk = record_walk(tmp_path / "run", MLP, "mlp", num_states=40, jumps=(7, 11, 25))
+    source = WindowSource([str(walk)], CONFIG, (1, 2))
+    generator, segments = torch.Generator().manual_seed(0), [range(0, 7), range(7, 11), range(11, 25), range(25, 40)]
+    assert source.runs[0].segments == segments
+    places = set()
+    for _ in range(300):
+        place = source.draw("mlp", generator)
+        window = source.load(place, generator)
+        targets = int(window.mask[0, 0].sum())
+        (segment,) = [one for one in segments if place.first in one]
+        last = place.first + place.stride * (4 + targets)
+        assert targets >= 1 and last in segment and last + place.stride not in segment  # up to the jump, not over it
+        assert window.targets.abs().max() < FAR / 10 and window.last_steps.abs().max() < FAR / 10
+        places.add((place.first, place.stride))
+    # Six states fit at stride 1 and eleven at stride 2: all such places are drawn, and none in the segment of four.
+    ones = {(first, 1) for first in [*range(0, 2), *range(11, 20), *range(25, 35)]}
+    assert places == ones | {(first, 2) for first in [*range(11, 15), *range(25, 30)]}
+    with pytest.raises(TrajectoryError, match="reaches over a jump"):
+        source.load(WindowPlace(run=0, first=3, stride=1))
+    with pytest.raises(TrajectoryError, match=r"40 states, at most 15 without a jump .*, a window needs 16"):
+        WindowSource([str(walk)], CONFIG, (3,))
 
 
 def test_loss_counts_only_existing_targets(tmp_path: Path) -> None:
@@ -87,34 +118,152 @@ def test_learning_rate_warms_up_and_reaches_zero() -> None:
 
 
 def test_training_learns_and_resumes_exactly(tmp_path: Path, sources: tuple[WindowSource, WindowSource]) -> None:
-    config = PretrainingConfig(steps=160, evaluate_every=80, validation_windows=2, lr=1e-2, workers=0)
+    config = PretrainingConfig(steps=120, evaluate_every=60, validation_windows=2, lr=1e-2, ema=0.95, workers=0)
     whole = pretrain(config, CONFIG, *sources, tmp_path / "whole")
     last = whole["history"][-1]
     assert last["mlp/nowcaster"] < last["mlp/copy"], "walks drift: standing still is not hard to beat"
+
+    saved = Nowcaster.from_pretrained(tmp_path / "whole").network
+    average = torch.load(tmp_path / "whole" / "training.pt", weights_only=True)["average"]
+    assert all(torch.equal(value, average[f"module.{name}"]) for name, value in saved.state_dict().items())
+    assert validate(saved, sources[1], 2, torch.device("cpu"))["mlp/nowcaster"] == last["mlp/nowcaster"]
 
     # Stop after the first evaluation, as a kill would, and start again with the same arguments.
     class Killed(Exception):
         pass
 
-    from nino.pretraining import loop
+    update, calls = _Pretraining.update, []
 
-    update, calls = loop._Pretraining.update, []
-
-    def killed_at_100(self, window):  # type: ignore[no-untyped-def]
+    def killed_at_80(self, windows):  # type: ignore[no-untyped-def]
         calls.append(1)
-        if len(calls) == 100:
+        if len(calls) == 80:
             raise Killed
-        return update(self, window)
+        return update(self, windows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Pretraining, "update", killed_at_100)
+        patch.setattr(_Pretraining, "update", killed_at_80)
         with pytest.raises(Killed):
             pretrain(config, CONFIG, *sources, tmp_path / "killed")
     resumed = pretrain(config, CONFIG, *sources, tmp_path / "killed")
-    assert [r["step"] for r in resumed["history"]] == [80, 160]
+    assert [r["step"] for r in resumed["history"]] == [60, 120]
     expected = Nowcaster.from_pretrained(tmp_path / "whole").network.state_dict()
     for name, value in Nowcaster.from_pretrained(tmp_path / "killed").network.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_accumulated_unions_give_the_gradient_of_the_large_batch(
+    tmp_path: Path, sources: tuple[WindowSource, WindowSource]
+) -> None:
+    def gradients(**settings: int) -> tuple[int, dict[str, Tensor], float]:
+        config = PretrainingConfig(max_outputs=20, clip=1e9, **settings)
+        training = _Pretraining(config, CONFIG, *sources, tmp_path / "out")
+        windows = training.batches[3]
+        training.update(windows)
+        named = training.network.named_parameters()
+        return len(windows), {n: p.grad.clone() for n, p in named if p.grad is not None}, training.losses.item()
+
+    unions, found, loss = gradients(batch=1, accumulate=3)
+    whole, expected, expected_loss = gradients(batch=3, accumulate=1)
+    assert (unions, whole) == (3, 1) and found.keys() == expected.keys()
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_in_a_batch_depends_on_neither_processes_nor_unions(
+    sources: tuple[WindowSource, WindowSource],
+) -> None:
+    def windows_of(accumulate: int, batch: int, num_ranks: int) -> list[tuple[str, float]]:
+        config = PretrainingConfig(batch=batch, accumulate=accumulate, max_outputs=20)
+        ranks = [Batches(sources[0], config, rank, num_ranks)[7] for rank in range(num_ranks)]
+        unions = [window for rank in ranks for window in rank]
+        assert len(unions) >= num_ranks
+        return sorted((family, 0.0) for w in unions for family in w.families), sum(w.targets.sum() for w in unions)
+
+    families, total = windows_of(1, 4, 1)
+    for accumulate, batch, num_ranks in ((2, 2, 1), (4, 1, 2), (2, 2, 3)):
+        others, other_total = windows_of(accumulate, batch, num_ranks)
+        assert others == families
+        torch.testing.assert_close(other_total, total, rtol=1e-4, atol=1e-4)
+    one = WindowSource([str(sources[0].runs[0].trajectory.folder)], CONFIG)
+    with pytest.raises(TrajectoryError, match="a batch has 1 windows, fewer than 2 processes"):
+        Batches(one, PretrainingConfig(), 0, 2)
+
+
+def test_average_of_weights() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = averaged(network, 0.25)  # type: ignore[arg-type]
+    for value in (1.0, 2.0, 4.0):
+        nn.init.constant_(network.weight, value)
+        average.update_parameters(network)
+    # Decays: none at first, then (1 + 1) / (10 + 1) = 0.1818, then 0.25 instead of (1 + 2) / (10 + 2) or, from 3/12 on.
+    second = 2 / 11 * 1 + 9 / 11 * 2
+    assert average.module.weight.item() == pytest.approx(0.25 * second + 0.75 * 4)
+
+
+def test_an_update_without_finite_gradients_is_skipped_and_counted(
+    tmp_path: Path, sources: tuple[WindowSource, WindowSource]
+) -> None:
+    training = _Pretraining(PretrainingConfig(max_outputs=20, ema=0.5), CONFIG, *sources, tmp_path / "out")
+    (window,) = training.batches[0]
+    training.update([window])
+    before = {name: value.clone() for name, value in training.result.state_dict().items()}
+    training.update([replace(window, targets=window.targets * float("nan"))])
+    assert (training.skipped, training.updates) == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in training.result.state_dict().items())
+    assert math.isfinite(training._measured()["train"])
+
+
+def test_validation_tells_horizons_apart(sources: tuple[WindowSource, WindowSource]) -> None:
+    source = sources[1]
+    record = validate(build_network(CONFIG), source, 20, torch.device("cpu"))
+    # Of 30 states the first five are read at least: 25 horizons at most are known.
+    assert {name for name in record if name.startswith("mlp/copy")} == {"mlp/copy"} | {
+        f"mlp/copy@{horizon}" for horizon in (1, 5, 10, 20)
+    }
+    generator, errors, counts = torch.Generator().manual_seed(0), torch.zeros(40), torch.zeros(40)
+    for _ in range(20 * len(source.by_family["mlp"])):
+        window = source.load(source.draw("mlp", generator), generator, max_outputs=4096)
+        errors += (window.targets.abs() * window.mask).sum((0, 1))
+        counts += window.mask.sum((0, 1))
+    assert record["mlp/copy"] == pytest.approx((errors.sum() / counts.sum()).item(), rel=1e-5)
+    assert record["mlp/copy@10"] == pytest.approx((errors[9] / counts[9]).item(), rel=1e-5)
+
+
+def test_flops_are_those_of_the_matrix_products(sources: tuple[WindowSource, WindowSource]) -> None:
+    config = NowcasterConfig(kind="wnn", hidden=8)
+    window = sources[0].load(WindowPlace(run=0, first=0, stride=1))
+    rows, hidden, context, horizons = 9 * window.inputs.num_outputs, 8, 5, 40
+    # Forward, gradient of inputs and of weights are one product each; the first layer's inputs have no gradient.
+    multiplications = rows * (3 * (3 * hidden * hidden + hidden * horizons) + 2 * context * hidden)
+    assert flops_per_edge(build_network(config), window) == 2 * multiplications / len(window.inputs.type)
+
+
+def test_wandb_gets_every_report(
+    tmp_path: Path, sources: tuple[WindowSource, WindowSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged, real = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, data, **more: (logged.append(data), real(run, data, **more)))
+    config = PretrainingConfig(steps=2, evaluate_every=1, validation_windows=1, workers=0, wandb=True, max_outputs=20)
+    result = pretrain(config, CONFIG, *sources, tmp_path / "out")
+    assert logged == result["history"]
+    expected = {"train", "edges_per_s", "floor_fraction", "skipped", "cnn/nowcaster", "cnn/linear", "mlp/nowcaster@1"}
+    assert expected <= set(logged[0])
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_settings_out_of_range_are_one_line() -> None:
+    for settings, words in (
+        ({"accumulate": 0}, "accumulate .* at least 1, got 0"),
+        ({"ema": 1.0}, "ema .* less than 1"),
+    ):
+        with pytest.raises(NinoError, match=words):
+            PretrainingConfig(**settings)
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, sources: tuple[WindowSource, WindowSource]) -> None:
@@ -137,13 +286,62 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
     header.write_text(json.dumps(content))
     with pytest.raises(TrajectoryError, match="differ from its architecture"):
         WindowSource([str(tmp_path / "foreign")], CONFIG)
+    content["architecture"] = None
+    header.write_text(json.dumps(content))
+    with pytest.raises(TrajectoryError, match="does not say how to build its model"):
+        WindowSource([str(tmp_path / "foreign")], CONFIG)
+    record_walk(tmp_path / "diverged", MLP, "mlp", num_states=10)
+    with open(tmp_path / "diverged" / "states.bin", "r+b") as states:
+        states.seek(-4, os.SEEK_END)
+        states.write(b"\x00\x00\xc0\x7f")  # the last weight of the last state becomes NaN
+    with pytest.raises(TrajectoryError, match="diverged: a state holds NaN or infinity; leave this run out"):
+        WindowSource([str(tmp_path / "diverged")], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 3}, "mlp-3/trajectory.json has version 3, this release reads 1 and 2"),
+        ({"format": "other"}, "mlp-3/trajectory.json is not a trajectory"),
+        (None, "mlp-3/trajectory.json is not readable JSON"),
+        ({"training": 3}, "training must be an object"),
+    ],
+)
+def test_a_bad_run_among_good_ones_is_one_line(
+    tmp_path: Path, change: dict[str, int] | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain_nowcaster import main, split_runs
+
+    from tasks.cli import run_main
+
+    folder = tmp_path / "runs"
+    for index in range(6):
+        record_walk(folder / f"mlp-{index}", MLP, "mlp", num_states=7)
+    headers = [folder / f"mlp-{index}" / "trajectory.json" for index in range(6)]
+    old = json.loads(headers[1].read_text())  # versions 1 and 2 go together
+    headers[1].write_text(
+        json.dumps({n: v for n, v in old.items() if n not in ("learning_rates", "jumps")} | {"version": 1})
+    )
+    train, held_out = split_runs(folder)
+    assert (len(train), len(held_out)) == (5, 1)
+    WindowSource(train, CONFIG)
+
+    content = json.loads(headers[3].read_text())
+    headers[3].write_text("{" if change is None else json.dumps(content | change))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main, ["--runs", str(folder), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_train_as_one(tmp_path: Path, accumulate: int) -> None:
     record_collection(tmp_path / "runs")
-    arguments = [str(SCRIPT), "--runs", str(tmp_path / "runs"), "--hidden", "8", "--steps", "6"]
+    arguments = [str(SCRIPT), "--runs", str(tmp_path / "runs"), "--hidden", "8", "--steps", "6", "--ema", "0.5"]
     arguments += ["--evaluate-every", "3", "--strides", "1", "--validation-windows", "1", "--workers", "0"]
+    arguments += ["--accumulate", str(accumulate)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     subprocess.run([sys.executable, *arguments, "--out", str(tmp_path / "one")], check=True, env=environment)
@@ -151,3 +349,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     one, two = (Nowcaster.from_pretrained(tmp_path / name).network.state_dict() for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    histories = [json.loads((tmp_path / name / "training.json").read_text())["history"] for name in ("one", "two")]
+    for alone, together in zip(*histories, strict=True):
+        measured = {"edges_per_s", "floor_fraction"}
+        assert {n: v for n, v in together.items() if n not in measured} == pytest.approx(
+            {n: v for n, v in alone.items() if n not in measured}, rel=1e-4
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_collect_then_pretrain(data_folder: Path, tmp_path: Path) -> None:
     arguments = ["--data", data_folder, "--out", tmp_path / "runs", "--updates", 12, "--interval", 1, "--runs", 6]
     planned = run("collect_trajectories.py", *arguments, "--dry-run")
     assert planned.returncode == 0 and "12 runs planned, 0 already recorded" in planned.stdout
+    assert re.search(r"^about [\d.]+ hours with --jobs 1", planned.stdout, re.M)
     assert not (tmp_path / "runs" / "collection.json").exists()
     collected = run("collect_trajectories.py", *arguments, "--jobs", 2)
     assert collected.returncode == 0, collected.stderr
@@ -107,6 +109,54 @@ def test_collect_then_pretrain(data_folder: Path, tmp_path: Path) -> None:
     from nino import Nowcaster
 
     assert Nowcaster.from_pretrained(tmp_path / "nowcaster").config.hidden == 8
+
+
+def test_recorded_runs_that_jump(data_folder: Path, tmp_path: Path) -> None:
+    from collect_trajectories import parse_args, plan_runs, record_run
+
+    from nino import NowcasterConfig
+    from nino.data import Trajectory
+    from nino.pretraining.windows import WindowSource
+
+    arguments = ["--family", "images", "--runs", 1, "--updates", 50, "--interval", 2]
+    options = ["--data", data_folder, "--out", tmp_path, *arguments]
+    (plan,) = plan_runs(parse_args([*map(str, options), "--jump-with", "hidden-8", "--jump-period", "20"]))
+    record_run(plan, data_folder, tmp_path)
+    run = Trajectory(tmp_path / "images-0000-jumps")
+    assert run.complete and run.steps == list(range(0, 52, 2))
+    # Random weights jump at 20 and 40; of what follows the loss knows, two updates later at the latest it is undone.
+    assert set(run.jumps) - {21, 22, 41, 42} == {20, 40}
+    assert (run.training["jump_with"], run.training["jump_period"]) == ("hidden-8", 20)
+    assert (run.training["lr"], run.training["optimizer"]) == (plan.lr, "AdamW") and run.learning_rates == [
+        plan.lr
+    ] * 26
+    WindowSource([str(run.folder)], NowcasterConfig(hidden=8))
+    (plain,) = plan_runs(parse_args([*map(str, options)]))
+    assert plain.name == "images-0000"  # the same run without jumps has a folder of its own
+
+
+@pytest.mark.parametrize(
+    ("nowcaster", "period", "words"),
+    [
+        ("no-such", 100, "no nowcaster 'no-such'"),
+        ("hidden-8", 99, "period=99 must be a multiple of context=5"),
+        ("hidden-8", 125, "--jump-period 125 holds 5 states at --interval 25: a window needs 6"),
+        ("hidden-8", 4000, "--jump-period 4000 is not below --updates 4000"),
+    ],
+)
+def test_jumps_that_leave_nothing_to_learn_are_one_line(
+    nowcaster: str, period: int, words: str, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from collect_trajectories import main
+
+    from tasks.cli import run_main
+
+    arguments = ["--data", data_folder, "--out", tmp_path / "out", "--jump-with", nowcaster, "--jump-period", period]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main, [*map(str, arguments)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
 
 
 def test_recorded_text_and_images_are_split_before_training() -> None:

@@ -205,16 +205,23 @@ def test_check_wiring_changes_nothing() -> None:
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 2)
+        self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(x + self.a(x))
+        x = self.a(x)
+        return self.c(x + torch.tanh(self.b(x)))
 
 
-def test_check_wiring_vouches_for_no_unknown_family() -> None:
+def test_check_wiring_traces_what_is_of_no_family() -> None:
     report = nino.check_wiring(Residual(), vectors())
+    assert report.ok
+    assert any(axis.passed for axis in report.groups)
+
+
+def test_check_wiring_vouches_for_no_parameters_that_stand_alone() -> None:
+    report = nino.check_wiring(Residual(), vectors(), graph=NeuralGraph.from_model(Residual()))
     assert not report.ok
-    assert "Residual is of no family that Nino knows" in str(report.first_failure)
+    assert "Residual could neither be traced nor recognised" in str(report.first_failure)
     assert report.groups == ()
 
 

@@ -33,9 +33,7 @@ def _write(folder: Path, num_states: int = 4, dtype: Any = "float32", killed: bo
     writer = TrajectoryWriter(folder, PARAMETERS, ARCHITECTURE, {"lr": 0.003, "seed": 1}, dtype)
     for index in range(num_states):
         writer.append(25 * index, _state(index), {"loss": 2.0 - index})
-    if killed:
-        writer._states.close()  # as the operating system does it, with no word in the header
-    else:
+    if not killed:
         writer.close()
 
 
@@ -139,6 +137,23 @@ def test_the_writer_refuses_other_number_formats(tmp_path: Path) -> None:
     _one_line(error, "float32", "float16", "'int8'")
 
 
+def test_version_1_is_read(tmp_path: Path) -> None:
+    _write(tmp_path)
+    path = tmp_path / HEADER_FILE
+    path.write_text(_header(version=1, learning_rates="absent", jumps="absent")(json.loads(path.read_text())))
+    run = Trajectory(tmp_path)
+    assert (run.learning_rates, run.jumps) == ([0.003] * 4, [])
+    assert run.segments() == [range(4)]
+    assert torch.equal(run.states([3])[0], _flat(_state(3)))
+
+
+def test_steps_of_a_writer_grow(tmp_path: Path) -> None:
+    _write(tmp_path, num_states=2, killed=True)
+    writer = TrajectoryWriter.reopen(tmp_path, step=25)
+    with pytest.raises(TrajectoryError, match="step 25 comes after step 25"):
+        writer.append(25, _state(1))
+
+
 # A killed writer
 
 
@@ -218,8 +233,13 @@ def _header(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (lambda header: "[]", ["nino-trajectory"]),
         (lambda header: '{"a": 1}', ["nino-trajectory"]),
         (_header(format="nino-nowcaster"), ["nino-trajectory"]),
-        (_header(version=2), ["version 2", "reads 1"]),
-        (_header(version="absent"), ["version None", "reads 1"]),
+        (_header(version=3), ["version 3", "reads 1 and 2"]),
+        (_header(version="absent"), ["version None", "reads 1 and 2"]),
+        (_header(jumps="absent"), ["lacks ['jumps']"]),
+        (_header(jumps=[50, 25]), ["jumps", "growing"]),
+        (_header(steps=[0, 25, 25, 50]), ["steps", "growing"]),
+        (_header(steps=[0, 1.5]), ["steps", "growing"]),
+        (_header(training=[]), ["training", "object"]),
         (_header(dtype="absent"), ["lacks ['dtype']"]),
         (_header(steps="absent", complete="absent"), ["lacks ['complete', 'steps']"]),
         (_header(architecture="absent"), ["lacks ['architecture']"]),

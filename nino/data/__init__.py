@@ -1,6 +1,19 @@
-"""Recorded training runs: how they are stored, described and read."""
+"""Recorded training runs: how they are recorded, stored, described and read."""
 
-from nino.data.architecture import build_model, describe_sequential, describe_transformers
-from nino.data.trajectory import Trajectory, TrajectoryWriter
+from nino.data.architecture import build_model, describe_model, describe_sequential, describe_transformers
+from nino.data.memmap import read_memmap
+from nino.data.recording import Recorder, record
+from nino.data.trajectory import Trajectory
+from nino.data.writer import TrajectoryWriter
 
-__all__ = ["Trajectory", "TrajectoryWriter", "build_model", "describe_sequential", "describe_transformers"]
+__all__ = [
+    "Recorder",
+    "Trajectory",
+    "TrajectoryWriter",
+    "build_model",
+    "describe_model",
+    "describe_sequential",
+    "describe_transformers",
+    "read_memmap",
+    "record",
+]

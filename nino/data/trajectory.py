@@ -1,27 +1,32 @@
-"""One recorded training run on disk: a folder with ``trajectory.json`` and ``states.bin``.
+"""One recorded training run on disk: a folder with ``trajectory.json`` and ``states.bin``, and how it is read.
 
 ``states.bin`` is a plain row-major matrix ``[states, parameters]`` of float32 or float16 numbers; a row is all
 parameters of one snapshot, flattened and concatenated in the order of ``parameters`` in the JSON. Plain bytes can be
 appended and memory-mapped, so a run that is killed stays readable up to its last whole state and a window
 is read without touching the rest. ``trajectory.json`` (rewritten atomically after every state) holds everything else::
 
-    {"format": "nino-trajectory", "version": 1, "dtype": "float32",
-     "architecture": {...},                       # see nino.data.architecture
+    {"format": "nino-trajectory", "version": 2, "dtype": "float32",
+     "architecture": {...},                       # see nino.data.architecture; null if it cannot be described
      "parameters": [["0.weight", [16, 3, 3, 3]], ...],
      "training": {"optimizer": "AdamW", "lr": 0.003, "seed": 1, ...},
      "steps": [0, 25, 50, ...],                   # optimizer updates done when each state was taken
+     "learning_rates": [0.003, 0.003, ...],       # one per state, of the update before it; null if unknown
      "metrics": [{"loss": 2.30}, ...],            # one record per state
+     "jumps": [500],                              # updates after which the weights were moved by something else
      "complete": true}
+
+A state of the very update at which the weights jumped is of after the jump. Version 1 has neither ``learning_rates``
+nor ``jumps``, and always an architecture.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,117 +35,42 @@ from torch import Tensor
 from nino.errors import TrajectoryError
 
 FORMAT = "nino-trajectory"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
 DTYPES = ("float32", "float16")
 HEADER_FILE = "trajectory.json"
 STATES_FILE = "states.bin"
+PER_STATE = ("steps", "learning_rates", "metrics")
+"""Lists of the header with one entry per state."""
 Parameters = list[tuple[str, tuple[int, ...]]]
 
 
-class TrajectoryWriter:
-    """Append the states of one run to a folder, safely against being killed.
+class RecordedStates:
+    """The states of one run and what is known of it; states stay on disk until they are asked for."""
 
-    Args:
-        folder: created if missing; an earlier recording in it is replaced.
-        parameters: ``(name, shape)`` of every recorded parameter, in the order of a state's elements.
-        architecture: what :func:`nino.data.build_model` needs to rebuild the model.
-        training: anything JSON about the run (optimizer, learning rate, batch size, seed, data).
-        dtype: number format on disk, ``"float32"`` or ``"float16"``.
-
-    Example:
-        >>> writer = TrajectoryWriter(folder, [("weight", (2, 3))], architecture, {"lr": 1e-3})   # doctest: +SKIP
-        >>> writer.append(0, {"weight": torch.zeros(2, 3)}, {"loss": 2.3})                        # doctest: +SKIP
-
-    Raises:
-        TrajectoryError: if the dtype is none of these.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        parameters: Sequence[tuple[str, Sequence[int]]],
-        architecture: Mapping[str, Any],
-        training: Mapping[str, Any],
-        dtype: Literal["float32", "float16"] = "float32",
-    ) -> None:
-        if dtype not in DTYPES:
-            raise TrajectoryError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._header: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "dtype": dtype,
-            "architecture": dict(architecture),
-            "parameters": [[name, list(shape)] for name, shape in parameters],
-            "training": dict(training),
-            "steps": [],
-            "metrics": [],
-            "complete": False,
-        }
-        self._write_header()
-        self._states = open(self.folder / STATES_FILE, "wb")  # noqa: SIM115 - lives as long as the writer
-
-    def append(self, step: int, state: Mapping[str, Tensor], metrics: Mapping[str, float] | None = None) -> None:
-        """Add the state after ``step`` optimizer updates; ``state`` maps every parameter name to its tensor.
-
-        Raises:
-            TrajectoryError: if a parameter is missing, or has another shape than was announced.
-        """
-        values = []
-        for name, shape in self._header["parameters"]:
-            if name not in state or list(state[name].shape) != shape:
-                found = f"shape {tuple(state[name].shape)}" if name in state else "none"
-                raise TrajectoryError(
-                    f"{self.folder}: the state at step {step} needs {name} of shape {tuple(shape)}, got {found}"
-                )
-            values.append(state[name].detach().reshape(-1).float().cpu())
-        row = torch.cat(values).to(getattr(torch, self._header["dtype"])).numpy()
-        self._states.write(row.tobytes())
-        self._states.flush()
-        os.fsync(self._states.fileno())
-        self._header["steps"].append(int(step))
-        self._header["metrics"].append({name: float(value) for name, value in (metrics or {}).items()})
-        self._write_header()
-
-    def close(self, complete: bool = True) -> None:
-        """Finish the recording; ``complete`` says that the run reached its planned end."""
-        self._states.close()
-        self._header["complete"] = complete
-        self._write_header()
-
-    def _write_header(self) -> None:
-        temporary = self.folder / (HEADER_FILE + ".part")
-        temporary.write_text(json.dumps(self._header))
-        os.replace(temporary, self.folder / HEADER_FILE)
-
-
-class Trajectory:
-    """Read one recorded run; states stay on disk until they are asked for.
-
-    Args:
-        folder: what a :class:`TrajectoryWriter` wrote.
-
-    Raises:
-        TrajectoryError: if the folder holds no trajectory, one of another format or version, or one whose
-            states file is shorter than a single state.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        header = self._read_header()
-        self.architecture: dict[str, Any] = header["architecture"]
-        self.training: dict[str, Any] = header["training"]
-        self.complete: bool = header["complete"]
-        self.parameters: Parameters = [(name, tuple(shape)) for name, shape in header["parameters"]]
-        self.num_elements = sum(prod(shape) for _, shape in self.parameters)
-        self._states = self._map_states(np.dtype(header["dtype"]), min(len(header["steps"]), len(header["metrics"])))
-        self.steps: list[int] = header["steps"][: len(self._states)]
-        self.metrics: list[dict[str, float]] = header["metrics"][: len(self._states)]
+    folder: Path
+    """Names the run in errors."""
+    architecture: dict[str, Any] | None
+    training: dict[str, Any]
+    complete: bool
+    parameters: Parameters
+    steps: list[int]
+    """Optimizer updates done at each state."""
+    learning_rates: list[float | None]
+    metrics: list[dict[str, float]]
+    jumps: list[int]
+    """Updates after which the weights were moved by something else than the optimizer."""
+    _states: np.ndarray[Any, Any]
+    """``[states, num_elements]`` on disk."""
 
     def __len__(self) -> int:
         """The number of whole states."""
         return len(self._states)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers of one state."""
+        return sum(prod(shape) for _, shape in self.parameters)
 
     def states(self, indices: Sequence[int]) -> Tensor:
         """Return the asked-for states as float32 ``[len(indices), num_elements]``.
@@ -162,40 +92,113 @@ class Trajectory:
             for (name, shape), part in zip(self.parameters, parts, strict=True)
         }
 
-    def _read_header(self) -> dict[str, Any]:
-        path = self.folder / HEADER_FILE
-        try:
-            header = json.loads(path.read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            raise TrajectoryError(f"{self.folder} holds no {HEADER_FILE}: expected a recorded trajectory") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TrajectoryError(f"{path} is not readable JSON ({error}); record the run again") from error
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise TrajectoryError(f"{path} is not a trajectory: expected format {FORMAT!r}")
-        if header.get("version") != VERSION:
-            raise TrajectoryError(f"{path} has version {header.get('version')!r}, this release reads {VERSION}")
-        missing = {"dtype", "architecture", "parameters", "training", "steps", "metrics", "complete"} - set(header)
-        if missing:
-            raise TrajectoryError(f"{path} lacks {sorted(missing)}; record the run again")
-        if header["dtype"] not in DTYPES:
-            raise TrajectoryError(f"{path}: dtype must be one of {DTYPES}, got {header['dtype']!r}")
-        for key in ("parameters", "steps", "metrics"):
-            if not isinstance(header[key], list):
-                raise TrajectoryError(f"{path}: {key} must be a list, got {header[key]!r}; record the run again")
-        if not all(_is_parameter(entry) for entry in header["parameters"]):
-            raise TrajectoryError(f"{path}: parameters must be pairs of a name and a shape; record the run again")
-        return header
+    def segments(self) -> list[range]:
+        """Where training went on undisturbed: stretches of states that lie equally far apart, with no jump between.
 
-    def _map_states(self, dtype: np.dtype[Any], num_steps: int) -> np.ndarray[Any, Any]:
+        Example:
+            Steps 0, 25, 50, 75, 100 with a jump at 50 are two segments: ``[range(0, 2), range(2, 5)]``.
+        """
+        found, first = [], 0
+        for index, (before, after) in enumerate(pairwise(self.steps), start=1):
+            jumped = any(before < jump <= after for jump in self.jumps)
+            if jumped or (index - first > 1 and after - before != self.steps[first + 1] - self.steps[first]):
+                found.append(range(first, index))
+                first = index
+        return [*found, range(first, len(self))]
+
+
+class Trajectory(RecordedStates):
+    """Read one recorded run; states stay on disk until they are asked for.
+
+    Args:
+        folder: what a :class:`TrajectoryWriter` wrote.
+
+    Raises:
+        TrajectoryError: if the folder holds no trajectory, one of another format or version, or one whose
+            states file is shorter than a single state.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        header = read_header(self.folder)
+        self.architecture = header["architecture"]
+        self.training = header["training"]
+        self.complete = header["complete"]
+        self.parameters = [(name, tuple(shape)) for name, shape in header["parameters"]]
+        self._states = self._map_states(header)
+        self.steps = header["steps"][: len(self._states)]
+        self.learning_rates = header["learning_rates"][: len(self._states)]
+        self.metrics = header["metrics"][: len(self._states)]
+        self.jumps = header["jumps"]
+
+    def _map_states(self, header: dict[str, Any]) -> np.ndarray[Any, Any]:
         path = self.folder / STATES_FILE
-        row_bytes = self.num_elements * dtype.itemsize
-        size = path.stat().st_size if path.exists() else 0
-        num_states = min(size // row_bytes, num_steps) if row_bytes else 0
+        num_states = whole_states(self.folder, header)
         if num_states == 0:
+            size = path.stat().st_size if path.exists() else 0
             raise TrajectoryError(
-                f"{path} is truncated: expected a state of {row_bytes} bytes, found {size}; record the run again"
+                f"{path} is truncated: expected a state of {row_bytes(header)} bytes, found {size}; "
+                "record the run again"
             )
-        return np.memmap(path, dtype=dtype, mode="r", shape=(num_states, self.num_elements))
+        return np.memmap(path, dtype=header["dtype"], mode="r", shape=(num_states, self.num_elements))
+
+
+def row_bytes(header: dict[str, Any]) -> int:
+    """Bytes of one state."""
+    return sum(prod(shape) for _, shape in header["parameters"]) * np.dtype(header["dtype"]).itemsize
+
+
+def whole_states(folder: Path, header: dict[str, Any]) -> int:
+    """How many states are on disk in full and named by the header."""
+    path = folder / STATES_FILE
+    size = path.stat().st_size if path.exists() else 0
+    return min(size // row_bytes(header), *(len(header[key]) for key in PER_STATE)) if row_bytes(header) else 0
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """The header of a recorded run, as of the newest version.
+
+    Raises:
+        TrajectoryError: if there is none, or it is damaged, foreign or of a version that this release does not read.
+    """
+    path = folder / HEADER_FILE
+    try:
+        header = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise TrajectoryError(f"{folder} holds no {HEADER_FILE}: expected a recorded trajectory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TrajectoryError(f"{path} is not readable JSON ({error}); record the run again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise TrajectoryError(f"{path} is not a trajectory: expected format {FORMAT!r}")
+    if header.get("version") not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise TrajectoryError(f"{path} has version {header.get('version')!r}, this release reads {readable}")
+    needed = {"dtype", "architecture", "parameters", "training", "steps", "metrics", "complete"}
+    if header["version"] == VERSION:
+        needed |= {"learning_rates", "jumps"}
+    missing = needed - set(header)
+    if missing:
+        raise TrajectoryError(f"{path} lacks {sorted(missing)}; record the run again")
+    _check_types(path, header)
+    if header["version"] < VERSION:
+        rate = header["training"].get("lr")
+        header |= {"version": VERSION, "learning_rates": [rate] * len(header["steps"]), "jumps": []}
+    return header
+
+
+def _check_types(path: Path, header: dict[str, Any]) -> None:
+    if header["dtype"] not in DTYPES:
+        raise TrajectoryError(f"{path}: dtype must be one of {DTYPES}, got {header['dtype']!r}")
+    if not isinstance(header["training"], dict):
+        raise TrajectoryError(f"{path}: training must be an object, got {header['training']!r}; record the run again")
+    for key in {"parameters", "jumps", *PER_STATE} & set(header):
+        if not isinstance(header[key], list):
+            raise TrajectoryError(f"{path}: {key} must be a list, got {header[key]!r}; record the run again")
+    if not all(_is_parameter(entry) for entry in header["parameters"]):
+        raise TrajectoryError(f"{path}: parameters must be pairs of a name and a shape; record the run again")
+    for key in {"steps", "jumps"} & set(header):
+        if not all(type(step) is int for step in header[key]) or sorted(set(header[key])) != header[key]:
+            raise TrajectoryError(f"{path}: {key} must be growing whole numbers; record the run again")
 
 
 def _is_parameter(entry: Any) -> bool:

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -292,17 +292,22 @@ class NeuralGraph:
     family: str
 
     @staticmethod
-    def from_model(model: nn.Module, wiring: str = "exact") -> NeuralGraph:
+    def from_model(model: nn.Module, wiring: str = "exact", example_inputs: Any = None) -> NeuralGraph:
         """Wire a model.
 
         Args:
-            model: on any device, ``meta`` included; only names, shapes and configs are read.
-            wiring: ``"exact"``, the correct wiring of every family, or ``"official"``, the layout of the
-                published NiNo code for convnets, MLPs and GPT-2, quirks included.
+            model: on any device, ``meta`` included.
+            wiring: ``"exact"``, the correct wiring, or ``"official"``, the layout of the published NiNo code for
+                convnets, MLPs and GPT-2, quirks included.
+            example_inputs: what the model is called with: a tensor, a tuple of arguments or a mapping of keyword
+                arguments; small is enough. The model is run on them once and wired by what it computes, whatever it
+                is (:mod:`nino.graph.tracing`). Without them only names, shapes and configs are read, which is enough
+                for convnets, MLPs, GPT-2, the Llama line and LoRA adapters.
 
         Raises:
             GraphError: if the family's wiring does not cover a trainable parameter, or ``"official"`` does not
-                know the family.
+                know the family. A model that can neither be traced nor recognised is no error: each of its parameters
+                is wired alone, with a warning.
 
         Example:
             >>> graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
@@ -311,7 +316,7 @@ class NeuralGraph:
         """
         from nino.graph.architectures import wire
 
-        return wire(model, wiring)
+        return wire(model, wiring, example_inputs)
 
     @property
     def num_nodes(self) -> int:

@@ -6,23 +6,27 @@ import json
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from nino.errors import CheckpointError
 from nino.files import save_whole
 from nino.model.config import NowcasterConfig
-from nino.model.networks import EdgeInputs, Network, build_network
+from nino.model.networks import Network, build_network
 from nino.nowcaster import Nowcaster
-from nino.pretraining.batching import deal, union
-from nino.pretraining.objective import absolute_error, rivals
+from nino.pretraining.averaging import averaged
+from nino.pretraining.batching import Batches
+from nino.pretraining.config import PretrainingConfig
+from nino.pretraining.objective import absolute_error
+from nino.pretraining.throughput import flops_per_edge, matmul_flops_per_s
+from nino.pretraining.validation import validate
 from nino.pretraining.windows import Window, WindowSource
 
 logger = logging.getLogger(__name__)
@@ -30,62 +34,6 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training.pt"
 LOG_FILE = "training.json"
 WARMUP_STEPS = 100
-MOST_WINDOWS_PER_FAMILY = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainingConfig:
-    """How a nowcaster is trained; the defaults follow the published recipe where it fits small machines."""
-
-    steps: int = 5000
-    """Updates of the nowcaster."""
-    batch: int = 1
-    """Windows per batch of the family with the largest graphs; smaller graphs come up to four times as often."""
-    max_outputs: int = 4096
-    """Edges of a window that the loss looks at, drawn at random."""
-    lr: float = 3e-3
-    weight_decay: float = 1e-2
-    clip: float = 5.0
-    """Largest gradient norm."""
-    seed: int = 0
-    workers: int = 1
-    """Processes that read batches ahead."""
-    evaluate_every: int = 250
-    """Updates between evaluations, each of which also saves."""
-    validation_windows: int = 6
-    """Windows per held-out run."""
-    mixed_precision: str = "no"
-    """``"no"`` or ``"bf16"``."""
-    wandb: bool = False
-    """Log to Weights & Biases."""
-
-
-class Batches(Dataset[Window]):
-    """Item i is one process's share of batch i: a pure function of (seed, i), so that resuming is exact."""
-
-    def __init__(self, source: WindowSource, config: PretrainingConfig, rank: int, num_ranks: int) -> None:
-        self.source, self.config, self.rank, self.num_ranks = source, config, rank, num_ranks
-        self.counts = self._windows_per_family()
-
-    def __getitem__(self, step: int) -> Window:
-        """Draw all places of the batch, then load only those that are dealt to this process."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-        places = [self.source.draw(family, generator) for family, count in self.counts.items() for _ in range(count)]
-        seeds = torch.randint(2**62, (len(places),), generator=generator).tolist()
-        hand = deal([self.source.num_edges(place) for place in places], self.num_ranks)[self.rank]
-        return union(
-            [
-                self.source.load(places[i], torch.Generator().manual_seed(seeds[i]), self.config.max_outputs)
-                for i in hand
-            ]
-        )
-
-    def _windows_per_family(self) -> dict[str, int]:
-        sizes = {}
-        for family, members in sorted(self.source.by_family.items()):
-            sizes[family] = sum(self.source.runs[run].edges.num_edges for run in members) / len(members)
-        largest = max(sizes.values())
-        return {f: self.config.batch * min(MOST_WINDOWS_PER_FAMILY, round(largest / size)) for f, size in sizes.items()}
 
 
 def pretrain(
@@ -135,13 +83,23 @@ class _Pretraining:
             self.accelerator.init_trackers("nino-pretraining", config=self.settings)
         torch.manual_seed(config.seed)
         self.network: Network = build_network(nowcaster_config)
+        self.average = averaged(self.network, config.ema) if config.ema else None
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.step, self.skipped, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
         self._resume(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        if self.average is not None:
+            self.average.to(self.accelerator.device)
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = Batches(source, config, rank, num_ranks)
+        self.least_seconds_per_edge = 0.0
+        self._start_measuring()
+
+    @property
+    def result(self) -> Network:
+        """What is evaluated and saved."""
+        return self.network if self.average is None else cast(Network, self.average.module)
 
     def run(self) -> dict[str, Any]:
         from tqdm import tqdm
@@ -151,43 +109,77 @@ class _Pretraining:
             self.batches, sampler=range(self.step, config.steps), batch_size=None, num_workers=config.workers
         )
         quiet = not self.accelerator.is_main_process
-        errors, edges, began = [], 0, time.perf_counter()
-        for batch in tqdm(loader, initial=self.step, total=config.steps, disable=quiet, unit="step", mininterval=5):
-            window = to_device(batch, self.accelerator.device)
-            errors.append(self.update(window))
-            edges += len(window.inputs.type)
+        for windows in tqdm(loader, initial=self.step, total=config.steps, disable=quiet, unit="step", mininterval=5):
+            if not self.least_seconds_per_edge:
+                self._measure_floor(windows[0])
+            self.update(windows)
             self.step += 1
             if self.step % config.evaluate_every == 0 or self.step == config.steps:
-                seconds = time.perf_counter() - began
-                self.seconds += seconds
-                self.report({"train": sum(errors) / len(errors), "edges_per_s": edges / seconds})
-                errors, edges, began = [], 0, time.perf_counter()
+                self.report(self._measured())
+                self._start_measuring()
         self.accelerator.end_training()
         return self.finish()
 
-    def update(self, window: Window) -> float:
-        """One update on this process's share of a batch; returns its mean absolute error."""
+    def update(self, windows: Sequence[Window]) -> None:
+        """One update on this process's share of a batch, union by union."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * learning_rate_factor(self.step, self.config.steps)
-        accelerator = self.accelerator
-        with accelerator.autocast():
-            error, count = absolute_error(self.model(window.inputs), window)
-        # DDP averages gradients over ranks; this makes them those of the mean over the whole batch.
-        loss = error * accelerator.num_processes / accelerator.reduce(count.float(), reduction="sum")
+        accelerator, device = self.accelerator, self.accelerator.device
+        count = torch.tensor(float(sum(int(window.mask.sum()) for window in windows)), device=device)
+        count = accelerator.reduce(count, reduction="sum")
         self.optimizer.zero_grad()
-        accelerator.backward(loss)
+        loss = torch.zeros((), device=device)
+        for index, window in enumerate(windows):
+            is_last = index == len(windows) - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.model):
+                part = self._error(window.to(device)) / count
+                # DDP averages gradients over ranks; this makes them those of the mean over the whole batch.
+                accelerator.backward(part * accelerator.num_processes)
+            loss += part.detach()
+            self.edges += len(window.inputs.type)
+        loss = accelerator.reduce(loss, reduction="sum")
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        if norm is not None and bool(torch.isfinite(norm)):  # the same on all ranks
+        # Both are the same on all ranks. The gradient of |NaN| is 0, so the norm alone does not tell.
+        if norm is not None and bool(torch.isfinite(norm + loss)):
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.network)
+            self.losses += loss
+            self.updates += 1
         else:
             self.skipped += 1
-        return (error / count).item()
+
+    def _error(self, window: Window) -> Tensor:
+        with self.accelerator.autocast():
+            return absolute_error(self.model(window.inputs), window)[0]
+
+    def _start_measuring(self) -> None:
+        self.losses = torch.zeros((), device=self.accelerator.device)
+        self.edges, self.updates, self.began = 0, 0, time.perf_counter()
+
+    def _measure_floor(self, window: Window) -> None:
+        """What the products of an edge cost, and how fast this device could do them."""
+        began, device = time.perf_counter(), self.accelerator.device
+        dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
+        flops_per_s = matmul_flops_per_s(self.network.config.hidden, device, dtype)
+        self.least_seconds_per_edge = flops_per_edge(self.network, window.to(device)) / flops_per_s
+        self.began += time.perf_counter() - began
+
+    def _measured(self) -> dict[str, float]:
+        """Loss and throughput since the last report, of all processes; the loss is left out if all were skipped."""
+        seconds = time.perf_counter() - self.began
+        self.seconds += seconds
+        edges = torch.tensor(float(self.edges), device=self.accelerator.device)
+        edges = self.accelerator.reduce(edges, reduction="sum").item()
+        floor = edges * self.least_seconds_per_edge / self.accelerator.num_processes
+        train = {"train": self.losses.item() / self.updates} if self.updates else {}
+        return {**train, "edges_per_s": edges / seconds, "floor_fraction": floor / seconds}
 
     def report(self, record: dict[str, Any]) -> None:
         """Evaluate on held-out runs, log and save, on the main process."""
         if self.accelerator.is_main_process:
             record = {"step": self.step, **record, "skipped": self.skipped}
-            record |= validate(self.network, self.held_out, self.config.validation_windows, self.accelerator.device)
+            record |= validate(self.result, self.held_out, self.config.validation_windows, self.accelerator.device)
             self.history.append(record)
             logger.info("%s", record)
             self._save()
@@ -199,7 +191,7 @@ class _Pretraining:
         """Write the nowcaster and its log."""
         result = {**self.settings, "history": self.history, "seconds": self.seconds}
         if self.accelerator.is_main_process:
-            Nowcaster(self.network).save_pretrained(self.out)
+            Nowcaster(self.result).save_pretrained(self.out)
             (self.out / LOG_FILE).write_text(json.dumps(result, indent=1) + "\n")
         return result
 
@@ -208,6 +200,7 @@ class _Pretraining:
         state = {
             "settings": self.settings,
             "network": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "skipped": self.skipped,
@@ -227,6 +220,8 @@ class _Pretraining:
                 f"{path} belongs to a training with other settings; choose another --out, or delete it to start anew"
             )
         self.network.load_state_dict(state["network"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
         self.history = state["history"]
@@ -236,31 +231,3 @@ class _Pretraining:
 def learning_rate_factor(step: int, num_steps: int) -> float:
     """Linear warm-up over 100 steps, then a cosine to zero."""
     return min((step + 1) / WARMUP_STEPS, 1.0) * 0.5 * (1 + math.cos(math.pi * min(step / num_steps, 1.0)))
-
-
-@torch.no_grad()
-def validate(network: nn.Module, source: WindowSource, windows_per_run: int, device: torch.device) -> dict[str, float]:
-    """Mean absolute error per family, of the network and of its rivals, on the same windows every time.
-
-    Returns:
-        ``{"<family>/nowcaster": ..., "<family>/copy": ..., "<family>/linear": ...}``.
-    """
-    totals: dict[str, list[Tensor]] = defaultdict(list)
-    for family, members in sorted(source.by_family.items()):
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(windows_per_run * len(members)):
-            window = to_device(source.load(source.draw(family, generator), generator, max_outputs=4096), device)
-            for name, predicted in {"nowcaster": network(window.inputs), **rivals(window)}.items():
-                totals[f"{family}/{name}"].append(torch.stack(absolute_error(predicted, window)))
-    sums = {name: torch.stack(pairs).sum(0).tolist() for name, pairs in totals.items()}
-    return {name: error / count for name, (error, count) in sums.items()}
-
-
-def to_device(window: Window, device: torch.device) -> Window:
-    """Move a window's tensors."""
-
-    def move(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
-
-    inputs = EdgeInputs(**move(vars(window.inputs)))
-    return Window(**{**move(vars(window)), "inputs": inputs})

@@ -12,15 +12,21 @@ from torch import Tensor
 from nino.pretraining.windows import Window
 
 
-def absolute_error(predicted: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """Sum of absolute errors over the targets that exist, and their number.
+def errors_by_horizon(predicted: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Sums of absolute errors over the targets that exist, and their numbers, per horizon: ``[K]`` each.
 
     Args:
         predicted: ``[O, 9, K]`` movement from the last snapshot.
         window: with targets and mask of that shape.
     """
     errors = (predicted.float() - window.targets).abs() * window.mask
-    return errors.sum(), window.mask.sum()
+    return errors.sum((0, 1)), window.mask.sum((0, 1))
+
+
+def absolute_error(predicted: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """The same over all horizons, two numbers."""
+    errors, counts = errors_by_horizon(predicted, window)
+    return errors.sum(), counts.sum()
 
 
 def rivals(window: Window) -> dict[str, Tensor]:

@@ -1,19 +1,23 @@
 """Windows of recorded runs: C snapshots as the network reads them, and where every weight went afterwards.
 
 A window takes states of one run that lie ``stride`` recorded states apart, standardised by the statistics of its inputs
-alone, as a nowcast is. Targets beyond the end of the run are masked.
+alone, as a nowcast is. Targets beyond the end of the run are masked. A window lies
+within one segment of the run (:meth:`nino.data.Trajectory.segments`), never across a jump: its targets say where plain
+training leads from its inputs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nino.data import Trajectory, build_model
+from nino.data.trajectory import RecordedStates
 from nino.engine import graph_inputs
 from nino.errors import TrajectoryError
 from nino.graph import NeuralGraph
@@ -50,13 +54,27 @@ class Window:
     families: tuple[str, ...]
     """What each graph of the window is of, for reports."""
 
+    def to(self, device: torch.device) -> Window:
+        """The window on a device."""
+
+        def move(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+        return Window(**{**move(vars(self)), "inputs": EdgeInputs(**move(vars(self.inputs)))})
+
 
 class RecordedRun:
     """A trajectory with its graph, ready to be cut into windows."""
 
-    def __init__(self, trajectory: Trajectory, config: NowcasterConfig) -> None:
+    def __init__(self, trajectory: RecordedStates, config: NowcasterConfig) -> None:
         self.trajectory = trajectory
         self.family = str(trajectory.training.get("family", "unknown"))
+        self.segments = trajectory.segments()
+        if trajectory.architecture is None:
+            raise TrajectoryError(
+                f"{trajectory.folder} does not say how to build its model; record it with an architecture"
+            )
+        trajectory.states([len(trajectory) - 1])  # a run that diverged ends in NaN: better said now than in its midst
         model = build_model(trajectory.architecture, device="meta")
         graph = NeuralGraph.from_model(model, wiring=config.wiring)
         recorded = dict(trajectory.parameters)
@@ -68,12 +86,20 @@ class RecordedRun:
         self.words = graph.words()
         self.feature_mask = self.edges.feature_mask()
 
+    def starts(self, length: int) -> list[range]:
+        """Where stretches of ``length`` states can begin, in each segment that is long enough."""
+        return [range(s.start, s.stop - length + 1) for s in self.segments if len(s) >= length]
+
+    def end_of_segment(self, index: int) -> int:
+        """The end (exclusive) of the segment that a state lies in."""
+        return next(segment.stop for segment in self.segments if index in segment)
+
 
 class WindowSource:
     """Draws windows from a set of runs.
 
     Args:
-        folders: of recorded trajectories.
+        folders: of recorded trajectories, or runs that were read already (:func:`nino.data.read_memmap`).
         config: of the nowcaster; gives context, horizon and wiring.
         strides: snapshots of a window lie this many recorded states apart; one is drawn per window.
 
@@ -81,16 +107,23 @@ class WindowSource:
         TrajectoryError: if no folder is given, or a run is unreadable or shorter than the smallest window.
     """
 
-    def __init__(self, folders: Sequence[str], config: NowcasterConfig, strides: Sequence[int] = (1,)) -> None:
+    def __init__(
+        self, folders: Sequence[str | RecordedStates], config: NowcasterConfig, strides: Sequence[int] = (1,)
+    ) -> None:
         if not folders:
             raise TrajectoryError("no recorded runs: expected at least one trajectory folder")
         self.config = config
         self.strides = tuple(strides)
-        self.runs = [RecordedRun(Trajectory(folder), config) for folder in folders]
+        self.runs = [RecordedRun(Trajectory(run) if isinstance(run, str) else run, config) for run in folders]
         for run in self.runs:
             needed = config.context * min(self.strides) + 1
-            if len(run.trajectory) < needed:
-                raise TrajectoryError(f"{run.trajectory.folder}: {len(run.trajectory)} states, a window needs {needed}")
+            longest = max(map(len, run.segments))
+            if longest < needed:
+                found = f"{len(run.trajectory)} states"
+                found += "" if len(run.segments) == 1 else f", at most {longest} without a jump or a gap between"
+                raise TrajectoryError(
+                    f"{run.trajectory.folder}: {found}, a window needs {needed}; choose smaller strides or leave it out"
+                )
         self.by_family: dict[str, list[int]] = {}
         for index, run in enumerate(self.runs):
             self.by_family.setdefault(run.family, []).append(index)
@@ -99,10 +132,11 @@ class WindowSource:
         """Draw a run of the family, a stride that fits it and a start."""
         members = self.by_family[family]
         run = members[_randint(len(members), generator)]
-        num_states = len(self.runs[run].trajectory)
-        fitting = [s for s in self.strides if (self.config.context - 1) * s + s < num_states]
+        lengths = {stride: self.config.context * stride + 1 for stride in self.strides}
+        fitting = [stride for stride in self.strides if self.runs[run].starts(lengths[stride])]
         stride = fitting[_randint(len(fitting), generator)]
-        return WindowPlace(run=run, first=_randint(num_states - self.config.context * stride, generator), stride=stride)
+        places = [first for starts in self.runs[run].starts(lengths[stride]) for first in starts]
+        return WindowPlace(run=run, first=places[_randint(len(places), generator)], stride=stride)
 
     def num_edges(self, place: WindowPlace) -> int:
         """The cost of a window."""
@@ -121,7 +155,10 @@ class WindowSource:
         """
         run, config = self.runs[place.run], self.config
         last = place.first + (config.context - 1) * place.stride
-        num_targets = min(config.max_horizon, (len(run.trajectory) - 1 - last) // place.stride)
+        end = run.end_of_segment(place.first)
+        if last >= end:
+            raise TrajectoryError(f"{run.trajectory.folder}: {place} reaches over a jump or the end of its segment")
+        num_targets = min(config.max_horizon, (end - 1 - last) // place.stride)
         rows = run.trajectory.states([place.first + i * place.stride for i in range(config.context + num_targets)])
         named = run.trajectory.split(rows)
         states, future = {}, {}

@@ -1,14 +1,17 @@
-"""How each family of models is wired; adding a family means adding one file and one row here.
+"""How models are wired: by tracing where example inputs are given, else by what their names and configs tell.
 
-A family file has a function ``wire(model, builder)`` that names groups and connects them in the order of the forward
-pass. Models are recognised by the adapters that sit in them, or by the ``model_type`` of their transformers config;
-anything else is tried as a chain of layers, and what is no chain falls back to one block per parameter, with a warning.
+:mod:`nino.graph.tracing` wires any model that runs. Where there is nothing to run it on, family files do: each has a
+function ``wire(model, builder)`` that names groups and connects them in the order of the forward pass. Models are
+recognised by the adapters that sit in them, or by the ``model_type`` of their transformers config; anything else is
+tried as a chain of layers, and what is no chain falls back to one block per parameter, with a warning. Tests hold
+families and traces together: on every model that both cover, the graphs are the same.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -34,37 +37,90 @@ FAMILIES: dict[str, tuple[str, Wire]] = {
 OFFICIAL_FAMILIES: dict[str, Wire] = {"gpt2": compat.wire_gpt2, "chain": compat.wire_chain}
 
 
-def wire(model: nn.Module, wiring: str) -> NeuralGraph:
-    """Recognise a model's family and build its graph; see :meth:`NeuralGraph.from_model`."""
+def wire(model: nn.Module, wiring: str, example_inputs: Any = None) -> NeuralGraph:
+    """Build a model's graph; see :meth:`NeuralGraph.from_model`."""
     if wiring not in ("exact", "official"):
         raise GraphError(f"wiring must be 'exact' or 'official', got {wiring!r}")
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    family, wire_family = FAMILIES.get(str(model_type), ("chain", chain.wire))
+    if not GraphBuilder(model).shapes:
+        raise GraphError(f"{type(model).__name__} has no floating point parameters: there is nothing to wire")
+    if wiring == "official":
+        return _wire_as_published(model)
+    reason = ""
+    if example_inputs is not None:
+        try:
+            return _wire_by_tracing(model, example_inputs)
+        except GraphError as error:
+            reason = str(error)
+            logger.warning("%s; it is wired by its names and config instead", error)
+    try:
+        return _wire_by_family(model)
+    except chain.NotAChainError as error:
+        logger.warning(
+            "%s is of no family that Nino knows (%s): each of its parameters becomes a block of its own, so a "
+            "nowcast does not see how they are connected%s",
+            type(model).__name__,
+            error,
+            "" if reason else "; give example_inputs, and it is wired by tracing",
+        )
+        return wire_each_alone(model)
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether a model can be wired without running it."""
+    try:
+        _wire_by_family(model)
+    except GraphError:
+        return False
+    return True
+
+
+def wire_each_alone(model: nn.Module) -> NeuralGraph:
+    """The graph of a model of which nothing is known: a block per parameter."""
+    builder = GraphBuilder(model)
+    per_parameter.wire(model, builder)
+    return builder.finish("per_parameter", "per-parameter")
+
+
+def _wire_by_tracing(model: nn.Module, example_inputs: Any) -> NeuralGraph:
+    from nino.graph.tracing import wiring as tracing
+
     builder = GraphBuilder(model)
     if adapters.has_adapters(builder):
-        family, wire_family = "adapters", adapters.wire
-    if wiring == "official":
-        if family not in OFFICIAL_FAMILIES:
-            raise GraphError(
-                f"wiring='official' exists for convnets, MLPs and GPT-2 only: wire {type(model).__name__} exactly"
-            )
-        wire_family = OFFICIAL_FAMILIES[family]
-    if not builder.shapes:
-        raise GraphError(f"{type(model).__name__} has no floating point parameters: there is nothing to wire")
+        adapters.leave_out_frozen(model, builder)
+    tracing.wire(model, builder, example_inputs)
+    return builder.finish("traced", "exact")
+
+
+def _wire_by_family(model: nn.Module) -> NeuralGraph:
+    builder = GraphBuilder(model)
+    family, wire_family = _family_of(model, builder)
     try:
         wire_family(model, builder)
-        return builder.finish(family, wiring)
+        return builder.finish(family, "exact")
+    except GraphError as error:
+        if family == "chain":  # what was tried, not what it was known to be
+            raise chain.NotAChainError(str(error)) from error
+        raise
+
+
+def _family_of(model: nn.Module, builder: GraphBuilder) -> tuple[str, Wire]:
+    if adapters.has_adapters(builder):
+        return "adapters", adapters.wire
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return FAMILIES.get(str(model_type), ("chain", chain.wire))
+
+
+def _wire_as_published(model: nn.Module) -> NeuralGraph:
+    builder = GraphBuilder(model)
+    family, _ = _family_of(model, builder)
+    if family not in OFFICIAL_FAMILIES:
+        raise GraphError(
+            f"wiring='official' exists for convnets, MLPs and GPT-2 only: wire {type(model).__name__} exactly"
+        )
+    try:
+        OFFICIAL_FAMILIES[family](model, builder)
+        return builder.finish(family, "official")
     except GraphError as error:
         if family != "chain":
             raise
-        if wiring == "official":
-            raise GraphError(f"wiring='official' is not possible: {error}") from error
-        logger.warning(
-            "%s is of no family that Nino knows (%s): each of its parameters becomes a block of its own, so a "
-            "nowcast does not see how they are connected",
-            type(model).__name__,
-            error,
-        )
-        builder = GraphBuilder(model)
-        per_parameter.wire(model, builder)
-        return builder.finish("per_parameter", "per-parameter")
+        raise GraphError(f"wiring='official' is not possible: {error}") from error

@@ -26,9 +26,7 @@ def has_adapters(builder: GraphBuilder) -> bool:
 
 def wire(model: nn.Module, builder: GraphBuilder) -> None:
     """Wire the pairs of A and B, and every other trained parameter alone; if nothing is trained, all parameters."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    if frozen < {*builder.shapes}:
-        builder.leave_out(frozen)
+    leave_out_frozen(model, builder)
     alone = dict(builder.shapes)
     for name in builder.shapes:
         match = LORA_A.fullmatch(name)
@@ -38,6 +36,13 @@ def wire(model: nn.Module, builder: GraphBuilder) -> None:
             del alone[name], alone[other]
     for name in alone:
         per_parameter.wire_alone(builder, name)
+
+
+def leave_out_frozen(model: nn.Module, builder: GraphBuilder) -> None:
+    """Keep frozen parameters out of the graph, unless all are."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if frozen < {*builder.shapes}:
+        builder.leave_out(frozen)
 
 
 def _pair(builder: GraphBuilder, reading: str, writing: str) -> None:

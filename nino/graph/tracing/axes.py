@@ -44,7 +44,7 @@ class Axes:
         self._pin_unused(trace)
         for value in trace.outputs:
             self.positions.pin(value, "the model returns positions along it")
-            for index in self.of(value):
+            for index in self.of(value)[: -1 if value in trace.movable else None]:
                 pin(index, "it is an output of the model")
 
     def of(self, value: Value) -> Dims:

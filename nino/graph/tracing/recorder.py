@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -91,6 +92,8 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     """What the model hands over and a user of it sees, in order; see :func:`observed`."""
+    movable: set[Value] = field(default_factory=set)
+    """Outputs whose last axis may be relabelled."""
 
 
 def record(model: nn.Module, example_inputs: Any) -> Trace:
@@ -104,9 +107,14 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
         GraphError: if the model does not run on the inputs, naming the operation and the line.
     """
     args, kwargs = as_arguments(example_inputs)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise GraphError(
+            f"{type(model).__name__} is sharded and cannot be traced: wire it before fully_shard, with "
+            "NeuralGraph.from_model(model, example_inputs=...), and pass that graph on"
+        )
     recorder = _Recorder(model, (args, kwargs))
     try:
-        with _quiet(model), recorder:
+        with _quiet(model), torch.random.fork_rng(_devices(model)), recorder:
             output = model(*args, **kwargs)
     except Exception as error:  # whatever a model's forward may raise
         reason = (str(error).strip() or "no message").splitlines()[0]
@@ -116,7 +124,9 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
             "inputs that its forward takes, and real weights if it looks at values that depend on them"
         ) from error
     trace = recorder.trace
-    trace.outputs = [recorder.value(tensor) for tensor, _ in observed(output)]
+    seen = [(recorder.value(tensor), may_move) for tensor, may_move in observed(output)]
+    trace.outputs = [value for value, _ in seen]
+    trace.movable = {value for value, may_move in seen if may_move}
     if not trace.outputs:
         raise GraphError(f"{type(model).__name__} returns no floating point tensor, but {type(output).__name__}")
     trace.calls = _needed(trace)
@@ -176,6 +186,11 @@ def observed(output: Any) -> Iterator[tuple[Tensor, bool]]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from observed(value)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    """Whose random numbers the model may draw; training goes on with those that it would have had."""
+    return list({parameter.device for parameter in model.parameters() if parameter.is_cuda})
 
 
 @contextmanager

@@ -1,0 +1,228 @@
+"""Recording any training run: every so many optimizer updates the trainable weights go to a trajectory folder.
+
+A recording serves later work and must not harm the run that it is made of. So whatever is wrong with its settings is an
+error before the first update, and whatever fails after that is one warning, and the run goes on unrecorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nino.data.architecture import Architecture, describe_model
+from nino.data.trajectory import HEADER_FILE, read_header
+from nino.data.writer import StateDtype, TrajectoryWriter, check_dtype
+from nino.distributed import num_processes
+from nino.errors import TrajectoryError
+from nino.live_model import unwrap
+from nino.rates import learning_rate_of
+from nino.session import NowcastSession
+from nino.shards import is_dtensor, refuse_unsupported
+
+logger = logging.getLogger(__name__)
+
+
+def record(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    interval: int = 25,
+    optimizer: Optimizer | None = None,
+    training: Mapping[str, Any] | None = None,
+    architecture: Architecture | None = None,
+    dtype: StateDtype = "float32",
+    step: int = 0,
+    session: NowcastSession | None = None,
+) -> Recorder:
+    """Begin to record a training run, or go on with it. Of several processes every one calls this; the first writes.
+
+    Args:
+        model: in training; its floating-point parameters that are not frozen are recorded.
+        folder: of this one run; an unfinished recording in it is replaced, or gone on with if ``step`` is not 0.
+        interval: optimizer updates between states.
+        optimizer: gives its name and, at each state, its learning rate.
+        training: anything JSON to note about the run: ``family`` (by which reports of a pretraining are grouped), batch
+            size, data; by default with the optimizer's name and torch's seed.
+        architecture: for models that :func:`nino.data.describe_model` cannot describe.
+        dtype: number format on disk, ``"float32"`` or ``"float16"``.
+        step: optimizer updates done so far. States of later updates, of a run that was killed after its checkpoint, are
+            dropped.
+        session: of the nowcasts in this run, whose jumps are noted; of a ``NowcastOptimizer`` by default its own.
+
+    Raises:
+        TrajectoryError: if a setting is out of range, nothing is trained, or the folder cannot be written, holds a
+            finished recording (and ``step`` is 0) or a recording of another model.
+
+    Example:
+        >>> recorder = nino.data.record(model, "runs/first", optimizer=optimizer)          # doctest: +SKIP
+        >>> recorder.after_update(0)                                                       # doctest: +SKIP
+        >>> for step, batch in enumerate(batches, start=1):                                # doctest: +SKIP
+        ...     loss = train_on(batch)
+        ...     recorder.after_update(step, {"loss": loss})
+        >>> recorder.close()                                                               # doctest: +SKIP
+    """
+    _check_number("interval", interval, 1)
+    _check_number("step", step, 0)
+    check_dtype(dtype)
+    model = unwrap(model)
+    refuse_unsupported(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in _recorded(model).items()}
+    if not shapes:
+        raise TrajectoryError("no parameter of the model is trained: all are frozen; record after they are unfrozen")
+    optimizer, own_session = _look_through(optimizer)
+    names = {} if optimizer is None else {"optimizer": type(optimizer).__name__}
+    notes = {**names, "seed": torch.initial_seed(), **(training or {})}
+    writer = None
+    if num_processes() == 1 or dist.get_rank() == 0:
+        try:
+            writer = _open(Path(folder), shapes, model, architecture, notes, dtype, step)
+        except OSError as error:
+            raise TrajectoryError(f"{folder} cannot be recorded to: {error.strerror or error}") from error
+    return Recorder(model, writer, list(shapes), interval, optimizer, session or own_session, step)
+
+
+class Recorder:
+    """Records one run; made by :func:`record`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        writer: TrajectoryWriter | None,
+        names: list[str],
+        interval: int,
+        optimizer: Optimizer | None,
+        session: NowcastSession | None,
+        step: int,
+    ) -> None:
+        self.problem = ""
+        """Why the recording has stopped."""
+        self._model, self._writer, self._names = model, writer, names
+        self._interval, self._optimizer, self._session = interval, optimizer, session
+        self._last = step if step > 0 else -1
+        """Update of the last state, the same in all processes."""
+        self._jumps = self._jumps_so_far()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a state is recorded after ``step`` updates; for metrics that are worth computing only then."""
+        return step % self._interval == 0 and step > self._last
+
+    def after_update(
+        self, step: int, metrics: Mapping[str, float] | None = None, *, learning_rate: float | None = None
+    ) -> None:
+        """Tell that ``step`` optimizer updates are done (not micro-batches), and record if that is due. Never fails.
+
+        Call it after every update, with sharded parameters in every process, and before the first one with 0.
+
+        Args:
+            step: updates done.
+            metrics: of these weights; what is not one finite number is left out.
+            learning_rate: of this update, for callers that come after the scheduler's step; by default the largest
+                that the optimizer's groups hold now.
+        """
+        is_due = self.is_due(step)
+        state = self._gather() if is_due else {}  # in every process: none may be left waiting for another
+        if is_due:
+            self._last = step
+        if self._writer is None:
+            return
+        try:
+            if (jumps := self._jumps_so_far()) - self._jumps:
+                self._jumps = jumps
+                self._writer.note_jump(step)
+            if is_due:
+                rate = learning_rate_of(self._optimizer) if learning_rate is None else learning_rate
+                self._writer.append(step, state, metrics, learning_rate=rate, finite_only=True)
+        except Exception as error:
+            self._stop(step, error)
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Add metrics to the state of ``step``, if that is the last one recorded; whether it is. Never fails."""
+        if self._writer is None or self._writer.last_step != step:
+            return False
+        try:
+            self._writer.add_metrics(metrics)
+        except Exception as error:
+            self._stop(step, error)
+        return True
+
+    def close(self, complete: bool = True) -> None:
+        """Finish the recording; ``complete`` says that the run reached its planned end. Never fails."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        try:
+            writer.close(complete)
+        except OSError as error:
+            self._stop(max(self._last, 0), error)
+
+    def _gather(self) -> dict[str, Tensor]:
+        """The parameters to record; sharded ones are put together, for which every process is needed."""
+        parameters, state = dict(self._model.named_parameters()), {}
+        for name in self._names:
+            if name not in parameters:
+                continue
+            tensor = parameters[name].detach()
+            if is_dtensor(tensor):
+                whole = tensor.full_tensor()  # type: ignore[attr-defined]
+                tensor = whole.cpu() if self._writer is not None else whole.new_empty(0)
+            state[name] = tensor
+        return state
+
+    def _jumps_so_far(self) -> set[tuple[str, int]]:
+        """What has moved the weights beside the optimizer: nowcasts, and the undoing of nowcasts."""
+        reports = [] if self._session is None else [one for one in self._session.reports if one.accepted]
+        undone = {("undone", report.step) for report in reports if report.rolled_back}
+        return undone | {("jumped", report.step) for report in reports}
+
+    def _stop(self, step: int, error: Exception) -> None:
+        self.problem = str(error) or repr(error)
+        logger.warning("recording stops after update %d, training goes on: %s", step, self.problem)
+        self._writer = None
+
+
+def _open(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module,
+    architecture: Architecture | None,
+    notes: Mapping[str, Any],
+    dtype: StateDtype,
+    step: int,
+) -> TrajectoryWriter:
+    header = read_header(folder) if (folder / HEADER_FILE).exists() else None
+    if header is not None and step > 0:
+        recorded = {name: tuple(shape) for name, shape in header["parameters"]}
+        if recorded != shapes or header["dtype"] != dtype:
+            different = sorted({name for name, _ in set(recorded.items()) ^ set(shapes.items())})[:3]
+            what = f"other parameters ({', '.join(different)})" if different else f"dtype {header['dtype']}"
+            raise TrajectoryError(f"{folder} holds a recording of {what}: choose another folder")
+        return TrajectoryWriter.reopen(folder, step)
+    if header is not None and header["complete"]:
+        raise TrajectoryError(f"{folder} holds a finished recording: choose another folder, or delete it")
+    architecture = describe_model(model) if architecture is None else architecture
+    return TrajectoryWriter(folder, list(shapes.items()), architecture, notes, dtype)
+
+
+def _recorded(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad and parameter.is_floating_point()}
+
+
+def _look_through(optimizer: Any) -> tuple[Optimizer | None, NowcastSession | None]:
+    """The optimizer within wrappers of Accelerate and of nowcasting, and the session of the latter."""
+    session = getattr(optimizer, "session", None)
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer, session = inner, session or getattr(inner, "session", None)
+    return optimizer, session if isinstance(session, NowcastSession) else None
+
+
+def _check_number(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise TrajectoryError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -1,0 +1,226 @@
+"""Appending states to a trajectory folder, so that a run that is killed or out of disk leaves all whole states.
+
+A state is written behind the others and is on disk before the header names it. Parameters are written one at a time:
+there is never a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from io import FileIO
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nino.data.trajectory import (
+    DTYPES,
+    FORMAT,
+    HEADER_FILE,
+    PER_STATE,
+    STATES_FILE,
+    VERSION,
+    read_header,
+    row_bytes,
+    whole_states,
+)
+from nino.errors import TrajectoryError
+from nino.files import sync_file
+
+StateDtype = Literal["float32", "float16"]
+
+
+class TrajectoryWriter:
+    """Append the states of one run to a folder, safely against being killed.
+
+    Args:
+        folder: created if missing; an earlier recording in it is replaced.
+        parameters: ``(name, shape)`` of every recorded parameter, in the order of a state's elements.
+        architecture: what :func:`nino.data.build_model` needs to rebuild the model; ``None`` if nothing does.
+        training: anything JSON about the run (optimizer, learning rate, batch size, seed, data).
+        dtype: number format on disk, ``"float32"`` or ``"float16"``.
+
+    Example:
+        >>> writer = TrajectoryWriter(folder, [("weight", (2, 3))], architecture, {"lr": 1e-3})   # doctest: +SKIP
+        >>> writer.append(0, {"weight": torch.zeros(2, 3)}, {"loss": 2.3})                        # doctest: +SKIP
+
+    Raises:
+        TrajectoryError: if the dtype is none of these, or the settings are not JSON.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        parameters: Sequence[tuple[str, Sequence[int]]],
+        architecture: Mapping[str, Any] | None,
+        training: Mapping[str, Any],
+        dtype: StateDtype = "float32",
+    ) -> None:
+        check_dtype(dtype)
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": dtype,
+            "architecture": None if architecture is None else dict(architecture),
+            "parameters": [[name, list(shape)] for name, shape in parameters],
+            "training": dict(training),
+            **{key: [] for key in PER_STATE},
+            "jumps": [],
+            "complete": False,
+        }
+        try:
+            json.dumps(header)
+        except (TypeError, ValueError) as error:
+            raise TrajectoryError(f"training and architecture must be JSON: {error}") from error
+        self._begin(Path(folder), header)
+
+    @classmethod
+    def reopen(cls, folder: str | Path, step: int) -> TrajectoryWriter:
+        """Go on with a recording, from the checkpoint after ``step`` updates; states of later updates are dropped.
+
+        Raises:
+            TrajectoryError: if the folder holds no recording that can be read.
+        """
+        folder = Path(folder)
+        header = read_header(folder)
+        keep = min(bisect_right(header["steps"], step), whole_states(folder, header))
+        header |= {key: header[key][:keep] for key in PER_STATE}
+        header |= {"jumps": header["jumps"][: bisect_right(header["jumps"], step)], "complete": False}
+        writer = cls.__new__(cls)
+        writer._begin(folder, header)
+        return writer
+
+    def _begin(self, folder: Path, header: dict[str, Any]) -> None:
+        self.folder, self._header = folder, header
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_header()  # before states go: it names none that are not there
+        with open(self.folder / STATES_FILE, "ab") as states:
+            states.truncate(self._end)
+
+    @property
+    def parameters(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes, in the order of a state's elements."""
+        return [(name, tuple(shape)) for name, shape in self._header["parameters"]]
+
+    @property
+    def dtype(self) -> str:
+        """Number format on disk."""
+        return str(self._header["dtype"])
+
+    def append(
+        self,
+        step: int,
+        state: Mapping[str, Tensor],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        learning_rate: float | None = None,
+        finite_only: bool = False,
+    ) -> None:
+        """Add the state after ``step`` optimizer updates; ``state`` maps every parameter name to its tensor.
+
+        Args:
+            step: more than at the last state.
+            state: of every parameter, on any device and of any dtype.
+            metrics: of this state; numbers that are not finite are left out.
+            learning_rate: of the update before the state.
+            finite_only: refuse a state that holds NaN or infinity in the format on disk.
+
+        Raises:
+            TrajectoryError: if a parameter is missing or has another shape than was announced, the step does not
+                grow, or the state is refused; the recording stays as it was.
+            OSError: if it cannot be written; the recording stays as it was.
+        """
+        if self._header["steps"] and step <= self._header["steps"][-1]:
+            raise TrajectoryError(
+                f"{self.folder}: step {step} comes after step {self._header['steps'][-1]}; steps must grow"
+            )
+        for name, shape in self.parameters:
+            if name not in state or tuple(state[name].shape) != shape:
+                found = f"shape {tuple(state[name].shape)}" if name in state else "none"
+                raise TrajectoryError(
+                    f"{self.folder}: the state at step {step} needs {name} of shape {shape}, got {found}"
+                )
+        with open(self.folder / STATES_FILE, "r+b", buffering=0) as states:
+            if states.seek(0, os.SEEK_END) < self._end:
+                raise TrajectoryError(f"{self.folder}: {STATES_FILE} has lost states since it was written")
+            try:
+                states.seek(self._end)
+                for name, _ in self.parameters:
+                    self._write(states, name, step, state[name], finite_only)
+                os.fsync(states.fileno())
+            except BaseException:
+                with suppress(OSError):
+                    states.truncate(self._end)
+                raise
+        self._header["steps"].append(int(step))
+        self._header["learning_rates"].append(learning_rate)
+        self._header["metrics"].append(_finite(metrics or {}))
+        self._write_header()
+
+    def add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Add to the metrics of the last state what became known after it was written."""
+        self._header["metrics"][-1].update(_finite(metrics))
+        self._write_header()
+
+    def note_jump(self, step: int) -> None:
+        """Say that the weights after ``step`` updates are not where the optimizer led: a nowcast, or its undoing."""
+        if not self._header["jumps"] or step > self._header["jumps"][-1]:
+            self._header["jumps"].append(int(step))
+            self._write_header()
+
+    @property
+    def last_step(self) -> int | None:
+        """Of the last state, if there is one."""
+        return self._header["steps"][-1] if self._header["steps"] else None
+
+    def close(self, complete: bool = True) -> None:
+        """Finish the recording; ``complete`` says that the run reached its planned end."""
+        self._header["complete"] = complete
+        self._write_header()
+
+    @property
+    def _end(self) -> int:
+        """Bytes of the states that the header names."""
+        return len(self._header["steps"]) * row_bytes(self._header)
+
+    def _write(self, file: FileIO, name: str, step: int, value: Tensor, finite_only: bool) -> None:
+        numbers = value.detach().reshape(-1).to("cpu", getattr(torch, self.dtype))
+        if not len(numbers):
+            return
+        if finite_only and not torch.isfinite(numbers).all():
+            raise TrajectoryError(f"{self.folder}: {name} holds NaN or infinity in {self.dtype} after {step} updates")
+        left = memoryview(numbers.contiguous().numpy().data).cast("B")
+        while left:  # the system may take less at once, of large ones it does
+            left = left[file.write(left) :]
+
+    def _write_header(self) -> None:
+        temporary = self.folder / (HEADER_FILE + ".part")
+        try:
+            temporary.write_text(json.dumps(self._header))
+            sync_file(temporary)
+            os.replace(temporary, self.folder / HEADER_FILE)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse number formats that the files do not have.
+
+    Raises:
+        TrajectoryError: naming those that they have.
+    """
+    if dtype not in DTYPES:
+        raise TrajectoryError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What is one finite number: JSON knows no other."""
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float, Tensor))}
+    return {name: value for name, value in numbers.items() if isfinite(value)}

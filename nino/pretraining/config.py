@@ -1,0 +1,46 @@
+"""The settings of a training of a nowcaster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nino.errors import NinoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingConfig:
+    """How a nowcaster is trained; the defaults follow the published recipe where it fits small machines."""
+
+    steps: int = 5000
+    """Updates of the nowcaster."""
+    batch: int = 1
+    """Windows per batch of the family with the largest graphs; smaller graphs come up to four times as often."""
+    accumulate: int = 1
+    """Unions that a batch is computed in, one after another: a batch is as many times as large."""
+    max_outputs: int = 4096
+    """Edges of a window that the loss looks at, drawn at random."""
+    lr: float = 3e-3
+    weight_decay: float = 1e-2
+    clip: float = 5.0
+    """Largest gradient norm."""
+    ema: float = 0.0
+    """Decay of the exponential average of the weights that is evaluated and saved; 0 for the weights themselves."""
+    seed: int = 0
+    workers: int = 1
+    """Processes that read batches ahead."""
+    evaluate_every: int = 250
+    """Updates between evaluations, each of which also saves."""
+    validation_windows: int = 6
+    """Windows per held-out run."""
+    mixed_precision: str = "no"
+    """``"no"`` or ``"bf16"``."""
+    wandb: bool = False
+    """Log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "max_outputs", "evaluate_every", "validation_windows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise NinoError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not 0 <= self.ema < 1:
+            raise NinoError(f"ema must be at least 0 and less than 1, got {self.ema!r}")

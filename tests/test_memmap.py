@@ -1,0 +1,51 @@
+"""Runs in one bare matrix, as the published ones are stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recordings import CNN, record_walk
+
+from nino import NowcasterConfig, TrajectoryError
+from nino.data import Trajectory, read_memmap
+from nino.pretraining.windows import WindowPlace, WindowSource
+
+
+def test_a_bare_matrix_reads_like_recorded_runs(tmp_path: Path) -> None:
+    recorded = [Trajectory(record_walk(tmp_path / f"run-{seed}", CNN, "cnn", 12, seed)) for seed in (0, 1, 2)]
+    matrix = np.stack([run.states(range(12)).numpy() for run in recorded]).astype(np.float16)
+    matrix.tofile(tmp_path / "cnn_p1.dat")
+
+    runs = read_memmap(tmp_path / "cnn_p1.dat", CNN, num_states=12, interval=25, training={"family": "cnn", "lr": 0.1})
+    assert len(runs) == 3
+    for index, (run, expected) in enumerate(zip(runs, recorded, strict=True)):
+        assert torch.equal(run.states(range(12)), torch.from_numpy(matrix[index]).float())
+        assert (run.parameters, run.steps, len(run)) == (expected.parameters, expected.steps, 12)
+        assert run.learning_rates == [0.1] * 12 and run.segments() == [range(12)]
+    config = NowcasterConfig(hidden=8)
+    place = WindowPlace(run=1, first=2, stride=1)
+    window = WindowSource(runs, config).load(place)
+    expected_window = WindowSource([str(run.folder) for run in recorded], config).load(place)
+    torch.testing.assert_close(window.targets, expected_window.targets, rtol=0.05, atol=0.05)  # float16
+    assert torch.equal(window.mask, expected_window.mask)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_states", "words"),
+    [
+        (None, 12, "is not a file"),
+        (0, 12, "has 0 bytes"),
+        (2 * 12 * 65 - 2, 12, "truncated"),
+        (2 * 12 * 65, 11, "not whole runs of 11 states of 65 float16 numbers"),
+        (2 * 12 * 65, 0, "at least 1, got 0"),
+    ],
+)
+def test_what_is_no_such_matrix_is_one_line(tmp_path: Path, size: int | None, num_states: int, words: str) -> None:
+    if size is not None:
+        (tmp_path / "cnn.dat").write_bytes(b"\0" * size)
+    with pytest.raises(TrajectoryError, match=words) as error:
+        read_memmap(tmp_path / "cnn.dat", CNN, num_states=num_states)
+    assert "\n" not in str(error.value)

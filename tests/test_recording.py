@@ -1,0 +1,311 @@
+"""Recording any run: in a loop of one's own and in the Trainer, through kills, full disks and jumps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, weights_of
+from torch import Tensor, nn
+
+from nino import NowcastOptimizer, TrajectoryError
+from nino.data import Trajectory, build_model, describe_model, record
+from nino.data.trajectory import HEADER_FILE, STATES_FILE
+
+INTERVAL = 3
+
+
+def train(
+    folder: Path,
+    *,
+    last: int = 13,
+    first: int = 0,
+    optimizer: Any = None,
+    model: nn.Module | None = None,
+    **settings: Any,
+) -> dict[int, dict[str, Tensor]]:
+    """A training that is recorded; returns the weights after each update."""
+    model = mlp() if model is None else model
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
+    recorder = record(model, folder, interval=INTERVAL, optimizer=optimizer, step=first, **settings)
+    if first == 0:
+        recorder.after_update(0)
+    weights = {first: weights_of(model)}
+    for step in range(first + 1, last + 1):
+        optimizer.zero_grad()
+        inputs, targets = batch(step)
+        loss = F.mse_loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        recorder.after_update(step, {"loss": loss.item(), "worst": float("nan")})
+        scheduler.step()
+        weights[step] = weights_of(model)
+    recorder.close()
+    return weights
+
+
+def assert_holds(run: Trajectory, weights: dict[int, dict[str, Tensor]]) -> None:
+    for index, step in enumerate(run.steps):
+        assert_same(run.split(run.states([index])[0]), weights[step])
+
+
+# A loop of one's own
+
+
+def test_a_loop_is_recorded_with_all_that_is_known_of_it(tmp_path: Path) -> None:
+    torch.manual_seed(11)
+    before = torch.random.get_rng_state()
+    weights = train(tmp_path, training={"family": "toys"})
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+    run = Trajectory(tmp_path)
+    assert run.steps == [0, 3, 6, 9, 12] and run.complete and run.jumps == []
+    assert_holds(run, weights)
+    # Linear from 1e-2 to 1e-3 in 20 updates: update n has the factor 1 - 0.9 * (n - 1) / 20.
+    assert run.learning_rates == pytest.approx([1e-2 * (1 - 0.9 * max(n - 1, 0) / 20) for n in run.steps])
+    assert run.training == {"optimizer": "AdamW", "seed": 11, "family": "toys"}
+    assert run.metrics[0] == {} and list(run.metrics[1]) == ["loss"]
+    assert {name: tuple(p.shape) for name, p in build_model(run.architecture or {}).named_parameters()} == dict(
+        run.parameters
+    )
+
+
+def test_frozen_and_integer_parameters_are_left_out(tmp_path: Path) -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    model.register_parameter("counts", nn.Parameter(torch.ones(3, dtype=torch.long), requires_grad=False))
+    train(tmp_path, last=3, model=model, dtype="float16")
+
+    run = Trajectory(tmp_path)
+    assert [name for name, _ in run.parameters] == ["2.weight", "2.bias"]
+    assert run.architecture is None  # what is described has other parameters
+    assert (tmp_path / STATES_FILE).stat().st_size == 2 * 2 * (12 + 2)
+
+
+def test_a_killed_run_goes_on_in_the_same_folder(tmp_path: Path) -> None:
+    expected = train(tmp_path / "whole")
+    train(tmp_path / "killed", last=10)
+    with open(tmp_path / "killed" / STATES_FILE, "ab") as file:
+        file.write(b"half a state")
+    model = mlp()
+    model.load_state_dict(expected[7])  # the last checkpoint was after update 7: the states of 9 and later are void
+    resumed = train(tmp_path / "killed", first=7, model=model)
+
+    run = Trajectory(tmp_path / "killed")
+    assert run.steps == [0, 3, 6, 9, 12]
+    assert_holds(run, expected | {step: resumed[step] for step in (9, 12)})
+    assert len(run.learning_rates) == len(run.metrics) == 5
+    assert (tmp_path / "killed" / STATES_FILE).stat().st_size == 5 * 4 * run.num_elements
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = train(tmp_path / "whole")
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 6:  # of the third state, when its bytes are written
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    weights = train(tmp_path / "run")
+
+    assert_same(weights[13], expected[13])
+    assert [record.getMessage() for record in caplog.records] == [
+        "recording stops after update 6, training goes on: [Errno 28] No space left on device"
+    ]
+    run = Trajectory(tmp_path / "run")
+    assert run.steps == [0, 3] and not run.complete
+    assert_holds(run, expected)
+    assert (tmp_path / "run" / STATES_FILE).stat().st_size == 2 * 4 * run.num_elements
+
+
+def test_a_run_that_diverges_is_recorded_until_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    recorder = record(model, tmp_path, interval=1)
+    for step in range(4):
+        if step == 2:
+            nn.init.constant_(model[2].bias, 1e5)  # finite, but not in the format on disk
+        recorder.after_update(step)
+    recorder.close()
+    assert Trajectory(tmp_path).steps == [0, 1, 2, 3]
+
+    recorder = record(model, tmp_path / "half", interval=1, dtype="float16")
+    recorder.after_update(0)
+    assert "2.bias holds NaN or infinity in float16 after 0 updates" in recorder.problem
+    assert len(caplog.records) == 1
+
+
+def test_jumps_are_noted_as_they_happen(tmp_path: Path) -> None:
+    model = mlp()
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, max_steps=20)
+    weights = train(tmp_path, optimizer=optimizer, model=model, last=20)
+
+    run = Trajectory(tmp_path)
+    assert [report.step for report in optimizer.reports if report.accepted] == [6, 12] == run.jumps
+    assert run.training["optimizer"] == "AdamW"
+    assert_holds(run, weights)  # at 6 and 12 those after the jump
+    assert run.segments() == [range(0, 2), range(2, 4), range(4, 7)]
+
+
+def test_a_jump_that_is_undone_is_a_second_jump(tmp_path: Path) -> None:
+    from tiny import ScriptedNowcaster
+
+    model = mlp()
+    recorder_folder = tmp_path / "run"
+    far = ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()})
+    optimizer = NowcastOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-2), model, far, period=12, max_steps=24, probation=2
+    )
+    recorder = record(model, recorder_folder, interval=1, optimizer=optimizer)
+    for step in range(1, 18):
+        optimizer.zero_grad()
+        inputs, targets = batch(step)
+        loss = F.mse_loss(model(inputs), targets)
+        loss.backward()
+        optimizer.observe(loss)
+        optimizer.step()
+        recorder.after_update(step)
+    (report,) = optimizer.reports
+    assert report.rolled_back
+    recorder.close()
+    assert Trajectory(recorder_folder).jumps == [12, 12 + report.updates_undone]
+
+
+def test_unequal_distances_are_segments_of_their_own(tmp_path: Path) -> None:
+    recorder = record(mlp(), tmp_path, interval=5)
+    for step in (0, 5, 10, 25, 30, 35, 50):
+        recorder.after_update(step)
+    recorder.close()
+    assert Trajectory(tmp_path).segments() == [range(0, 3), range(3, 6), range(6, 7)]
+
+
+# Bad input
+
+
+def test_bad_settings_are_one_line_before_training(tmp_path: Path) -> None:
+    frozen = mlp().requires_grad_(False)
+    (tmp_path / "file").write_text("")
+    train(tmp_path / "finished", last=3)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / HEADER_FILE).write_text("{}")
+    other = nn.Linear(2, 3)
+    cases: list[tuple[nn.Module, str, dict[str, Any], str]] = [
+        (mlp(), "x", {"interval": 0}, "interval must be a whole number of at least 1, got 0"),
+        (mlp(), "x", {"interval": 2.5}, "interval must be a whole number"),
+        (mlp(), "x", {"step": -1}, "step must be a whole number of at least 0"),
+        (mlp(), "x", {"dtype": "bfloat16"}, "dtype must be one of"),
+        (mlp(), "x", {"training": {"when": torch}}, "must be JSON"),
+        (frozen, "x", {}, "no parameter of the model is trained"),
+        (mlp(), "file", {}, "cannot be recorded to: File exists"),
+        (mlp(), "finished", {}, "holds a finished recording"),
+        (mlp(), "foreign", {}, "is not a trajectory"),
+        (other, "finished", {"step": 3}, "recording of other parameters"),
+        (mlp(), "finished", {"step": 3, "dtype": "float16"}, "recording of dtype float32"),
+    ]
+    for model, folder, settings, words in cases:
+        with pytest.raises(TrajectoryError) as error:
+            record(model, tmp_path / folder, **settings)
+        assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "x").exists()
+    assert Trajectory(tmp_path / "finished").complete  # untouched
+
+
+def test_what_cannot_be_built_again_is_not_described() -> None:
+    described = [
+        nn.Sequential(
+            nn.Conv2d(3, 4, (3, 1), stride=2, padding="valid", bias=False),
+            nn.BatchNorm2d(4, eps=1e-3),
+            nn.LeakyReLU(0.2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.LayerNorm(4, elementwise_affine=True),
+            nn.Linear(4, 2),
+        )
+    ]
+    for model in described:
+        architecture = json.loads(json.dumps(describe_model(model)))
+        assert repr(build_model(architecture)) == repr(model)
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    for other in (nn.ReLU(), nn.Sequential(nn.Sequential(nn.Linear(2, 2))), tied, nn.Sequential(Local())):
+        assert describe_model(other) is None
+
+
+class Local(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+
+# The Trainer
+
+
+def test_the_trainer_is_recorded_and_resumes(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from test_callback import trainer
+
+    from nino.callbacks import TrajectoryRecorder
+
+    class Seen(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            self.weights: dict[int, dict[str, Tensor]] = {}
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.weights[state.global_step] = weights_of(kwargs["model"])
+
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "logging_steps": 2,
+        "lr_scheduler_type": "linear",
+        "seed": 3,
+    }
+    seen = Seen()
+    recorder = TrajectoryRecorder(tmp_path / "run", INTERVAL, training={"family": "text"})
+    trainer(tmp_path, recorder, seen, **settings).train()
+    run = Trajectory(tmp_path / "run")
+    assert run.steps == [0, 3, 6, 9, 12] and run.complete
+    for index in range(1, 5):
+        assert_same(run.split(run.states([index])[0]), seen.weights[run.steps[index]])
+    # Linear decay to zero in 14 updates: update n has the factor 1 - (n - 1) / 14.
+    assert run.learning_rates == pytest.approx([1e-2 * (1 - max(n - 1, 0) / 14) for n in run.steps])
+    assert run.training["optimizer"] == "AdamW" and run.training["family"] == "text"
+    assert (run.training["seed"], run.training["batch_size"], run.training["updates"]) == (3, 8, 14)
+    # Logs of updates 2, 4, ..: that of 6 belongs to the state of 6, that of 2 goes to the state of 3, and so on.
+    assert ["loss" in metrics for metrics in run.metrics] == [False, True, True, True, True]
+    rebuilt = build_model(run.architecture or {})
+    assert {n: tuple(p.shape) for n, p in rebuilt.named_parameters()} == dict(run.parameters)
+
+    # Killed after its last update: it is resumed from the checkpoint after 5 updates.
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    again = TrajectoryRecorder(tmp_path / "killed", INTERVAL)
+    resumed = trainer(tmp_path, again, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+    found = Trajectory(tmp_path / "killed")
+    assert (found.steps, found.learning_rates) == (run.steps, run.learning_rates)
+    assert torch.equal(found.states(range(5)), run.states(range(5)))
+
+
+def test_the_trainers_nowcasts_are_noted_and_order_matters(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from test_callback import callback, trainer
+
+    from nino.callbacks import TrajectoryRecorder
+
+    trainer(tmp_path, callback(), TrajectoryRecorder(tmp_path / "run", 2)).train()
+    assert Trajectory(tmp_path / "run").jumps == [6, 12]
+    with pytest.raises(TrajectoryError, match="comes before NowcastCallback"):
+        trainer(tmp_path, TrajectoryRecorder(tmp_path / "other", 2), callback()).train()
