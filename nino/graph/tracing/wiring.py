@@ -112,7 +112,7 @@ class _Assembler:
         """A parameter that meets neurons one by one: from one node, or from one per position that the neurons lack."""
         target = wire_.target.root()
         common = [along for along in wire_.along if along.axis in target.axes]
-        extra = [along for along in wire_.along if along.axis not in target.axes]
+        extra = [a for a in wire_.along if a.axis not in target.axes and a.side is not Side.KERNEL]
         target = self._reached(target, common, f"{wire_.parameter}.dims")
         if extra:
             edge_type = EdgeType.POSITION_EMBEDDING if wire_.type is not EdgeType.NORM else wire_.type
