@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from nino.graph.tracing.indices import Combination, Index, MismatchError, combinations_of, pin, unify
-from nino.graph.tracing.positions import Positions
-from nino.graph.tracing.recorder import Call, Trace, Value
+from nino.graph.tracing.indices import Combination, Index, MismatchError, combinations_of, is_pinned, pin, unify
+from nino.graph.tracing.positions import COPIES, Positions
+from nino.graph.tracing.recorder import Call, Trace, Value, memory_of
 from nino.graph.tracing.rules import RULES
 from nino.graph.tracing.rules.common import Dims, fresh, names, pinned_outputs, reason_of, unknown
-from nino.graph.tracing.rules.elementwise import pointwise
+from nino.graph.tracing.rules.elementwise import UNIFORM, pointwise
 
 REARRANGED_IN_PLACE = names("t transpose squeeze unsqueeze swapaxes swapdims resize set")
 """In place, but what changes is the order of the dimensions and no number."""
@@ -32,10 +32,14 @@ class Axes:
         self.unknown: dict[str, str] = {}
         self._rows: dict[Value, list[tuple[Index, int]]] = {}
         self._alone: list[Dims] = []
+        self._uniform: set[Value] = set()
+        self._written = {memory_of(value) for call in trace.calls for value in call.written}
         for value in trace.parameters.values():
             self.dims[value] = [Index(size) for size in value.shape]
         for call in trace.calls:
             for value in call.inputs:
+                if value in self._uniform:  # any indices fit, so every operation sees others
+                    self.dims[value] = fresh(value.shape)
                 self.of(value)
                 self._pin_hidden_parameters(trace, value)
             self._apply(call)
@@ -49,6 +53,8 @@ class Axes:
         """The indices of a value."""
         if value not in self.dims:
             self.dims[value] = _given(value)
+            if value.is_constant and not any(map(is_pinned, self.dims[value])):
+                self._note_uniform(value)
         return self.dims[value]
 
     def choose_row(self, row: Value, index: Index, position: int) -> None:
@@ -109,7 +115,15 @@ class Axes:
         for value in call.outputs:
             if value not in self.dims:
                 self.dims[value] = fresh(value.shape, reason_of(call))
+        if call.name in UNIFORM or (call.name in COPIES and call.inputs[0] in self._uniform):
+            for value in call.outputs:
+                self._note_uniform(value)
         self._keep_what_is_written(call)
+
+    def _note_uniform(self, value: Value) -> None:
+        """Note that a value is the same everywhere, and stays so."""
+        if memory_of(value) not in self._written and not value.hides:
+            self._uniform.add(value)
 
     def _keep_what_is_written(self, call: Call) -> None:
         """What an operation writes into lies in other values too (a slice, its base): it has the same indices after."""

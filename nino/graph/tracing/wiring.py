@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product as combinations
 from math import prod
 from typing import Any
@@ -13,7 +14,7 @@ from nino.errors import GraphError
 from nino.graph.builder import GraphBuilder
 from nino.graph.ir import Axis, BlockKind, EdgeType, NeuronGroup, Slots
 from nino.graph.tracing.axes import Axes
-from nino.graph.tracing.indices import Index, is_pinned, why_pinned
+from nino.graph.tracing.indices import Index, is_pinned, pin, why_pinned
 from nino.graph.tracing.neurons import find_neurons
 from nino.graph.tracing.neurons.records import Along, Group, Link, Neurons, Side, Wire
 from nino.graph.tracing.recorder import record
@@ -40,7 +41,7 @@ class _Assembler:
 
     def __init__(self, builder: GraphBuilder, axes: Axes, neurons: Neurons) -> None:
         self.builder = builder
-        self.wires = neurons.wires
+        self.wires = list(map(_without_pairs, neurons.wires))
         self.links = neurons.links
         self._axes: dict[Index, Axis] = {}
         self._groups: dict[Group, NeuronGroup] = {}
@@ -256,6 +257,19 @@ def _scattered(side: Sequence[Along], shape: Sequence[int]) -> list[Along]:
             return rest[place:]
         ends[along.dim] = along.stride * along.axis.size
     return []
+
+
+def _without_pairs(wire_: Wire) -> Wire:
+    """Pin an axis along which one side of a parameter runs twice: groups hold neurons, and no pairs of them."""
+    seen, along = set(), []
+    for one in wire_.along:
+        if (one.axis, one.side) in seen:
+            reason = f"{wire_.parameter} has a number for each pair"
+            pin(one.axis, reason)
+            one = replace(one, axis=Index(one.axis.size, pinned=reason))
+        seen.add((one.axis, one.side))
+        along.append(one)
+    return replace(wire_, along=tuple(along))
 
 
 def _outer_axes(axes: Axes, wires: Sequence[Wire], links: Sequence[Link]) -> dict[Index, Index]:

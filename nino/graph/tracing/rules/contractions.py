@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nino.graph.tracing.indices import unify
+from nino.graph.tracing.indices import Index, unify
 from nino.graph.tracing.recorder import Call, Value
 from nino.graph.tracing.rules.common import Dims, reason_of, rule, unknown
 
@@ -22,6 +22,7 @@ def _matmul(axes: Axes, call: Call) -> list[Dims]:
     if len(left) == 3 and len(right) == 3:
         unify(left[0], right[0])
         batch = [left[0]]
+    axes.occur_alone([*batch, left[-1]])
     dims = [*batch, *([left[-2]] if len(left) > 1 else []), *([right[-1]] if len(right) > 1 else [])]
     if call.name == "aten.addbmm":
         dims = dims[1:]
@@ -48,6 +49,28 @@ def _add_to(axes: Axes, bias: Value, dims: Dims) -> None:
             unify(index, of_bias)
 
 
+@rule("_trilinear")
+def _trilinear(axes: Axes, call: Call) -> list[Dims]:
+    """The product of three factors, each of them repeated along some dimensions, summed over some."""
+    arguments = call.arguments
+    factors, shape = [], list(call.outputs[0].shape)
+    for dim in arguments["sumdim"]:
+        shape.insert(dim, 0)
+    total: list[Index | None] = [None] * len(shape)
+    for place in (1, 2, 3):
+        dims: list[Index | None] = list(axes.of(arguments[f"i{place}"]))
+        for dim in arguments[f"expand{place}"]:
+            dims.insert(dim, None)
+        factors.append(dims)
+    for dims in factors:
+        for dim, index in enumerate(dims):
+            found = total[dim]
+            if index is not None and found is not None:
+                unify(found, index)
+            total[dim] = found or index
+    return [[index for dim, index in enumerate(total) if index is not None and dim not in arguments["sumdim"]]]
+
+
 @rule("_grouped_mm")
 def _grouped_mm(axes: Axes, call: Call) -> list[Dims]:
     """Rows of the first factor, sorted by expert, each times the matrix of its expert."""
@@ -67,4 +90,5 @@ def _cdist(axes: Axes, call: Call) -> list[Dims]:
     unify(a[-1], b[-1])
     if len(a) == len(b) == 3:
         unify(a[0], b[0])
+    axes.occur_alone([*a[:-2], a[-1]])
     return [[*a[:-1], b[-2]]]

@@ -76,6 +76,27 @@ def _pixel_shuffle(axes: Axes, call: Call) -> list[Dims]:
     return [[*batch, outer, *fresh(output.shape[-2:], reason)]]
 
 
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(axes: Axes, call: Call) -> list[Dims]:
+    value, output = call.inputs[0], call.outputs[0]
+    reason = f"{reason_of(call)} tells its positions apart"
+    *batch, channels = axes.of(value)[:-2]
+    axes.pin(value, [-1, -2], reason)
+    window = Index(output.shape[-3] // channels.size, pinned=reason)
+    return [[*batch, product([channels, window]), *fresh(output.shape[-2:], reason)]]
+
+
+@rule("col2im")
+def _col2im(axes: Axes, call: Call) -> list[Dims]:
+    value, output = call.inputs[0], call.outputs[0]
+    reason = f"{reason_of(call)} tells its positions apart"
+    *batch, patches, _ = axes.of(value)
+    channels, window = factor(patches, output.shape[-3])
+    pin(window, reason)
+    axes.pin(value, [-1], reason)
+    return [[*batch, channels, *fresh(output.shape[-2:], reason)]]
+
+
 @rule("grid_sampler_2d grid_sampler_3d grid_sampler")
 def _grid_sampler(axes: Axes, call: Call) -> list[Dims]:
     value, grid = call.inputs[0], call.inputs[1]
