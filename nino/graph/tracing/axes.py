@@ -72,6 +72,11 @@ class Axes:
         """Note that an operation mixes what is along other dimensions, at each position of these."""
         self._alone.append(dims)
 
+    def contract(self, dims: Dims, contracted: Dims, batch: Dims) -> None:
+        """Note that a factor is summed over some of its dimensions, together with another one that shares the batch."""
+        self.occur_alone([index for index in dims if not any(index is other for other in contracted)])
+        self.occur_alone([*batch, *contracted])
+
     def occurrences(self) -> Iterator[Combination]:
         """The axes that meet in one element, and how often each: of every value and of every operation."""
         seen = set()

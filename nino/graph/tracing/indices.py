@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 from itertools import product as combinations
 from math import prod
 
@@ -52,6 +53,8 @@ class Index:
     """Why it may not be relabelled; empty if it may."""
     merged: Index | None = field(default=None)
     """The index that it was found to be the same as."""
+    number: int = field(default_factory=count().__next__)
+    """Orders indices by when they were made."""
 
     def __repr__(self) -> str:
         root = find(self)
@@ -322,21 +325,22 @@ Combination = tuple[Index, ...]
 """Axes that meet in one element, in an order of no meaning; one that runs along two dimensions is there twice."""
 
 
-def combinations_of(dims: Iterable[Index]) -> set[Combination]:
+def combinations_of(dims: Iterable[Index]) -> list[Combination]:
     """The axes that meet in the elements of a value: one combination for each choice among the pieces of its sums."""
-    found: set[Combination] = {()}
+    found: list[Combination] = [()]
     for index in dims:
-        found = {tuple(sorted((*a, *b), key=id)) for a in found for b in _combinations(find(index))}
+        both = (sorted((*a, *b), key=lambda axis: axis.number) for a in found for b in _combinations(find(index)))
+        found = list(dict.fromkeys(map(tuple, both)))
     return found
 
 
-def _combinations(root: Index) -> set[Combination]:
+def _combinations(root: Index) -> list[Combination]:
     if root.size == 1:
-        return {()}
+        return [()]
     if is_axis(root):
-        return {(root,)}
+        return [(root,)]
     if root.form is Form.SUM:
-        return {choice for part in root.parts for choice in _combinations(find(part))}
+        return list(dict.fromkeys(choice for part in root.parts for choice in _combinations(find(part))))
     return combinations_of(root.parts)
 
 

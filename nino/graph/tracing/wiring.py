@@ -47,7 +47,7 @@ class _Assembler:
         self._groups: dict[Group, NeuronGroup] = {}
         self._nodes: dict[tuple[str, Group], NeuronGroup] = {}
         self._adapted: dict[tuple[Group, tuple[Index, ...]], Group] = {}
-        self._names: dict[str, int] = {}
+        self._names: set[str] = set()
         self._numbers = len(neurons.groups)
         self._within = _outer_axes(axes, self.wires, self.links)
         self._num_blocks = 0
@@ -71,8 +71,12 @@ class _Assembler:
     # Names
 
     def _unique(self, name: str) -> str:
-        count = self._names[name] = self._names.get(name, 0) + 1
-        return name if count == 1 else f"{name}.{count}"
+        count, unique = 1, name
+        while unique in self._names:
+            count += 1
+            unique = f"{name}.{count}"
+        self._names.add(unique)
+        return unique
 
     def _name_axes(self, wire_: Wire) -> None:
         target = wire_.target.root()
@@ -107,8 +111,9 @@ class _Assembler:
     def _fan_out(self, wire_: Wire) -> None:
         """A parameter that meets neurons one by one: from one node, or from one per position that the neurons lack."""
         target = wire_.target.root()
-        common = [along for along in wire_.along if along.axis in target.axes]
-        extra = [along for along in wire_.along if along.axis not in target.axes]
+        met = [along for along in wire_.along if along.side is not Side.KERNEL]
+        common = [along for along in met if along.axis in target.axes]
+        extra = [along for along in met if along.axis not in target.axes]
         target = self._reached(target, common, f"{wire_.parameter}.dims")
         if extra:
             edge_type = EdgeType.POSITION_EMBEDDING if wire_.type is not EdgeType.NORM else wire_.type

@@ -116,6 +116,7 @@ def _convolution(axes: Axes, call: Call) -> list[Dims]:
     batch, channels = axes.of(value)[: -spatial - 1], axes.of(value)[-spatial - 1]
     first, second = axes.of(weight)[:2]
     outer, per_group = (second, first) if call.arguments["transposed"] else (first, second)
+    group = Index(1)
     if groups == 1:
         unify(channels, per_group)
         channels_out = outer
@@ -129,6 +130,8 @@ def _convolution(axes: Axes, call: Call) -> list[Dims]:
         channels_out = outer
     if bias is not None:
         unify(axes.of(bias)[0], channels_out)
+    axes.occur_alone([*batch, group, *axes.of(value)[-spatial:]])
+    axes.occur_alone([group, outer])
     reason = f"{reason_of(call)} tells its positions apart"
     axes.pin(weight, range(2, len(weight.shape)), reason)
     if _is_pointlike(call, weight):
