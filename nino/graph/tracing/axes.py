@@ -6,12 +6,21 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from nino.graph.tracing.indices import Combination, Index, MismatchError, combinations_of, pin, settle, unify
+from nino.graph.tracing.indices import (
+    Combination,
+    Index,
+    MismatchError,
+    combinations_of,
+    is_pinned,
+    pin,
+    settle,
+    unify,
+)
 from nino.graph.tracing.positions import COPIES, Positions
-from nino.graph.tracing.recorder import Call, Trace, Value
+from nino.graph.tracing.recorder import Call, Trace, Value, memory_of
 from nino.graph.tracing.rules import RULES
 from nino.graph.tracing.rules.common import Dims, fresh, names, pinned_outputs, reason_of, unknown
-from nino.graph.tracing.rules.elementwise import pointwise
+from nino.graph.tracing.rules.elementwise import UNIFORM, pointwise
 
 PIECEWISE = COPIES | names("index unsafe_split unsafe_split_with_sizes chunk")
 """They may take a value apart; all other operations use it as it is."""
@@ -34,10 +43,14 @@ class Axes:
         self.unknown: dict[str, str] = {}
         self._rows: dict[Value, list[tuple[Index, int]]] = {}
         self._alone: list[Dims] = []
+        self._uniform: set[Value] = set()
+        self._written = {memory_of(value) for call in trace.calls for value in call.written}
         for value in trace.parameters.values():
             self.dims[value] = [Index(size) for size in value.shape]
         for call in trace.calls:
             for value in call.inputs:
+                if value in self._uniform:  # any indices fit, so every operation sees others
+                    self.dims[value] = fresh(value.shape)
                 self.of(value)
                 self._pin_hidden_parameters(trace, value)
             self._apply(call)
@@ -51,6 +64,8 @@ class Axes:
         """The indices of a value."""
         if value not in self.dims:
             self.dims[value] = _given(value)
+            if value.is_constant and not any(map(is_pinned, self.dims[value])):
+                self._note_uniform(value)
         return self.dims[value]
 
     def choose_row(self, row: Value, index: Index, position: int) -> None:
@@ -67,6 +82,11 @@ class Axes:
     def occur_alone(self, dims: Dims) -> None:
         """Note that an operation mixes what is along other dimensions, at each position of these."""
         self._alone.append(dims)
+
+    def contract(self, dims: Dims, contracted: Dims, batch: Dims) -> None:
+        """Note that a factor is summed over some of its dimensions, together with another one that shares the batch."""
+        self.occur_alone([index for index in dims if not any(index is other for other in contracted)])
+        self.occur_alone([*batch, *contracted])
 
     def occurrences(self) -> Iterator[Combination]:
         """The axes that meet in one element, and how often each: of every value and of every operation."""
@@ -119,7 +139,15 @@ class Axes:
         for value in call.outputs:
             if value not in self.dims:
                 self.dims[value] = fresh(value.shape, reason_of(call))
+        if call.name in UNIFORM or (call.name in COPIES and call.inputs[0] in self._uniform):
+            for value in call.outputs:
+                self._note_uniform(value)
         self._keep_what_is_written(call)
+
+    def _note_uniform(self, value: Value) -> None:
+        """Note that a value is the same everywhere, and stays so."""
+        if memory_of(value) not in self._written and not value.hides:
+            self._uniform.add(value)
 
     def _keep_what_is_written(self, call: Call) -> None:
         """What an operation writes into lies in other values too (a slice, its base): it has the same indices after."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 from itertools import product as combinations
 from math import prod
 
@@ -60,6 +61,8 @@ class Index:
     """What stands for it in the pieces of a product that was cut apart; see :func:`cut_apart`."""
     apart: Apart | None = None
     """How it was cut apart."""
+    number: int = field(default_factory=count().__next__)
+    """Orders indices by when they were made."""
 
     def __repr__(self) -> str:
         root = find(self)
@@ -345,7 +348,7 @@ def _pieces_apart(dims: Sequence[Index], dim: int, sizes: Sequence[int]) -> list
             out.append(apart.dims(dims, dim, place))
             place += 1
             continue
-        taken = []
+        taken: list[Index] = []
         while sum(part.size for part in taken) < size:  # several pieces at once share what lies within
             taken.append(apart.pieces[place][0])
             place += 1
@@ -443,21 +446,22 @@ Combination = tuple[Index, ...]
 """Axes that meet in one element, in an order of no meaning; one that runs along two dimensions is there twice."""
 
 
-def combinations_of(dims: Iterable[Index]) -> set[Combination]:
+def combinations_of(dims: Iterable[Index]) -> list[Combination]:
     """The axes that meet in the elements of a value: one combination for each choice among the pieces of its sums."""
-    found: set[Combination] = {()}
+    found: list[Combination] = [()]
     for index in dims:
-        found = {tuple(sorted((*a, *b), key=id)) for a in found for b in _combinations(find(index))}
+        both = (sorted((*a, *b), key=lambda axis: axis.number) for a in found for b in _combinations(find(index)))
+        found = list(dict.fromkeys(map(tuple, both)))
     return found
 
 
-def _combinations(root: Index) -> set[Combination]:
+def _combinations(root: Index) -> list[Combination]:
     if root.size == 1:
-        return {()}
+        return [()]
     if is_axis(root):
-        return {(root,)}
+        return [(root,)]
     if root.form is Form.SUM:
-        return {choice for part in root.parts for choice in _combinations(find(part))}
+        return list(dict.fromkeys(choice for part in root.parts for choice in _combinations(find(part))))
     return combinations_of(root.parts)
 
 

@@ -135,18 +135,19 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
 
 def _needed(trace: Trace) -> list[Call]:
     """The calls on which outputs depend, or numbers that the model itself reads; not those looked at for a shape."""
-    values, memory = set(trace.outputs), {_memory(value) for value in trace.outputs}
+    values, memory = set(trace.outputs), {memory_of(value) for value in trace.outputs}
     needed = []
     for call in reversed(trace.calls):
-        writes = bool(call.written) and any(_memory(output) in memory for output in call.outputs)
+        writes = bool(call.written) and any(memory_of(output) in memory for output in call.outputs)
         if writes or not call.outputs or values.intersection(call.outputs):
             needed.append(call)
-            values.update(call.inputs)
-            memory.update(map(_memory, call.inputs))
+            values.update((*call.inputs, *call.written))
+            memory.update(map(memory_of, (*call.inputs, *call.written)))
     return needed[::-1]
 
 
-def _memory(value: Value) -> int:
+def memory_of(value: Value) -> int:
+    """Which piece of memory a value lies in."""
     return value.tensor.untyped_storage()._cdata
 
 

@@ -41,13 +41,13 @@ class _Assembler:
 
     def __init__(self, builder: GraphBuilder, axes: Axes, neurons: Neurons) -> None:
         self.builder = builder
-        self.wires = neurons.wires
+        self.wires = list(map(_without_pairs, neurons.wires))
         self.links = neurons.links
         self._axes: dict[Index, Axis] = {}
         self._groups: dict[Group, NeuronGroup] = {}
         self._nodes: dict[tuple[str, Group], NeuronGroup] = {}
         self._adapted: dict[tuple[Group, tuple[Index, ...]], Group] = {}
-        self._names: dict[str, int] = {}
+        self._names: set[str] = set()
         self._numbers = len(neurons.groups)
         self._found = axes
         self._within: dict[Index, Index] = {}
@@ -75,8 +75,12 @@ class _Assembler:
     # Names
 
     def _unique(self, name: str) -> str:
-        count = self._names[name] = self._names.get(name, 0) + 1
-        return name if count == 1 else f"{name}.{count}"
+        count, unique = 1, name
+        while unique in self._names:
+            count += 1
+            unique = f"{name}.{count}"
+        self._names.add(unique)
+        return unique
 
     def _name_axes(self, wire_: Wire) -> None:
         target = wire_.target.root()
@@ -111,8 +115,9 @@ class _Assembler:
     def _fan_out(self, wire_: Wire) -> None:
         """A parameter that meets neurons one by one: from one node, or from one per position that the neurons lack."""
         target = wire_.target.root()
-        common = [along for along in wire_.along if along.axis in target.axes]
-        extra = [a for a in wire_.along if a.axis not in target.axes and a.side is not Side.KERNEL]
+        met = [along for along in wire_.along if along.side is not Side.KERNEL]
+        common = [along for along in met if along.axis in target.axes]
+        extra = [along for along in met if along.axis not in target.axes]
         target = self._reached(target, common, f"{wire_.parameter}.dims")
         if extra:
             edge_type = EdgeType.POSITION_EMBEDDING if wire_.type is not EdgeType.NORM else wire_.type
@@ -277,6 +282,19 @@ def _scattered(side: Sequence[Along], shape: Sequence[int]) -> list[Along]:
             return rest[place:]
         ends[along.dim] = along.stride * along.axis.size
     return []
+
+
+def _without_pairs(wire_: Wire) -> Wire:
+    """Pin an axis along which one side of a parameter runs twice: groups hold neurons, and no pairs of them."""
+    seen, along = set(), []
+    for one in wire_.along:
+        if (one.axis, one.side) in seen:
+            reason = f"{wire_.parameter} has a number for each pair"
+            pin(one.axis, reason)
+            one = replace(one, axis=Index(one.axis.size, pinned=reason))
+        seen.add((one.axis, one.side))
+        along.append(one)
+    return replace(wire_, along=tuple(along))
 
 
 def _outer_axes(axes: Axes, wires: Sequence[Wire], links: Sequence[Link]) -> dict[Index, Index]:

@@ -106,7 +106,7 @@ class Board:
                 out = torch.where(out == number, float(self.group(number).number), out)
         return out
 
-    def joined(self, parts: Sequence[Labels], call: Call, connect: bool = True) -> Labels:
+    def joined(self, parts: Sequence[Labels], connect: bool = True) -> Labels:
         """Labels of neurons that are combined one by one, or (without ``connect``) that play the same part."""
         parts = [part for part in map(self.current, parts) if bool((part != 0).any())]
         if not parts:

@@ -30,7 +30,7 @@ def multiply(board: Board, call: Call) -> None:
         if bias is not a and bias is not b and board.is_weight(bias):
             labels = put_onto(board, bias, labels, EdgeType.BIAS, call.outputs[0].shape)
         elif bias is not a and bias is not b:
-            labels = board.joined([labels, board.labels(bias).expand(labels.shape)], call).expand(call.outputs[0].shape)
+            labels = board.joined([labels, board.labels(bias).expand(labels.shape)]).expand(call.outputs[0].shape)
     board.set(call, [labels])
 
 
@@ -61,6 +61,22 @@ def look_up(board: Board, call: Call) -> None:
         return
     right = Factor(table, 0, {1: len(call.outputs[0].shape) - 1})
     board.set(call, [read_through(board, Factor(positions, None, {}), right, call)])
+
+
+def multiply_three(board: Board, call: Call) -> None:
+    """A bilinear layer: neurons for each pair of an output and a dimension of the second factor read the first one."""
+    first, weight, second = (call.arguments[name] for name in ("i1", "i2", "i3"))
+    if not board.is_weight(weight) or len(weight.shape) != 3:
+        board.set(call, [torch.zeros(call.outputs[0].shape)])
+        return
+    output_dim = len(call.outputs[0].shape) - 1
+    labels = _contract(board, Factor(first, len(first.shape) - 1, {}), Factor(weight, 1, {0: output_dim}), call)
+    for pair in board.groups_at(labels):
+        for group in board.groups_at(board.labels(second)):
+            if set(group.axes) <= set(pair.axes):
+                group.is_read = True
+                board.link(f"{group.name} reaches {pair.name}", group, pair, pair.axes, EdgeType.HEAD)
+    board.set(call, [labels])
 
 
 def _contract(board: Board, left: Factor, right: Factor, call: Call) -> Labels:

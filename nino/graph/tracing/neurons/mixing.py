@@ -29,7 +29,7 @@ def mix(board: Board, call: Call, values: Sequence[Value], edge_type: EdgeType) 
     output = call.outputs[0]
     shape = output.shape
     parts = [board.labels(v).expand(shape) for v in values if not board.is_weight(v) and broadcasts(v.shape, shape)]
-    labels = board.joined(parts, call).expand(shape)
+    labels = board.joined(parts).expand(shape)
     for value in values:
         if board.is_weight(value):
             labels = put_onto(board, value, labels, edge_type, shape)

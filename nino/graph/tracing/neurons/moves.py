@@ -21,8 +21,14 @@ def move(board: Board, call: Call) -> None:
     first = call.inputs[0]
     if call.name in IDENTITIES:
         board.set(call, [board.labels(first)])
-    elif call.name in RESHAPES:
+    elif call.name in RESHAPES and first.tensor.numel() == call.outputs[0].tensor.numel():
         board.set(call, [board.labels(first).reshape(call.outputs[0].shape)])
+    elif call.name == "aten.view_as_complex":
+        board.set(call, [board.labels(first)[..., 0]])
+    elif call.name == "aten.view_as_real":
+        board.set(call, [board.labels(first).unsqueeze(-1).expand(call.outputs[0].shape)])
+    elif call.name == "aten.as_strided":  # a part of the memory, in whatever order
+        board.set(call, [torch.zeros(call.outputs[0].shape)])
     elif call.name == "aten.copy":
         mix(board, call, [call.inputs[1]] if call.inputs[1:] else [first], EdgeType.BIAS)
     else:
@@ -60,7 +66,7 @@ def write(board: Board, call: Call) -> None:
         aligned = list(zip(range(-1, -written.dim() - 1, -1), reversed(target.shape), strict=False))
         changed = [dim for dim, size in aligned if written.shape[dim] not in (1, size)]
         parts.append(written.amax(changed, keepdim=True) if changed and written.numel() else written)
-    joined = board.joined([p.expand(target.shape) for p in parts if broadcasts(p.shape, target.shape)], call)
+    joined = board.joined([p.expand(target.shape) for p in parts if broadcasts(p.shape, target.shape)])
     board.set(call, [joined.expand(target.shape)])
 
 
@@ -75,7 +81,7 @@ def concatenate(board: Board, call: Call) -> None:
     if not any(axis in group.axes for group in groups for axis in along):  # the same neurons in other places
         shape = [1 if place == dim else size for place, size in enumerate(output.shape)]
         parts = [of.amax(dim, keepdim=True) for of in labels if of.shape[dim]]
-        together = board.joined(parts, call, connect=False).expand(shape)
+        together = board.joined(parts, connect=False).expand(shape)
         labels = [board.current(of) for of in labels]
         for place, value in enumerate(values):
             if board.is_weight(value):
@@ -86,3 +92,16 @@ def concatenate(board: Board, call: Call) -> None:
             if board.is_weight(value):
                 labels[place] = as_neurons(board, value, axes_of(board.axes.of(value)))
     board.set(call, [torch.cat(labels, dim)])
+
+
+def gate(board: Board, call: Call) -> None:
+    """A gated linear unit joins its halves."""
+    halves = board.labels(call.inputs[0]).chunk(2, call.arguments.get("dim", -1))
+    board.set(call, [board.joined(halves).expand(call.outputs[0].shape)])
+
+
+def fold(board: Board, call: Call) -> None:
+    """Patches of channels are laid over one another."""
+    output = call.outputs[0]
+    labels = board.labels(call.inputs[0]).unflatten(-2, (output.shape[-3], -1)).amax((-1, -2))
+    board.set(call, [labels[..., None, None].expand(output.shape)])

@@ -50,7 +50,7 @@ def place_of(piece: Piece, view: Tensor, shape: Sequence[int]) -> tuple[int, ...
     place = [0] * view.dim()
     if rest < 0:
         return None
-    for dim in sorted(range(view.dim()), key=lambda dim: -view.stride(dim)):
+    for dim in sorted(range(view.dim()), key=lambda dim: view.stride()[dim], reverse=True):
         if view.stride(dim) > 0 and view.shape[dim] > 1:
             place[dim] = rest // view.stride(dim)
             rest -= place[dim] * view.stride(dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -17,6 +18,8 @@ def follow_view(call: Call, value: Value, view: Tensor, place: int, shape: Seque
     if call.name in IDENTITIES | KEEPING:
         return view if view.shape == tuple(shape) else None
     if call.name in RESHAPES:
+        if view.numel() != prod(shape):
+            return None
         return _if_same_memory(view.reshape(tuple(shape)), view)
     if call.name in names("index_select index _unsafe_index embedding gather"):
         return _read_by_position(call, view, shape)

@@ -9,9 +9,9 @@ from torch import Tensor
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.axes import Axes
 from nino.graph.tracing.neurons.board import Board
-from nino.graph.tracing.neurons.contractions import convolve, look_up, multiply, multiply_by_experts
+from nino.graph.tracing.neurons.contractions import convolve, look_up, multiply, multiply_by_experts, multiply_three
 from nino.graph.tracing.neurons.mixing import mix, normalise, reduce
-from nino.graph.tracing.neurons.moves import concatenate, move, write
+from nino.graph.tracing.neurons.moves import concatenate, fold, gate, move, write
 from nino.graph.tracing.neurons.operations import (
     CONCATENATIONS,
     CONVOLUTIONS,
@@ -21,6 +21,7 @@ from nino.graph.tracing.neurons.operations import (
     PRODUCTS,
     STRUCTURAL,
     WRITES,
+    is_number,
 )
 from nino.graph.tracing.neurons.records import Neurons, Side
 from nino.graph.tracing.neurons.storage import own_sides
@@ -34,9 +35,16 @@ FOLLOWERS: dict[str, Callable[[Board, Call], None]] = {
     **dict.fromkeys(PRODUCTS, multiply),
     **dict.fromkeys(CONVOLUTIONS, convolve),
     **dict.fromkeys(NORMS, normalise),
+    "aten.glu": gate,
+    "aten.col2im": fold,
+    "aten._trilinear": multiply_three,
     "aten.embedding": look_up,
     "aten._grouped_mm": multiply_by_experts,
 }
+
+
+READERS = PRODUCTS | CONVOLUTIONS | CONCATENATIONS | {"aten.embedding", "aten._trilinear"}
+"""They make neurons even of parameters alone."""
 
 
 def find_neurons(trace: Trace, axes: Axes) -> Neurons:
@@ -67,9 +75,9 @@ def _apply(board: Board, call: Call) -> None:
 
 def _is_of_weights_alone(board: Board, call: Call) -> bool:
     """Whether an operation only prepares parameters: exponentials, transposes, rows of a table."""
-    if call.name in PRODUCTS | CONVOLUTIONS | CONCATENATIONS or call.name == "aten.embedding":
+    if call.name in READERS:
         return False
-    numbers = [value for value in call.inputs if value.shape and value.tensor.is_floating_point()]
+    numbers = [value for value in call.inputs if value.shape and is_number(value)]
     return any(map(board.is_weight, numbers)) and all(map(board.is_weight, numbers))
 
 

@@ -26,11 +26,11 @@ def names(text: str) -> frozenset[str]:
     return frozenset(f"aten.{name}" for name in text.split())
 
 
-def rule(text: str) -> Callable[[Rule], Rule]:
+def rule(*texts: str) -> Callable[[Rule], Rule]:
     """Register the rule of operations."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names(text), function))
+        RULES.update(dict.fromkeys(names(" ".join(texts).replace("aten.", "")), function))
         return function
 
     return register

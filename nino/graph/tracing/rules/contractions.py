@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nino.graph.tracing.indices import unify
+from nino.graph.tracing.indices import Index, unify
 from nino.graph.tracing.recorder import Call, Value
 from nino.graph.tracing.rules.common import Dims, reason_of, rule, unknown
 
@@ -22,7 +22,8 @@ def _matmul(axes: Axes, call: Call) -> list[Dims]:
     if len(left) == 3 and len(right) == 3:
         unify(left[0], right[0])
         batch = [left[0]]
-    axes.occur_alone([*batch, left[-1]])  # each position kept of one factor meets each of the other
+    axes.contract(left, left[-1:], batch)
+    axes.contract(right, right[-2:-1] or right, batch)
     dims = [*batch, *([left[-2]] if len(left) > 1 else []), *([right[-1]] if len(right) > 1 else [])]
     if call.name == "aten.addbmm":
         dims = dims[1:]
@@ -49,6 +50,33 @@ def _add_to(axes: Axes, bias: Value, dims: Dims) -> None:
             unify(index, of_bias)
 
 
+@rule("_trilinear")
+def _trilinear(axes: Axes, call: Call) -> list[Dims]:
+    """The product of three factors, each of them repeated along some dimensions, summed over some."""
+    arguments = call.arguments
+    factors, shape = [], list(call.outputs[0].shape)
+    for dim in arguments["sumdim"]:
+        shape.insert(dim, 0)
+    total: list[Index | None] = [None] * len(shape)
+    for place in (1, 2, 3):
+        dims: list[Index | None] = list(axes.of(arguments[f"i{place}"]))
+        for dim in arguments[f"expand{place}"]:
+            dims.insert(dim, None)
+        factors.append(dims)
+    for dims in factors:
+        axes.contract(
+            [index for index in dims if index is not None],
+            [index for dim in arguments["sumdim"] if (index := dims[dim]) is not None],
+            [],
+        )
+        for dim, index in enumerate(dims):
+            found = total[dim]
+            if index is not None and found is not None:
+                unify(found, index)
+            total[dim] = found or index
+    return [[index for dim, index in enumerate(total) if index is not None and dim not in arguments["sumdim"]]]
+
+
 @rule("_grouped_mm")
 def _grouped_mm(axes: Axes, call: Call) -> list[Dims]:
     """Rows of the first factor, sorted by expert, each times the matrix of its expert."""
@@ -59,7 +87,8 @@ def _grouped_mm(axes: Axes, call: Call) -> list[Dims]:
     if isinstance(ends, Value):
         unify(axes.of(ends)[0], axes.of(experts)[0])
     unify(axes.of(rows)[1], axes.of(experts)[1])
-    axes.occur_alone([axes.of(experts)[0], axes.of(rows)[1]])
+    axes.contract(axes.of(rows), axes.of(rows)[1:], [])
+    axes.contract(axes.of(experts), axes.of(experts)[1:2], [])
     return [[axes.of(rows)[0], axes.of(experts)[2]]]
 
 
@@ -69,5 +98,6 @@ def _cdist(axes: Axes, call: Call) -> list[Dims]:
     unify(a[-1], b[-1])
     if len(a) == len(b) == 3:
         unify(a[0], b[0])
-    axes.occur_alone([*a[:-2], a[-1]])
+    axes.contract(a, a[-1:], a[:-2])
+    axes.contract(b, b[-1:], b[:-2])
     return [[*a[:-1], b[-2]]]

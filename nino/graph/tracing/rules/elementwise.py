@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nino.graph.tracing.recorder import Call
-from nino.graph.tracing.rules.common import Dims, aligned, fresh, rule
+from nino.graph.tracing.indices import Index, cut, summed, unify
+from nino.graph.tracing.recorder import Call, Value
+from nino.graph.tracing.rules.common import Dims, aligned, fresh, names, reason_of, rule
 
 if TYPE_CHECKING:
     from nino.graph.tracing.axes import Axes
 
 
+@rule("hardswish log_sigmoid_forward _prelu_kernel polar complex floor_divide rrelu_with_noise")
 def pointwise(axes: Axes, call: Call) -> list[Dims]:
     """Operands are aligned at their last dimension and repeated where they have size 1."""
     return [aligned(axes, call.inputs, output.shape) for output in call.outputs]
@@ -23,11 +25,43 @@ def _copy(axes: Axes, call: Call) -> list[Dims]:
     return [axes.of(target)]
 
 
-@rule("alias detach clone contiguous _to_copy lift_fresh masked_fill dropout")
+@rule(
+    "alias detach clone contiguous _to_copy lift_fresh masked_fill dropout _conj _conj_physical resolve_conj "
+    "resolve_neg _neg_view"
+)
 def _same(axes: Axes, call: Call) -> list[Dims]:
-    first = call.inputs[0]
-    call.outputs[0].is_constant = first.is_constant and not call.is_in_place
-    return [aligned(axes, call.inputs, first.shape)]
+    call.outputs[0].is_constant = call.inputs[0].is_constant and not call.is_in_place
+    return [aligned(axes, call.inputs, call.outputs[0].shape)]
+
+
+@rule("view_as_complex")
+def _as_complex(axes: Axes, call: Call) -> list[Dims]:
+    *dims, parts = axes.of(call.inputs[0])
+    cut(parts, [1, 1])
+    return [dims]
+
+
+@rule("view_as_real")
+def _as_real(axes: Axes, call: Call) -> list[Dims]:
+    return [[*axes.of(call.inputs[0]), summed([Index(1), Index(1)])]]
+
+
+@rule("glu")
+def _gated(axes: Axes, call: Call) -> list[Dims]:
+    """One half times the sigmoid of the other."""
+    dims = list(axes.of(call.inputs[0]))
+    dim = call.arguments.get("dim", -1) % len(dims)
+    dims[dim], gates = cut(dims[dim], [dims[dim].size // 2] * 2)
+    unify(dims[dim], gates)
+    return [dims]
+
+
+@rule("bucketize")
+def _bucketize(axes: Axes, call: Call) -> list[Dims]:
+    value, boundaries = call.arguments["self"], call.arguments["boundaries"]
+    if isinstance(boundaries, Value):
+        axes.pin(boundaries, [0], f"{reason_of(call)} tells its positions apart")
+    return [axes.of(value)] if isinstance(value, Value) else [[]]
 
 
 @rule("native_dropout")
@@ -35,10 +69,14 @@ def _dropout(axes: Axes, call: Call) -> list[Dims]:
     return [axes.of(call.inputs[0])] * 2
 
 
-@rule(
+UNIFORM = names(
     "full zeros ones empty new_full new_zeros new_ones new_empty full_like zeros_like ones_like empty_like "
     "scalar_tensor empty_strided new_empty_strided"
 )
+"""What they make is the same everywhere."""
+
+
+@rule(*UNIFORM)
 def _uniform(axes: Axes, call: Call) -> list[Dims]:
     return [fresh(output.shape) for output in call.outputs]
 

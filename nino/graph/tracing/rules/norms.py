@@ -52,6 +52,7 @@ def _batch_norm(axes: Axes, call: Call) -> list[Dims]:
         gain = call.arguments.get(name)
         if isinstance(gain, Value):
             unify(dims[1], axes.of(gain)[0])
+    axes.occur_alone([dims[1]])
     return [dims, *(fresh(output.shape) for output in call.outputs[1:])]
 
 

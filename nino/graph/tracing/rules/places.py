@@ -76,6 +76,27 @@ def _pixel_shuffle(axes: Axes, call: Call) -> list[Dims]:
     return [[*batch, outer, *fresh(output.shape[-2:], reason)]]
 
 
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(axes: Axes, call: Call) -> list[Dims]:
+    value, output = call.inputs[0], call.outputs[0]
+    reason = f"{reason_of(call)} tells its positions apart"
+    *batch, channels = axes.of(value)[:-2]
+    axes.pin(value, [-1, -2], reason)
+    window = Index(output.shape[-3] // channels.size, pinned=reason)
+    return [[*batch, product([channels, window]), *fresh(output.shape[-2:], reason)]]
+
+
+@rule("col2im")
+def _col2im(axes: Axes, call: Call) -> list[Dims]:
+    value, output = call.inputs[0], call.outputs[0]
+    reason = f"{reason_of(call)} tells its positions apart"
+    *batch, patches, _ = axes.of(value)
+    channels, window = factor(patches, output.shape[-3])
+    pin(window, reason)
+    axes.pin(value, [-1], reason)
+    return [[*batch, channels, *fresh(output.shape[-2:], reason)]]
+
+
 @rule("grid_sampler_2d grid_sampler_3d grid_sampler")
 def _grid_sampler(axes: Axes, call: Call) -> list[Dims]:
     value, grid = call.inputs[0], call.inputs[1]
@@ -95,6 +116,7 @@ def _convolution(axes: Axes, call: Call) -> list[Dims]:
     batch, channels = axes.of(value)[: -spatial - 1], axes.of(value)[-spatial - 1]
     first, second = axes.of(weight)[:2]
     outer, per_group = (second, first) if call.arguments["transposed"] else (first, second)
+    group = Index(1)
     if groups == 1:
         unify(channels, per_group)
         channels_out = outer
@@ -109,6 +131,8 @@ def _convolution(axes: Axes, call: Call) -> list[Dims]:
     axes.occur_alone([channels])
     if bias is not None:
         unify(axes.of(bias)[0], channels_out)
+    axes.occur_alone([*batch, group, *axes.of(value)[-spatial:]])
+    axes.occur_alone([group, outer])
     reason = f"{reason_of(call)} tells its positions apart"
     axes.pin(weight, range(2, len(weight.shape)), reason)
     if _is_pointlike(call, weight):

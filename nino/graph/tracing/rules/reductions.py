@@ -31,8 +31,11 @@ def _reduce(axes: Axes, call: Call) -> list[Dims]:
     short = [index for dim, index in enumerate(dims) if dim not in along]
     results = [kept if len(output.shape) == len(dims) else short for output in call.outputs]
     for output in call.outputs:
-        if not output.tensor.is_floating_point() and len(along) == 1 and call.name in POSITIONS:
-            axes.positions.note(output, dims[along[0]])
+        if not output.tensor.is_floating_point() and call.name in POSITIONS:
+            if len(along) == 1:
+                axes.positions.note(output, dims[along[0]])
+            else:  # positions along all dimensions at once
+                axes.pin(value, along, f"{reason_of(call)} tells its positions apart")
     return results
 
 
@@ -59,7 +62,7 @@ def _sort(axes: Axes, call: Call) -> list[Dims]:
     return results
 
 
-@rule("cumsum cumprod cummax cummin logcumsumexp flip roll fft_fft diff")
+@rule("cumsum cumprod cummax cummin logcumsumexp flip roll _fft_r2c _fft_c2c _fft_c2r")
 def _ordered(axes: Axes, call: Call) -> list[Dims]:
     value = call.inputs[0]
     along = _dims_argument(call, len(value.shape))

@@ -41,7 +41,7 @@ def _gather(axes: Axes, call: Call) -> list[Dims]:
 
 
 def _meet_elsewhere(axes: Axes, value: Value, positions: Value, dim: int, call: Call) -> None:
-    for place, (a, b) in enumerate(zip(axes.of(value), axes.of(positions), strict=True)):
+    for place, (a, b) in enumerate(zip(axes.of(value), axes.of(positions), strict=False)):
         if place != dim and a.size == b.size:
             unify(a, b)
         elif place != dim:
@@ -57,7 +57,7 @@ def _scatter(axes: Axes, call: Call) -> list[Dims]:
     _meet_elsewhere(axes, value, positions, dim, call)
     source = call.arguments.get("src")
     if isinstance(source, Value):
-        aligned(axes, [positions, source], positions.shape)
+        _meet_elsewhere(axes, source, positions, -1, call)
     return [axes.of(value)]
 
 

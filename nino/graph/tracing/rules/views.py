@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 @rule("view _unsafe_view reshape _reshape_alias view_copy")
 def _view(axes: Axes, call: Call) -> list[Dims]:
     before, after = axes.of(call.inputs[0]), call.outputs[0].shape
+    if call.inputs[0].tensor.element_size() != call.outputs[0].tensor.element_size():
+        raise MismatchError("its elements are read as some of another size")
+    if 0 in after:
+        return [fresh(after, f"{reason_of(call)} is empty")]
     dims: Dims = []
     for given, shape in _runs(before, after):
         try:
@@ -48,12 +52,12 @@ def regrouped(dims: Dims, shape: Sequence[int]) -> Dims:
     rest = product(dims)
     grouped = []
     for size in shape:
-        index, rest = factor(rest, size) if size else (Index(0), rest)
+        index, rest = factor(rest, size)
         grouped.append(index)
     return grouped
 
 
-@rule("permute transpose t movedim numpy_T")
+@rule("permute transpose t")
 def _permute(axes: Axes, call: Call) -> list[Dims]:
     dims = axes.of(call.inputs[0])
     count = len(dims)
@@ -84,7 +88,20 @@ def _repeat(axes: Axes, call: Call) -> list[Dims]:
     return [[product([Index(n // i.size), i]) if i.size else Index(n) for i, n in zip(dims, output.shape, strict=True)]]
 
 
-@rule("unsqueeze squeeze as_strided")
+@rule("as_strided")
+def _as_strided(axes: Axes, call: Call) -> list[Dims]:
+    """Dimensions of the same size and stride are the same, and in the same order, if it begins where the input does."""
+    value, output = call.inputs[0], call.outputs[0]
+    steps = [
+        [(size, stride) for size, stride in zip(one.shape, one.tensor.stride(), strict=True) if size != 1]
+        for one in (value, output)
+    ]
+    if steps[0] != steps[1] or value.tensor.storage_offset() != output.tensor.storage_offset():
+        raise MismatchError("it reads memory in another order")
+    return _squeeze(axes, call)
+
+
+@rule("unsqueeze squeeze")
 def _squeeze(axes: Axes, call: Call) -> list[Dims]:
     dims = [index for index in axes.of(call.inputs[0]) if index.size != 1]
     if [index.size for index in dims] != [size for size in call.outputs[0].shape if size != 1]:
