@@ -1,7 +1,7 @@
 """Running a model to see what it computes, and leaving it as it was.
 
 A model in training is traced on a batch of real size: with parameters on the meta device in place of its own, nothing
-of that size is computed. What a forward pass changes by the way (caches, counters, buffers, random numbers) is put back.
+of that size is computed. What a forward pass changes by the way (caches, counters, buffers, random states) is put back.
 """
 
 from __future__ import annotations
