@@ -205,13 +205,18 @@ def assert_resumed_by_one_process(folder: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    found = launch("accelerate", 2, tmp_path, *scenarios, "unlike_settings", "trainer")
+    found = launch("accelerate", 2, tmp_path, *scenarios, "unlike_settings", "traced_replicas", "trainer")
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
     refused = "processes train different parameters"
-    refused = "processes train different parameters"
     for run in found["unlike_settings"]:
-        assert [message[: len(refused)] for message in run["messages"]] == [refused, refused, ""]
+        assert [message[: len(refused)] for message in run["messages"]] == [refused, refused, refused, ""]
+    for run in found["traced_replicas"]:
+        assert run["graph"] == found["traced_replicas"][0]["graph"]
+        assert run["family"] == "traced"
+        assert run["reports"] == [(PERIOD, True, False, "")]
+        assert run["hooks"] == 0
+        assert_same(run["weights"], found["traced_replicas"][0]["weights"])
     first, second = found["trainer"]
     for run in (first, second):
         assert run["whole"]["wrapped"] == "DistributedDataParallel"
