@@ -14,7 +14,7 @@ from nino.errors import NinoError
 from nino.first_inputs import FirstInputs
 from nino.graph import NeuralGraph
 from nino.graph.architectures import is_known, wire_each_alone
-from nino.graph.builder import graph_parameters
+from nino.graph.builder import check_graph, graph_parameters
 from nino.interrupts import held_back
 from nino.nowcaster import Nowcaster
 from nino.shards import compute_device, local_tensor, refuse_unsupported
@@ -54,7 +54,7 @@ class LiveModel:
         self._said_waiting = False
         self.graph = graph or self._wire()
         if graph is not None:
-            _check_graph(graph, self.module)
+            check_graph(graph, self.module)
         nowcaster.check_fits(self.graph)
         self._check()
         self.positions = self.graph.positions(nowcaster.config.num_positions)
@@ -164,16 +164,6 @@ class LiveModel:
                 "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
                 "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
             )
-
-
-def _check_graph(graph: NeuralGraph, model: nn.Module) -> None:
-    shapes = graph_parameters(model)
-    wrong = [name for name, shape in graph.shapes.items() if shapes.get(name) != shape]
-    if wrong:
-        raise NinoError(
-            f"the graph is of another model: {type(model).__name__} has {shapes.get(wrong[0], 'no')} {wrong[0]}, the "
-            f"graph {graph.shapes[wrong[0]]}; wire this model"
-        )
 
 
 @torch.no_grad()

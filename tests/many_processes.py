@@ -552,6 +552,18 @@ def traced_replicas() -> Result:
     }
 
 
+def sharded_graph() -> Result:
+    """A model of no known family, wired before it is sharded; without that graph each parameter is alone."""
+    model = Branched()
+    graph = nino.NeuralGraph.from_model(model, example_inputs=batch(0)[0])
+    optimizer = adam(shard(model), graph=graph)
+    train(model, optimizer, 0, PERIOD)
+    unwired = adam(model)
+    train(model, unwired, 0, 1)
+    wirings = [optimizer.session.graph.wiring, unwired.session.graph.wiring]
+    return {"reports": reports_of(optimizer), "wirings": wirings}
+
+
 def replicated_faults() -> Result:
     model = mlp()
     return faults(model, nn.parallel.DistributedDataParallel(model))

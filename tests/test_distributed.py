@@ -161,7 +161,7 @@ def assert_shards_are_nowcast(found: dict[str, Results]) -> None:
 
 
 def test_two_processes_with_shards(tmp_path: Path) -> None:
-    found = launch("torchrun", 2, tmp_path, *SHARDED, "sharded_callback", "refusals", "guide")
+    found = launch("torchrun", 2, tmp_path, *SHARDED, "sharded_graph", "sharded_callback", "refusals", "guide")
 
     assert_shards_are_nowcast(found)
     rows = found["sharded_table"][1]["prelu_cnn"]
@@ -171,6 +171,8 @@ def test_two_processes_with_shards(tmp_path: Path) -> None:
         reason = "holds NaN or infinity" if process == 1 else "holds NaN, infinity or .* in the rows of another process"
         assert refused["NaN"]["restored"] and not refused["NaN"]["accepted"]
         assert re.search(reason, refused["NaN"]["reason"])
+    for run in found["sharded_graph"]:
+        assert run == {"reports": [(PERIOD, True, False, "")], "wirings": ["exact", "per-parameter"]}
     for saved in found["sharded_callback"]:
         assert saved == {"steps": [2, 4], "same": True, "step": 5}
     refused_saves = [run["refused save"] for run in found["sharded_probation"]]

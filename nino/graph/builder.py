@@ -31,6 +31,21 @@ def graph_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
+def check_graph(graph: NeuralGraph, model: nn.Module) -> None:
+    """Refuse a graph that was made of another model.
+
+    Raises:
+        GraphError: naming a parameter that differs.
+    """
+    shapes = graph_parameters(model)
+    wrong = [name for name, shape in graph.shapes.items() if shapes.get(name) != shape]
+    if wrong:
+        raise GraphError(
+            f"the graph is of another model: {type(model).__name__} has {shapes.get(wrong[0], 'no')} {wrong[0]}, the "
+            f"graph {graph.shapes[wrong[0]]}; wire this model"
+        )
+
+
 class GraphBuilder:
     """Collect groups and blocks of one model; see ``nino/graph/architectures`` for how it reads in use."""
 
