@@ -73,8 +73,9 @@ class FirstInputs:
         if self._is_watching and torch.is_grad_enabled():
             self._keep(args, kwargs)
 
-    # Of a model that is compiled later this runs outside of the graph: there is nothing to compile.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # In a model that is compiled later this runs outside of the graph: there is nothing to compile. The public
+    # torch.compiler.disable would import the compiler, and with it half of what is installed, with this file.
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end_watch()
         try:

@@ -7,8 +7,8 @@
 ``adjacency.png`` has a column per group of neurons that edges come from and a row per group that they lead to; of
 small graphs every edge is drawn, of others one rectangle per block. ``layers.png`` has a box per group in forward order
 and an arrow per block; biases, norms and heads are listed in the boxes that they act on. ``graph.json`` says what was
-drawn. No weights are needed and none are made: any size works. A function of yours, ``package.module:function``, returns
-``(model, example_inputs)``; that model is traced.
+drawn. No weights are needed and none are made: any size works. A function of yours, ``package.module:function``,
+returns ``(model, example_inputs)``; that model is traced.
 """
 
 from __future__ import annotations

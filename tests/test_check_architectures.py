@@ -1,4 +1,4 @@
-"""The table of architectures is the registry's, and a person's own model is checked and drawn by its function's name."""
+"""The table of architectures is the registry's; a person's own model is checked and drawn by its function's name."""
 
 from __future__ import annotations
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import io
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,16 @@ def test_a_detached_session_leaves_no_hook() -> None:
     model = branched()
     wrap(model).detach()
     assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_waits_for_a_batch_of_its_own(clone: Callable[[Any], Any]) -> None:
+    model = branched()
+    optimizer = wrap(model)
+    copied, other = clone((model, optimizer))
+    update(copied, other, 0)
+    assert (other.session.graph.family, hooks_of(copied)) == ("traced", 0)
+    assert (optimizer.session.graph.wiring, hooks_of(model)) == ("per-parameter", 1)
 
 
 @pytest.mark.parametrize("door", ["plain", "accelerate", "callback"])
@@ -357,8 +370,6 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(saved_after: int) -> None:
 
 
 def _written(state: dict[str, Any]) -> Any:
-    import io
-
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
