@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from nino.errors import NinoError
 
 ROWS = 2
 """Examples of the batch that are kept."""
@@ -16,50 +19,87 @@ Inputs = dict[str, Any] | tuple[Any, ...]
 
 
 class FirstInputs:
-    """Watches a model until it is called.
+    """Watches a model until it is called in training.
 
     Args:
         model: in training.
-
-    Attributes:
-        seen: what the model was called with first, two examples of the batch; ``None`` before.
+        called: what the training calls, if that is a wrapper around the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.seen: Inputs | None = None
+    def __init__(self, model: nn.Module, called: nn.Module | None = None) -> None:
         self._model = model
+        # The outermost: within a compiled model a hook would be compiled too.
+        self._called = model if called is None else called
         self._hook: Any = None
+        self._is_watching = False
+        self._seen: Inputs | None = None
+        self._problem = ""
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether no call was seen yet since :meth:`watch`."""
+        return self._is_watching
 
     def watch(self) -> None:
-        """Look at the next call, if none was seen yet."""
-        if self._hook is None and self.seen is None:
-            self._hook = self._model.register_forward_pre_hook(self._look, with_kwargs=True)
+        """Keep what the next call with gradients is given."""
+        self.stop()
+        self._is_watching = True
+        self._hook = self._called.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def stop(self) -> None:
-        """Leave no trace on the model."""
+        """Leave no trace on the model, and keep nothing."""
+        self._end_watch()
+        self._seen, self._problem = None, ""
+
+    def take(self) -> Inputs:
+        """Hand over what was seen, two examples of the batch, and keep nothing.
+
+        Raises:
+            NinoError: if it cannot serve as example inputs.
+        """
+        seen, problem = self._seen, self._problem
+        self.stop()
+        if seen is None:
+            raise NinoError(problem or f"{type(self._model).__name__} was not called")
+        return seen
+
+    def _end_watch(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._hook = None
+        self._hook, self._is_watching = None, False
 
-    # Of a compiled model the hook runs outside of the graph: there is nothing to compile.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen = _by_name(module, *tree_map(_kept((args, kwargs)), (args, kwargs)))
-        self.stop()
+        del module
+        if self._is_watching and torch.is_grad_enabled():
+            self._keep(args, kwargs)
 
+    # In a model that is compiled later this runs outside of the graph: there is nothing to compile. The public
+    # torch.compiler.disable would import the compiler, and with it half of what is installed, with this file.
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._end_watch()
+        try:
+            self._seen = tree_map(_kept((args, kwargs)), self._as_example(args, kwargs))
+        except Exception as error:  # no memory for a copy, say; the training's own call goes on
+            self._problem = str(error) or repr(error)
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """As example inputs are given: all by name, or all by position."""
-    if not kwargs:
-        return args
-    parameters = inspect.signature(module.forward).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    return dict(zip(names, args, strict=False)) | kwargs
+    def _as_example(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        """As example inputs are given: all by name, or all by position."""
+        if not kwargs:
+            return args
+        parameters = inspect.signature(self._model.forward).parameters.values()
+        names = [p.name for p in takewhile(lambda p: p.kind is p.POSITIONAL_OR_KEYWORD, parameters)]
+        if len(args) > len(names):
+            raise NinoError(
+                f"{type(self._model).__name__} cannot be traced on its first batch: it is called with keyword "
+                "arguments beside positional ones that have no names"
+            )
+        return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _kept(inputs: Any) -> Callable[[Any], Any]:
     """Copies some examples of a batch, if it is clear along which dimension they lie."""
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    sizes = {tensor.shape[0] for tensor in tensors}
+    sizes = {tensor.shape[0] for tensor in tensors} - {1}  # what all examples share may have a dimension of 1
     rows = ROWS if len(sizes) == 1 else None
     return lambda leaf: leaf.detach()[:rows].clone() if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf

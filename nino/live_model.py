@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,12 @@ from nino.errors import NinoError
 from nino.first_inputs import FirstInputs
 from nino.graph import NeuralGraph
 from nino.graph.architectures import is_known, wire_each_alone
-from nino.graph.builder import graph_parameters
+from nino.graph.builder import check_graph, graph_parameters
 from nino.interrupts import held_back
 from nino.nowcaster import Nowcaster
 from nino.shards import compute_device, local_tensor, refuse_unsupported
+
+logger = logging.getLogger(__name__)
 
 
 class LiveModel:
@@ -45,12 +48,13 @@ class LiveModel:
         self.problem = ""
         """Why the model cannot be wired since it has changed."""
         refuse_unsupported(self.module)
-        self._first_inputs = FirstInputs(self.module)
-        self._was_run = False
-        """Whether a model of no known family was traced, or could not be."""
+        self._first_inputs = FirstInputs(self.module, model)
+        self._waits = False
+        """Whether the model has to be run to be wired, and was not yet."""
+        self._said_waiting = False
         self.graph = graph or self._wire()
         if graph is not None:
-            _check_graph(graph, self.module)
+            check_graph(graph, self.module)
         nowcaster.check_fits(self.graph)
         self._check()
         self.positions = self.graph.positions(nowcaster.config.num_positions)
@@ -75,6 +79,7 @@ class LiveModel:
     def detach(self) -> None:
         """Leave no trace on the model."""
         self._first_inputs.stop()
+        self._waits = False
 
     @property
     def device(self) -> torch.device:
@@ -93,9 +98,8 @@ class LiveModel:
 
     def changes(self) -> str:
         """What has changed since this was last asked; nothing if nothing did. A model that has is wired again."""
-        if self.graph.wiring == "per-parameter" and self._first_inputs.seen is not None and not self._was_run:
-            self._was_run = True
-            self._wire_again()
+        if self._waits:
+            self._trace()
         shapes = graph_parameters(self.module)
         change = describe_changes(self._shapes, shapes, self._trained, self.trainable())
         if change:
@@ -109,16 +113,37 @@ class LiveModel:
 
     def _wire(self) -> NeuralGraph:
         """A model that has to be run to be wired waits for its first batch, each parameter alone until then."""
-        if is_known(self.module):
+        self._first_inputs.stop()
+        self._waits = not is_known(self.module)
+        if not self._waits:
             return self.nowcaster.graph_of(self.module)
-        if self._first_inputs.seen is None:
-            self._first_inputs.watch()
-            return wire_each_alone(self.module)
-        return self.nowcaster.graph_of(self.module, self._first_inputs.seen)
+        self._first_inputs.watch()
+        return wire_each_alone(self.module)
 
-    def _wire_again(self) -> None:
+    def _trace(self) -> None:
+        """Wire the model on its first batch; where that is impossible, each parameter stays alone."""
+        family = type(self.module).__name__
+        if self._first_inputs.is_watching:
+            if not self._said_waiting:
+                logger.warning(
+                    "%s was trained, but its forward was not called: each of its parameters is nowcast alone; wire it "
+                    "with NeuralGraph.from_model(model, example_inputs=...) and pass graph=",
+                    family,
+                )
+            self._said_waiting = True
+            return
+        self._waits = False
         try:
-            graph = self._wire()
+            inputs = self._first_inputs.take()
+        except NinoError as error:
+            message = "%s: each of its parameters is nowcast alone; wire it with NeuralGraph.from_model and pass graph="
+            logger.warning(message, error)
+            return
+        self._wire_again(lambda: self.nowcaster.graph_of(self.module, inputs))
+
+    def _wire_again(self, wire: Callable[[], NeuralGraph] | None = None) -> None:
+        try:
+            graph = (wire or self._wire)()
             self.nowcaster.check_fits(graph)
         except Exception as error:  # every nowcast is then refused, with this reason; the run goes on
             self.problem = str(error) or repr(error)
@@ -139,16 +164,6 @@ class LiveModel:
                 "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
                 "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
             )
-
-
-def _check_graph(graph: NeuralGraph, model: nn.Module) -> None:
-    shapes = graph_parameters(model)
-    wrong = [name for name, shape in graph.shapes.items() if shapes.get(name) != shape]
-    if wrong:
-        raise NinoError(
-            f"the graph is of another model: {type(model).__name__} has {shapes.get(wrong[0], 'no')} {wrong[0]}, the "
-            f"graph {graph.shapes[wrong[0]]}; wire this model"
-        )
 
 
 @torch.no_grad()

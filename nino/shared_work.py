@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nino.distributed import Channel
 from nino.errors import NinoError
-from nino.graph.ir import EdgeBlock, NeuralGraph, NeuronGroup
+from nino.graph.ir import EdgeBlock, NeuralGraph, NeuronGroup, Slots
 from nino.graph.rows import Place, Rows, block_shape, place_of
 from nino.shards import Holding, local_tensors
 from nino.share import WHOLE, Share
@@ -160,7 +160,7 @@ def plan_share(
         if len(holding.replicas) > 1:
             groups.setdefault(holding.replicas, []).append(name)
     groups = dict(sorted(groups.items(), key=lambda item: (-len(item[0]), item[0])))
-    settings = zlib.crc32(repr((list(wanted), list(same))).encode())
+    settings = zlib.crc32(repr((list(wanted), list(same), _described(graph))).encode())
     weights_alike, history_alike, same_settings = _compare(groups, holdings, parameters, snapshots, settings, channel)
     if not weights_alike:
         if any(len(holding.replicas) < channel.size for holding in holdings.values()):
@@ -168,8 +168,8 @@ def plan_share(
         return WHOLE
     if not same_settings:
         raise NinoError(
-            "processes train different parameters of one model, or have different nowcasters or horizons; "
-            "freeze the same parameters and load the same nowcaster in all of them"
+            "processes train different parameters of one model, or have different graphs, nowcasters or horizons; "
+            "freeze the same parameters, load the same nowcaster and pass the same graph= in all of them"
         )
     workers = channel.size if history_alike else 1
     costs = _costs(graph, wanted)
@@ -219,6 +219,20 @@ def deal(
                 dealt[worker][name] = Rows(start, stop, rows.total)
         before += len(rows) * cost
     return dealt
+
+
+def _described(graph: NeuralGraph) -> list[Any]:
+    """What tells a graph from others, in plain words: processes that traced their models may have come to several."""
+
+    def side(slots: Slots) -> list[Any]:
+        return [slots.group.name, [axis.name for axis in slots.axes], [(a.name, index) for a, index in slots.fixed]]
+
+    groups = [(group.name, [(axis.name, axis.size) for axis in group.axes]) for group in graph.groups]
+    blocks = [
+        (b.name, b.kind.value, int(b.type), b.narrow, b.features, [axis.name for axis in b.layout])
+        for b in graph.blocks
+    ]
+    return [groups, blocks, [(side(block.source), side(block.target)) for block in graph.blocks]]
 
 
 def _costs(graph: NeuralGraph, wanted: Collection[str]) -> dict[str, int]:

@@ -2,11 +2,13 @@
 
     python scripts/plot_graph.py --model llama-25m --layers 1
     python scripts/plot_graph.py --model path/to/config.json --view layers
+    python scripts/plot_graph.py --model my_project.models:build
 
 ``adjacency.png`` has a column per group of neurons that edges come from and a row per group that they lead to; of
 small graphs every edge is drawn, of others one rectangle per block. ``layers.png`` has a box per group in forward order
 and an arrow per block; biases, norms and heads are listed in the boxes that they act on. ``graph.json`` says what was
-drawn. No weights are needed and none are made: any size works.
+drawn. No weights are needed and none are made: any size works. A function of yours, ``package.module:function``,
+returns ``(model, example_inputs)``; that model is traced.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from nino.data.architecture import LAYER_COUNTS, Architecture, describe_transfor
 from nino.graph import NeuralGraph
 from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.graph_layout import Layout, lay_out, number_of_edges, number_of_weights
+from tasks.own_model import is_own, load_own_model
 from tasks.sizes import ARCHITECTURES
 
 VIEWS = ("adjacency", "layers")
@@ -102,8 +105,21 @@ def describe(graph: NeuralGraph, layout: Layout) -> dict[str, Any]:
     }
 
 
-def title_of(args: argparse.Namespace, architecture: Architecture, graph: NeuralGraph) -> str:
-    name = args.model if args.model in ARCHITECTURES else architecture["class"]
+def wired(args: argparse.Namespace) -> tuple[str, NeuralGraph]:
+    """The name and the graph of the model."""
+    if is_own(args.model):
+        if args.layers is not None:
+            fail("--layers is for models that a config describes; build yours with as many")
+        model, inputs = load_own_model(args.model)
+        return type(model).__name__, NeuralGraph.from_model(model, args.wiring, inputs)
+    architecture = architecture_of(args.model)
+    if args.layers is not None:
+        architecture = with_layers(architecture, args.layers)
+    graph = NeuralGraph.from_model(build_model(architecture, device="meta"), wiring=args.wiring)
+    return args.model if args.model in ARCHITECTURES else architecture["class"], graph
+
+
+def title_of(args: argparse.Namespace, name: str, graph: NeuralGraph) -> str:
     layers = "" if args.layers is None else f", {args.layers} layer{'s' if args.layers > 1 else ''}"
     return f"{name}{layers}: {number_of_weights(graph):,} weights, {graph.num_nodes:,} neurons"
 
@@ -119,7 +135,11 @@ def dots_per_inch(text: str) -> int:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help=f"{', '.join(ARCHITECTURES)}, or a transformers config.json, or its folder")
+    add(
+        "--model",
+        required=True,
+        help=f"{', '.join(ARCHITECTURES)}, a transformers config.json or its folder, or MODULE:FUNCTION",
+    )
     add("--layers", type=positive_int, help="draw so many of a transformer's layers, which are all alike")
     add("--wiring", choices=("exact", "official"), default="exact", help="official: the layout of published weights")
     add("--view", choices=("both", *VIEWS), default="both")
@@ -130,16 +150,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    architecture = architecture_of(args.model)
-    if args.layers is not None:
-        architecture = with_layers(architecture, args.layers)
     try:
         from tasks.graph_pictures import draw_adjacency, draw_layers
     except ImportError as error:
         fail(f"drawing needs matplotlib: pip install matplotlib ({error})")
-    graph = NeuralGraph.from_model(build_model(architecture, device="meta"), wiring=args.wiring)
+    name, graph = wired(args)
     layout = lay_out(graph)
-    title = title_of(args, architecture, graph)
+    title = title_of(args, name, graph)
     make_output_folder("--out", args.out)
     drawn: dict[str, str] = {}
     if args.view in ("both", "adjacency"):

@@ -32,6 +32,7 @@ import nino
 from nino import NowcastOptimizer
 from nino.distributed import Channel
 from nino.engine import blockwise
+from nino.graph.architectures import wire_each_alone
 from nino.model import build_network
 from nino.planning import summed_per_nowcast
 from nino.shards import is_dtensor, local_tensor
@@ -547,6 +548,48 @@ def trainer() -> Result:
     return {"whole": run(), "resumed": run(resume_from_checkpoint=str(folder / "out" / "checkpoint-7"))}
 
 
+class Branched(nn.Module):
+    """Of no known family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.other, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x))
+        return self.head(hidden + torch.tanh(self.other(hidden)))
+
+
+def traced_replicas() -> Result:
+    """A model that every process traces on a first batch of its own."""
+    model = Branched()
+    together = nn.parallel.DistributedDataParallel(model)
+    optimizer = adam(together)
+    weights = train(together, optimizer, 0, PERIOD, per_rank=True)
+    graph = optimizer.session.graph
+    hooks = len(together._forward_pre_hooks) + len(model._forward_pre_hooks)
+    described = repr((graph.groups, graph.blocks))
+    return {
+        "weights": weights[-1],
+        "family": graph.family,
+        "graph": described,
+        "reports": reports_of(optimizer),
+        "hooks": hooks,
+    }
+
+
+def sharded_graph() -> Result:
+    """A model of no known family, wired before it is sharded; without that graph each parameter is alone."""
+    model = Branched()
+    graph = nino.NeuralGraph.from_model(model, example_inputs=batch(0)[0])
+    optimizer = adam(shard(model), graph=graph)
+    train(model, optimizer, 0, PERIOD)
+    unwired = adam(model)
+    train(model, unwired, 0, 1)
+    wirings = [optimizer.session.graph.wiring, unwired.session.graph.wiring]
+    return {"reports": reports_of(optimizer), "wirings": wirings}
+
+
 def replicated_faults() -> Result:
     model = mlp()
     return faults(model, nn.parallel.DistributedDataParallel(model))
@@ -561,12 +604,17 @@ def unlike_replicas() -> Result:
 
 
 def unlike_settings() -> Result:
-    """Process 1 has frozen something more, or looks further ahead."""
+    """Process 1 has frozen something more, looks further ahead, or has wired the model otherwise."""
     model, rank = mlp(), dist.get_rank()
     snapshots, parameters = walk(model), dict(model.named_parameters())
-    graph = nino.NeuralGraph.from_model(model)
+    graphs = [nino.NeuralGraph.from_model(model), wire_each_alone(model)]
     messages = []
-    for wanted, horizon in ((list(parameters)[rank:], 3), (list(parameters), 3 + rank), (list(parameters), 3)):
+    for wanted, horizon, graph in (
+        (list(parameters)[rank:], 3, graphs[0]),
+        (list(parameters), 3 + rank, graphs[0]),
+        (list(parameters), 3, graphs[rank]),
+        (list(parameters), 3, graphs[0]),
+    ):
         channel = Channel(DEVICE)
         try:
             with channel.together():

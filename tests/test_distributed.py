@@ -172,7 +172,8 @@ def assert_recorded_by_the_first(folder: Path, results: Results) -> None:
 
 
 def test_two_processes_with_shards(tmp_path: Path) -> None:
-    found = launch("torchrun", 2, tmp_path, *SHARDED, "sharded_callback", "refusals", "guide", "recorded")
+    parts = ("sharded_graph", "sharded_callback", "refusals", "guide", "recorded")
+    found = launch("torchrun", 2, tmp_path, *SHARDED, *parts)
 
     assert_shards_are_nowcast(found)
     rows = found["sharded_table"][1]["prelu_cnn"]
@@ -182,6 +183,8 @@ def test_two_processes_with_shards(tmp_path: Path) -> None:
         reason = "holds NaN or infinity" if process == 1 else "holds NaN, infinity or .* in the rows of another process"
         assert refused["NaN"]["restored"] and not refused["NaN"]["accepted"]
         assert re.search(reason, refused["NaN"]["reason"])
+    for run in found["sharded_graph"]:
+        assert run == {"reports": [(PERIOD, True, False, "")], "wirings": ["exact", "per-parameter"]}
     for saved in found["sharded_callback"]:
         assert saved == {"steps": [2, 4], "same": True, "step": 5}
     refused_saves = [run["refused save"] for run in found["sharded_probation"]]
@@ -217,13 +220,18 @@ def assert_resumed_by_one_process(folder: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    found = launch("accelerate", 2, tmp_path, *scenarios, "unlike_settings", "trainer")
+    found = launch("accelerate", 2, tmp_path, *scenarios, "unlike_settings", "traced_replicas", "trainer")
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
     refused = "processes train different parameters"
-    refused = "processes train different parameters"
     for run in found["unlike_settings"]:
-        assert [message[: len(refused)] for message in run["messages"]] == [refused, refused, ""]
+        assert [message[: len(refused)] for message in run["messages"]] == [refused, refused, refused, ""]
+    for run in found["traced_replicas"]:
+        assert run["graph"] == found["traced_replicas"][0]["graph"]
+        assert run["family"] == "traced"
+        assert run["reports"] == [(PERIOD, True, False, "")]
+        assert run["hooks"] == 0
+        assert_same(run["weights"], found["traced_replicas"][0]["weights"])
     first, second = found["trainer"]
     for run in (first, second):
         assert run["whole"]["wrapped"] == "DistributedDataParallel"

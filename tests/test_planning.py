@@ -283,6 +283,14 @@ def test_probation_is_a_part_of_the_period_unless_told_otherwise() -> None:
     assert plans[5].memory.restore_point == 0 < plans[100].memory.restore_point
 
 
+def test_a_graph_that_was_traced_is_planned_for() -> None:
+    model = nn.LSTM(3, 4)
+    graph = NeuralGraph.from_model(model, example_inputs=torch.zeros(2, 3))
+    assert nino.plan(model, graph=graph).nodes == graph.num_nodes
+    with pytest.raises(NinoError, match="the graph is of another model: Linear has no weight_ih_l0"):
+        nino.plan(nn.Linear(3, 4), graph=graph)
+
+
 def test_bad_models_and_rates_are_refused() -> None:
     with pytest.raises(NinoError, match=r"^model must be a torch.nn.Module, .* got 'llama-8b'; nino.checkpoints"):
         nino.plan("llama-8b")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def run(script: str, *arguments: object, timeout: int = 300) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
-def assert_refused(result: subprocess.CompletedProcess[str], *expected: str) -> None:
+def assert_refused(result: Any, *expected: str) -> None:
     """Exit code 2 and one clear line."""
     assert result.returncode == 2, result.stderr
     message = result.stderr.strip().splitlines()[-1]

@@ -18,6 +18,8 @@ from nino.errors import GraphError
 from nino.graph.ir import MAX_FEATURES, Axis, BlockKind, EdgeBlock, EdgeType, Narrow, NeuralGraph, NeuronGroup, Slots
 
 Side = NeuronGroup | Slots
+MOST_NAMES = 5
+"""Of parameters in a message."""
 
 
 def graph_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -27,6 +29,21 @@ def graph_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and parameter.numel() > 0
     }
+
+
+def check_graph(graph: NeuralGraph, model: nn.Module) -> None:
+    """Refuse a graph that was made of another model.
+
+    Raises:
+        GraphError: naming a parameter that differs.
+    """
+    shapes = graph_parameters(model)
+    wrong = [name for name, shape in graph.shapes.items() if shapes.get(name) != shape]
+    if wrong:
+        raise GraphError(
+            f"the graph is of another model: {type(model).__name__} has {shapes.get(wrong[0], 'no')} {wrong[0]}, the "
+            f"graph {graph.shapes[wrong[0]]}; wire this model"
+        )
 
 
 class GraphBuilder:
@@ -222,7 +239,7 @@ class GraphBuilder:
         if wrong:
             raise GraphError(
                 f"the {family} wiring must put every element of a parameter on exactly one edge and does not for "
-                f"{', '.join(wrong)}: nino/graph/architectures/{family}.py does not know this model completely"
+                f"{_some_of(wrong)}; it does not know this model completely"
             )
         return NeuralGraph(tuple(self._groups.values()), tuple(self._blocks), self.shapes, wiring, family)
 
@@ -325,6 +342,10 @@ def _feature_axes(
 
 def _names(axes: Iterable[Axis]) -> str:
     return " x ".join(f"{axis.name}={axis.size}" for axis in axes) or "1"
+
+
+def _some_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
 def _following(shape: list[int] | None, num_slots: int) -> list[int] | None:

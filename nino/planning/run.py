@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nino.errors import NinoError
+from nino.graph.builder import check_graph
 from nino.graph.ir import NeuralGraph
 from nino.history import Place
 from nino.model.config import NowcasterConfig
@@ -82,6 +83,7 @@ def plan(
     period: int = 1000,
     seconds_per_update: float | None = None,
     rates: Rates | None = None,
+    graph: NeuralGraph | None = None,
 ) -> RunPlan:
     """Plan what nowcasting costs a training run, without running anything.
 
@@ -100,6 +102,7 @@ def plan(
         period: optimizer updates between nowcasts.
         seconds_per_update: of training; without it there is no overhead. See :func:`estimate_update_seconds`.
         rates: of the machine; by default what was measured on two cores of a CPU, as far as that applies.
+        graph: of the model, if it was wired before: by tracing, if it is of no known family.
 
     Raises:
         NinoError: if a setting is out of range, or the model cannot be wired.
@@ -124,7 +127,9 @@ def plan(
         period=period,
         seconds_per_update=seconds_per_update,
     )
-    graph = NeuralGraph.from_model(model)
+    if graph is None:
+        graph = NeuralGraph.from_model(model)
+    check_graph(graph, model)
     _check_ranks(settings, graph)
     trained = {n: p.numel() for n, p in model.named_parameters() if n in graph.shapes and p.requires_grad}
     if not trained:

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from nino.errors import GraphError
+from nino.errors import GraphError, NinoError
 from nino.graph import compat
 from nino.graph.architectures import adapters, chain, gpt2, llama, per_parameter
 from nino.graph.builder import GraphBuilder
+from nino.graph.dry_run import left_as_it_was, without_weights
 from nino.graph.ir import NeuralGraph
 
 logger = logging.getLogger(__name__)
@@ -51,18 +52,18 @@ def wire(model: nn.Module, wiring: str, example_inputs: Any = None) -> NeuralGra
             return _wire_by_tracing(model, example_inputs)
         except GraphError as error:
             reason = str(error)
-            logger.warning("%s; it is wired by its names and config instead", error)
     try:
-        return _wire_by_family(model)
+        graph = _wire_by_family(model)
     except chain.NotAChainError as error:
         logger.warning(
-            "%s is of no family that Nino knows (%s): each of its parameters becomes a block of its own, so a "
-            "nowcast does not see how they are connected%s",
-            type(model).__name__,
-            error,
+            "%s: each of its parameters becomes a block of its own, so a nowcast does not see how they are connected%s",
+            reason or f"{type(model).__name__} is of no family that Nino knows ({error})",
             "" if reason else "; give example_inputs, and it is wired by tracing",
         )
         return wire_each_alone(model)
+    if reason:
+        logger.warning("%s; it is wired by its names and config instead", reason)
+    return graph
 
 
 def is_known(model: nn.Module) -> bool:
@@ -82,13 +83,30 @@ def wire_each_alone(model: nn.Module) -> NeuralGraph:
 
 
 def _wire_by_tracing(model: nn.Module, example_inputs: Any) -> NeuralGraph:
+    with left_as_it_was(model):
+        try:
+            with without_weights(model):
+                return _trace(model, example_inputs)
+        except Exception:  # it looks at values, or has an operation that the meta device does not
+            return _trace(model, example_inputs)
+
+
+def _trace(model: nn.Module, example_inputs: Any) -> NeuralGraph:
     from nino.graph.tracing import wiring as tracing
 
     builder = GraphBuilder(model)
     if adapters.has_adapters(builder):
         adapters.leave_out_frozen(model, builder)
-    tracing.wire(model, builder, example_inputs)
-    return builder.finish("traced", "exact")
+    try:
+        tracing.wire(model, builder, example_inputs)
+        return builder.finish("traced", "exact")
+    except NinoError:
+        raise
+    except Exception as error:  # a defect of the tracing's must not end a training
+        raise GraphError(
+            f"{type(model).__name__} cannot be traced ({type(error).__name__}: {error}); please report this with the "
+            "model's code"
+        ) from error
 
 
 def _wire_by_family(model: nn.Module) -> NeuralGraph:

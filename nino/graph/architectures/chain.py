@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from nino.errors import GraphError
 from nino.graph.builder import GraphBuilder
+from nino.graph.dry_run import left_as_it_was
 from nino.graph.ir import Axis, EdgeType, NeuronGroup, Slots
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -269,7 +270,8 @@ def _class_of(module: nn.Module | None) -> type:
 def _trace(model: nn.Module) -> list[fx.Node]:
     """The nodes that compute, in order, each reading only the one before."""
     try:
-        graph = _Tracer().trace(model)
+        with left_as_it_was(model):
+            graph = _Tracer().trace(model)
     except Exception as error:  # a forward that fx cannot follow may fail in any way
         raise NotAChainError(
             f"torch.fx cannot follow its forward: {str(error).splitlines()[0] if str(error) else error!r}"

@@ -1,0 +1,193 @@
+"""Prove that models of many architectures are wired right, or your own: trace each, relabel its neurons, compare.
+
+    python scripts/check_architectures.py
+    python scripts/check_architectures.py --only Llama "U-Net"
+    python scripts/check_architectures.py --model my_project.models:build
+
+Without options every architecture of scripts/tasks/architectures.py is checked; the table goes into
+``docs/architectures.md``, all that was found into ``results/architectures/results.json``. ``--model`` names a function
+of yours that returns ``(model, example_inputs)``, and prints the report; nothing is written. The exit code is 1 if a
+model is not wired completely or fails the proof.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import nino
+from nino.check import WiringReport
+from nino.errors import NinoError
+from nino.graph import NeuralGraph
+from tasks.architectures import SPECIMENS
+from tasks.cli import check_output_file, check_output_folder, fail, make_output_folder, run_main
+from tasks.machine import describe_machine
+from tasks.own_model import load_own_model
+from tasks.report import format_markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- table: by scripts/check_architectures.py -->", "<!-- end of the table -->"
+SHORT = {"it is an input of the model": "inputs", "it is an output of the model": "outputs"}
+SHORT |= {"a constant differs along it": "a constant"}
+NAMED = re.compile(r"(\w+) at \S+ ")
+"""Reasons that begin with an operation and its line."""
+
+
+def check(model: nn.Module, inputs: Any) -> tuple[NeuralGraph, WiringReport, dict[str, Any]]:
+    """Trace a model and prove its wiring; also what was found, in numbers."""
+    began = time.perf_counter()
+    graph = NeuralGraph.from_model(model, example_inputs=inputs)
+    seconds = time.perf_counter() - began
+    report = nino.check_wiring(model, inputs, graph=graph)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    wired = sum(prod(shape) for name, shape in graph.shapes.items() if name in trainable)
+    axes, errors = report.groups, [axis.max_error for axis in report.groups if axis.max_error is not None]
+    fixed = [axis for axis in axes if not axis.permutable]
+    found = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in trainable.values()),
+        "wired": wired,
+        "family": graph.family,
+        "groups": len(graph.groups),
+        "axes": len(axes),
+        "permutable": len(axes) - len(fixed),
+        "not permutable": [{"axis": axis.name, "size": axis.size, "reason": axis.reason} for axis in fixed],
+        "blocks": len(graph.blocks),
+        "largest error": max(errors, default=None),
+        "seconds of tracing": round(seconds, 3),
+    }
+    return graph, report, {"failure": failure_of(graph, report, found), **found}
+
+
+def failure_of(graph: NeuralGraph, report: WiringReport, found: dict[str, Any]) -> str:
+    """What is wrong, in one line; nothing if all is well."""
+    if not report.ok:
+        return report.first_failure or "not ok"
+    if graph.family != "traced":
+        return f"it could not be traced, and is wired as {graph.family}"
+    if found["wired"] != found["trainable"]:
+        return f"{found['wired']:,} of {found['trainable']:,} trainable elements are wired"
+    return "" if found["largest error"] is not None else "no axis was found to be permutable"
+
+
+def check_specimen(name: str) -> dict[str, Any]:
+    """A row of the results; what goes wrong is in it."""
+    torch.manual_seed(0)
+    try:
+        _, _, found = check(SPECIMENS[name].build(), SPECIMENS[name].inputs())
+    except Exception as error:  # the others are checked none the less
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        found = {"failure": f"{type(error).__name__}: {reason}"}
+    return {"architecture": name, **found}
+
+
+def in_short(reasons: list[str]) -> str:
+    """Why axes are not permutable: inputs, outputs, or the operation that tells their positions apart."""
+    named = [NAMED.match(reason) for reason in reasons]
+    words = [match[1] if match else SHORT.get(reason, reason) for match, reason in zip(named, reasons, strict=True)]
+    counted = Counter(words)
+    return ", ".join(word if count == 1 else f"{word} x{count}" for word, count in counted.items()) or "-"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of the page."""
+    return format_markdown(
+        [
+            {
+                "architecture": row["architecture"],
+                "parameters": f"{row['parameters']:,}",
+                "groups": row["groups"],
+                "permutable axes": f"{row['permutable']} of {row['axes']}",
+                "not permutable": in_short([axis["reason"] for axis in row["not permutable"]]),
+                "blocks": row["blocks"],
+                "largest error": f"{row['largest error']:.0e}",
+                "seconds": f"{row['seconds of tracing']:.2f}",
+            }
+            for row in rows
+        ]
+    )
+
+
+def with_table(page: str, text: str) -> str:
+    """The page with another table between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
+
+
+def check_own(name: str) -> int:
+    """Print the report of a person's own model."""
+    model, inputs = load_own_model(name)
+    graph, report, found = check(model, inputs)
+    print(
+        f"{type(model).__name__}: {found['parameters']:,} parameters in {found['groups']} groups and {found['blocks']} "
+        f"blocks, wiring {graph.wiring} ({graph.family}), traced in {found['seconds of tracing']:.2f} s"
+    )
+    print(report)
+    if found["failure"] and report.ok:
+        print(found["failure"])
+    return 1 if found["failure"] else 0
+
+
+def check_specimens(names: list[str]) -> list[dict[str, Any]]:
+    """Check them one after another, with a line for each."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers for a name that is given up
+    rows = []
+    for number, name in enumerate(names, start=1):
+        row = check_specimen(name)
+        rows.append(row)
+        verdict = f"FAILED: {row['failure']}" if row["failure"] else f"ok, error {row['largest error']:.0e}"
+        print(f"[{number}/{len(names)}] {name}: {verdict}", flush=True)
+    return rows
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--only", nargs="+", metavar="NAME", help="check these and write nothing")
+    what.add_argument("--model", metavar="MODULE:FUNCTION", help="a function that returns (model, example_inputs)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "architectures", help="folder of results.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "architectures.md", help="that holds the table")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    if args.model is not None:
+        return check_own(args.model)
+    unknown = [name for name in args.only or () if name not in SPECIMENS]
+    if unknown:
+        fail(f"--only: no architecture {unknown[0]!r}; expected some of {', '.join(SPECIMENS)}")
+    if not args.only:
+        check_output_folder("--out", args.out)
+        check_output_file("--page", args.page)
+        page = args.page.read_text() if args.page.exists() else ""
+        if page.count(BEGIN) != 1 or page.count(END) != 1:
+            raise NinoError(f"--page {args.page}: expected a page with the lines {BEGIN} and {END}")
+    rows = check_specimens(args.only or list(SPECIMENS))
+    failed = [row["architecture"] for row in rows if row["failure"]]
+    print(f"{len(rows) - len(failed)} of {len(rows)} architectures are wired completely and pass")
+    if not args.only:
+        make_output_folder("--out", args.out)
+        results = {"machine": describe_machine(), "architectures": rows}
+        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        if not failed:  # the page shows what is proved
+            args.page.write_text(with_table(page, table(rows)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
