@@ -21,7 +21,6 @@ from tiny import mlp, tiny_nowcaster, weights_of
 from torch import nn
 
 from nino import NeuralGraph, NinoError
-from nino.data import build_model
 from tasks.cells import Cell, Clock, learning_rate_factor, make_cell, read_result, train, train_and_write
 from tasks.comparing import (
     Goal,
@@ -320,7 +319,7 @@ def test_tasks_train(task: str, data_folder: Path) -> None:
 
 def test_published_networks() -> None:
     """16-32-32 has 14.5k weights; without padding its first layer makes 15x15 of 32x32."""
-    model = build_model(TASKS["c10-16"].architecture)
+    model = TASKS["c10-16"].build()
     assert sum(parameter.numel() for parameter in model.parameters()) == 14_666
     assert model[0](torch.zeros(1, 3, 32, 32)).shape == (1, 16, 15, 15)  # type: ignore[index]
 
@@ -496,10 +495,10 @@ def test_followers_restart_at_a_jump() -> None:
 
 
 def test_muon_moves_hidden_matrices_in_place() -> None:
-    model = build_model(TASKS["digits-16"].architecture)
+    model = TASKS["digits-16"].build()
     chosen = hidden_matrices(model)
     assert [tuple(p.shape) for p in chosen] == [(16, 1, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3)]
-    transformer = build_model(TASKS["gpt2-2-32"].architecture)
+    transformer = TASKS["gpt2-2-32"].build()
     names = {
         name
         for name, p in transformer.named_parameters()
