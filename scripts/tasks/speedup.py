@@ -203,7 +203,7 @@ TASKS: dict[str, SpeedupTask] = {
     "unet-8": _image_task(
         UNET, _noisy_images, 0.02, 0.35, targets=DENOISING_TARGETS, metric="eval_loss", batch_size=16
     ),
-    "lstm-64": replace(_language_model(LSTM, 0.017, 0.2), learning_rate=1e-2, updates=3_000),
+    "lstm-64": replace(_language_model(LSTM, 0.017, 0.2), learning_rate=2e-2, updates=3_000),
     "digits-16": _digits_task(norm=False),
     "digits-16-norm": _digits_task(norm=True),
 }
