@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tiny import mlp, tiny_nowcaster, weights_of
 from torch import nn
 
 from nino import NeuralGraph, NinoError
+from nino.graph.architectures import is_known
 from tasks.cells import Cell, Clock, learning_rate_factor, make_cell, read_result, train, train_and_write
 from tasks.comparing import (
     Goal,
@@ -40,6 +42,7 @@ from tasks.methods import Rhythm, Setup, check_method, load_jump, parse_method
 from tasks.report import format_markdown
 from tasks.rivals import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, hidden_matrices
 from tasks.speedup import TASKS
+from tasks.task import DenoisingTask
 from tasks.workers import do_all
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_speedup.py"
@@ -332,6 +335,32 @@ def test_batches_are_epochs(data_folder: Path) -> None:
     assert [len(images) for images in epoch] == [8, 8, 4]
     sums = torch.cat(epoch).sum((1, 2, 3)).sort().values
     assert torch.allclose(sums, task.data.train_images.sum((1, 2, 3)).sort().values)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("task", ["convnext-16", "unet-8", "lstm-64"])
+def test_models_of_no_known_family_are_traced(task: str, data_folder: Path) -> None:
+    spec = TASKS[task]
+    model, data = spec.build(), spec.data(data_folder)
+    assert not is_known(model)
+    setup = Setup(parse_method("nino:nino-tiny@period=5", RHYTHM), model, 1e-3, 0.0, 10)
+    batches = data.batches(4, torch.Generator().manual_seed(0))
+    for _ in range(5):
+        setup.optimizer.zero_grad()
+        loss = data.loss(model, next(batches))
+        loss.backward()
+        setup.update(loss)
+    assert setup.optimizer.session.graph.family == "traced"  # type: ignore[attr-defined]
+    assert [report.accepted for report in setup.reports] == [True]
+
+
+def test_noise_is_new_in_training_and_the_same_in_evaluation(data_folder: Path) -> None:
+    task: DenoisingTask = TASKS["unet-8"].data(data_folder)  # type: ignore[assignment]
+    few = replace(task, images=replace(task.images, eval_images=5), noise=0.5)
+    first, second = (few.evaluate(nn.Identity())["eval_loss"] for _ in range(2))
+    assert first == second == pytest.approx(0.25, rel=0.05)  # who does nothing leaves the noise
+    assert len(few.images.held_out()[0]) == 5
+    noises = [noisy - clean for noisy, clean in islice(few.batches(20, torch.Generator().manual_seed(0)), 2)]
+    assert not torch.equal(*(noise.flatten().sort().values for noise in noises))
 
 
 # Methods.
