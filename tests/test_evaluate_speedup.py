@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tiny import mlp, tiny_nowcaster, weights_of
 from torch import nn
 
 from nino import NeuralGraph, NinoError
-from nino.data import build_model
+from nino.graph.architectures import is_known
 from tasks.cells import Cell, Clock, learning_rate_factor, make_cell, read_result, train, train_and_write
 from tasks.comparing import (
     Goal,
@@ -41,6 +42,7 @@ from tasks.methods import Rhythm, Setup, check_method, load_jump, parse_method
 from tasks.report import format_markdown
 from tasks.rivals import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, hidden_matrices
 from tasks.speedup import TASKS
+from tasks.task import DenoisingTask
 from tasks.workers import do_all
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_speedup.py"
@@ -320,7 +322,7 @@ def test_tasks_train(task: str, data_folder: Path) -> None:
 
 def test_published_networks() -> None:
     """16-32-32 has 14.5k weights; without padding its first layer makes 15x15 of 32x32."""
-    model = build_model(TASKS["c10-16"].architecture)
+    model = TASKS["c10-16"].build()
     assert sum(parameter.numel() for parameter in model.parameters()) == 14_666
     assert model[0](torch.zeros(1, 3, 32, 32)).shape == (1, 16, 15, 15)  # type: ignore[index]
 
@@ -333,6 +335,32 @@ def test_batches_are_epochs(data_folder: Path) -> None:
     assert [len(images) for images in epoch] == [8, 8, 4]
     sums = torch.cat(epoch).sum((1, 2, 3)).sort().values
     assert torch.allclose(sums, task.data.train_images.sum((1, 2, 3)).sort().values)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("task", ["convnext-16", "unet-8", "lstm-64"])
+def test_models_of_no_known_family_are_traced(task: str, data_folder: Path) -> None:
+    spec = TASKS[task]
+    model, data = spec.build(), spec.data(data_folder)
+    assert not is_known(model)
+    setup = Setup(parse_method("nino:nino-tiny@period=5", RHYTHM), model, 1e-3, 0.0, 10)
+    batches = data.batches(4, torch.Generator().manual_seed(0))
+    for _ in range(5):
+        setup.optimizer.zero_grad()
+        loss = data.loss(model, next(batches))
+        loss.backward()
+        setup.update(loss)
+    assert setup.optimizer.session.graph.family == "traced"  # type: ignore[attr-defined]
+    assert [report.accepted for report in setup.reports] == [True]
+
+
+def test_noise_is_new_in_training_and_the_same_in_evaluation(data_folder: Path) -> None:
+    task: DenoisingTask = TASKS["unet-8"].data(data_folder)  # type: ignore[assignment]
+    few = replace(task, images=replace(task.images, eval_images=5), noise=0.5)
+    first, second = (few.evaluate(nn.Identity())["eval_loss"] for _ in range(2))
+    assert first == second == pytest.approx(0.25, rel=0.05)  # who does nothing leaves the noise
+    assert len(few.images.held_out()[0]) == 5
+    noises = [noisy - clean for noisy, clean in islice(few.batches(20, torch.Generator().manual_seed(0)), 2)]
+    assert not torch.equal(*(noise.flatten().sort().values for noise in noises))
 
 
 # Methods.
@@ -496,10 +524,10 @@ def test_followers_restart_at_a_jump() -> None:
 
 
 def test_muon_moves_hidden_matrices_in_place() -> None:
-    model = build_model(TASKS["digits-16"].architecture)
+    model = TASKS["digits-16"].build()
     chosen = hidden_matrices(model)
     assert [tuple(p.shape) for p in chosen] == [(16, 1, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3)]
-    transformer = build_model(TASKS["gpt2-2-32"].architecture)
+    transformer = TASKS["gpt2-2-32"].build()
     names = {
         name
         for name, p in transformer.named_parameters()

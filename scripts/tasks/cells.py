@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from nino.data import build_model
 from tasks.methods import Method, Rhythm, Setup, parse_method
 from tasks.speedup import TASKS
 
@@ -118,7 +117,7 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
     spec = TASKS[cell.task]
     task = spec.data(data)
     torch.manual_seed(cell.seed)
-    model = build_model(spec.architecture)
+    model = spec.build()
     # After the model: building a nowcaster draws random numbers.
     method = parse_method(cell.method, cell.rhythm or Rhythm())
     setup = Setup(method, model, cell.learning_rate, spec.weight_decay, cell.updates)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nino.data.architecture import Architecture, describe_sequential
+from nino.data.architecture import Architecture, describe_sequential, describe_transformers
 
 # Columns of the parquet files as `datasets` writes them.
 IMAGE_COLUMNS = ("img", "image")
@@ -61,6 +61,18 @@ def convnet(
     layers += [("AdaptiveAvgPool2d", {"output_size": 1}), ("Flatten", {})]
     layers.append(("Linear", {"in_features": hidden[-1], "out_features": num_classes}))
     return describe_sequential(layers)
+
+
+def convnext(channels: int, hidden: tuple[int, ...], depths: tuple[int, ...], num_classes: int = 10) -> Architecture:
+    """A small ConvNeXt: a stem on patches of four pixels, then stages of depthwise 7x7 convolutions and MLPs."""
+    config = {
+        "num_channels": channels,
+        "num_stages": len(hidden),
+        "hidden_sizes": list(hidden),
+        "depths": list(depths),
+        "num_labels": num_classes,
+    }
+    return describe_transformers("ConvNextForImageClassification", config)
 
 
 def load_parquet_images(name: str, folder: Path, cache: Path, size: int | None = None) -> ImageData:

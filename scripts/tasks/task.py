@@ -42,6 +42,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def logits_of(output: Any) -> Tensor:
+    """What a plain module returns, and what an output of transformers holds."""
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
+
+
 @dataclass(frozen=True)
 class ImageTask:
     """Classify images; half of the training images may be mirrored, and each be shifted by up to some pixels."""
@@ -49,6 +55,8 @@ class ImageTask:
     data: ImageData
     mirror: bool = False
     shift: int = 0
+    eval_images: int | None = None
+    """The first ones only, where evaluating on all takes too long."""
 
     def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Draw training images at random."""
@@ -69,18 +77,55 @@ class ImageTask:
             images = shift_randomly(images, self.shift, generator)
         return images, self.data.train_labels[indices]
 
+    def held_out(self) -> Batch:
+        """Images to evaluate on, and their labels."""
+        return self.data.eval_images[: self.eval_images], self.data.eval_labels[: self.eval_images]
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(model(images), labels)
+        return F.cross_entropy(logits_of(model(images)), labels)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        images, labels = self.data.eval_images, self.data.eval_labels
+        images, labels = self.held_out()
         with evaluation_mode(model):
-            logits = torch.cat([model(part) for part in images.split(EVAL_BATCH)])
+            logits = torch.cat([logits_of(model(part)) for part in images.split(EVAL_BATCH)])
         return {
             "eval_loss": F.cross_entropy(logits, labels).item(),
             "eval_accuracy": (logits.argmax(1) == labels).float().mean().item(),
         }
+
+
+@dataclass(frozen=True)
+class DenoisingTask:
+    """Remove Gaussian noise from images; the loss is the mean squared error."""
+
+    images: ImageTask
+    """Where images come from; labels are ignored."""
+    noise: float
+    """Standard deviation, of pixels with unit variance."""
+
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Draw training images at random: noisy ones, clean ones."""
+        return self._with_noise(self.images.batch(batch_size, generator)[0], generator)
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """All training images in random order, again and again, every time with new noise."""
+        for clean, _ in self.images.batches(batch_size, generator):
+            yield self._with_noise(clean, generator)
+
+    def _with_noise(self, clean: Tensor, generator: torch.Generator) -> Batch:
+        return clean + self.noise * torch.randn(clean.shape, generator=generator), clean
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        noisy, clean = batch
+        return F.mse_loss(model(noisy), clean)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The noise is the same at every call."""
+        noisy, clean = self._with_noise(self.images.held_out()[0], torch.Generator().manual_seed(0))
+        with evaluation_mode(model):
+            cleaned = torch.cat([model(part) for part in noisy.split(EVAL_BATCH)])
+        return {"eval_loss": F.mse_loss(cleaned, clean).item()}
 
 
 @dataclass(frozen=True)
@@ -102,8 +147,8 @@ class TextTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         (tokens,) = batch
-        output: Any = model(input_ids=tokens)
-        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        logits = logits_of(model(input_ids=tokens))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         windows = fixed_windows(self.data.eval_tokens, self.eval_windows, self.length)
