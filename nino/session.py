@@ -338,7 +338,8 @@ class NowcastSession:
         self.restore_point.close()
         self.restore_point = restore_point
         self.batch_norm.resume(batch_norm)
-        self.live.remember()
+        if self._has_begun or len(self.store) or open_report is not None:  # else there is nothing that may go stale
+            self.live.remember()
         self.step = step
         self._losses = deque(losses, maxlen=self.probation.losses_before)
         self._rates = deque(rates, maxlen=self.schedule.context)

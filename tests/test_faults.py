@@ -446,6 +446,31 @@ def test_a_module_that_is_replaced_in_the_probation_is_not_overwritten(caplog: p
     ]
 
 
+@pytest.mark.parametrize("saved_at", [PERIOD + 1, PERIOD + 2], ids=["on probation", "with a snapshot"])
+def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
+    saved_at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run() -> Run:
+        model = mlp()
+        model[0].requires_grad_(False)
+        return Run(model=model, nowcaster=ScriptedNowcaster(lambda newest: {n: v + 30 for n, v in newest.items()}))
+
+    run().train(saved_at).save(tmp_path / "checkpoint.pt")
+    caplog.clear()
+    resumed = run().load(tmp_path / "checkpoint.pt")
+    resumed.model[0].requires_grad_(True)
+    resumed.train(2 * PERIOD)
+
+    unjudged = ", the nowcast after update 6 is not judged" if saved_at == PERIOD + 1 else ""
+    change = f"snapshots start afresh{unjudged}: now trained: 0.bias, 0.weight"
+    expected = [f"the model has changed by update {saved_at}, {change}"]
+    if saved_at == PERIOD + 2:  # of three snapshots one is lost, as in a run that was not interrupted
+        why = "2 of 3 snapshots were taken since the history began"
+        expected.append(f"nowcast after update 12 was refused, training goes on: {why}")
+    assert warnings_in(caplog) == expected
+    assert resumed.optimizer.reports[-1].accepted == (saved_at == PERIOD + 1)
+
+
 def test_a_layer_that_is_frozen_in_the_probation_is_undone_with_the_others() -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
     run.train(PERIOD + 1)
