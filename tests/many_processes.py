@@ -8,6 +8,7 @@ Every function whose name is a scenario's returns numbers, lists and tensors, sa
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
 import time
@@ -339,6 +340,7 @@ def faults(model: nn.Module, network_input: nn.Module) -> Result:
     """One process fails in a nowcast, at one place after another; each time training goes on."""
     results: Result = {}
     optimizer = adam(model)
+    said = lines_of("nino.session")
     step = 0
     for place, (owner, name) in FAULTS.items():
         train(network_input, optimizer, step, step + PERIOD - 1, per_rank=True)
@@ -348,8 +350,19 @@ def faults(model: nn.Module, network_input: nn.Module) -> Result:
             train(network_input, optimizer, step, step + 1, per_rank=True)
         step += 1
     train(network_input, optimizer, step, step + PERIOD, per_rank=True)
-    results["after all"] = {"report": reports_of(optimizer)[-1], "weights": whole_weights(model)}
+    train(network_input, optimizer, step + PERIOD, step + PERIOD + 1, per_rank=True)
+    results["after all"] = {"report": reports_of(optimizer)[-1], "weights": whole_weights(model), "said": [*said]}
     return results
+
+
+def lines_of(name: str) -> list[str]:
+    """What a logger says from now on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    logging.getLogger(name).setLevel(logging.INFO)
+    return lines
 
 
 def recording(optimizer: NowcastOptimizer, results: Result, place: str) -> Callable[[], Any]:

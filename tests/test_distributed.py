@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from many_processes import FAULTS
 from models import CASES
 from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, tiny_nowcaster, weights_of
 from torch import distributed as dist
@@ -71,8 +72,18 @@ def assert_table(results: Results, names: set[str]) -> None:
 
 def assert_refused_together(results: Results, places: list[str], culprit: int = 1) -> None:
     """Whatever fails in one process, and wherever, all refuse and keep their weights; the next nowcast is done."""
+    steps = [PERIOD * number for number in range(1, len(FAULTS) + 1)]
     for rank, found in enumerate(results):
         reason = "CUDA out of memory" if rank == culprit else "another process refused it"
+        said = found["after all"]["said"]
+        refused = [f"nowcast after update {step} was refused, training goes on: {reason}" for step in steps]
+        failed = [place in places for place in FAULTS]
+        if rank in (0, culprit):  # the first process speaks for all; who failed says why
+            lines = [line for line in said if "refused" in line]
+            assert lines == [line for line, has_failed in zip(refused, failed, strict=True) if has_failed]
+        else:
+            assert not any("refused" in line for line in said)
+        assert any("intervals ahead" in line for line in said) == (rank == 0)
         expected = {"accepted": False, "reason": reason, "restored": True}
         assert {place: found[place] for place in places} == dict.fromkeys(places, expected)
         assert found["after all"]["report"][1:] == (True, False, "")

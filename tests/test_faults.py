@@ -537,7 +537,7 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
     assert [report.accepted for report in run.train().optimizer.reports] == [True, True]  # who goes on, goes on
 
 
-def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
     run.train(PERIOD + PROBATION - 1)
     after_update = run.session.after_update
@@ -548,6 +548,27 @@ def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPa
         run.train(PERIOD + PROBATION)
     monkeypatch.undo()
 
+    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert run.optimizer.reports[0].rolled_back and run.session.trust.failures == 1
+    run.save(tmp_path / "checkpoint.pt")  # as who is interrupted does
+    resumed = Run(nowcaster=run.session.nowcaster).load(tmp_path / "checkpoint.pt").train()
+    assert_same(weights_of(resumed.model), weights_of(run.train().model))
+
+
+def test_an_interrupt_between_a_nowcast_and_its_report_puts_the_weights_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run().train(PERIOD - 1)
+    predict = nino.Nowcaster.predict_
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        jump = predict(*arguments, **keywords)
+        signal.raise_signal(signal.SIGINT)
+        return jump
+
+    monkeypatch.setattr(nino.Nowcaster, "predict_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(PERIOD)
+
+    assert run.optimizer.reports == []
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
 
 
