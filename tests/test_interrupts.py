@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -113,6 +112,23 @@ def test_a_signal_anywhere_leaves_all_or_nothing(how: str, number: signal.Signal
             with pytest.raises(error):  # handlers do what they did
                 signal.raise_signal(other)
     assert 50 < place < 1000  # at all of them
+
+
+def test_after_the_first_interrupt_all_others_wait() -> None:
+    seen: list[str] = []
+
+    def action() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGTERM)
+            seen.append("not interrupted again")
+            raise
+
+    with pytest.raises(Terminated):
+        or_undone(action, lambda: seen.append("undone"), lambda _: seen.append("noted"))
+
+    assert seen == ["not interrupted again", "undone"]
 
 
 def test_all_signals_that_were_held_back_are_handled() -> None:
