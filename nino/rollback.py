@@ -46,7 +46,8 @@ class RestorePoint:
     def _store(self) -> SnapshotStore:
         """Made when it is first needed: on disk it takes a folder."""
         if self._made is None:
-            self._made = SnapshotStore(1, self._place, None, self._folder)
+            # It is read at once, and takes several times the memory of a snapshot: not by way of a copy.
+            self._made = SnapshotStore(1, self._place, None, self._folder, in_background=False)
         return self._made
 
     @property

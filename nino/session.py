@@ -270,6 +270,7 @@ class NowcastSession:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session: numbers, lists and tensors only."""
+        self._settle_snapshot()
         return {
             "version": STATE_VERSION,
             "step": self.step,
@@ -360,6 +361,7 @@ class NowcastSession:
         self._forget_history()
 
     def _snapshot(self, learning_rate: float | None) -> None:
+        self._settle_snapshot()
         self._notice_changes()
         if self.live.problem:
             return
@@ -370,11 +372,22 @@ class NowcastSession:
             self.store.append(self.step, self.trainable_parameters())
         except Exception as error:  # most likely no memory or no disk; the run must go on
             self.store.clear()
-            level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
-            self._no_snapshot = str(error) or repr(error)
-            logger.log(level, "no snapshot after update %d, training goes on: %s", self.step, self._no_snapshot)
+            self._say_no_snapshot(self.step, error)
+
+    def _settle_snapshot(self) -> None:
+        """Wait for the newest snapshot, which may still be on its way to the disk."""
+        step = max(self.store.steps, default=None)
+        try:
+            self.store.finish()
+        except Exception as error:
+            self._say_no_snapshot(self.step if step is None else step, error)
         else:
-            self._no_snapshot = ""
+            self._no_snapshot = self._no_snapshot if step is None else ""
+
+    def _say_no_snapshot(self, step: int, error: Exception) -> None:
+        level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
+        self._no_snapshot = str(error) or repr(error)
+        logger.log(level, "no snapshot after update %d, training goes on: %s", step, self._no_snapshot)
 
     def _forget_history(self) -> None:
         self.store.clear()
@@ -466,6 +479,7 @@ class NowcastSession:
 
     def _nowcast(self) -> OpenReport:
         """Nowcast, and open the report of it."""
+        self._settle_snapshot()
         losses = [float(loss) for loss in self._losses]
         horizon, reason = self._horizon()
         report = NowcastReport(

@@ -164,6 +164,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, uninterrupted: dict[str, Tensor]
 ) -> None:
     run = Run(tmp_path / "snapshots", "disk").train(8)
+    run.session.store.finish()
     shutil.rmtree(tmp_path / "snapshots")  # as cleaners of temporary folders do
     run.train()
 
