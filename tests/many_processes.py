@@ -515,6 +515,38 @@ def accelerated() -> Result:
     }
 
 
+def accelerated_resume() -> Result:
+    """Saved with Accelerate in a probation, and resumed; every process has losses of its own."""
+    from accelerate import Accelerator
+
+    accelerator, folder = Accelerator(cpu=DEVICE.type == "cpu"), Path(sys.argv[1])
+
+    def begin(seed: int) -> tuple[nn.Module, NowcastOptimizer]:
+        model = mlp(seed=seed)
+        prepared, optimizer = accelerator.prepare(model, on_probation(model))
+        return prepared, optimizer.optimizer
+
+    def numbers(optimizer: NowcastOptimizer) -> list[dict[str, Any]]:
+        return [{**asdict(report), "seconds": 0} for report in optimizer.reports]
+
+    model, optimizer = begin(0)
+    train(model, optimizer, 0, 14, per_rank=True)
+    accelerator.save_state(str(folder / "state"))
+    optimizer.save_history(folder / "state history")
+    own = optimizer.session.state_dict()["open_report"]["before"]
+    weights = train(model, optimizer, 14, 20, per_rank=True)
+    whole = {"weights": weights, "reports": numbers(optimizer)}
+
+    accelerator.free_memory()
+    model, optimizer = begin(1)
+    accelerator.load_state(str(folder / "state"))
+    in_state = optimizer.session.state_dict()["open_report"]["before"]
+    optimizer.load_history(folder / "state history")
+    weights = train(model, optimizer, 14, 20, per_rank=True)
+    resumed = {"weights": weights, "reports": numbers(optimizer)}
+    return {"whole": whole, "resumed": resumed, "own losses": own, "losses in the state": in_state}
+
+
 def trainer() -> Result:
     """The Trainer's callback; saved in a probation and resumed."""
     import test_callback

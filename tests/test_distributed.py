@@ -216,13 +216,21 @@ def assert_resumed_by_one_process(folder: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    found = launch("accelerate", 2, tmp_path, *scenarios, "unlike_settings", "trainer")
+    found = launch("accelerate", 2, tmp_path, *scenarios, "unlike_settings", "accelerated_resume", "trainer")
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
     refused = "processes train different parameters"
     refused = "processes train different parameters"
     for run in found["unlike_settings"]:
         assert [message[: len(refused)] for message in run["messages"]] == [refused, refused, ""]
+    first, second = found["accelerated_resume"]
+    for run in (first, second):
+        assert [report["rolled_back"] for report in run["whole"]["reports"]] == [True]
+        assert str(run["resumed"]["reports"]) == str(run["whole"]["reports"])
+        for resumed, expected in zip(run["resumed"]["weights"], run["whole"]["weights"], strict=True):
+            assert_same(resumed, expected)
+        assert run["losses in the state"] == first["own losses"]  # Accelerate saves one process's optimizer
+    assert first["own losses"] != second["own losses"]
     first, second = found["trainer"]
     for run in (first, second):
         assert run["whole"]["wrapped"] == "DistributedDataParallel"
