@@ -38,7 +38,9 @@ class Channel:
         self.rank = dist.get_rank() if self.size > 1 else 0
         self.bytes_sent = 0
         """Bytes that this process has put into collectives."""
-        self._is_well = torch.ones(1, dtype=torch.int32, device=device)  # made now: there may be no memory later
+        self.first_failed: int | None = None
+        """The first process that was not well when all were asked last; ``None`` if all were."""
+        self._answer = torch.ones(1, dtype=torch.int32, device=device)  # made now: there may be no memory later
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -87,9 +89,11 @@ class Channel:
     def _are_all_well(self, is_well: bool) -> bool:
         if self.size == 1:
             return is_well
-        self._is_well.fill_(int(is_well))
-        self._run(self._is_well.nbytes, dist.all_reduce, self._is_well, dist.ReduceOp.MIN)
-        return bool(self._is_well.item())
+        self._answer.fill_(self.size if is_well else self.rank)
+        self._run(self._answer.nbytes, dist.all_reduce, self._answer, dist.ReduceOp.MIN)
+        lowest = int(self._answer.item())
+        self.first_failed = lowest if lowest < self.size else None
+        return self.first_failed is None
 
     def _run(self, num_bytes: int, collective: Callable[..., Any], *arguments: Any) -> None:
         _run(collective, *arguments)
@@ -102,6 +106,11 @@ def _run(collective: Callable[..., Any], *arguments: Any) -> None:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostProcessError(f"the processes of this training lost each other ({reason})") from error
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all of the default group."""
+    return num_processes() == 1 or dist.get_rank() == 0
 
 
 def num_processes() -> int:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
-from nino.distributed import Channel, LostProcessError
+from nino.distributed import Channel, LostProcessError, PeerFailureError
 from nino.engine.weights import Jump
 from nino.errors import SnapshotError
 from nino.history import SnapshotStore
+from nino.interrupts import or_undone
 from nino.live_model import LiveModel, write_parameters
 from nino.rollback import RestorePoint
 from nino.shards import local_tensor
 from nino.shared_work import fingerprint, plan_share
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Attempt:
     """Why they did not."""
     seconds: float
     bytes_sent: int
+    is_own_failure: bool = False
+    """Whether it failed in this process, and not in the main one as well."""
 
 
 def attempt_jump(
@@ -38,7 +44,8 @@ def attempt_jump(
     refusal: str = "",
     step: int,
     restore_point: RestorePoint | None,
-) -> Attempt:
+    complete: Callable[[Attempt], R],
+) -> R:
     """Predict from the snapshots into the live weights; whatever goes wrong, they are as they were.
 
     Args:
@@ -48,27 +55,39 @@ def attempt_jump(
         refusal: why this process must not jump; none does then.
         step: optimizer updates done.
         restore_point: if given, takes a copy of all that training changes before the jump.
+        complete: is told how it went. An interrupt before that puts the weights back, a later one waits for it.
+
+    Returns:
+        What ``complete`` returned.
 
     Raises:
         LostProcessError: if another process is gone; the weights are whole.
     """
     began, parameters = time.perf_counter(), live.trainable()
-    channel, before = Channel(live.device), {}
-    try:
-        with channel.together():
-            if refusal:
-                raise SnapshotError(refusal)
-            if restore_point is not None:
-                restore_point.take(step, live.module, parameters, live.optimizer)
-            before = restore_point.weights if restore_point is not None else _backup(parameters, store)
-            jump = _predict(live, store, horizon, parameters, before, channel)
-    except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
+    channel, before = Channel(live.device), dict[str, Tensor]()
+
+    def put_back() -> None:
         if before:
             write_parameters(parameters, before)
-        if isinstance(error, LostProcessError):  # it cannot go on; whoever catches this finds the weights whole
+
+    def attempt() -> Attempt:
+        try:
+            with channel.together():
+                if refusal:
+                    raise SnapshotError(refusal)
+                if restore_point is not None:
+                    restore_point.take(step, live.module, parameters, live.optimizer)
+                before.update(restore_point.weights if restore_point is not None else _backup(parameters, store))
+                jump = _predict(live, store, horizon, parameters, before, channel)
+        except LostProcessError:  # it cannot go on; whoever catches this finds the weights whole
             raise
-        return Attempt(None, str(error) or repr(error), time.perf_counter() - began, channel.bytes_sent)
-    return Attempt(jump, "", time.perf_counter() - began, channel.bytes_sent)
+        except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
+            put_back()
+            is_own = not isinstance(error, PeerFailureError) and channel.first_failed != 0
+            return Attempt(None, str(error) or repr(error), time.perf_counter() - began, channel.bytes_sent, is_own)
+        return Attempt(jump, "", time.perf_counter() - began, channel.bytes_sent)
+
+    return or_undone(attempt, put_back, complete)
 
 
 def _backup(parameters: Mapping[str, nn.Parameter], store: SnapshotStore) -> dict[str, Tensor]:

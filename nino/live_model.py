@@ -59,8 +59,8 @@ class LiveModel:
         self._check()
         self.positions = self.graph.positions(nowcaster.config.num_positions)
         self._shapes = graph_parameters(self.module)
-        self._trained: dict[str, nn.Parameter] = {}
-        """The model's parameters, and those that were trained, when last looked at."""
+        self._trained: dict[str, nn.Parameter] | None = None
+        """The model's parameters, and those that were trained, when last looked at; ``None`` if not looked at yet."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
@@ -94,14 +94,15 @@ class LiveModel:
         """
         refuse_unsupported(self.module)
         self._check()
-        self._trained = self.trainable()
+        if self._trained is None:
+            self._trained = self.trainable()
 
     def changes(self) -> str:
         """What has changed since this was last asked; nothing if nothing did. A model that has is wired again."""
         if self._waits:
             self._trace()
         shapes = graph_parameters(self.module)
-        change = describe_changes(self._shapes, shapes, self._trained, self.trainable())
+        change = describe_changes(self._shapes, shapes, self._trained or {}, self.trainable())
         if change:
             self._wire_again()
         self.remember()

@@ -24,7 +24,7 @@ from nino.engine.tiling import Sizes
 from nino.engine.weights import Jump, PredictionWriter, SnapshotReader, bytes_of_copies
 from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
-from nino.interrupts import held_back
+from nino.interrupts import or_undone
 from nino.model.config import NowcasterConfig
 from nino.model.networks import Network, build_network_with_weights
 from nino.shards import local_tensor
@@ -230,13 +230,14 @@ class Nowcaster:
         live = _live(parameters, graph)
         _check_backup(live, snapshots[-1])
         how = _Computation("blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress, share)
-        try:
-            return self._predict_into(live, snapshots, horizon, graph, positions, how)
-        except BaseException:
-            with held_back():
-                for name, parameter in live.items():
-                    parameter.copy_(snapshots[-1][name])
-            raise
+
+        def put_back() -> None:
+            for name, parameter in live.items():
+                parameter.copy_(snapshots[-1][name])
+
+        return or_undone(
+            lambda: self._predict_into(live, snapshots, horizon, graph, positions, how), put_back, lambda jump: jump
+        )
 
     @torch.no_grad()
     def _predict_into(

@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.errors import SnapshotError
+from nino.hidden_state import put_back_hidden_state, take_hidden_state
 from nino.history import Place, SnapshotStore
 from nino.interrupts import held_back
 from nino.shards import as_sharded, local_tensor, local_tensors
 
 logger = logging.getLogger(__name__)
 
-WEIGHT, BUFFER, OPTIMIZER = "weight", "buffer", "optimizer"
+WEIGHT, BUFFER, OPTIMIZER, HIDDEN = "weight", "buffer", "optimizer", "hidden"
 
 
 class RestorePoint:
     """A copy of everything that training changes in a model and its optimizer.
 
-    Learning rates and whatever else lives in parameter groups are the scheduler's and are not part of it.
+    Learning rates and whatever else lives in parameter groups are the scheduler's and are not part of it. Of an
+    optimizer whose ``state`` is empty, but whose ``state_dict`` holds tensors, all that it saves is part of it.
 
     Args:
         place: where the copies live, as in :class:`nino.history.SnapshotStore`.
@@ -38,13 +40,14 @@ class RestorePoint:
         self._folder = folder
         self._made: SnapshotStore | None = None
         self._numbers: dict[str, Any] = {}
-        """Optimizer state that is not a tensor."""
+        """Optimizer state that is not a tensor; under ``"hidden"`` the outline of a hidden one."""
 
     @property
     def _store(self) -> SnapshotStore:
         """Made when it is first needed: on disk it takes a folder."""
         if self._made is None:
-            self._made = SnapshotStore(1, self._place, None, self._folder)
+            # It is read at once, and takes several times the memory of a snapshot: not by way of a copy.
+            self._made = SnapshotStore(1, self._place, None, self._folder, in_background=False)
         return self._made
 
     @property
@@ -64,7 +67,12 @@ class RestorePoint:
             for key, value in _optimizer_state(parameters, optimizer).items()
             if not isinstance(value, Tensor)
         }
-        self._store.append(step, _live_tensors(model, parameters, optimizer))
+        tensors = _live_tensors(model, parameters, optimizer)
+        outline, hidden = (None, []) if optimizer is None else take_hidden_state(optimizer)
+        if hidden:
+            self._numbers[HIDDEN] = outline
+            tensors |= local_tensors({f"{HIDDEN}/{number}": tensor for number, tensor in enumerate(hidden)})
+        self._store.append(step, tensors)
 
     @torch.no_grad()
     def restore(self, model: nn.Module, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
@@ -84,6 +92,9 @@ class RestorePoint:
                 state = optimizer.state.get(parameter, {})  # type: ignore[union-attr]
                 if state:
                     self._restore_state(name, parameter, state, saved, entries[name])
+            if optimizer is not None and HIDDEN in self._numbers:
+                hidden = {key.removeprefix(f"{HIDDEN}/"): tensor for key, tensor in saved.items()}
+                put_back_hidden_state(optimizer, self._numbers[HIDDEN], hidden)
         if caches:
             names = ", ".join(key.removeprefix(f"{BUFFER}/") for key in sorted(caches)[:3])
             logger.warning("buffers that cannot be written back stay as they are (%d): %s", len(caches), names)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
-from nino.distributed import is_true_everywhere, mean_over_processes, min_over_processes
+from nino.distributed import is_main_process, is_true_everywhere, mean_over_processes, min_over_processes
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.history import Place, SnapshotStore
@@ -199,9 +199,7 @@ class NowcastSession:
             return None
         self._observed.clear()
         self._skipped = 0
-        self.trust = self.trust.after_failure(self.probation)
-        report = self._roll_back(nowcast.with_losses(), "losses are NaN or infinite, so that every update was skipped")
-        return self._complete(report)
+        return self._roll_back(nowcast.with_losses(), "losses are NaN or infinite, so that every update was skipped")
 
     @property
     def snapshot_is_next(self) -> bool:
@@ -234,9 +232,7 @@ class NowcastSession:
         if is_snapshot_step(self.step, self.schedule):
             self._snapshot(learning_rate)
         if is_nowcast_step(self.step, self.schedule):
-            report = self._nowcast().report
-            if not report.accepted:  # what became of it is known already
-                _log(report)
+            self._nowcast()
             self._forget_history()
         return completed
 
@@ -278,6 +274,7 @@ class NowcastSession:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session: numbers, lists and tensors only."""
+        self._settle_snapshot()
         return {
             "version": STATE_VERSION,
             "step": self.step,
@@ -342,7 +339,8 @@ class NowcastSession:
         self.restore_point.close()
         self.restore_point = restore_point
         self.batch_norm.resume(batch_norm)
-        self.live.remember()
+        if self._has_begun or len(self.store) or open_report is not None:  # else there is nothing that may go stale
+            self.live.remember()
         self.step = step
         self._losses = deque(losses, maxlen=self.probation.losses_before)
         self._rates = deque(rates, maxlen=self.schedule.context)
@@ -367,6 +365,7 @@ class NowcastSession:
         self._forget_history()
 
     def _snapshot(self, learning_rate: float | None) -> None:
+        self._settle_snapshot()
         self._notice_changes()
         if self.live.problem:
             return
@@ -377,11 +376,22 @@ class NowcastSession:
             self.store.append(self.step, self.trainable_parameters())
         except Exception as error:  # most likely no memory or no disk; the run must go on
             self.store.clear()
-            level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
-            self._no_snapshot = str(error) or repr(error)
-            logger.log(level, "no snapshot after update %d, training goes on: %s", self.step, self._no_snapshot)
+            self._say_no_snapshot(self.step, error)
+
+    def _settle_snapshot(self) -> None:
+        """Wait for the newest snapshot, which may still be on its way to the disk."""
+        step = max(self.store.steps, default=None)
+        try:
+            self.store.finish()
+        except Exception as error:
+            self._say_no_snapshot(self.step if step is None else step, error)
         else:
-            self._no_snapshot = ""
+            self._no_snapshot = self._no_snapshot if step is None else ""
+
+    def _say_no_snapshot(self, step: int, error: Exception) -> None:
+        level = logging.DEBUG if self._no_snapshot else logging.WARNING  # once until it works again
+        self._no_snapshot = str(error) or repr(error)
+        logger.log(level, "no snapshot after update %d, training goes on: %s", step, self._no_snapshot)
 
     def _forget_history(self) -> None:
         self.store.clear()
@@ -409,18 +419,20 @@ class NowcastSession:
         self._notice_changes()
         if not nowcast.on_probation:  # the model has changed meanwhile
             return self._complete(nowcast.with_losses()) if is_over else None
-        report = self._judge(nowcast, is_over)
-        return self._complete(report) if is_over or report.rolled_back else None
+        return self._judge(nowcast, is_over)
 
     def _complete(self, report: NowcastReport) -> NowcastReport:
-        self._open = None
-        self.reports[-1] = report
-        if report.accepted:
-            _log(report)
+        self._close(report)
         self._tell(report)
         return report
 
+    def _close(self, report: NowcastReport) -> None:
+        self._open = None
+        self.reports[-1] = report
+
     def _tell(self, report: NowcastReport) -> None:
+        if report.accepted and is_main_process():  # others were logged when they were refused, or left out
+            _log(report)
         try:
             if self.on_report is not None:
                 self.on_report(report)
@@ -432,8 +444,8 @@ class NowcastSession:
     def _is_on_probation(self) -> bool:
         return self._open is not None and self._open.on_probation
 
-    def _judge(self, nowcast: OpenReport, is_over: bool) -> NowcastReport:
-        """Keep a nowcast, until its probation is over or for good, or undo it."""
+    def _judge(self, nowcast: OpenReport, is_over: bool) -> NowcastReport | None:
+        """Keep a nowcast, until its probation is over or for good, or undo it; a report if that ends it."""
         after = [float(loss) for loss in nowcast.after]
         report = nowcast.with_losses()
         if is_true_everywhere(bool(after), self.live.device):
@@ -441,14 +453,14 @@ class NowcastSession:
             report = replace(report, loss_after=evidence.after)
             updates = self.step - report.step
             if not has_recovered(evidence, self.probation, updates):
-                self.trust = self.trust.after_failure(self.probation)
                 losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {updates} updates"
                 return self._roll_back(report, losses)
             if is_over:
                 self.trust = self.trust.after_keeping(evidence, self.probation)
-        if is_over:
-            self.restore_point.clear()
-        return report
+        if not is_over:
+            return None
+        self.restore_point.clear()
+        return self._complete(report)
 
     def _of_all(self, losses: list[float]) -> list[float]:
         """The losses of the global batches: the mean over processes, as far back as all remember."""
@@ -456,16 +468,22 @@ class NowcastSession:
         return mean_over_processes(losses[len(losses) - known :], self.live.device)
 
     def _roll_back(self, report: NowcastReport, reason: str) -> NowcastReport:
+        report = replace(report, rolled_back=True, updates_undone=self.step - report.step, reason=reason)
         saved = self.restore_point.weights
         moved = {name: p for name, p in self.model.named_parameters() if name in saved}  # some may be frozen by now
-        self.restore_point.restore(self.model, moved, self.optimizer)
-        self.restore_point.clear()
-        self.batch_norm.end(counts=False)
-        self._forget_history()  # snapshots of the undone weights, if there are any
-        return replace(report, rolled_back=True, updates_undone=self.step - report.step, reason=reason)
+        with held_back():  # once the weights are put back, there is a report of it
+            self.restore_point.restore(self.model, moved, self.optimizer)
+            self.restore_point.clear()
+            self.batch_norm.end(counts=False)
+            self._forget_history()  # snapshots of the undone weights, if there are any
+            self.trust = self.trust.after_failure(self.probation)
+            self._close(report)
+        self._tell(report)
+        return report
 
     def _nowcast(self) -> OpenReport:
         """Nowcast, and open the report of it."""
+        self._settle_snapshot()
         losses = [float(loss) for loss in self._losses]
         horizon, reason = self._horizon()
         report = NowcastReport(
@@ -478,22 +496,29 @@ class NowcastSession:
             loss_before=sum(losses) / len(losses) if losses else math.nan,
         )
         if report.left_out:
+            if is_main_process():
+                _log(report)
             return self._begin_report(OpenReport(report, 1))
         on_probation = is_true_everywhere(self._can_judge(losses), self.live.device)
-        attempt = attempt_jump(
+        return attempt_jump(
             self.live,
             self.store,
             horizon,
             refusal=self._refusal(losses),
             step=self.step,
             restore_point=self.restore_point if on_probation else None,
+            complete=lambda attempt: self._after_attempt(report, attempt, losses if on_probation else None),
         )
-        with held_back():  # once the weights have jumped, there is a report of it
-            report = self._complete_jump(report, attempt)
-            if report.accepted and on_probation:
-                return self._begin_report(OpenReport(report, self.probation.updates, on_probation=True, before=losses))
-            self.restore_point.clear()
-            return self._begin_report(OpenReport(report, 1))
+
+    def _after_attempt(self, report: NowcastReport, attempt: Attempt, judged_by: list[float] | None) -> OpenReport:
+        """Open the report of a jump, or of its refusal; on probation if there are losses to judge it by."""
+        report = self._complete_jump(report, attempt)
+        if not report.accepted and (is_main_process() or attempt.is_own_failure):
+            _log(report)
+        if report.accepted and judged_by is not None:
+            return self._begin_report(OpenReport(report, self.probation.updates, on_probation=True, before=judged_by))
+        self.restore_point.clear()
+        return self._begin_report(OpenReport(report, 1))
 
     def _begin_report(self, report: OpenReport) -> OpenReport:
         self._open = report

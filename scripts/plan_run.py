@@ -127,6 +127,8 @@ def lines_of(name: str, plan: nino.RunPlan, ranks_per_host: int) -> Iterator[str
         host = f"; {size(sharing * memory.kept)} on a host of {sharing} ranks"
     yield row("parameters, there anyway", size(memory.parameters), f"on {settings.device}")
     yield row("snapshots", size(memory.snapshots), f"{plan.context} of {size(memory.snapshot)}, {place}")
+    if memory.under_way:
+        yield row("on its way to the disk", size(memory.under_way), "in host memory, one snapshot at a time")
     yield row("restore point", size(memory.restore_point), f"for probation, {place}")
     yield row("kept in all", size(memory.kept), f"{place}{host}")
     yield row("during a nowcast", size(memory.nowcast), f"at most, on {settings.device}")

@@ -8,6 +8,7 @@ Every function whose name is a scenario's returns numbers, lists and tensors, sa
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
 import time
@@ -340,6 +341,7 @@ def faults(model: nn.Module, network_input: nn.Module) -> Result:
     """One process fails in a nowcast, at one place after another; each time training goes on."""
     results: Result = {}
     optimizer = adam(model)
+    said = lines_of("nino.session")
     step = 0
     for place, (owner, name) in FAULTS.items():
         train(network_input, optimizer, step, step + PERIOD - 1, per_rank=True)
@@ -349,8 +351,19 @@ def faults(model: nn.Module, network_input: nn.Module) -> Result:
             train(network_input, optimizer, step, step + 1, per_rank=True)
         step += 1
     train(network_input, optimizer, step, step + PERIOD, per_rank=True)
-    results["after all"] = {"report": reports_of(optimizer)[-1], "weights": whole_weights(model)}
+    train(network_input, optimizer, step + PERIOD, step + PERIOD + 1, per_rank=True)
+    results["after all"] = {"report": reports_of(optimizer)[-1], "weights": whole_weights(model), "said": [*said]}
     return results
+
+
+def lines_of(name: str) -> list[str]:
+    """What a logger says from now on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    logging.getLogger(name).setLevel(logging.INFO)
+    return lines
 
 
 def recording(optimizer: NowcastOptimizer, results: Result, place: str) -> Callable[[], Any]:
@@ -527,6 +540,38 @@ def accelerated() -> Result:
         "reports": reports_of(inner),
         "bytes": inner.reports[0].bytes_sent,
     }
+
+
+def accelerated_resume() -> Result:
+    """Saved with Accelerate in a probation, and resumed; every process has losses of its own."""
+    from accelerate import Accelerator
+
+    accelerator, folder = Accelerator(cpu=DEVICE.type == "cpu"), Path(sys.argv[1])
+
+    def begin(seed: int) -> tuple[nn.Module, NowcastOptimizer]:
+        model = mlp(seed=seed)
+        prepared, optimizer = accelerator.prepare(model, on_probation(model))
+        return prepared, optimizer.optimizer
+
+    def numbers(optimizer: NowcastOptimizer) -> list[dict[str, Any]]:
+        return [{**asdict(report), "seconds": 0} for report in optimizer.reports]
+
+    model, optimizer = begin(0)
+    train(model, optimizer, 0, 14, per_rank=True)
+    accelerator.save_state(str(folder / "state"))
+    optimizer.save_history(folder / "state history")
+    own = optimizer.session.state_dict()["open_report"]["before"]
+    weights = train(model, optimizer, 14, 20, per_rank=True)
+    whole = {"weights": weights, "reports": numbers(optimizer)}
+
+    accelerator.free_memory()
+    model, optimizer = begin(1)
+    accelerator.load_state(str(folder / "state"))
+    in_state = optimizer.session.state_dict()["open_report"]["before"]
+    optimizer.load_history(folder / "state history")
+    weights = train(model, optimizer, 14, 20, per_rank=True)
+    resumed = {"weights": weights, "reports": numbers(optimizer)}
+    return {"whole": whole, "resumed": resumed, "own losses": own, "losses in the state": in_state}
 
 
 def trainer() -> Result:

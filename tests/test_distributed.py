@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from many_processes import FAULTS
 from models import CASES
 from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, tiny_nowcaster, weights_of
 from torch import distributed as dist
@@ -72,8 +73,18 @@ def assert_table(results: Results, names: set[str]) -> None:
 
 def assert_refused_together(results: Results, places: list[str], culprit: int = 1) -> None:
     """Whatever fails in one process, and wherever, all refuse and keep their weights; the next nowcast is done."""
+    steps = [PERIOD * number for number in range(1, len(FAULTS) + 1)]
     for rank, found in enumerate(results):
         reason = "CUDA out of memory" if rank == culprit else "another process refused it"
+        said = found["after all"]["said"]
+        refused = [f"nowcast after update {step} was refused, training goes on: {reason}" for step in steps]
+        failed = [place in places for place in FAULTS]
+        if rank in (0, culprit):  # the first process speaks for all; who failed says why
+            lines = [line for line in said if "refused" in line]
+            assert lines == [line for line, has_failed in zip(refused, failed, strict=True) if has_failed]
+        else:
+            assert not any("refused" in line for line in said)
+        assert any("intervals ahead" in line for line in said) == (rank == 0)
         expected = {"accepted": False, "reason": reason, "restored": True}
         assert {place: found[place] for place in places} == dict.fromkeys(places, expected)
         assert found["after all"]["report"][1:] == (True, False, "")
@@ -220,7 +231,8 @@ def assert_resumed_by_one_process(folder: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    found = launch("accelerate", 2, tmp_path, *scenarios, "unlike_settings", "traced_replicas", "trainer")
+    named = ("unlike_settings", "traced_replicas", "accelerated_resume", "trainer")
+    found = launch("accelerate", 2, tmp_path, *scenarios, *named)
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
     refused = "processes train different parameters"
@@ -232,6 +244,14 @@ def test_two_replicas(tmp_path: Path) -> None:
         assert run["reports"] == [(PERIOD, True, False, "")]
         assert run["hooks"] == 0
         assert_same(run["weights"], found["traced_replicas"][0]["weights"])
+    first, second = found["accelerated_resume"]
+    for run in (first, second):
+        assert [report["rolled_back"] for report in run["whole"]["reports"]] == [True]
+        assert str(run["resumed"]["reports"]) == str(run["whole"]["reports"])
+        for resumed, expected in zip(run["resumed"]["weights"], run["whole"]["weights"], strict=True):
+            assert_same(resumed, expected)
+        assert run["losses in the state"] == first["own losses"]  # Accelerate saves one process's optimizer
+    assert first["own losses"] != second["own losses"]
     first, second = found["trainer"]
     for run in (first, second):
         assert run["whole"]["wrapped"] == "DistributedDataParallel"

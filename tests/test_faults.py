@@ -164,6 +164,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, uninterrupted: dict[str, Tensor]
 ) -> None:
     run = Run(tmp_path / "snapshots", "disk").train(8)
+    run.session.store.finish()
     shutil.rmtree(tmp_path / "snapshots")  # as cleaners of temporary folders do
     run.train()
 
@@ -446,6 +447,31 @@ def test_a_module_that_is_replaced_in_the_probation_is_not_overwritten(caplog: p
     ]
 
 
+@pytest.mark.parametrize("saved_at", [PERIOD + 1, PERIOD + 2], ids=["on probation", "with a snapshot"])
+def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
+    saved_at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run() -> Run:
+        model = mlp()
+        model[0].requires_grad_(False)
+        return Run(model=model, nowcaster=ScriptedNowcaster(lambda newest: {n: v + 30 for n, v in newest.items()}))
+
+    run().train(saved_at).save(tmp_path / "checkpoint.pt")
+    caplog.clear()
+    resumed = run().load(tmp_path / "checkpoint.pt")
+    resumed.model[0].requires_grad_(True)
+    resumed.train(2 * PERIOD)
+
+    unjudged = ", the nowcast after update 6 is not judged" if saved_at == PERIOD + 1 else ""
+    change = f"snapshots start afresh{unjudged}: now trained: 0.bias, 0.weight"
+    expected = [f"the model has changed by update {saved_at}, {change}"]
+    if saved_at == PERIOD + 2:  # of three snapshots one is lost, as in a run that was not interrupted
+        why = "2 of 3 snapshots were taken since the history began"
+        expected.append(f"nowcast after update 12 was refused, training goes on: {why}")
+    assert warnings_in(caplog) == expected
+    assert resumed.optimizer.reports[-1].accepted == (saved_at == PERIOD + 1)
+
+
 def test_a_layer_that_is_frozen_in_the_probation_is_undone_with_the_others() -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
     run.train(PERIOD + 1)
@@ -512,7 +538,7 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
     assert [report.accepted for report in run.train().optimizer.reports] == [True, True]  # who goes on, goes on
 
 
-def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
     run.train(PERIOD + PROBATION - 1)
     after_update = run.session.after_update
@@ -523,6 +549,27 @@ def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPa
         run.train(PERIOD + PROBATION)
     monkeypatch.undo()
 
+    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert run.optimizer.reports[0].rolled_back and run.session.trust.failures == 1
+    run.save(tmp_path / "checkpoint.pt")  # as who is interrupted does
+    resumed = Run(nowcaster=run.session.nowcaster).load(tmp_path / "checkpoint.pt").train()
+    assert_same(weights_of(resumed.model), weights_of(run.train().model))
+
+
+def test_an_interrupt_between_a_nowcast_and_its_report_puts_the_weights_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run().train(PERIOD - 1)
+    predict = nino.Nowcaster.predict_
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        jump = predict(*arguments, **keywords)
+        signal.raise_signal(signal.SIGINT)
+        return jump
+
+    monkeypatch.setattr(nino.Nowcaster, "predict_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(PERIOD)
+
+    assert run.optimizer.reports == []
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from nino import NinoError, SnapshotError
 from nino.history import SnapshotStore
 from nino.history.copying import SideStreamCopier
 from nino.history.disk import FORMATS
+from nino.history.writing import PartialFile
 
 State = dict[str, Any]
 PLACES = ["cpu", "device", "disk"]
@@ -297,12 +300,13 @@ def test_a_failed_copy_forgets_everything_and_gives_memory_back(monkeypatch: pyt
 def test_a_file_per_snapshot(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "if missing"
     store = fill(store_in("disk", folder), 1, 2)
+    store.finish()
 
     assert files_in(folder) == ["snapshot-000001.safetensors", "snapshot-000002.safetensors"]
     for value, path in enumerate(sorted(folder.rglob("*.safetensors")), 1):
         assert_same(load_file(path), parameters(value))
 
-    fill(store, 3, 4)
+    fill(store, 3, 4).finish()
     assert files_in(folder) == [f"snapshot-00000{number}.safetensors" for number in (2, 3, 4)]
     store.clear()
     assert files_in(folder) == []
@@ -331,14 +335,14 @@ def test_reading_from_disk_takes_no_memory_of_the_process(tmp_path: Path) -> Non
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
     store = store_in("disk", tmp_path)
-    weight = torch.ones(8_000_000)  # 32 MB
+    weight = torch.ones(10_000_000)  # 40 MB: smaller blocks the allocator would hold for later
     before = memory()
 
     for step in range(3):
         store.append(step, {"weight": weight})
     total = sum(snapshot["weight"].sum().item() for snapshot in store.snapshots)
 
-    assert total == 3 * 8_000_000
+    assert total == 3 * 10_000_000
     assert memory() - before < 16_000_000
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
 
@@ -356,8 +360,102 @@ def test_a_full_disk_costs_the_history_and_nothing_else(tmp_path: Path) -> None:
     assert values(fill(store, 3, 4)) == [3, 4]
 
 
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Files are completed when this event is set, and not before."""
+    event, complete = threading.Event(), PartialFile.complete
+
+    def completed(self: PartialFile, tensors: Any) -> None:
+        assert event.wait(60)
+        complete(self, tensors)
+
+    monkeypatch.setattr(PartialFile, "complete", completed)
+    yield event
+    event.set()
+
+
+def test_a_file_is_written_while_training_goes_on(slow_disk: threading.Event, tmp_path: Path) -> None:
+    store, live = store_in("disk", tmp_path), parameters(1)
+    store.append(1, live)
+    live["weight"].add_(1)  # the copy is of before
+    assert files_in(tmp_path) == ["snapshot-000001.part"]
+    assert (len(store), store.exact, store.nbytes) == (1, True, 4 * (6 + 3))
+
+    threading.Timer(0.05, slow_disk.set).start()
+    store.append(2, live)  # waits: there is never more than one copy on its way
+    assert files_in(tmp_path)[0] == "snapshot-000001.safetensors"
+    assert values(store) == [1, 2]
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or "snapshot-000002" in maps.read_text()  # the copy has made room for the file
+
+
+@pytest.mark.parametrize("leave", ["clear", "close", "forget", "replace"])
+def test_what_nobody_wants_is_written_and_deleted(leave: str, slow_disk: threading.Event, tmp_path: Path) -> None:
+    store: Any = fill(store_in("disk", tmp_path), 1)
+    threading.Timer(0.05, slow_disk.set).start()
+    if leave == "forget":
+        del store
+        gc.collect()
+    elif leave == "replace":
+        store.load_state_dict({"steps": [], "snapshots": [], "exact": []}, parameters(0))
+    else:
+        getattr(store, leave)()
+
+    assert files_in(tmp_path) == []
+    assert len(list(tmp_path.iterdir())) == (leave in ("clear", "replace"))
+
+
+def test_an_error_while_a_file_is_written_is_raised_at_the_next_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uses: list[Callable[[SnapshotStore], Any]] = [
+        lambda store: store.snapshots,
+        lambda store: store.state_dict(),
+        lambda store: fill(store, 2),
+        lambda store: store.finish(),
+    ]
+    for use in uses:
+        store = fill(store_in("disk", tmp_path), 1)
+        store.finish()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", _no_room)
+            fill(store, 2)
+            store._keeper._writer.wait()  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match="No space left on device"):
+            use(store)
+        assert (len(store), store.steps, files_in(tmp_path)) == (0, [], [])
+        assert values(fill(store, 3, 4)) == [3, 4]
+        store.close()
+
+
+def _no_room(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_session_names_the_snapshot_that_did_not_reach_the_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = nino.NowcastSession(
+        mlp(), tiny_nowcaster(), period=PERIOD, snapshots_on="disk", snapshot_folder=tmp_path / "snapshots"
+    )
+    with monkeypatch.context() as patch:  # the disk takes the file but not its last byte
+        patch.setattr(os, "replace", _no_room)
+        for _ in range(4):
+            session.after_update()
+        assert session.state_dict()["history"]["steps"] == []  # a checkpoint is saved meanwhile
+    for _ in range(4, 2 * PERIOD):
+        session.after_update()
+
+    assert caplog.messages[:2] == [
+        "no snapshot after update 2, training goes on: [Errno 28] No space left on device",
+        "nowcast after update 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
+    ]
+    assert [report.accepted for report in session.reports] == [False, True]
+
+
 def test_a_folder_that_is_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
     store = fill(store_in("disk", tmp_path), 1)
+    store.finish()
     [folder] = tmp_path.iterdir()
     for path in folder.iterdir():
         path.unlink()
@@ -448,15 +546,16 @@ def test_a_process_that_ends_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_leaves_its_parents_files_alone(tmp_path: Path) -> None:
+def test_a_forked_child_leaves_its_parents_files_alone(slow_disk: threading.Event, tmp_path: Path) -> None:
     store = fill(store_in("disk", tmp_path), 1)
 
     child = os.fork()
-    if child == 0:  # as a data loader's worker
+    if child == 0:  # as a data loader's worker; if the file is on its way, that is its parent's business
         del store
         gc.collect()
         os._exit(0)
-    os.waitpid(child, 0)
+    slow_disk.set()
+    assert os.waitpid(child, 0)[1] == 0
 
     assert values(fill(store, 2)) == [1, 2]
     assert len(files_in(tmp_path)) == 2

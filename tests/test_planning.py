@@ -165,6 +165,11 @@ def test_a_nowcast_moves_snapshots_only_to_another_memory() -> None:
     assert moved(device="cpu") == 0 == moved(device="cuda", snapshots_on="device")
 
 
+def test_a_snapshot_on_its_way_to_the_disk_takes_host_memory() -> None:
+    plans = {place: nino.plan(nn.Linear(10, 10), snapshots_on=place).memory for place in ("cpu", "device", "disk")}
+    assert {place: plan.under_way for place, plan in plans.items()} == {"cpu": 0, "device": 0, "disk": 440}
+
+
 def test_the_fullest_rank_holds_what_fsdp2_deals_to_it() -> None:
     """Ten rows over four ranks: 3, 3, 3, 1. A parameter with fewer rows than ranks is one row on the first."""
     model = nn.Sequential(nn.Linear(7, 10), nn.Linear(10, 2))

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,6 +152,72 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
 
     _train(model, optimizer, PERIOD + R, 2 * PERIOD)
     assert [r.horizon for r in optimizer.reports] == [3, 2]  # round(3 * 0.5) = 2
+
+
+class Private(torch.optim.Optimizer):
+    """Trains matrices with one optimizer and vectors with another, and shows their state in ``state_dict`` only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        matrices, vectors = (
+            [p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False)
+        )
+        self._parts = (torch.optim.SGD(matrices, lr=1e-3, momentum=0.9), torch.optim.AdamW(vectors, lr=1e-3))
+        super().__init__([{"params": matrices}, {"params": vectors}], {"lr": 1e-3})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            part.param_groups[0]["lr"] = group["lr"]
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self._parts], "param_groups": self.param_groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.param_groups = state_dict["param_groups"]
+        for part, saved in zip(self._parts, state_dict["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("is_resumed", [False, True], ids=["in one go", "resumed"])
+def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bool, place: Any, tmp_path: Path) -> None:
+    def wrapped(model: nn.Module) -> NowcastOptimizer:
+        settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
+        return NowcastOptimizer(
+            Private(model), model, ScriptedNowcaster(add(3)), period=PERIOD, probation=R, **settings
+        )
+
+    model, plain = mlp(), mlp()
+    optimizer, other = wrapped(model), Private(plain)
+    _train(model, optimizer, 0, PERIOD)
+    for group in optimizer.param_groups:  # as a scheduler does
+        group["lr"] = 7e-4
+    _train(model, optimizer, PERIOD, PERIOD + R - 1)
+    if is_resumed:
+        weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        model = mlp(seed=1)
+        optimizer = wrapped(model)
+        model.load_state_dict(weights)
+        state["param_groups"] = [{**group, "lr": 7e-4} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+    _train(model, optimizer, PERIOD + R - 1, PERIOD + R)
+    _train(plain, other, 0, PERIOD)
+
+    assert optimizer.reports[-1].rolled_back
+    assert_same(weights_of(model), weights_of(plain))
+    for part, expected in zip(optimizer.optimizer._parts, other._parts, strict=True):  # type: ignore[attr-defined]
+        states = [list(each.state.values()) for each in (part, expected)]
+        assert len(states[0]) == len(states[1]) == 2
+        for mine, its in zip(*states, strict=True):
+            assert_same(mine, its)
+    assert [group["lr"] for group in optimizer.param_groups] == [7e-4, 7e-4]
+    # 44 weights; of 36 in matrices one moment, of 8 in two vectors two moments and a counter.
+    assert optimizer.reports[-1].restore_bytes == 4 * (44 + 36 + 2 * 8 + 2)
+    for a, b in ((model, optimizer), (plain, other)):
+        for group in b.param_groups:
+            group["lr"] = 1e-3
+        _train(a, b, PERIOD, PERIOD + 3)
+    assert_same(weights_of(model), weights_of(plain))
 
 
 class Caching(nn.Module):

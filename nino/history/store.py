@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +32,7 @@ class SnapshotStore:
         dtype: floating point format of the copies; ``None`` keeps the parameters' own.
         folder: for ``"disk"``, a folder in which this store makes one of its own. That goes with the store or the
             process; if the process is killed, with the next store in the same folder on the same host.
+        in_background: whether a file on disk is written while training goes on, from a copy in host memory.
 
     Raises:
         SnapshotError: if the place is unknown, the format is not of floating point, or the folder is missing, unusable
@@ -43,6 +45,7 @@ class SnapshotStore:
         place: Place = "cpu",
         dtype: torch.dtype | None = None,
         folder: str | Path | None = None,
+        in_background: bool = True,
     ) -> None:
         self.context = context
         self.place = place
@@ -50,7 +53,8 @@ class SnapshotStore:
         self.folder = folder
         self.steps: list[int] = []
         self._kept: list[Kept] = []
-        self._keeper = _keeper(place, dtype, folder)
+        self.in_background = in_background
+        self._keeper = _keeper(place, dtype, folder, in_background)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -62,8 +66,12 @@ class SnapshotStore:
 
     @property
     def snapshots(self) -> list[dict[str, Tensor]]:
-        """The snapshots, oldest first; not to be changed, and to be used before the next :meth:`append`."""
-        self._keeper.finish()
+        """The snapshots, oldest first; not to be changed, and to be used before the next :meth:`append`.
+
+        Raises:
+            OSError: as :meth:`finish`.
+        """
+        self.finish()
         return [dict(kept.tensors) for kept in self._kept]
 
     @property
@@ -89,12 +97,23 @@ class SnapshotStore:
         try:
             kept = self._copy(parameters)
         except BaseException:
-            self.clear()
-            self._keeper.trim()
+            self._forget()
             raise
         kept.is_exact = all(kept.tensors[name].dtype == value.dtype for name, value in parameters.items())
         self._kept.append(kept)
         self.steps.append(step)
+
+    def finish(self) -> None:
+        """Block until the newest snapshot is complete.
+
+        Raises:
+            OSError: if it could not be written to disk; all snapshots are forgotten then.
+        """
+        try:
+            self._keeper.finish()
+        except Exception:
+            self._forget()
+            raise
 
     def wait(self) -> None:
         """Make the devices' coming work wait for copies that are under way; does not block."""
@@ -139,10 +158,13 @@ class SnapshotStore:
         if lacking:
             self.clear()
             return lacking
+        with contextlib.suppress(OSError):  # the history that this one takes the place of
+            self.finish()
         copies: list[Kept] = []
         try:
             for snapshot, was_exact in zip(state["snapshots"], exact, strict=True):
                 copies.append(self._copy_saved(snapshot, was_exact, parameters))
+            self._keeper.finish()
         except (OSError, RuntimeError) as error:
             for copy in copies:
                 self._keeper.release(copy)
@@ -154,6 +176,7 @@ class SnapshotStore:
 
     def __getstate__(self) -> dict[str, Any]:
         settings = {"context": self.context, "place": self.place, "dtype": self.dtype, "folder": self.folder}
+        settings["in_background"] = self.in_background
         return {"settings": settings, "history": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,6 +186,11 @@ class SnapshotStore:
         for copy, is_exact in zip(copies, history["exact"], strict=True):
             copy.is_exact = is_exact
         self._replace(history["steps"], copies)
+
+    def _forget(self) -> None:
+        """Forget everything and hold no memory for later."""
+        self.clear()
+        self._keeper.trim()
 
     def _copy(self, parameters: Mapping[str, Tensor]) -> Kept:
         return self._keeper.keep(parameters)
@@ -205,7 +233,7 @@ def _check_state(
     return steps, exact
 
 
-def _keeper(place: Place, dtype: torch.dtype | None, folder: str | Path | None) -> Keeper:
+def _keeper(place: Place, dtype: torch.dtype | None, folder: str | Path | None, in_background: bool) -> Keeper:
     if place not in get_args(Place):
         raise SnapshotError(
             f"snapshots live on 'cpu', on the parameters' 'device' or on 'disk', got snapshots_on={place!r}"
@@ -218,4 +246,4 @@ def _keeper(place: Place, dtype: torch.dtype | None, folder: str | Path | None) 
         return MemoryKeeper(on_host=place == "cpu", dtype=dtype)
     if folder is None:
         raise SnapshotError("snapshots on 'disk' need a snapshot_folder to be written to")
-    return DiskKeeper(Path(folder), dtype)
+    return DiskKeeper(Path(folder), dtype, in_background)

@@ -32,6 +32,8 @@ class MemoryPlan:
     """One snapshot, of what it holds of the trained parameters."""
     snapshots: int
     """As many as a nowcast reads; kept all the time."""
+    under_way: int
+    """Host memory for the one snapshot that is being written to disk while training goes on; 0 in other places."""
     restore_point: int
     """Copies of parameters, buffers and optimizer state, kept where the snapshots are; 0 without probation."""
     backup: int
@@ -80,6 +82,7 @@ def plan_memory(
         trained=weights,
         snapshot=snapshot,
         snapshots=config.context * snapshot,
+        under_way=snapshot if settings.snapshots_on == "disk" else 0,
         restore_point=restore_point,
         backup=0 if has_exact_copy else weights,
         nowcast=_nowcast_bytes(graph, config, torch.device(settings.device)),
