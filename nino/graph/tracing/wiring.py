@@ -194,6 +194,9 @@ class _Assembler:
         shape = self.builder.shapes[wire_.parameter]
         scattered = [along for side in sides for along in _scattered(side, shape)]
         held = list(dict.fromkeys([*held, *scattered]))
+        for one in held:  # and what they lie within
+            outer = self._within.get(one.axis)
+            held += [along for side in sides for along in side if along.axis is outer and along not in held]
         for choice in combinations(*(range(one.axis.size) for one in held)):
             yield dict(zip(held, choice, strict=True))
 
@@ -281,11 +284,11 @@ def _outer_axes(axes: Axes, wires: Sequence[Wire], links: Sequence[Link]) -> dic
     """For an axis that never occurs without another one: that one, along which it may be relabelled separately."""
     wanted = {along.axis for wire_ in wires for along in wire_.along if along.side is not Side.KERNEL}
     together: dict[Index, set[Index]] = {}
-    order: dict[Index, int] = {}
+    storage = dict.fromkeys(along.axis for wire_ in wires for along in wire_.along)
+    order = {index: place for place, index in enumerate(storage)}
     for found in (*axes.occurrences(), *_sides_of(wires, links)):
         once = {index for index in found if index in wanted and found.count(index) == 1}
         for index in (index for index in found if index in wanted):
-            order.setdefault(index, len(order))
             together[index] = together.get(index, once) & (once | {index})
     outer: dict[Index, Index] = {}
     for index, others in together.items():
