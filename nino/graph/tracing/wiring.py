@@ -196,10 +196,11 @@ class _Assembler:
     ) -> Iterator[dict[Along, int]]:
         """Indices at which axes are held, so that the slots of each side lie at equal distances in memory."""
         shape = self.builder.shapes[wire_.parameter]
-        held = list(dict.fromkeys([*held, *(along for side in sides for along in _scattered(side, shape))]))
-        for side in sides:  # what is relabelled separately for every index of an axis is held together with it
-            outer = {self._within.get(along.axis) for along in held if along in side}
-            held += [along for along in side if along.axis in outer and along not in held]
+        scattered = [along for side in sides for along in _scattered(side, shape)]
+        held = list(dict.fromkeys([*held, *scattered]))
+        for one in held:  # and what they lie within
+            outer = self._within.get(one.axis)
+            held += [along for side in sides for along in side if along.axis is outer and along not in held]
         for choice in combinations(*(range(one.axis.size) for one in held)):
             yield dict(zip(held, choice, strict=True))
 
@@ -301,11 +302,11 @@ def _outer_axes(axes: Axes, wires: Sequence[Wire], links: Sequence[Link]) -> dic
     """For an axis that never occurs without another one: that one, along which it may be relabelled separately."""
     wanted = {along.axis for wire_ in wires for along in wire_.along if along.side is not Side.KERNEL}
     together: dict[Index, set[Index]] = {}
-    order: dict[Index, int] = {}
+    storage = dict.fromkeys(along.axis for wire_ in wires for along in wire_.along)
+    order = {index: place for place, index in enumerate(storage)}
     for found in (*axes.occurrences(), *_sides_of(wires, links)):
         once = {index for index in found if index in wanted and found.count(index) == 1}
         for index in (index for index in found if index in wanted):
-            order.setdefault(index, len(order))
             together[index] = together.get(index, once) & (once | {index})
     outer: dict[Index, Index] = {}
     for index, others in together.items():

@@ -54,9 +54,10 @@ class Board:
         self.words: set[Value] = set()
 
     def labels(self, value: Value) -> Labels:
-        """The labels of a value; those of a parameter are zero."""
+        """The labels of a value; those of a parameter are zero, and take no memory."""
         if value not in self._labels:
-            self._labels[value] = torch.zeros(value.shape)
+            is_weight = self.is_weight(value)
+            self._labels[value] = torch.zeros(()).expand(value.shape) if is_weight else torch.zeros(value.shape)
         return self._labels[value]
 
     def put(self, value: Value, labels: Labels) -> None:
@@ -108,7 +109,7 @@ class Board:
 
     def joined(self, parts: Sequence[Labels], connect: bool = True) -> Labels:
         """Labels of neurons that are combined one by one, or (without ``connect``) that play the same part."""
-        parts = [part for part in map(self.current, parts) if bool((part != 0).any())]
+        parts = [part for part in map(self.current, parts) if distinct(part)]
         if not parts:
             return torch.zeros(())
         out = parts[0]
@@ -122,8 +123,9 @@ class Board:
         both = (a > 0) & (b > 0) & (a != b)
         if not bool(both.any()):
             return out
-        pairs = torch.unique(torch.stack([a[both], b[both]]), dim=1)
-        for first, second in pairs.T.tolist():
+        count = len(self.neurons.groups) + 1
+        for pair in torch.unique(a[both].double() * count + b[both]).tolist():
+            first, second = divmod(pair, count)
             joined = self._join(self.group(first), self.group(second), connect)
             out = torch.where(both & (a == first) & (b == second), float(joined.number), out)
         return self.current(out)

@@ -46,7 +46,7 @@ def reduce(board: Board, call: Call) -> None:
 
 def _reduced(board: Board, call: Call, output: Value) -> Labels:
     kept = set(axes_of(board.axes.of(output)))
-    values = [value for value in call.inputs if bool((board.labels(value) != 0).any())]
+    values = [value for value in call.inputs if distinct(board.labels(value))]
     if not values:
         return torch.zeros(output.shape)
     value = max(values, key=lambda value: len(kept & set(axes_of(board.axes.of(value)))))
@@ -80,5 +80,5 @@ def normalise(board: Board, call: Call) -> None:
         gain = call.arguments.get(name)
         if isinstance(gain, Value) and board.is_weight(gain):
             trailing = 0 if call.name in LAYER_NORMS else len(shape) - 2
-            labels = put_onto(board, gain, labels, edge_type, shape, trailing)
+            labels = put_onto(board, gain, labels, edge_type, shape, trailing, is_norm=True)
     board.set(call, [labels, *(torch.zeros(other.shape) for other in call.outputs[1:])])
