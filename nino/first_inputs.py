@@ -75,7 +75,7 @@ class FirstInputs:
 
     # In a model that is compiled later this runs outside of the graph: there is nothing to compile. The public
     # torch.compiler.disable would import the compiler, and with it half of what is installed, with this file.
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end_watch()
         try:
