@@ -95,8 +95,11 @@ def product(parts: Sequence[Index]) -> Index:
 
 
 def summed(parts: Sequence[Index]) -> Index:
-    """The sum of indices, in this order."""
+    """The sum of indices, in this order; of pinned ones it does not matter what they were."""
     parts = [part for part in parts if part.size != 0]
+    reasons = [find(part).pinned for part in parts if part.size > 1]
+    if len(parts) > 1 and reasons and all(reasons):
+        return Index(sum(part.size for part in parts), pinned=reasons[0])
     return parts[0] if len(parts) == 1 else Index(sum(p.size for p in parts), Form.SUM, tuple(parts))
 
 
@@ -128,6 +131,9 @@ def _unify(a: Index, b: Index) -> None:
     a, b = find(a), find(b)
     a.is_used = b.is_used = True
     if a is b:
+        return
+    if a.pinned and b.pinned and a.size == b.size:  # there is nothing to learn from what they are made of
+        a.merged = b
         return
     if a.size != b.size:
         raise MismatchError(f"{a} and {b} differ in size")
@@ -267,6 +273,8 @@ def cut(index: Index, sizes: Sequence[int]) -> list[Index]:
         return [find(index)]
     settle(index)
     root = find(index)
+    if root.pinned:
+        return [Index(size, pinned=root.pinned) for size in sizes]
     if sum(sizes) != root.size:
         raise MismatchError(f"{root} has no pieces of {', '.join(map(str, sizes))}")
     if root.form is Form.ATOM:
@@ -390,14 +398,9 @@ def _cut_sum(root: Index, sizes: Sequence[int]) -> list[Index]:
 
 
 def is_axis(index: Index) -> bool:
-    """Whether an index counts as one axis: an atom, or pinned halves that an operation mixed (rotary dimensions)."""
+    """Whether an index counts as one axis: an atom, or a sum that was pinned as a whole (rotary dimensions)."""
     root = find(index)
-    if root.form is not Form.SUM:
-        return root.form is Form.ATOM
-    parts = [find(part) for part in root.parts if part.size > 1]
-    if not parts:
-        return bool(root.pinned)
-    return len(parts) == len(root.parts) and len({id(part) for part in parts}) == 1 and bool(parts[0].pinned)
+    return root.form is Form.ATOM or (root.form is Form.SUM and bool(root.pinned))
 
 
 def why_pinned(axis: Index) -> str:
