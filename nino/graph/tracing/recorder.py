@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nino.errors import GraphError, NinoError
+from nino.shards import is_dtensor
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 """Source lines in these folders are not where a person's model does something."""
@@ -107,7 +107,7 @@ def record(model: nn.Module, example_inputs: Any) -> Trace:
         GraphError: if the model does not run on the inputs, naming the operation and the line.
     """
     args, kwargs = as_arguments(example_inputs)
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
         raise GraphError(
             f"{type(model).__name__} is sharded and cannot be traced: wire it before fully_shard, with "
             "NeuralGraph.from_model(model, example_inputs=...), and pass that graph on"

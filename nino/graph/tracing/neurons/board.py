@@ -21,7 +21,11 @@ def distinct(labels: Labels) -> list[float]:
     for dim, stride in enumerate(labels.stride()):
         if stride == 0 and labels.shape[dim] > 1:
             labels = labels.narrow(dim, 0, 1)
-    return [number for number in torch.unique(labels).tolist() if number != 0]
+    if not labels.numel():
+        return []
+    lowest, highest = (bound.item() for bound in labels.aminmax())
+    found = [lowest] if lowest == highest else torch.unique(labels).tolist()
+    return [number for number in found if number != 0]
 
 
 Labels = Tensor
