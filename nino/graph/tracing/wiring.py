@@ -17,6 +17,7 @@ from nino.graph.ir import Axis, BlockKind, EdgeType, NeuronGroup, Slots
 from nino.graph.tracing.axes import Axes
 from nino.graph.tracing.indices import Index, is_pinned, pin, why_pinned
 from nino.graph.tracing.neurons import find_neurons
+from nino.graph.tracing.neurons.board import MOST_REACHING
 from nino.graph.tracing.neurons.records import Along, Group, Link, Neurons, Side, Wire
 from nino.graph.tracing.recorder import Trace, record
 
@@ -171,13 +172,16 @@ class _Assembler:
         self._blocks(wire_, reads, feeds, shared, source, target, wire_.type)
 
     def _narrowed(self, source: Group, read: Sequence[Along], name: str) -> Group:
-        """A group with just the axes that a weight reads, where the neurons have more."""
+        """A group with just the axes that a weight reads, where the neurons have more, or others (places alone)."""
         axes = tuple(index for index in source.axes if any(along.axis is index for along in read))
         if len(axes) == len(source.axes):
             return source
+        axes = axes or tuple(dict.fromkeys(along.axis for along in read))
         if (source, axes) not in self._adapted:
             group = self._adapted[source, axes] = self._new_group(name, axes)
-            self.links.append(Link(f"{name} read", source, group, source.axes, EdgeType.HEAD))
+            every = tuple(dict.fromkeys((*source.axes, *axes)))
+            if prod(index.size for index in every) <= MOST_REACHING:
+                self.links.append(Link(f"{name} read", source, group, every, EdgeType.HEAD))
         return self._adapted[source, axes]
 
     def _blocks(
