@@ -47,6 +47,8 @@ class Board:
         neurons: the result, as it grows.
         pieces: per parameter its parts along whose dimensions nothing changes its meaning.
         views: per value that depends on parameters alone, those that it still is a strided view of.
+        origins: per value that depends on parameters alone, which these are.
+        neurons_of: parameters that are neurons themselves (learned queries).
         wired: what joins each piece, by parameter and start.
         words: integers that came in as they are: words, not positions that were counted.
     """
@@ -61,6 +63,8 @@ class Board:
         self.views: dict[Value, dict[str, Tensor]] = {
             value: {name: torch.empty(value.shape, device="meta")} for name, value in trace.parameters.items()
         }
+        self.origins = {value: {name} for name, value in trace.parameters.items()}
+        self.neurons_of: dict[str, Group] = {}
         self.wired: dict[tuple[str, tuple[int, ...]], Wire] = {}
         self.words: set[Value] = set()
 
