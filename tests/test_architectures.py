@@ -8,7 +8,6 @@ from functools import cache
 
 import pytest
 import torch
-from tasks.architectures import SPECIMENS
 from test_symmetry import nowcaster, snapshots_of
 from torch import nn
 
@@ -17,6 +16,7 @@ from nino import NeuralGraph
 from nino.graph.builder import GraphBuilder
 from nino.graph.symmetry import permutable_axes, random_relabelling, relabel
 from nino.graph.tracing.wiring import wire
+from tasks.architectures import SPECIMENS
 
 PERMUTABLE: dict[str, dict[int, int]] = {
     "Llama": {2: 4, 4: 2, 16: 1, 24: 2},
@@ -87,7 +87,7 @@ PERMUTABLE: dict[str, dict[int, int]] = {
     "Gated state space": {6: 1},
 }
 """Of each specimen the sizes of the axes that may be relabelled, and how many there are of each: the stream, what is
-hidden in every layer, heads, their dimensions (of queries and keys together, unless they are rotated, and of values)."""
+hidden in every layer, heads, their dimensions (those of queries and keys together, unless rotated, and of values)."""
 EXPECTED_REASONS = (
     "it is an input of the model",
     "it is an output of the model",

@@ -1,8 +1,7 @@
-"""Tracing claims no symmetry that does not hold: tiny models that a wrong rule would get wrong, and which axes it finds."""
+"""Tracing claims no symmetry that does not hold: tiny models that a wrong rule would get wrong, and what it finds."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,9 @@ import nino
 from nino import NeuralGraph
 from nino.graph.builder import GraphBuilder
 from nino.graph.symmetry import permutable_axes
+from nino.graph.tracing import wiring
+from nino.graph.tracing.axes import Axes
+from nino.graph.tracing.rules import RULES
 from nino.graph.tracing.wiring import wire
 
 
@@ -157,6 +159,12 @@ def heads_compared(m: Any, x: Tensor) -> Tensor:
 def heads_subtracted(m: Any, x: Tensor) -> Tensor:
     h = (x @ m.a).view(-1, 2, 4)
     return (h[:, :, None] - h[:, None]).square().sum(-1).flatten(1) @ m.b
+
+
+def heads_mixed(m: Any, x: Tensor) -> Tensor:
+    """A square weight that all heads share: heads do not depend on the dimension, though they never occur without."""
+    h = torch.tanh((x @ m.a).view(-1, 3, 4))
+    return (h + torch.tanh(h @ m.square)).flatten(1) @ m.b
 
 
 def heads_normed(m: Any, x: Tensor) -> Tensor:
@@ -437,6 +445,7 @@ MEETINGS = [
     tiny("weights per head", heads_apart, 2, 4, a=(3, 8), per_head=(2, 4, 2)),
     tiny("weights shared by heads", heads_together, 2, 4, a=(3, 8), shared=(4, 2)),
     tiny("heads that meet heads", heads_compared, 4, a=(3, 8), b=(4, 2)),
+    tiny("heads through a square weight", heads_mixed, 3, 4, a=(3, 12), square=(4, 4), b=(12, 2)),
     tiny("heads less heads", heads_subtracted, 4, a=(3, 8), b=(4, 2)),
     tiny("distances", lambda m, x: torch.cdist(x @ m.a, m.c) @ m.b, 5, 6, a=A, c=(5, 6), b=(5, 2)),
     tiny("bilinear", lambda m, x: F.bilinear(torch.tanh(x @ m.a), x, m.w) @ m.b, 5, 6, a=A, w=(5, 6, 3), b=(5, 2)),
@@ -602,3 +611,37 @@ def test_what_is_claimed_holds(case: Case) -> None:
     report = nino.check_wiring(model, inputs, graph=graph)
     assert report.ok, report
     assert sorted(axis.size for axis in permutable_axes(graph)) == sorted(case.permutable), report
+
+
+# The proof can fail
+
+
+@pytest.mark.parametrize("operation", ["cumsum", "flip", "roll"])
+def test_a_wrong_rule_shows(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, f"aten.{operation}", lambda axes, call: [axes.of(call.inputs[0])])
+    arguments = {"cumsum": (-1,), "flip": ((-1,),), "roll": (1, -1)}[operation]
+    model = Tiny(lambda m, x: torch.relu(getattr(x @ m.a, operation)(*arguments) + x @ m.a) @ m.b, {"a": A, "b": B})
+    inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    report = nino.check_wiring(model, inputs, graph=traced(model, inputs))
+    assert not report.ok
+    assert [axis.size for axis in report.groups if axis.passed is False] == [6]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (heads_compared, {"a": (3, 8), "b": (4, 2)}),
+        (heads_subtracted, {"a": (3, 8), "b": (4, 2)}),
+        (heads_mixed, {"a": (3, 12), "square": (4, 4), "b": (12, 2)}),
+    ],
+)
+def test_heads_that_meet_are_not_relabelled_apart(
+    function: Any, shapes: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the notes of what is mixed, dimensions would move in each head differently, or heads per dimension."""
+    model = Tiny(function, shapes)
+    inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    assert nino.check_wiring(model, inputs, graph=traced(model, inputs)).ok
+    monkeypatch.setattr(Axes, "occur_alone", lambda axes, dims: None)
+    monkeypatch.setattr(wiring, "_stay_apart", set)
+    assert not nino.check_wiring(model, inputs, graph=traced(model, inputs)).ok

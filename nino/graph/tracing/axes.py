@@ -167,10 +167,9 @@ class Axes:
 
     def _pin_unused(self, trace: Trace) -> None:
         """Of a parameter on which no output depends nothing is known: on other inputs it may be used."""
-        used = {value for call in trace.calls for value in call.inputs} | set(trace.outputs)
-        for value in trace.parameters.values():
-            if value not in used:
-                self.pin(value, range(len(value.shape)), "no output depends on it on the example inputs")
+        for name in trace.unused():
+            value = trace.parameters[name]
+            self.pin(value, range(len(value.shape)), "no output depends on it on the example inputs")
 
 
 def _given(value: Value) -> Dims:

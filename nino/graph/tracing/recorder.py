@@ -8,7 +8,7 @@ its shape is known); what depends on inputs and constants alone always is, so th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +26,7 @@ from nino.shards import is_dtensor
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 """Source lines in these folders are not where a person's model does something."""
+LAYERS = str(Path(nn.__file__).parent / "modules")
 
 
 @dataclass(eq=False)
@@ -94,6 +95,24 @@ class Trace:
     """What the model hands over and a user of it sees, in order; see :func:`observed`."""
     movable: set[Value] = field(default_factory=set)
     """Outputs whose last axis may be relabelled."""
+
+    def unused(self) -> list[str]:
+        """Parameters on which no output depends."""
+        used = {value for call in self.calls for value in call.inputs} | set(self.outputs)
+        return [name for name, value in self.parameters.items() if value not in used]
+
+    def decisions(self) -> list[str]:
+        """Lines at which the model looks at numbers that depend on its parameters, and may take another path for it."""
+        depending = set(self.parameters.values())
+        memory = set(map(memory_of, depending))
+        lines: dict[str, None] = {}
+        for call in self.calls:
+            if any(value in depending or memory_of(value) in memory for value in call.inputs):
+                depending.update(call.outputs)
+                memory.update(map(memory_of, call.written))
+                if not call.outputs:
+                    lines[call.where] = None
+        return list(lines)
 
 
 def record(model: nn.Module, example_inputs: Any) -> Trace:
@@ -267,19 +286,26 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _where() -> str:
-    frame = sys._getframe(2)
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith(LIBRARIES):
-            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    """The innermost line of the model that is running."""
+    frames, frame = [], sys._getframe(2)
+    while frame is not None and frame.f_code is not record.__code__:
+        frames.append((frame.f_code.co_filename, frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment]
-    return "?"
+    return _line_among(frames)
 
 
 def _line_of(error: Exception) -> str:
-    traceback, line = error.__traceback__, "?"
+    """The innermost line of the model that an error passed."""
+    frames, traceback = [], error.__traceback__
     while traceback is not None:
-        name = traceback.tb_frame.f_code.co_filename
-        if not name.startswith(LIBRARIES):
-            line = f"{Path(name).name}:{traceback.tb_lineno}"
+        frames.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
         traceback = traceback.tb_next
-    return line
+    return _line_among(frames[::-1])
+
+
+def _line_among(frames: Sequence[tuple[str, int]]) -> str:
+    """The first of some lines, the innermost ones first, that is a person's own; else one of a layer of torch's."""
+    own = (frame for frame in frames if not frame[0].startswith(LIBRARIES))
+    layers = (frame for frame in frames if frame[0].startswith(LAYERS) and not frame[0].endswith("module.py"))
+    name, line = next(own, None) or next(layers, ("its forward", 0))
+    return f"{Path(name).name}:{line}" if line else name

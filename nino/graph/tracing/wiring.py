@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product as combinations
@@ -16,8 +17,11 @@ from nino.graph.ir import Axis, BlockKind, EdgeType, NeuronGroup, Slots
 from nino.graph.tracing.axes import Axes
 from nino.graph.tracing.indices import Index, is_pinned, pin, why_pinned
 from nino.graph.tracing.neurons import find_neurons
+from nino.graph.tracing.neurons.board import MOST_REACHING
 from nino.graph.tracing.neurons.records import Along, Group, Link, Neurons, Side, Wire
-from nino.graph.tracing.recorder import record
+from nino.graph.tracing.recorder import Trace, record
+
+logger = logging.getLogger(__name__)
 
 MOST_BLOCKS = 2**16
 """Blocks of one model; beyond, it is stored in a way that this wiring does not suit."""
@@ -32,8 +36,23 @@ def wire(model: nn.Module, builder: GraphBuilder, example_inputs: Any) -> Axes:
     trace = record(model, example_inputs)
     trace.parameters = {name: trace.parameters[name] for name in builder.shapes}
     axes = Axes(trace)
+    _tell(model, trace, axes)
     _Assembler(builder, axes, find_neurons(trace, axes)).assemble()
     return axes
+
+
+def _tell(model: nn.Module, trace: Trace, axes: Axes) -> None:
+    """Log what a person should know of a model's wiring."""
+    name = type(model).__name__
+    for parameter, tensor in model.named_parameters():
+        if not tensor.is_floating_point():
+            logger.info("%s: %s is of type %s and stays out of the graph", name, parameter, tensor.dtype)
+    if unused := trace.unused():
+        logger.info("%s: no output depends on %s on the example inputs: wired alone", name, ", ".join(unused))
+    if lines := trace.decisions():
+        logger.info("%s looks at its own numbers at %s: the graph is that of the path it took", name, ", ".join(lines))
+    for operation, line in axes.unknown.items():
+        logger.info("%s: no rule for %s at %s: all that it touches is not permutable", name, operation, line)
 
 
 class _Assembler:
@@ -157,13 +176,16 @@ class _Assembler:
         self._blocks(wire_, reads, feeds, shared, source, target, wire_.type)
 
     def _narrowed(self, source: Group, read: Sequence[Along], name: str) -> Group:
-        """A group with just the axes that a weight reads, where the neurons have more."""
+        """A group with just the axes that a weight reads, where the neurons have more, or others (places alone)."""
         axes = tuple(index for index in source.axes if any(along.axis is index for along in read))
         if len(axes) == len(source.axes):
             return source
+        axes = axes or tuple(dict.fromkeys(along.axis for along in read))
         if (source, axes) not in self._adapted:
             group = self._adapted[source, axes] = self._new_group(name, axes)
-            self.links.append(Link(f"{name} read", source, group, source.axes, EdgeType.HEAD))
+            every = tuple(dict.fromkeys((*source.axes, *axes)))
+            if prod(index.size for index in every) <= MOST_REACHING:
+                self.links.append(Link(f"{name} read", source, group, every, EdgeType.HEAD))
         return self._adapted[source, axes]
 
     def _blocks(
@@ -305,7 +327,7 @@ def _outer_axes(axes: Axes, wires: Sequence[Wire], links: Sequence[Link]) -> dic
     storage = dict.fromkeys(along.axis for wire_ in wires for along in wire_.along)
     order = {index: place for place, index in enumerate(storage)}
     for found in (*axes.occurrences(), *_sides_of(wires, links)):
-        once = {index for index in found if index in wanted and found.count(index) == 1}
+        once = wanted & _stay_apart(found)
         for index in (index for index in found if index in wanted):
             together[index] = together.get(index, once) & (once | {index})
     outer: dict[Index, Index] = {}
@@ -314,6 +336,11 @@ def _outer_axes(axes: Axes, wires: Sequence[Wire], links: Sequence[Link]) -> dic
         if others and not is_pinned(index):
             outer[index] = max(others, key=lambda other: (len(together[other]), -order[other]))
     return outer
+
+
+def _stay_apart(found: Sequence[Index]) -> set[Index]:
+    """Axes along which every element has one position; along others it has several, and none can be meant."""
+    return {index for index in found if found.count(index) == 1}
 
 
 def _may_hold(outer: Index, inner: Index, together: dict[Index, set[Index]], order: dict[Index, int]) -> bool:

@@ -35,7 +35,7 @@ def meet(board: Board, left: Factor, right: Factor, call: Call) -> Labels:
         small = _without(board, _placed(labels, factor, out.dim()), used)
         kept = board.groups_at(small)
         if kept:
-            _weigh(board, kept, others)
+            _weigh(board, kept, others, used)
             return small.expand(output.shape)
     return out
 
@@ -55,7 +55,7 @@ def _score(board: Board, pairs: list[tuple[Group, Group]], used: set[Index], out
         if used & set(a.axes) != used & set(b.axes):
             continue
         axes = [axis for axis in (*a.axes, *b.axes) if axis not in used and axis in alive]
-        heads = heads or board.new_group(f"{stem(a.name)}.heads", axes)
+        heads = heads or board.new_group(f"{stem(a.name)}.heads", axes, is_heads=True)
         every = tuple(dict.fromkeys((*a.axes, *b.axes)))
         if not set(heads.axes) <= set(every):
             continue
@@ -68,13 +68,16 @@ def _score(board: Board, pairs: list[tuple[Group, Group]], used: set[Index], out
     return out + (heads.number if heads is not None else 0)
 
 
-def _weigh(board: Board, values: list[Group], scores: list[Group]) -> None:
+def _weigh(board: Board, values: list[Group], others: list[Group], used: set[Index]) -> None:
+    """Connect values with the heads that weigh them, and with neurons that were summed over (a state's)."""
     for value in values:
-        for heads in scores:
-            if set(heads.axes) <= {*value.axes, *heads.axes} and heads.name.endswith(".heads"):
-                every = tuple(dict.fromkeys((*heads.axes, *value.axes)))
-                board.link(f"{value.name} of heads", heads, value, every, EdgeType.HEAD)
+        for other in others:
+            every = tuple(dict.fromkeys((*other.axes, *value.axes)))
+            if other.is_heads:
+                board.link(f"{value.name} of heads", other, value, every, EdgeType.HEAD)
                 _call_it(board, value, EdgeType.VALUE)
+            elif used & set(other.axes):
+                board.reach(other, value)
 
 
 def _call_it(board: Board, group: Group, edge_type: EdgeType) -> None:

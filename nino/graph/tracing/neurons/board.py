@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.axes import Axes
-from nino.graph.tracing.indices import Index, find
+from nino.graph.tracing.indices import Index, find, is_pinned
 from nino.graph.tracing.neurons.records import Along, Group, Link, Neurons, Piece, Side, Wire
 from nino.graph.tracing.neurons.storage import pieces_of
 from nino.graph.tracing.recorder import Call, Trace, Value
@@ -32,6 +33,16 @@ Labels = Tensor
 """Group numbers, float32 of a value's shape: 0 for none, negative for what was summed over neurons of the group."""
 
 
+MOST_REACHING = 2**20
+"""Edges by which neurons reach others with which they share no axis; more would cost more than they tell."""
+
+
+def _rank(group: Group) -> tuple[bool, int, int]:
+    """Of two groups that meet, the one that goes on: it has more axes, and those that are permutable count first."""
+    free = sum(not is_pinned(axis) for axis in group.axes)
+    return free > 0, len(group.axes), free
+
+
 class Board:
     """The state of the second pass.
 
@@ -40,6 +51,8 @@ class Board:
         neurons: the result, as it grows.
         pieces: per parameter its parts along whose dimensions nothing changes its meaning.
         views: per value that depends on parameters alone, those that it still is a strided view of.
+        origins: per value that depends on parameters alone, which these are.
+        neurons_of: parameters that are neurons themselves (learned queries).
         wired: what joins each piece, by parameter and start.
         words: integers that came in as they are: words, not positions that were counted.
     """
@@ -54,6 +67,8 @@ class Board:
         self.views: dict[Value, dict[str, Tensor]] = {
             value: {name: torch.empty(value.shape, device="meta")} for name, value in trace.parameters.items()
         }
+        self.origins = {value: {name} for name, value in trace.parameters.items()}
+        self.neurons_of: dict[str, Group] = {}
         self.wired: dict[tuple[str, tuple[int, ...]], Wire] = {}
         self.words: set[Value] = set()
 
@@ -91,6 +106,12 @@ class Board:
         """Connect neurons; a group is not connected with itself."""
         if source.root() is not target.root():
             self.neurons.links.append(Link(name, source, target, tuple(dict.fromkeys(map(find, axes))), edge_type))
+
+    def reach(self, source: Group, target: Group) -> None:
+        """Connect neurons that meet and differ in their axes: each with all that it meets, unless they are too many."""
+        every = tuple(dict.fromkeys((*source.axes, *target.axes)))
+        if prod(axis.size for axis in every) <= MOST_REACHING:
+            self.link(f"{source.name} reaches {target.name}", source, target, every, EdgeType.HEAD)
 
     def set(self, call: Call, labels: Sequence[Labels]) -> None:
         """Give the outputs their labels; what is computed in place changes those of every view."""
@@ -141,10 +162,9 @@ class Board:
         if not connect and (a.is_read or b.is_read or set(a.axes) != set(b.axes)):
             return a
         if set(a.axes) != set(b.axes):
-            larger, smaller = (a, b) if len(a.axes) >= len(b.axes) else (b, a)
-            if set(smaller.axes) <= set(larger.axes):
-                self.link(f"{smaller.name} reaches {larger.name}", smaller, larger, larger.axes, EdgeType.HEAD)
-            return larger
+            kept, other = (a, b) if _rank(a) >= _rank(b) else (b, a)
+            self.reach(other, kept)
+            return kept
         if a.is_read and b.is_read:
             together = self.new_group(f"{a.name} with {b.name}", a.axes)
             self.link(f"{together.name}: first", a, together, a.axes, EdgeType.RESIDUAL)
@@ -153,6 +173,7 @@ class Board:
         if not a.is_read and not b.is_read:
             b.merged = a
             a.is_given = a.is_given and b.is_given
+            a.is_heads = a.is_heads or b.is_heads
             return a
         read, unread = (a, b) if a.is_read else (b, a)
         self.link(f"{unread.name} residual", read, unread, read.axes, EdgeType.RESIDUAL)

@@ -75,7 +75,7 @@ def multiply_three(board: Board, call: Call) -> None:
         for group in board.groups_at(board.labels(second)):
             if set(group.axes) <= set(pair.axes):
                 group.is_read = True
-                board.link(f"{group.name} reaches {pair.name}", group, pair, pair.axes, EdgeType.HEAD)
+                board.reach(group, pair)
     board.set(call, [labels])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
@@ -46,7 +47,12 @@ def put_onto(
         view = view.expand(tuple(shape))
         for piece in board.pieces[name]:
             place = place_of(piece, view, board.shapes[name])
-            if place is None or (name, piece.start) in board.wired:
+            if place is None:
+                continue
+            if (name, piece.start) in board.wired:
+                if name in board.neurons_of:
+                    neurons = torch.tensor(float(board.neurons_of[name].number)).expand(labels.shape)
+                    labels = board.joined([labels, neurons]).expand(labels.shape)
                 continue
             here = labels[place]
             groups = board.groups_at(here)
@@ -66,13 +72,17 @@ def _kernel_sides(piece: Piece, group: Group) -> dict[int, Side]:
 
 def as_neurons(board: Board, weight: Value, neurons: Sequence[Index]) -> Labels:
     """Turn a value made of parameters alone (a learned query) into neurons along some axes."""
+    names = sorted(board.origins.get(weight, ()), key=lambda name: -prod(board.shapes[name]))
+    group = next((board.neurons_of[name] for name in names if name in board.neurons_of), None)
+    if group is None and names:
+        axes = [axis for axis in axes_of(board.dims[names[0]]) if axis in neurons]
+        group = board.neurons_of[names[0]] = board.new_group(f"{names[0]}.neurons", axes)
     labels = board.labels(weight)
-    group: Group | None = None
-    for name in board.views.get(weight, {}):
-        axes = [axis for axis in axes_of(board.dims[name]) if axis in neurons]
-        group = group or board.new_group(f"{name}.neurons", axes)
     if group is not None:
         labels = torch.tensor(float(group.number)).expand(weight.shape)
         put_onto(board, weight, labels, EdgeType.BIAS, weight.shape)
+        for piece in (piece for name in names[:1] for piece in board.pieces[name]):
+            if (piece.parameter, piece.start) not in board.wired:  # it is no view any more
+                board.wire(piece.parameter, piece, None, group, EdgeType.BIAS, {})
     board.put(weight, labels)
     return labels

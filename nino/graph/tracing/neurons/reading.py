@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -22,36 +23,56 @@ def _named_after(parameter: str, piece: Piece) -> str:
 
 
 def read_through(board: Board, read: Factor, weight: Factor, call: Call) -> Labels:
-    """Neurons are read through a weight: its source; the outputs are its targets."""
+    """Neurons are read through a weight: its source; the outputs are its targets.
+
+    Where the weight was made of several parameters (a direction and its length), the largest leads and the others hang
+    on the same neurons.
+    """
     out = torch.zeros(call.outputs[0].shape)
-    out_axes = set(axes_of(board.axes.of(call.outputs[0])))
-    for name, view in board.views[weight.value].items():
-        kernel = call.name in CONVOLUTIONS
+    views = sorted(board.views[weight.value].items(), key=lambda item: -prod(board.shapes[item[0]]))
+    for name, view in views:
         targets: dict[tuple[int | None, ...], Group] = {}
         for piece in board.pieces[name]:
             place = place_of(piece, view, board.shapes[name])
             if place is None:
                 continue
-            sides = sides_through(piece, view, board.shapes[name], weight, kernel)
+            sides = sides_through(piece, view, board.shapes[name], weight, call.name in CONVOLUTIONS)
+            where = _where_written(out, piece, view, board.shapes[name], weight)
+            met = board.groups_at(out[where.expand(out.shape)]) if name != views[0][0] else []
+            if met and Side.SOURCE not in sides.values():
+                if (name, piece.start) not in board.wired:
+                    board.wire(name, piece, None, met[0], EdgeType.NORM, sides)
+                continue
             wire = board.wired.get((name, piece.start))
             source = _source(board, read, weight, place, piece, view, sides, wire)
-            for position, along in enumerate(piece.along):
-                hidden = sides[position] is Side.TARGET and along.axis not in out_axes
-                if hidden and source is not None and along.axis in source.root().axes:
-                    sides[position] = Side.SOURCE
+            _move_hidden(board, piece, sides, source, call)
             key = tuple(
                 start if has_side(piece, sides, dim, Side.TARGET) else None for dim, start in enumerate(piece.start)
             )
             if wire is None:
                 if key not in targets:
                     axes = [a.axis for p, a in enumerate(piece.along) if sides[p] is Side.TARGET]
-                    targets[key] = board.new_group(_named_after(name, piece), axes)
+                    targets[key] = met[0] if met else board.new_group(_named_after(name, piece), axes)
                 board.wire(name, piece, source, targets[key], _type_of(board, call, read.value), sides)
-                target = targets[key]
             else:
-                target = targets[key] = wire.target.root()
-            _fill(board, out, target, piece, view, board.shapes[name], weight)
+                targets[key] = wire.target.root()
+            out[where.expand(out.shape)] = targets[key].number
     return out
+
+
+def _move_hidden(board: Board, piece: Piece, sides: dict[int, Side], source: Group | None, call: Call) -> None:
+    """An axis of the source that runs along no dimension of the result is read, however the weight is stored."""
+    out_axes = axes_of(board.axes.of(call.outputs[0]))
+    for position, along in enumerate(piece.along):
+        hidden = sides[position] is Side.TARGET and along.axis not in out_axes
+        if hidden and source is not None and along.axis in source.root().axes:
+            sides[position] = Side.SOURCE
+
+
+def _where_written(out: Labels, piece: Piece, view: Tensor, shape: Sequence[int], weight: Factor) -> Tensor:
+    """Where in the result a piece of a weight writes; see :func:`box`."""
+    region = region_of(piece, view, shape)
+    return box(out.shape, {out_dim: region[dim] for dim, out_dim in weight.kept.items()})
 
 
 def _type_of(board: Board, call: Call, read: Value) -> EdgeType:
@@ -116,18 +137,3 @@ def _given(board: Board, read: Factor, at: Labels, along: Sequence[int], piece: 
     except RuntimeError:  # one place in memory stands for many positions
         board.put(read.value, labels.index_copy(read.contracted or 0, positions, filled))
     return group
-
-
-def _fill(
-    board: Board,
-    out: Labels,
-    target: Group,
-    piece: Piece,
-    view: Tensor,
-    shape: Sequence[int],
-    weight: Factor,
-) -> None:
-    """Write a target group's number where a piece of a weight writes."""
-    region = region_of(piece, view, shape)
-    where = box(out.shape, {out_dim: region[dim] for dim, out_dim in weight.kept.items()})
-    out[where.expand(out.shape)] = target.number

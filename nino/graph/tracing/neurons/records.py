@@ -27,6 +27,8 @@ class Group:
     is_given: bool = False
     """Whether it stands for an input of which nothing is known."""
     is_words: bool = False
+    is_heads: bool = False
+    """Whether its neurons are scores of attention."""
     merged: Group | None = None
 
     def root(self) -> Group:

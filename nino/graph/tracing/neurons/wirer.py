@@ -91,6 +91,7 @@ def _follow_weights(board: Board, call: Call) -> None:
                 if followed is not None:
                     views.setdefault(name, followed)
         board.views[output] = views
+        board.origins[output] = {name for value in call.inputs for name in board.origins.get(value, ())}
 
 
 def _wire_what_is_left(board: Board) -> None:
