@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -44,7 +44,6 @@ class Case:
     permutable: tuple[int, ...]
     inputs: tuple[int, ...] = (4, 3)
     words: bool = False
-    more: dict[str, Any] = field(default_factory=dict)
 
     def example(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -230,23 +229,24 @@ def where_index(m: Any, x: Tensor) -> Tensor:
 
 
 def hidden_view(m: Any, x: Tensor) -> Tensor:
-    return torch.tanh(x @ m.a) @ (m.b + m.other)
+    return torch.tanh(x @ m.a + m.hidden) @ m.b + torch.tanh(x @ m.c) @ m.d
 
 
 class HiddenView(Tiny):
-    """A view of a parameter that was made before the forward pass."""
+    """A view of a parameter that was made before the forward pass, and has the same number everywhere so far."""
 
     def __init__(self) -> None:
-        super().__init__(hidden_view, {"a": A, "b": B})
-        self.other = self.b.data[:, :1]
+        super().__init__(hidden_view, {"a": A, "b": B, "c": A, "d": B})
+        nn.init.zeros_(self.d)
+        self.hidden = self.d.data[:, 0]
 
-    def double(self) -> HiddenView:  # the views of a copy
+    def double(self) -> HiddenView:
         model = super().double()
-        model.other = model.b.data[:, :1]
+        model.hidden = model.d.data[:, 0]  # a copy has views of its own
         return model
 
 
-def unrolled(cell: type[nn.Module], *gates: int) -> Case:
+def unrolled(cell: type[nn.Module]) -> Case:
     class Unrolled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -360,9 +360,10 @@ ORDER = [
     tiny("differences", lambda m, x: torch.diff(x @ m.a) @ m.b, a=A, b=(5, 2)),
     tiny(
         "memory in another order",
-        lambda m, x: ((x[:3] @ m.a).as_strided((3, 3), (1, 6)) * (x[:3] @ m.a)[:, :3]) @ m.b,
-        a=A,
+        lambda m, x: torch.relu((x @ m.a).as_strided((3, 3), (1, 3)) + x @ m.a) @ m.b,
+        a=(3, 3),
         b=(3, 2),
+        x=(3, 3),
     ),
 ]
 PARTS = [
