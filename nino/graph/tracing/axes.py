@@ -176,9 +176,9 @@ def _given(value: Value) -> Dims:
     """The indices of what was there before: inputs are told apart; constants where they vary, as far as is known."""
     if value.is_input:
         return fresh(value.shape, "it is an input of the model")
-    tensor = value.tensor
+    tensor, what = value.tensor, "a constant" if value.parameter is None else "a frozen weight"
     return [
-        Index(size, pinned="" if _is_uniform(tensor, dim) else "a constant differs along it")
+        Index(size, pinned="" if _is_uniform(tensor, dim) else f"{what} differs along it")
         for dim, size in enumerate(value.shape)
     ]
 
