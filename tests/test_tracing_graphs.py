@@ -151,6 +151,21 @@ def test_what_a_person_should_know_is_logged_in_a_line(caplog: pytest.LogCapture
     assert not any(axis.permutable for group in graph.groups if "never" in group.name for axis in group.axes)
 
 
+class TwoRoles(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x)) @ self.weight + self.weight[0]
+
+
+def test_a_parameter_in_two_roles_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = TwoRoles(3, 4, bias=False), torch.ones(2, 3)
+    with caplog.at_level("INFO", "nino.graph.tracing"):
+        graph = traced(model, inputs)
+    assert nino.check_wiring(model, inputs, graph=graph).ok
+    assert [record.getMessage() for record in caplog.records] == [
+        "TwoRoles uses weight as a weight and neuron by neuron: its edges are those of the first use"
+    ]
+
+
 class NoTensor(nn.Linear):
     def forward(self, x: Tensor) -> int:  # type: ignore[override]
         return len(super().forward(x))

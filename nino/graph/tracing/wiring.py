@@ -36,12 +36,13 @@ def wire(model: nn.Module, builder: GraphBuilder, example_inputs: Any) -> Axes:
     trace = record(model, example_inputs)
     trace.parameters = {name: trace.parameters[name] for name in builder.shapes}
     axes = Axes(trace)
-    _tell(model, trace, axes)
-    _Assembler(builder, axes, find_neurons(trace, axes)).assemble()
+    neurons = find_neurons(trace, axes)
+    _tell(model, trace, axes, neurons)
+    _Assembler(builder, axes, neurons).assemble()
     return axes
 
 
-def _tell(model: nn.Module, trace: Trace, axes: Axes) -> None:
+def _tell(model: nn.Module, trace: Trace, axes: Axes, neurons: Neurons) -> None:
     """Log what a person should know of a model's wiring."""
     name = type(model).__name__
     for parameter, tensor in model.named_parameters():
@@ -51,6 +52,11 @@ def _tell(model: nn.Module, trace: Trace, axes: Axes) -> None:
         logger.info("%s: no output depends on %s on the example inputs: wired alone", name, ", ".join(unused))
     if lines := trace.decisions():
         logger.info("%s looks at its own numbers at %s: the graph is that of the path it took", name, ", ".join(lines))
+    if neurons.in_two_roles:
+        parameters = ", ".join(neurons.in_two_roles)
+        logger.info(
+            "%s uses %s as a weight and neuron by neuron: its edges are those of the first use", name, parameters
+        )
     for operation, line in axes.unknown.items():
         logger.info("%s: no rule for %s at %s: all that it touches is not permutable", name, operation, line)
 

@@ -50,6 +50,8 @@ def put_onto(
             if place is None:
                 continue
             if (name, piece.start) in board.wired:
+                if board.wired[name, piece.start].source is not None:
+                    board.neurons.in_two_roles[name] = None
                 if name in board.neurons_of:
                     neurons = torch.tensor(float(board.neurons_of[name].number)).expand(labels.shape)
                     labels = board.joined([labels, neurons]).expand(labels.shape)

@@ -55,6 +55,8 @@ def read_through(board: Board, read: Factor, weight: Factor, call: Call) -> Labe
                     targets[key] = met[0] if met else board.new_group(_named_after(name, piece), axes)
                 board.wire(name, piece, source, targets[key], _type_of(board, call, read.value), sides)
             else:
+                if wire.source is None:
+                    board.neurons.in_two_roles[name] = None
                 targets[key] = wire.target.root()
             out[where.expand(out.shape)] = targets[key].number
     return out

@@ -91,6 +91,8 @@ class Neurons:
     groups: list[Group] = field(default_factory=list)
     wires: list[Wire] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
+    in_two_roles: dict[str, None] = field(default_factory=dict)
+    """Parameters that are read as a weight in one place and meet neurons one by one in another, in order."""
 
 
 @dataclass
