@@ -31,6 +31,10 @@ to ensure:
   the same axis; anything else pins it (:mod:`~nino.graph.tracing.positions`).
 - For everything else there is no rule, and all that it touches is pinned.
 
+A fused layer is ``3 x dims`` and as well ``dims + dims + dims``. It is cut into pieces with dims of their own
+(:func:`~nino.graph.tracing.indices.cut_apart`) as long as nothing but views and cuts has used the whole; whatever uses
+it whole afterwards makes the dims of its pieces the same.
+
 Two indices that would have to be the same and cannot be (``4 x 6`` and ``6 x 4``) are pinned as well. So a gap in
 what the rules know costs symmetries and never claims one too many.
 
