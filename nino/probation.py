@@ -4,7 +4,8 @@ A nowcast looks bad before it is good: the loss right after a jump rises and com
 a nowcast is not judged at once but put on probation for R updates. It is taken back if the loss at the end of them is
 still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. Within the
 first hundred updates a good jump may still be on its way back; then only disasters are taken back, if need be halfway.
-After each failure horizons shrink, after several nowcasts are left out; they grow back only while losses fall.
+After each failure, and after each jump that was kept in doubt, horizons shrink; after several nowcasts are left out. They
+grow back only while losses fall.
 ``docs/probation.md`` has the measurements behind the numbers.
 """
 
@@ -146,8 +147,11 @@ def has_recovered(evidence: Evidence, config: ProbationConfig, updates: int) -> 
     """
     if not all(math.isfinite(number) for number in (evidence.before, evidence.after, evidence.error_variance)):
         return False
-    allowed = config.tolerance_after(updates) * math.sqrt(evidence.error_variance)
-    return not evidence.after - evidence.before > allowed
+    return not _has_risen_by(evidence, config.tolerance_after(updates))
+
+
+def _has_risen_by(evidence: Evidence, standard_errors: float) -> bool:
+    return evidence.after - evidence.before > standard_errors * math.sqrt(evidence.error_variance)
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Trust:
     scale: float = 1.0
     """What the schedule's horizons are multiplied by."""
     failures: int = 0
-    """Nowcasts in a row that were taken back."""
+    """Nowcasts in a row that were taken back, or kept in doubt."""
     periods_to_skip: int = 0
     """Nowcasts to leave out."""
 
@@ -189,16 +193,22 @@ class Trust:
         return Trust(self.scale * config.shrink, failures, min(2 ** (beyond - 1), 8) if beyond > 0 else 0)
 
     def after_keeping(self, evidence: Evidence, config: ProbationConfig) -> Trust:
-        """The trust after a nowcast that was kept: as before, unless the loss has fallen.
+        """The trust after a nowcast that was kept: as before, unless the loss has fallen or is still clearly higher.
 
-        A jump that goes back a little is hard to tell from one that does nothing; neither deserves a longer one.
+        A jump that goes back a little is hard to tell from one that does nothing; neither deserves a longer one. In a
+        short probation a good jump may still be on its way back, so it is kept; but a next one may as well wait for
+        proof, and counts as if this one had been taken back.
 
         Example:
             >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=1.9, error_variance=0.01), ProbationConfig())
             Trust(scale=0.75, failures=0, periods_to_skip=0)
             >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=2.1, error_variance=0.01), ProbationConfig())
             Trust(scale=0.5, failures=1, periods_to_skip=0)
+            >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=2.5, error_variance=0.01), ProbationConfig())
+            Trust(scale=0.25, failures=2, periods_to_skip=1)
         """
+        if _has_risen_by(evidence, config.tolerance):
+            return self.after_failure(config)
         return Trust(min(self.scale * config.grow, 1.0)) if evidence.after < evidence.before else self
 
     def after_skipping(self) -> Trust:

@@ -555,7 +555,7 @@ class NowcastSession:
         horizon = horizon_by_mass(planned, self._rates, self.step, self.schedule)
         if self.trust.periods_to_skip:
             self.trust = self.trust.after_skipping()
-            return horizon, f"{self.trust.failures} in a row were undone"
+            return horizon, f"{self.trust.failures} in a row were undone or kept in doubt"
         if self.schedule.max_steps is not None and self.schedule.max_steps - self.step < self.probation.updates:
             return horizon, "the run ends before a jump could recover"
         if has_risen(self._rates) and not self.nowcast_in_warmup:
