@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import nino.session
 from nino import NinoError, NowcastOptimizer
-from nino.probation import Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
+from nino.probation import RECOVERY, Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
 
 PERIOD, R = 30, 10
 CONFIG = ProbationConfig(updates=R)
@@ -72,6 +72,17 @@ def test_a_nowcast_that_changes_nothing_earns_no_longer_ones() -> None:
     trust = Trust(0.25, failures=2)
     assert trust.after_keeping(Evidence(before=1.0, after=1.01, error_variance=0.01), CONFIG) == trust
     assert trust.after_keeping(FALLEN, CONFIG) == Trust(0.375)
+
+
+def test_a_nowcast_kept_in_doubt_counts_as_one_taken_back() -> None:
+    # Five standard errors above: kept within the first hundred updates, but the horizon halves, and a second time in a
+    # row the next nowcast is left out. Two and a half are noise.
+    doubtful = Evidence(before=1.0, after=1.5, error_variance=0.01)
+    assert has_recovered(doubtful, CONFIG, RECOVERY - 1)
+    trust = Trust().after_keeping(doubtful, CONFIG)
+    assert trust == Trust(0.5, failures=1)
+    assert trust.after_keeping(doubtful, CONFIG) == Trust(0.25, failures=2, periods_to_skip=1)
+    assert trust.after_keeping(Evidence(before=1.0, after=1.25, error_variance=0.01), CONFIG) == trust
 
 
 def test_a_disaster_is_seen_halfway() -> None:
