@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 
-
 # A shell that starts something in the background lets it ignore interrupts, and all that it starts in turn.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -219,7 +219,10 @@ def test_rolled_back_and_left_out_nowcasts_are_records(caplog: pytest.LogCapture
     assert undone.levelno == logging.WARNING and left_out.levelno == logging.INFO
     assert undone.nowcast["nowcast/loss/after"] == 9  # type: ignore[attr-defined]
     assert undone.getMessage().startswith("nowcast after update 30 was undone, training goes on from there: the loss ")
-    assert left_out.getMessage() == "nowcast after update 90 was left out, training goes on: 2 in a row were undone or kept in doubt"
+    assert (
+        left_out.getMessage()
+        == "nowcast after update 90 was left out, training goes on: 2 in a row were undone or kept in doubt"
+    )
 
 
 def test_bytes_are_of_the_snapshots_and_of_the_restore_point() -> None:
