@@ -4,8 +4,8 @@ A nowcast looks bad before it is good: the loss right after a jump rises and com
 a nowcast is not judged at once but put on probation for R updates. It is taken back if the loss at the end of them is
 still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. Within the
 first hundred updates a good jump may still be on its way back; then only disasters are taken back, if need be halfway.
-After each failure, and after each jump that was kept in doubt, horizons shrink; after several nowcasts are left out. They
-grow back only while losses fall.
+After each failure, and after each jump that was kept in doubt, horizons shrink; after several nowcasts are left out.
+They grow back only while losses fall.
 ``docs/probation.md`` has the measurements behind the numbers.
 """
 
