@@ -107,14 +107,14 @@ def check_wiring(
         (True, ['0'])
     """
     graph = graph or NeuralGraph.from_model(model, example_inputs=example_inputs)
+    generator = generator or torch.Generator().manual_seed(0)
+    trial = _Trial(model, example_inputs, graph, generator)
     if graph.wiring == "per-parameter":
         problem = (
             f"{type(model).__name__} could neither be traced nor recognised: its graph joins no parameter to another, "
             "so there is nothing to check"
         )
         return WiringReport(ok=False, groups=(), first_failure=problem)
-    generator = generator or torch.Generator().manual_seed(0)
-    trial = _Trial(model, example_inputs, graph, generator)
     if trial.error(trial.state) > tolerance:
         raise NinoError(f"{type(model).__name__}'s output differs from call to call: switch off what is random in it")
     reports, first_failure = [], None

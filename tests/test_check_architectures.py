@@ -139,10 +139,10 @@ def test_an_own_model_is_checked(run: Run) -> None:
     assert sum("passed" in axis for axis in axes) == 1
 
 
-def test_an_own_model_that_cannot_be_traced_fails(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_example_inputs_that_do_not_fit_are_refused(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     done = run("check_architectures", "--model", "own_models:uneven")
-    assert done.returncode == 1
-    assert "wiring: NOT ok" in done.stdout
+    assert done.returncode == 2
+    assert "Uneven does not run on the example inputs (AttributeError" in done.stderr
     assert "Uneven cannot be traced: own_models.py:15 raised AttributeError" in caplog.text
 
 

@@ -74,15 +74,11 @@ class _Assembler:
         self._adapted: dict[tuple[Group, tuple[Index, ...]], Group] = {}
         self._names: set[str] = set()
         self._numbers = len(neurons.groups)
-        self._found = axes
-        self._within: dict[Index, Index] = {}
+        self._within = _outer_axes(axes, self.wires, self.links)
         self._num_blocks = 0
 
     def assemble(self) -> None:
         """Add everything to the builder."""
-        for wire_ in self.wires:
-            _tell_apart(wire_)
-        self._within = _outer_axes(self._found, self.wires, self.links)
         for wire_ in self.wires:
             self._name_axes(wire_)
         for wire_ in self.wires:
@@ -282,20 +278,6 @@ class _Assembler:
         source, target = self._group(link.source), self._group(link.target)
         axes = [self._axis(index, link.name) for index in link.axes]
         self.builder.connect(link.name, source.slots(*axes), target.slots(*axes), link.type)
-
-
-def _tell_apart(wire_: Wire) -> None:
-    """Where a weight reads an axis twice (all pairs of neurons), one of them counts as places, and neither may move."""
-    seen: set[tuple[Index, Side]] = set()
-    along = []
-    for one in wire_.along:
-        if (one.axis, one.side) in seen:
-            reason = f"{wire_.parameter} joins pairs of it"
-            pin(one.axis, reason)
-            one = replace(one, axis=Index(one.axis.size, pinned=reason))
-        seen.add((one.axis, one.side))
-        along.append(one)
-    wire_.along = tuple(along)
 
 
 def _scattered(side: Sequence[Along], shape: Sequence[int]) -> list[Along]:
