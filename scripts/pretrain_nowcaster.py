@@ -20,6 +20,7 @@ from nino import NowcasterConfig
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
+from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 from tasks.cli import fail, positive_int, run_main
 
@@ -53,6 +54,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
     add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="recorded states between snapshots")
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
+    add("--max-words", type=int, default=0, help="words of a window that pass messages, drawn at random; 0 for all")
+    add("--balanced", action="store_true", help="draw as many edges of every parameter, not in proportion to its size")
     add("--lr", type=float, default=3e-3)
     add("--weight-decay", type=float, default=1e-2)
     add("--clip", type=float, default=5.0, help="largest gradient norm")
@@ -78,7 +81,8 @@ def main(argv: list[str]) -> int:
     config = NowcasterConfig(kind=args.kind, hidden=args.hidden)
     sources = [WindowSource(folders, config, args.strides) for folders in (train_folders, held_out)]
     settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
-    result = pretrain(PretrainingConfig(**settings), config, sources[0], sources[1], args.out)
+    sampling = Sampling(max_outputs=args.max_outputs, max_words=args.max_words, balanced=args.balanced)
+    result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, sources[0], sources[1], args.out)
     for record in result["history"][-1:]:  # the main process has them
         print(json.dumps(record))
     return 0

@@ -23,6 +23,7 @@ from nino.pretraining.batching import Batches, deal, union
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import _Pretraining, learning_rate_factor, pretrain
 from nino.pretraining.objective import absolute_error, rivals
+from nino.pretraining.sampling import Sampling
 from nino.pretraining.throughput import flops_per_edge
 from nino.pretraining.validation import validate
 from nino.pretraining.windows import WindowPlace, WindowSource
@@ -95,7 +96,9 @@ def test_loss_counts_only_existing_targets(tmp_path: Path) -> None:
 def test_union_of_graphs_computes_each_graph_alone(sources: tuple[WindowSource, WindowSource]) -> None:
     source = sources[0]
     generator = torch.Generator().manual_seed(0)
-    windows = [source.load(source.draw(f, generator), generator, max_outputs=10) for f in ("mlp", "cnn", "mlp")]
+    windows = [
+        source.load(source.draw(f, generator), generator, Sampling(max_outputs=10)) for f in ("mlp", "cnn", "mlp")
+    ]
     network = build_network(CONFIG)
     together = network(union(windows).inputs)
     alone = torch.cat([network(window.inputs) for window in windows])
@@ -155,7 +158,7 @@ def test_accumulated_unions_give_the_gradient_of_the_large_batch(
     tmp_path: Path, sources: tuple[WindowSource, WindowSource]
 ) -> None:
     def gradients(**settings: int) -> tuple[int, dict[str, Tensor], float]:
-        config = PretrainingConfig(max_outputs=20, clip=1e9, **settings)
+        config = PretrainingConfig(sampling=Sampling(max_outputs=20), clip=1e9, **settings)
         training = _Pretraining(config, CONFIG, *sources, tmp_path / "out")
         windows = training.batches[3]
         training.update(windows)
@@ -174,7 +177,7 @@ def test_what_is_in_a_batch_depends_on_neither_processes_nor_unions(
     sources: tuple[WindowSource, WindowSource],
 ) -> None:
     def windows_of(accumulate: int, batch: int, num_ranks: int) -> list[tuple[str, float]]:
-        config = PretrainingConfig(batch=batch, accumulate=accumulate, max_outputs=20)
+        config = PretrainingConfig(batch=batch, accumulate=accumulate, sampling=Sampling(max_outputs=20))
         ranks = [Batches(sources[0], config, rank, num_ranks)[7] for rank in range(num_ranks)]
         unions = [window for rank in ranks for window in rank]
         assert len(unions) >= num_ranks
@@ -204,7 +207,9 @@ def test_average_of_weights() -> None:
 def test_an_update_without_finite_gradients_is_skipped_and_counted(
     tmp_path: Path, sources: tuple[WindowSource, WindowSource]
 ) -> None:
-    training = _Pretraining(PretrainingConfig(max_outputs=20, ema=0.5), CONFIG, *sources, tmp_path / "out")
+    training = _Pretraining(
+        PretrainingConfig(sampling=Sampling(max_outputs=20), ema=0.5), CONFIG, *sources, tmp_path / "out"
+    )
     (window,) = training.batches[0]
     training.update([window])
     before = {name: value.clone() for name, value in training.result.state_dict().items()}
@@ -223,7 +228,7 @@ def test_validation_tells_horizons_apart(sources: tuple[WindowSource, WindowSour
     }
     generator, errors, counts = torch.Generator().manual_seed(0), torch.zeros(40), torch.zeros(40)
     for _ in range(20 * len(source.by_family["mlp"])):
-        window = source.load(source.draw("mlp", generator), generator, max_outputs=4096)
+        window = source.load(source.draw("mlp", generator), generator, Sampling())
         errors += (window.targets.abs() * window.mask).sum((0, 1))
         counts += window.mask.sum((0, 1))
     assert record["mlp/copy"] == pytest.approx((errors.sum() / counts.sum()).item(), rel=1e-5)
@@ -249,7 +254,9 @@ def test_wandb_gets_every_report(
     monkeypatch.setenv("WANDB_SILENT", "true")
     logged, real = [], wandb.Run.log
     monkeypatch.setattr(wandb.Run, "log", lambda run, data, **more: (logged.append(data), real(run, data, **more)))
-    config = PretrainingConfig(steps=2, evaluate_every=1, validation_windows=1, workers=0, wandb=True, max_outputs=20)
+    config = PretrainingConfig(
+        steps=2, evaluate_every=1, validation_windows=1, workers=0, wandb=True, sampling=Sampling(max_outputs=20)
+    )
     result = pretrain(config, CONFIG, *sources, tmp_path / "out")
     assert logged == result["history"]
     expected = {"train", "edges_per_s", "floor_fraction", "skipped", "cnn/nowcaster", "cnn/linear", "mlp/nowcaster@1"}

@@ -92,7 +92,7 @@ class Batches(Dataset[list[Window]]):
         return [union([self._load(places[mine[i]], seeds[mine[i]]) for i in part]) for part in parts if part]
 
     def _load(self, place: WindowPlace, seed: int) -> Window:
-        return self.source.load(place, torch.Generator().manual_seed(seed), self.config.max_outputs)
+        return self.source.load(place, torch.Generator().manual_seed(seed), self.config.sampling)
 
     def _windows_per_family(self) -> dict[str, int]:
         sizes = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nino.errors import NinoError
+from nino.pretraining.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +18,8 @@ class PretrainingConfig:
     """Windows per batch of the family with the largest graphs; smaller graphs come up to four times as often."""
     accumulate: int = 1
     """Unions that a batch is computed in, one after another: a batch is as many times as large."""
-    max_outputs: int = 4096
-    """Edges of a window that the loss looks at, drawn at random."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """What an update looks at of a window."""
     lr: float = 3e-3
     weight_decay: float = 1e-2
     clip: float = 5.0
@@ -38,7 +39,7 @@ class PretrainingConfig:
     """Log to Weights & Biases."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "max_outputs", "evaluate_every", "validation_windows"):
+        for name in ("steps", "batch", "accumulate", "evaluate_every", "validation_windows"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise NinoError(f"{name} must be a whole number of at least 1, got {value!r}")

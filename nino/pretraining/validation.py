@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from nino.pretraining.objective import errors_by_horizon, rivals
+from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 
 HORIZONS = (1, 5, 10, 20, 40)
 """Reported one by one, where the nowcaster looks so far and runs are long enough."""
+SAMPLING = Sampling(max_outputs=4096)
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def validate(network: nn.Module, source: WindowSource, windows_per_run: int, dev
     for family, members in sorted(source.by_family.items()):
         generator = torch.Generator().manual_seed(0)
         for _ in range(windows_per_run * len(members)):
-            window = source.load(source.draw(family, generator), generator, max_outputs=4096).to(device)
+            window = source.load(source.draw(family, generator), generator, SAMPLING).to(device)
             for name, predicted in {"nowcaster": network(window.inputs), **rivals(window)}.items():
                 totals[f"{family}/{name}"].append(torch.stack(errors_by_horizon(predicted, window)))
     result = {}

@@ -24,6 +24,7 @@ from nino.graph import NeuralGraph
 from nino.graph.edge_list import EdgeList
 from nino.model.config import NowcasterConfig
 from nino.model.networks import EdgeInputs
+from nino.pretraining.sampling import EVERYTHING, Sampling
 from nino.standardise import Standardiser
 
 logger = logging.getLogger(__name__)
@@ -143,15 +144,15 @@ class WindowSource:
         return self.runs[place.run].edges.num_edges
 
     def load(
-        self, place: WindowPlace, generator: torch.Generator | None = None, max_outputs: int | None = None
+        self, place: WindowPlace, generator: torch.Generator | None = None, sampling: Sampling = EVERYTHING
     ) -> Window:
         """Read a window.
 
         Args:
             place: which one.
             generator: if given, signs of the positions are flipped at random (an augmentation; eigenvectors have no
-                sign of their own) and the predicted edges are sampled.
-            max_outputs: predict at most this many edges, a random sample.
+                sign of their own) and edges are sampled; else the window is whole.
+            sampling: how many edges.
         """
         run, config = self.runs[place.run], self.config
         last = place.first + (config.context - 1) * place.stride
@@ -167,26 +168,30 @@ class WindowSource:
             standard = scaler.apply(values)
             states[name] = standard[: config.context]
             future[name] = standard[config.context - 1 :] - standard[config.context - 1]
-        positions = run.positions
+        positions, kept, chosen = run.positions, None, torch.arange(run.edges.num_parameter_edges)
         if generator is not None:
             positions = positions * (torch.randint(2, (config.num_positions,), generator=generator) * 2 - 1)
+            kept = sampling.keep(run.edges, run.words, generator)
+            chosen = sampling.outputs(run.edges, kept, generator)
         inputs = graph_inputs(run.edges, states, positions, run.words)
-        chosen = _sample_edges(run.edges.num_parameter_edges, max_outputs, generator)
         targets = run.edges.series({name: f[1:] for name, f in future.items()})[chosen]
         padded = targets.new_zeros(*targets.shape[:2], config.max_horizon)
         padded[..., :num_targets] = targets
         mask = run.feature_mask[chosen][..., None].expand(padded.shape).clone()
         mask[..., num_targets:] = False
         steps = run.edges.values({name: s[-1] - s[-2] for name, s in states.items()})[chosen]
-        inputs = EdgeInputs(**{**vars(inputs), "num_outputs": len(chosen), "chosen": chosen})
+        inputs = _choose(inputs, kept, chosen)
         return Window(inputs=inputs, targets=padded, mask=mask, last_steps=steps, families=(run.family,))
+
+
+def _choose(inputs: EdgeInputs, kept: Tensor | None, chosen: Tensor) -> EdgeInputs:
+    """The inputs with some of the edges alone, asked for some of those."""
+    fields = vars(inputs) | {"num_outputs": len(chosen), "chosen": chosen}
+    if kept is not None:
+        fields |= {"features": inputs.features[kept], "index": inputs.index[:, kept], "type": inputs.type[kept]}
+        fields["chosen"] = (kept.cumsum(0) - 1)[chosen]
+    return EdgeInputs(**fields)
 
 
 def _randint(size: int, generator: torch.Generator) -> int:
     return int(torch.randint(size, (), generator=generator))
-
-
-def _sample_edges(num_edges: int, max_outputs: int | None, generator: torch.Generator | None) -> Tensor:
-    if max_outputs is None or generator is None or num_edges <= max_outputs:
-        return torch.arange(num_edges)
-    return torch.randperm(num_edges, generator=generator)[:max_outputs].sort().values

@@ -1,0 +1,63 @@
+"""What a training step looks at of a window: all of it costs more than it teaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from nino.graph.edge_list import EdgeList
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How many edges and words of a window are drawn. Zero means all."""
+
+    max_outputs: int = 4096
+    """Edges that the loss looks at."""
+    max_words: int = 0
+    """Words whose edges pass messages. Messages are averaged over incoming edges, so that the stream hears about the
+    same from some words as from all; most edges of a small language model hang on words."""
+    balanced: bool = False
+    """Whether every parameter has the same chance to be looked at, however many edges it has. Otherwise every edge has,
+    and what is learned of a language model is learned of its embeddings."""
+
+    def outputs(self, edges: EdgeList, kept: Tensor | None, generator: Generator) -> Tensor:
+        """Draw the edges that the loss looks at, in order: int64 ``[O]``.
+
+        Args:
+            edges: of the graph.
+            kept: bool ``[E]``, the edges that were kept by :meth:`keep`, or ``None`` for all.
+            generator: of random numbers.
+        """
+        weight = torch.ones(edges.num_parameter_edges)
+        if self.balanced:
+            for part in edges.slices.values():
+                weight[part] /= part.stop - part.start
+        if kept is not None:
+            weight *= kept[: edges.num_parameter_edges]
+        possible = int(weight.count_nonzero())
+        if not 0 < self.max_outputs < possible:
+            return weight.nonzero()[:, 0]
+        # The largest of u ** (1 / weight) are a sample without replacement (Efraimidis and Spirakis, 2006).
+        keys = torch.rand(len(weight), generator=generator, dtype=torch.float64).log() / weight
+        return keys.topk(self.max_outputs).indices.sort().values
+
+    def keep(self, edges: EdgeList, words: Tensor, generator: Generator) -> Tensor | None:
+        """Draw the edges that pass messages: bool ``[E]``, or ``None`` if none is left out.
+
+        Args:
+            edges: of the graph.
+            words: int64 ``[N]``, 0 for all nodes that are not words (:meth:`NeuralGraph.words`).
+            generator: of random numbers.
+        """
+        nodes = words.nonzero()[:, 0]
+        if not 0 < self.max_words < len(nodes):
+            return None
+        left_out = torch.zeros(len(words), dtype=torch.bool)
+        left_out[nodes[torch.randperm(len(nodes), generator=generator)[self.max_words :]]] = True
+        return ~left_out[edges.index].any(0)
+
+
+EVERYTHING = Sampling(max_outputs=0)
