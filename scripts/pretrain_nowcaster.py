@@ -56,6 +56,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
     add("--max-words", type=int, default=0, help="words of a window that pass messages, drawn at random; 0 for all")
     add("--balanced", action="store_true", help="draw as many edges of every parameter, not in proportion to its size")
+    add("--relative", action="store_true", help="errors as a part of each parameter's movement, not absolute")
     add("--lr", type=float, default=3e-3)
     add("--weight-decay", type=float, default=1e-2)
     add("--clip", type=float, default=5.0, help="largest gradient norm")

@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import llama
 from recordings import CNN, FAR, MLP, record_collection, record_walk
 from torch import Tensor, nn
 
 from nino import CheckpointError, NinoError, Nowcaster, NowcasterConfig, TrajectoryError
 from nino.data import Trajectory
+from nino.graph import NeuralGraph
+from nino.graph.edge_list import EdgeList
 from nino.model import build_network
 from nino.pretraining.averaging import averaged
 from nino.pretraining.batching import Batches, deal, union
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import _Pretraining, learning_rate_factor, pretrain
-from nino.pretraining.objective import absolute_error, rivals
+from nino.pretraining.objective import errors_by_horizon, rivals, total_error
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.throughput import flops_per_edge
 from nino.pretraining.validation import validate
@@ -85,7 +88,7 @@ def test_no_window_reaches_over_a_jump(tmp_path: Path) -> None:
 def test_loss_counts_only_existing_targets(tmp_path: Path) -> None:
     source = WindowSource([str(record_walk(tmp_path / "run", CNN, "cnn", num_states=8))], CONFIG)
     window = source.load(WindowPlace(run=0, first=0, stride=1))
-    error, count = absolute_error(torch.zeros_like(window.targets), window)
+    error, count = total_error(torch.zeros_like(window.targets), window)
     assert count == source.runs[0].trajectory.num_elements * 3  # states 5, 6, 7
     assert error == pytest.approx(window.targets.abs().sum().item(), rel=1e-5)
     # A straight line is what the linear rival predicts exactly; on a drifting walk it beats standing still.
@@ -223,8 +226,9 @@ def test_validation_tells_horizons_apart(sources: tuple[WindowSource, WindowSour
     source = sources[1]
     record = validate(build_network(CONFIG), source, 20, torch.device("cpu"))
     # Of 30 states the first five are read at least: 25 horizons at most are known.
-    assert {name for name in record if name.startswith("mlp/copy")} == {"mlp/copy"} | {
-        f"mlp/copy@{horizon}" for horizon in (1, 5, 10, 20)
+    names = {f"mlp/copy{suffix}" for suffix in ("", "@1", "@5", "@10", "@20")}
+    assert {name for name in record if name.startswith("mlp/copy")} == names | {
+        name.replace("copy", "copy/relative") for name in names
     }
     generator, errors, counts = torch.Generator().manual_seed(0), torch.zeros(40), torch.zeros(40)
     for _ in range(20 * len(source.by_family["mlp"])):
@@ -232,6 +236,7 @@ def test_validation_tells_horizons_apart(sources: tuple[WindowSource, WindowSour
         errors += (window.targets.abs() * window.mask).sum((0, 1))
         counts += window.mask.sum((0, 1))
     assert record["mlp/copy"] == pytest.approx((errors.sum() / counts.sum()).item(), rel=1e-5)
+    assert record["mlp/copy/relative"] == pytest.approx(1, rel=0.05), "all edges of so small a model are looked at"
     assert record["mlp/copy@10"] == pytest.approx((errors[9] / counts[9]).item(), rel=1e-5)
 
 
@@ -362,3 +367,37 @@ def test_two_processes_train_as_one(tmp_path: Path, accumulate: int) -> None:
         assert {n: v for n, v in together.items() if n not in measured} == pytest.approx(
             {n: v for n, v in alone.items() if n not in measured}, rel=1e-4
         )
+
+
+def test_relative_error_is_one_for_every_parameter_that_stands_still(tmp_path: Path) -> None:
+    source = WindowSource([str(record_walk(tmp_path / "run", CNN, "cnn", num_states=8))], CONFIG)
+    window = source.load(WindowPlace(run=0, first=0, stride=1))
+    still = torch.zeros_like(window.targets)
+    for part in source.runs[0].edges.slices.values():
+        one = replace(window, targets=window.targets[part], mask=window.mask[part], movement=window.movement[part])
+        sums, counts = errors_by_horizon(still[part], one, relative=True)
+        torch.testing.assert_close(sums[:3], counts[:3].float())
+    error, count = total_error(window.targets * 0.5, window, relative=True)
+    assert error / count == pytest.approx(0.5)
+
+
+def test_few_words_pass_messages_and_parameters_are_balanced() -> None:
+    graph = NeuralGraph.from_model(llama())
+    edges, words = EdgeList(graph), graph.words()
+    sampling = Sampling(max_outputs=60, max_words=5, balanced=True)
+    kept = sampling.keep(edges, words, torch.Generator().manual_seed(0))
+    assert kept is not None
+    heard = (words[edges.index[:, kept]] * (words[edges.index[:, kept]] > 0)).unique()
+    assert len(heard) == 6  # five words, and what is no word
+    nowhere = (words[edges.index] == 0).all(0)
+    assert kept[nowhere].all(), "only edges of words are left out"
+
+    seen = torch.zeros(edges.num_parameter_edges)
+    for seed in range(200):
+        chosen = sampling.outputs(edges, kept, torch.Generator().manual_seed(seed))
+        assert len(chosen) == len(chosen.unique()) == 60 and kept[chosen].all()
+        seen[chosen] += 1
+    means = {name: float(seen[part].sum()) for name, part in edges.slices.items()}
+    large = sorted(edges.slices, key=lambda name: -int(kept[edges.slices[name]].sum()))[:4]
+    assert max(means[name] for name in large) < 2 * min(means[name] for name in large)
+    assert Sampling().keep(edges, words, torch.Generator()) is None

@@ -91,6 +91,10 @@ class EdgeList:
         """Put one state (per parameter name a tensor) on the parameter edges: ``[num_parameter_edges, 9]``."""
         return self.series({name: tensor[None] for name, tensor in state.items()})[..., 0]
 
+    def per_parameter(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Repeat what is known of whole parameters, ``[n]`` each, on their edges: ``[num_parameter_edges, n]``."""
+        return torch.cat([vectors[name].expand(s.stop - s.start, -1) for name, s in self.slices.items()])
+
     def parameters(self, values: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`values`: read ``[>= num_parameter_edges, 9]`` back into one tensor per parameter."""
         out = {name: values.new_empty(shape) for name, shape in self.shapes.items()}

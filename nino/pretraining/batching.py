@@ -42,6 +42,7 @@ def union(windows: Sequence[Window]) -> Window:
         targets=torch.cat([w.targets for w in windows]),
         mask=torch.cat([w.mask for w in windows]),
         last_steps=torch.cat([w.last_steps for w in windows]),
+        movement=torch.cat([w.movement for w in windows]),
         families=tuple(family for w in windows for family in w.families),
     )
 

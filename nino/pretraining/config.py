@@ -20,6 +20,8 @@ class PretrainingConfig:
     """Unions that a batch is computed in, one after another: a batch is as many times as large."""
     sampling: Sampling = field(default_factory=Sampling)
     """What an update looks at of a window."""
+    relative: bool = False
+    """Whether the loss is the relative error, see :mod:`nino.pretraining.objective`."""
     lr: float = 3e-3
     weight_decay: float = 1e-2
     clip: float = 5.0

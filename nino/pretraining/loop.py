@@ -24,7 +24,7 @@ from nino.nowcaster import Nowcaster
 from nino.pretraining.averaging import averaged
 from nino.pretraining.batching import Batches
 from nino.pretraining.config import PretrainingConfig
-from nino.pretraining.objective import absolute_error
+from nino.pretraining.objective import total_error
 from nino.pretraining.throughput import flops_per_edge, matmul_flops_per_s
 from nino.pretraining.validation import validate
 from nino.pretraining.windows import Window, WindowSource
@@ -151,7 +151,7 @@ class _Pretraining:
 
     def _error(self, window: Window) -> Tensor:
         with self.accelerator.autocast():
-            return absolute_error(self.model(window.inputs), window)[0]
+            return total_error(self.model(window.inputs), window, relative=self.config.relative)[0]
 
     def _start_measuring(self) -> None:
         self.losses = torch.zeros((), device=self.accelerator.device)

@@ -22,7 +22,7 @@ def validate(network: nn.Module, source: WindowSource, windows_per_run: int, dev
 
     Returns:
         ``{"<family>/nowcaster": ..., "<family>/copy": ..., "<family>/linear": ...}`` over all horizons, and the same of
-        some horizons alone: ``"<family>/nowcaster@5"``.
+        some horizons alone: ``"<family>/nowcaster@5"``; and of the relative error: ``"<family>/nowcaster/relative@5"``.
     """
     totals: dict[str, list[Tensor]] = defaultdict(list)
     for family, members in sorted(source.by_family.items()):
@@ -30,7 +30,9 @@ def validate(network: nn.Module, source: WindowSource, windows_per_run: int, dev
         for _ in range(windows_per_run * len(members)):
             window = source.load(source.draw(family, generator), generator, SAMPLING).to(device)
             for name, predicted in {"nowcaster": network(window.inputs), **rivals(window)}.items():
-                totals[f"{family}/{name}"].append(torch.stack(errors_by_horizon(predicted, window)))
+                for relative, suffix in ((False, ""), (True, "/relative")):
+                    errors = torch.stack(errors_by_horizon(predicted, window, relative=relative))
+                    totals[f"{family}/{name}{suffix}"].append(errors)
     result = {}
     for name, pairs in totals.items():
         errors, counts = torch.stack(pairs).cpu().double().sum(0)

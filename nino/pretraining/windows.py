@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nino.data import Trajectory, build_model
@@ -52,6 +53,9 @@ class Window:
     """bool ``[O, 9, K]``: which targets exist (position used, horizon within the run)."""
     last_steps: Tensor
     """``[O, 9]``: movement from the last snapshot but one to the last, for the linear rival."""
+    movement: Tensor
+    """``[O, K]``: how far the weights of the edge's parameter move from the last snapshot, mean absolute; 1 where no
+    target exists."""
     families: tuple[str, ...]
     """What each graph of the window is of, for reports."""
 
@@ -175,13 +179,20 @@ class WindowSource:
             chosen = sampling.outputs(run.edges, kept, generator)
         inputs = graph_inputs(run.edges, states, positions, run.words)
         targets = run.edges.series({name: f[1:] for name, f in future.items()})[chosen]
-        padded = targets.new_zeros(*targets.shape[:2], config.max_horizon)
-        padded[..., :num_targets] = targets
+        padded = F.pad(targets, (0, config.max_horizon - num_targets))
         mask = run.feature_mask[chosen][..., None].expand(padded.shape).clone()
         mask[..., num_targets:] = False
+        movement = run.edges.per_parameter({name: f[1:].abs().flatten(1).mean(1) for name, f in future.items()})[chosen]
         steps = run.edges.values({name: s[-1] - s[-2] for name, s in states.items()})[chosen]
         inputs = _choose(inputs, kept, chosen)
-        return Window(inputs=inputs, targets=padded, mask=mask, last_steps=steps, families=(run.family,))
+        return Window(
+            inputs=inputs,
+            targets=padded,
+            mask=mask,
+            last_steps=steps,
+            movement=F.pad(movement, (0, config.max_horizon - num_targets), value=1.0),
+            families=(run.family,),
+        )
 
 
 def _choose(inputs: EdgeInputs, kept: Tensor | None, chosen: Tensor) -> EdgeInputs:
