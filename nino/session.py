@@ -12,7 +12,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
-from nino.distributed import is_main_process, is_true_everywhere, mean_over_processes, min_over_processes
+from nino.distributed import is_main_process
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.history import Place, SnapshotStore
@@ -32,17 +32,15 @@ from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
 from nino.probation import (
     ProbationConfig,
-    Trust,
     default_probation,
     finite,
-    gather_evidence,
-    has_recovered,
     why_not_judged,
 )
 from nino.rates import has_risen, horizon_by_mass, learning_rate_of
-from nino.report import Loss, NowcastReport, OpenReport
+from nino.report import NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
+from nino.trial import Trial, log
 
 logger = logging.getLogger(__name__)
 
@@ -122,22 +120,16 @@ class NowcastSession:
         if self.probation.updates >= period:
             raise NinoError(f"probation={probation} must end before the next nowcast, period={period} updates later")
         self.restore_point = RestorePoint(snapshots_on, snapshot_folder)
-        self.trust = Trust()
+        self.trial = Trial(self.probation, self.live, on_report)
         self.moments = check_moments(moments)
         self.batch_norm = BatchNormRenewal(self.model, RENEWAL_UPDATES if batch_norm else 0)
         self.nowcast_in_warmup = nowcast_in_warmup
-        self.on_report = on_report
         self.step = 0
-        self.reports: list[NowcastReport] = []
-        self._losses: deque[Loss] = deque(maxlen=self.probation.losses_before)
         self._rates: deque[float] = deque(maxlen=config.context)
         """Learning rates at the snapshots."""
-        self._observed: list[Loss] = []
-        self._open: OpenReport | None = None
         self._has_begun = False
         self._skipped = 0
         """Updates in a row that mixed precision skipped."""
-        self._said_unjudged = False
         self._no_snapshot = ""
         """Why the last snapshot failed."""
         self._is_detached = False
@@ -157,23 +149,20 @@ class NowcastSession:
         """Of the model as it is now."""
         return self.live.graph
 
+    @property
+    def reports(self) -> list[NowcastReport]:
+        """Of all nowcasts so far, oldest first."""
+        return self.trial.reports
+
     def observe(self, loss: Tensor | float) -> None:
         """Tell the training loss of the coming update; several calls (micro-batches) are averaged. Never blocks.
 
         Raises:
             NinoError: if it is not one number.
         """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise NinoError(f"a loss is one number, got a tensor of shape {tuple(loss.shape)}; observe its mean")
-            # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
-            self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
-        elif isinstance(loss, (int, float)):
-            self._observed.append(float(loss))
-        else:
-            raise NinoError(f"a loss is one number or a tensor of one element, got {type(loss).__name__}")
-        if len(self._observed) % MANY_OBSERVED == 0:
-            self._check_for_skipped_updates()
+        self.trial.observe(loss)
+        if self.trial.look_at_many_losses():
+            self._undo_what_cannot_train()
 
     def after_skipped_update(self) -> NowcastReport | None:
         """Tell that mixed precision skipped an update: it does not count, but if it goes on, a jump is to blame.
@@ -182,22 +171,15 @@ class NowcastSession:
             A report if a nowcast on probation was undone for that.
         """
         self._skipped += 1
-        if self._is_on_probation and self._skipped >= MANY_SKIPPED:
+        if self.trial.is_on_probation and self._skipped >= MANY_SKIPPED:
             return self._undo_what_cannot_train()
         return None
 
-    def _check_for_skipped_updates(self) -> None:
-        """Without updates losses pile up: of many micro-batches, or of updates that a GradScaler skips, all of them."""
-        is_stuck = self._is_on_probation and not any(math.isfinite(float(loss)) for loss in self._observed)
-        if self._is_on_probation and is_true_everywhere(is_stuck, self.live.device):
-            self._undo_what_cannot_train()
-        del self._observed[:-MANY_OBSERVED]
-
     def _undo_what_cannot_train(self) -> NowcastReport | None:
-        nowcast = self._open
+        nowcast = self.trial.open
         if nowcast is None or not nowcast.on_probation:
             return None
-        self._observed.clear()
+        self.trial.forget_observed()
         self._skipped = 0
         return self._roll_back(nowcast.with_losses(), "losses are NaN or infinite, so that every update was skipped")
 
@@ -227,7 +209,7 @@ class NowcastSession:
             self._has_begun = True
         self.step += 1
         self._skipped = 0
-        completed = self._take_loss()
+        completed = self._judge() if self.trial.book() else None
         self.batch_norm.after_update()
         if is_snapshot_step(self.step, self.schedule):
             self._snapshot(learning_rate)
@@ -243,7 +225,8 @@ class NowcastSession:
             That report, if there was one.
         """
         self.restore_point.clear()
-        return self._complete(self._open.with_losses()) if self._open is not None else None
+        nowcast = self.trial.open
+        return self.trial.complete(nowcast.with_losses()) if nowcast is not None else None
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
@@ -253,11 +236,9 @@ class NowcastSession:
         """Forget snapshots and losses and count updates from 0 again."""
         self.step = 0
         self._forget_history()
-        self._observed.clear()
-        self._open = None
+        self.trial.reset()
         self.restore_point.clear()
         self.batch_norm.end()
-        self.trust = Trust()
 
     def detach(self) -> None:
         """Leave no trace: give back the memory of snapshots, and end what a jump has begun. Reports stay.
@@ -282,10 +263,8 @@ class NowcastSession:
             "context": self.schedule.context,
             "history": self.store.state_dict(),
             "learning_rates": list(self._rates),
-            "losses": [float(loss) for loss in self._losses],
-            "open_report": self._open.state_dict() if self._open is not None else None,
-            "restore_point": self.restore_point.state_dict() if self._is_on_probation else None,
-            "trust": asdict(self.trust),
+            **self.trial.state_dict(),
+            "restore_point": self.restore_point.state_dict() if self.trial.is_on_probation else None,
             "batch_norm": self.batch_norm.state_dict(),
         }
 
@@ -304,7 +283,7 @@ class NowcastSession:
                         f"the saved run had {name}={state[name]}, this one has {getattr(self.schedule, name)}; "
                         f"resume with the same {name}"
                     )
-            step, losses = int(state["step"]), [float(loss) for loss in state["losses"]]
+            step, trial = int(state["step"]), Trial.read(state)
             rates = [float(rate) for rate in state["learning_rates"]]
             if len(rates) < len(state["history"]["steps"]):
                 raise NinoError(
@@ -313,9 +292,7 @@ class NowcastSession:
                 )
             if step < max(state["history"]["steps"], default=0):
                 raise NinoError(f"saved nowcasting state is damaged: snapshots from after its {step} updates")
-            open_report = OpenReport.from_state_dict(state["open_report"]) if state["open_report"] is not None else None
-            trust = Trust.from_state_dict(state["trust"])
-            if open_report is not None and open_report.on_probation and state["restore_point"] is None:
+            if trial.open is not None and trial.open.on_probation and state["restore_point"] is None:
                 raise NinoError("saved nowcasting state is damaged: a nowcast on probation without its restore point")
             parameters, everything, unfrozen = self.trainable_parameters(), self.live.wired(), set[str]()
             restore_point = RestorePoint(self.store.place, self.store.folder)
@@ -333,22 +310,17 @@ class NowcastSession:
             logger.warning(message, len(unfrozen), ", ".join(sorted(unfrozen)[:3]))
             self.store.clear()
             restore_point.close()
-            losses, rates = [], []
-            if open_report is not None:
-                open_report.on_probation = False
+            trial.losses, rates = [], []
+            if trial.open is not None:
+                trial.open.on_probation = False
         self.restore_point.close()
         self.restore_point = restore_point
         self.batch_norm.resume(batch_norm)
-        if self._has_begun or len(self.store) or open_report is not None:  # else there is nothing that may go stale
+        if self._has_begun or len(self.store) or trial.open is not None:  # else there is nothing that may go stale
             self.live.remember()
         self.step = step
-        self._losses = deque(losses, maxlen=self.probation.losses_before)
         self._rates = deque(rates, maxlen=self.schedule.context)
-        self._observed.clear()
-        self._open, self.trust = open_report, trust
-        if open_report is not None:
-            others = [other for other in self.reports if other.step != open_report.report.step]
-            self.reports = [*others, open_report.report]
+        self.trial.resume(trial)
 
     def _notice_changes(self) -> None:
         """If the model is another than at the last snapshot, start the history afresh, and say so once."""
@@ -356,10 +328,11 @@ class NowcastSession:
         if not change:
             return
         unjudged = ""
-        if self._open is not None and self._open.on_probation:  # what it would be undone from fits no more
-            self._open.on_probation = False
+        nowcast = self.trial.open
+        if nowcast is not None and nowcast.on_probation:  # what it would be undone from fits no more
+            nowcast.on_probation = False
             self.restore_point.clear()
-            unjudged = f", the nowcast after update {self._open.report.step} is not judged"
+            unjudged = f", the nowcast after update {nowcast.report.step} is not judged"
         message = "the model has changed by update %d, snapshots start afresh%s: %s"
         logger.warning(message, max(self.step, 1), unjudged, change)
         self._forget_history()
@@ -396,76 +369,19 @@ class NowcastSession:
     def _forget_history(self) -> None:
         self.store.clear()
         self._rates.clear()
-        self._losses.clear()
+        self.trial.losses.clear()
 
-    def _take_loss(self) -> NowcastReport | None:
-        """Book the losses of the update that was just done; completes the last report if it waits for one."""
-        loss = sum(self._observed[1:], self._observed[0]) / len(self._observed) if self._observed else None
-        self._observed.clear()
-        if loss is not None:
-            self._losses.append(loss)
-        if self._open is None:
+    def _judge(self) -> NowcastReport | None:
+        """Do what the losses say of the open report; the report if that ends it."""
+        if self.trial.is_on_probation:
+            self._notice_changes()
+        verdict = self.trial.judge(self.step)
+        if verdict is None:
             return None
-        is_over = self._open.book(loss)
-        if self._open.on_probation:
-            return self._verdict(self._open, is_over)
-        return self._complete(self._open.with_losses()) if is_over else None
-
-    def _verdict(self, nowcast: OpenReport, is_over: bool) -> NowcastReport | None:
-        """Judge a nowcast on probation if it is time to; a report if that ends it."""
-        is_halfway = self.probation.updates - nowcast.updates_to_come == self.probation.early_verdict
-        if not (is_over or is_halfway):
-            return None
-        self._notice_changes()
-        if not nowcast.on_probation:  # the model has changed meanwhile
-            return self._complete(nowcast.with_losses()) if is_over else None
-        return self._judge(nowcast, is_over)
-
-    def _complete(self, report: NowcastReport) -> NowcastReport:
-        self._close(report)
-        self._tell(report)
-        return report
-
-    def _close(self, report: NowcastReport) -> None:
-        self._open = None
-        self.reports[-1] = report
-
-    def _tell(self, report: NowcastReport) -> None:
-        if report.accepted and is_main_process():  # others were logged when they were refused, or left out
-            _log(report)
-        try:
-            if self.on_report is not None:
-                self.on_report(report)
-        except Exception as error:  # a dashboard that cannot be reached is no reason to lose a run
-            message = "on_report failed for the nowcast after update %d, training goes on: %s"
-            logger.warning(message, report.step, str(error) or repr(error), exc_info=True)
-
-    @property
-    def _is_on_probation(self) -> bool:
-        return self._open is not None and self._open.on_probation
-
-    def _judge(self, nowcast: OpenReport, is_over: bool) -> NowcastReport | None:
-        """Keep a nowcast, until its probation is over or for good, or undo it; a report if that ends it."""
-        after = [float(loss) for loss in nowcast.after]
-        report = nowcast.with_losses()
-        if is_true_everywhere(bool(after), self.live.device):
-            evidence = gather_evidence(finite(self._of_all(nowcast.before)), self._of_all(after))
-            report = replace(report, loss_after=evidence.after)
-            updates = self.step - report.step
-            if not has_recovered(evidence, self.probation, updates):
-                losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {updates} updates"
-                return self._roll_back(report, losses)
-            if is_over:
-                self.trust = self.trust.after_keeping(evidence, self.probation)
-        if not is_over:
-            return None
+        if verdict.why_undo:
+            return self._roll_back(verdict.report, verdict.why_undo)
         self.restore_point.clear()
-        return self._complete(report)
-
-    def _of_all(self, losses: list[float]) -> list[float]:
-        """The losses of the global batches: the mean over processes, as far back as all remember."""
-        known = int(min_over_processes(len(losses), self.live.device))
-        return mean_over_processes(losses[len(losses) - known :], self.live.device)
+        return self.trial.complete(verdict.report)
 
     def _roll_back(self, report: NowcastReport, reason: str) -> NowcastReport:
         report = replace(report, rolled_back=True, updates_undone=self.step - report.step, reason=reason)
@@ -476,15 +392,14 @@ class NowcastSession:
             self.restore_point.clear()
             self.batch_norm.end(counts=False)
             self._forget_history()  # snapshots of the undone weights, if there are any
-            self.trust = self.trust.after_failure(self.probation)
-            self._close(report)
-        self._tell(report)
+            self.trial.fail(report)
+        self.trial.tell(report)
         return report
 
     def _nowcast(self) -> OpenReport:
         """Nowcast, and open the report of it."""
         self._settle_snapshot()
-        losses = [float(loss) for loss in self._losses]
+        losses = self.trial.before_jump()
         horizon, reason = self._horizon()
         report = NowcastReport(
             step=self.step,
@@ -497,9 +412,9 @@ class NowcastSession:
         )
         if report.left_out:
             if is_main_process():
-                _log(report)
-            return self._begin_report(OpenReport(report, 1))
-        on_probation = is_true_everywhere(self._can_judge(losses), self.live.device)
+                log(report)
+            return self.trial.begin(report)
+        on_probation = self._judges and self.trial.can_judge(losses, is_due=self.store.is_full)
         return attempt_jump(
             self.live,
             self.store,
@@ -514,30 +429,15 @@ class NowcastSession:
         """Open the report of a jump, or of its refusal; on probation if there are losses to judge it by."""
         report = self._complete_jump(report, attempt)
         if not report.accepted and (is_main_process() or attempt.is_own_failure):
-            _log(report)
+            log(report)
         if report.accepted and judged_by is not None:
-            return self._begin_report(OpenReport(report, self.probation.updates, on_probation=True, before=judged_by))
+            return self.trial.begin(report, judged_by)
         self.restore_point.clear()
-        return self._begin_report(OpenReport(report, 1))
-
-    def _begin_report(self, report: OpenReport) -> OpenReport:
-        self._open = report
-        self.reports.append(report.report)
-        return report
+        return self.trial.begin(report)
 
     @property
     def _judges(self) -> bool:
         return self.probation.updates > 0 and self.optimizer is not None
-
-    def _can_judge(self, losses: list[float]) -> bool:
-        """Whether enough is known to put a nowcast on probation; says so once if it is wanted and nothing is."""
-        if self._judges and not losses and self.store.is_full and not self._said_unjudged:
-            self._said_unjudged = True
-            logger.warning(
-                "no training losses are observed, so nowcasts are kept without probation: call observe(loss) of the "
-                "optimizer or the callback before each step, or set probation=0"
-            )
-        return self._judges and not why_not_judged(losses)
 
     def _refusal(self, losses: list[float]) -> str:
         """Why there can be no jump now; nothing if there can."""
@@ -553,16 +453,16 @@ class NowcastSession:
         """How far to look, and why this nowcast is left out, if it is."""
         planned = horizon_at(self.step, self.schedule)
         horizon = horizon_by_mass(planned, self._rates, self.step, self.schedule)
-        if self.trust.periods_to_skip:
-            self.trust = self.trust.after_skipping()
-            return horizon, f"{self.trust.failures} in a row were undone or kept in doubt"
+        if self.trial.trust.periods_to_skip:
+            self.trial.trust = self.trial.trust.after_skipping()
+            return horizon, f"{self.trial.trust.failures} in a row were undone or kept in doubt"
         if self.schedule.max_steps is not None and self.schedule.max_steps - self.step < self.probation.updates:
             return horizon, "the run ends before a jump could recover"
         if has_risen(self._rates) and not self.nowcast_in_warmup:
             return horizon, "the learning rate rose between its snapshots (a warm-up, or a restart)"
         if horizon == 0:
             return horizon, "the learning rate that is left moves the weights no farther than they are"
-        return self.trust.shorten(horizon), ""
+        return self.trial.trust.shorten(horizon), ""
 
     def _complete_jump(self, report: NowcastReport, attempt: Attempt) -> NowcastReport:
         """What a jump makes stale is seen to, if there was one."""
@@ -579,9 +479,3 @@ class NowcastSession:
             relative_jump=attempt.jump.relative,
             relative_jump_by_kind={kind: part.relative for kind, part in attempt.jump.by_kind.items()},
         )
-
-
-def _log(report: NowcastReport) -> None:
-    """The one log record of a nowcast, with all its numbers in ``record.nowcast``."""
-    level = logging.INFO if report.outcome in ("accepted", "left out") else logging.WARNING
-    logger.log(level, "%s", report, extra={"nowcast": report.as_record()})

@@ -550,7 +550,7 @@ def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
-    assert run.optimizer.reports[0].rolled_back and run.session.trust.failures == 1
+    assert run.optimizer.reports[0].rolled_back and run.session.trial.trust.failures == 1
     run.save(tmp_path / "checkpoint.pt")  # as who is interrupted does
     resumed = Run(nowcaster=run.session.nowcaster).load(tmp_path / "checkpoint.pt").train()
     assert_same(weights_of(resumed.model), weights_of(run.train().model))

@@ -324,7 +324,7 @@ def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: st
 
     assert optimizer.reports[-1].rolled_back and "every update was skipped" in optimizer.reports[-1].reason
     assert_same(weights_of(model), weights_of(plain))
-    assert optimizer.session.trust.failures == 1
+    assert optimizer.session.trial.trust.failures == 1
     _train(model, optimizer, PERIOD, 2 * PERIOD)  # and training goes on
     assert len(optimizer.reports) == 2
 
@@ -336,7 +336,7 @@ def test_many_micro_batches_are_no_skipped_updates() -> None:
     for _ in range(600):
         optimizer.observe(1.0)
     assert not optimizer.reports[-1].rolled_back
-    assert len(optimizer.session._observed) <= 512
+    assert len(optimizer.session.trial._observed) <= 512
 
 
 def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
@@ -406,7 +406,7 @@ def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: i
 
     assert_same(weights_of(resumed_model), weights_of(straight))
     assert [r.rolled_back for r in second.reports][-1:] == [r.rolled_back for r in whole.reports][-1:]
-    assert second.session.trust == whole.session.trust
+    assert second.session.trial.trust == whole.session.trial.trust
 
 
 @pytest.mark.parametrize(("period", "expected"), [(1002, 100), (30, 3), (9, 0)])

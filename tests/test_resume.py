@@ -101,7 +101,7 @@ def test_resume_is_exact(name: str, door: str, point: int, whole: Any) -> None:
     assert_same(resumed.model.state_dict(), expected.model.state_dict())
     assert resumed.rates == expected.rates[point // expected.session.schedule.interval :]
     assert resumed.session.step == expected.session.step
-    assert resumed.session.trust == expected.session.trust
+    assert resumed.session.trial.trust == expected.session.trial.trust
     assert resumed.nowcasts == expected.nowcasts[-len(resumed.nowcasts) :]
     assert resumed.losses == pytest.approx(expected.losses[-len(resumed.losses) :], nan_ok=True)
     assert len(resumed.nowcasts) == 1 if point > AFTER_A_NOWCAST + R * ("probation" in setting.attach) else 2

@@ -456,7 +456,7 @@ def test_resumed_session_goes_on_as_if_nothing_had_happened(at: int) -> None:
     whole_nowcaster.asked.clear()
 
     late: list[NowcastReport] = []
-    resumed.on_report = late.append
+    resumed.trial.on_report = late.append
     for session in (whole, resumed):
         update(session, 15, losses=float)
 
