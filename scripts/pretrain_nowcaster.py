@@ -20,6 +20,7 @@ from nino import NowcasterConfig
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
+from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 from tasks.cli import fail, positive_int, run_main
@@ -56,7 +57,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
     add("--max-words", type=int, default=0, help="words of a window that pass messages, drawn at random; 0 for all")
     add("--balanced", action="store_true", help="draw as many edges of every parameter, not in proportion to its size")
-    add("--relative", action="store_true", help="errors as a part of each parameter's movement, not absolute")
+    add("--loss", choices=LOSSES, default="squared", help="squared: as a part of how far each parameter moves")
     add("--lr", type=float, default=3e-3)
     add("--weight-decay", type=float, default=1e-2)
     add("--clip", type=float, default=5.0, help="largest gradient norm")

@@ -228,7 +228,7 @@ def test_validation_tells_horizons_apart(sources: tuple[WindowSource, WindowSour
     # Of 30 states the first five are read at least: 25 horizons at most are known.
     names = {f"mlp/copy{suffix}" for suffix in ("", "@1", "@5", "@10", "@20")}
     assert {name for name in record if name.startswith("mlp/copy")} == names | {
-        name.replace("copy", "copy/relative") for name in names
+        name.replace("copy", "copy/squared") for name in names
     }
     generator, errors, counts = torch.Generator().manual_seed(0), torch.zeros(40), torch.zeros(40)
     for _ in range(20 * len(source.by_family["mlp"])):
@@ -236,7 +236,7 @@ def test_validation_tells_horizons_apart(sources: tuple[WindowSource, WindowSour
         errors += (window.targets.abs() * window.mask).sum((0, 1))
         counts += window.mask.sum((0, 1))
     assert record["mlp/copy"] == pytest.approx((errors.sum() / counts.sum()).item(), rel=1e-5)
-    assert record["mlp/copy/relative"] == pytest.approx(1, rel=0.05), "all edges of so small a model are looked at"
+    assert record["mlp/copy/squared"] == pytest.approx(1, rel=0.05), "all edges of so small a model are looked at"
     assert record["mlp/copy@10"] == pytest.approx((errors[9] / counts[9]).item(), rel=1e-5)
 
 
@@ -369,16 +369,16 @@ def test_two_processes_train_as_one(tmp_path: Path, accumulate: int) -> None:
         )
 
 
-def test_relative_error_is_one_for_every_parameter_that_stands_still(tmp_path: Path) -> None:
+def test_squared_error_is_one_for_every_parameter_that_stands_still(tmp_path: Path) -> None:
     source = WindowSource([str(record_walk(tmp_path / "run", CNN, "cnn", num_states=8))], CONFIG)
     window = source.load(WindowPlace(run=0, first=0, stride=1))
     still = torch.zeros_like(window.targets)
     for part in source.runs[0].edges.slices.values():
         one = replace(window, targets=window.targets[part], mask=window.mask[part], movement=window.movement[part])
-        sums, counts = errors_by_horizon(still[part], one, relative=True)
+        sums, counts = errors_by_horizon(still[part], one, "squared")
         torch.testing.assert_close(sums[:3], counts[:3].float())
-    error, count = total_error(window.targets * 0.5, window, relative=True)
-    assert error / count == pytest.approx(0.5)
+    error, count = total_error(window.targets * 0.5, window, "squared")
+    assert error / count == pytest.approx(0.25)
 
 
 def test_few_words_pass_messages_and_parameters_are_balanced() -> None:

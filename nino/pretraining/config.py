@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nino.errors import NinoError
+from nino.pretraining.objective import LOSSES, Loss
 from nino.pretraining.sampling import Sampling
 
 
@@ -20,8 +21,8 @@ class PretrainingConfig:
     """Unions that a batch is computed in, one after another: a batch is as many times as large."""
     sampling: Sampling = field(default_factory=Sampling)
     """What an update looks at of a window."""
-    relative: bool = False
-    """Whether the loss is the relative error, see :mod:`nino.pretraining.objective`."""
+    loss: Loss = "squared"
+    """See :mod:`nino.pretraining.objective`."""
     lr: float = 3e-3
     weight_decay: float = 1e-2
     clip: float = 5.0
@@ -45,5 +46,7 @@ class PretrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise NinoError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.loss not in LOSSES:
+            raise NinoError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not 0 <= self.ema < 1:
             raise NinoError(f"ema must be at least 0 and less than 1, got {self.ema!r}")

@@ -151,7 +151,7 @@ class _Pretraining:
 
     def _error(self, window: Window) -> Tensor:
         with self.accelerator.autocast():
-            return total_error(self.model(window.inputs), window, relative=self.config.relative)[0]
+            return total_error(self.model(window.inputs), window, self.config.loss)[0]
 
     def _start_measuring(self) -> None:
         self.losses = torch.zeros((), device=self.accelerator.device)

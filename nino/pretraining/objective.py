@@ -1,39 +1,48 @@
 """What a nowcaster is trained for, and the rivals it must beat on held-out runs.
 
-The published loss is the mean absolute error of standardised weights over the edges that carry parameters and all
-horizons (NiNo, section 3.3). It is dominated by what moves most: far horizons, the first updates of a run, high
-learning rates. The *relative* error divides by how far the weight's parameter moves in that window up to that horizon:
-standing still costs 1 everywhere, and every window, parameter and horizon counts alike.
+*absolute*, the published loss: the mean absolute error of standardised weights over the edges that carry parameters and
+all horizons (NiNo, section 3.3). It is dominated by what moves most (far horizons, the first updates of a run, high
+learning rates), and its best answer is the median, which of the noisy paths of weights lies much closer to standing
+still than the mean does.
+
+*squared*: the squared error as a part of the mean square of how far the weight's parameter moves in that window up to
+that horizon. Standing still costs 1 everywhere, so that every window, parameter and horizon counts alike, and the best
+answer is the mean.
 """
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nino.pretraining.windows import Window
 
+Loss = Literal["absolute", "squared"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 SMALLEST_MOVEMENT = 1e-3
 """Parameters that move less than this, in standard deviations of their weights, do not count more for it."""
 
 
-def errors_by_horizon(predicted: Tensor, window: Window, *, relative: bool = False) -> tuple[Tensor, Tensor]:
-    """Sums of absolute errors over the targets that exist, and their numbers, per horizon: ``[K]`` each.
+def errors_by_horizon(predicted: Tensor, window: Window, loss: Loss = "absolute") -> tuple[Tensor, Tensor]:
+    """Sums of errors over the targets that exist, and their numbers, per horizon: ``[K]`` each.
 
     Args:
         predicted: ``[O, 9, K]`` movement from the last snapshot.
         window: with targets and mask of that shape.
-        relative: divide by the movement of the parameter.
+        loss: which errors.
     """
-    errors = (predicted.float() - window.targets).abs() * window.mask
-    if relative:
-        errors = errors / window.movement.clamp(min=SMALLEST_MOVEMENT)[:, None]
+    errors = predicted.float() - window.targets
+    if loss == "squared":
+        errors = (errors / window.movement.clamp(min=SMALLEST_MOVEMENT)[:, None]).square()
+    errors = errors.abs() * window.mask
     return errors.sum((0, 1)), window.mask.sum((0, 1))
 
 
-def total_error(predicted: Tensor, window: Window, *, relative: bool = False) -> tuple[Tensor, Tensor]:
+def total_error(predicted: Tensor, window: Window, loss: Loss = "absolute") -> tuple[Tensor, Tensor]:
     """The same over all horizons, two numbers."""
-    errors, counts = errors_by_horizon(predicted, window, relative=relative)
+    errors, counts = errors_by_horizon(predicted, window, loss)
     return errors.sum(), counts.sum()
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from nino.pretraining.objective import errors_by_horizon, rivals
+from nino.pretraining.objective import LOSSES, errors_by_horizon, rivals
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 
@@ -22,7 +22,7 @@ def validate(network: nn.Module, source: WindowSource, windows_per_run: int, dev
 
     Returns:
         ``{"<family>/nowcaster": ..., "<family>/copy": ..., "<family>/linear": ...}`` over all horizons, and the same of
-        some horizons alone: ``"<family>/nowcaster@5"``; and of the relative error: ``"<family>/nowcaster/relative@5"``.
+        some horizons alone: ``"<family>/nowcaster@5"``; and of the squared error: ``"<family>/nowcaster/squared@5"``.
     """
     totals: dict[str, list[Tensor]] = defaultdict(list)
     for family, members in sorted(source.by_family.items()):
@@ -30,9 +30,9 @@ def validate(network: nn.Module, source: WindowSource, windows_per_run: int, dev
         for _ in range(windows_per_run * len(members)):
             window = source.load(source.draw(family, generator), generator, SAMPLING).to(device)
             for name, predicted in {"nowcaster": network(window.inputs), **rivals(window)}.items():
-                for relative, suffix in ((False, ""), (True, "/relative")):
-                    errors = torch.stack(errors_by_horizon(predicted, window, relative=relative))
-                    totals[f"{family}/{name}{suffix}"].append(errors)
+                for loss in LOSSES:
+                    errors = torch.stack(errors_by_horizon(predicted, window, loss))
+                    totals[f"{family}/{name}" + ("/squared" if loss == "squared" else "")].append(errors)
     result = {}
     for name, pairs in totals.items():
         errors, counts = torch.stack(pairs).cpu().double().sum(0)

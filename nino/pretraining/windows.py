@@ -54,8 +54,8 @@ class Window:
     last_steps: Tensor
     """``[O, 9]``: movement from the last snapshot but one to the last, for the linear rival."""
     movement: Tensor
-    """``[O, K]``: how far the weights of the edge's parameter move from the last snapshot, mean absolute; 1 where no
-    target exists."""
+    """``[O, K]``: how far the weights of the edge's parameter move from the last snapshot, root mean square; 1 where
+    no target exists."""
     families: tuple[str, ...]
     """What each graph of the window is of, for reports."""
 
@@ -182,7 +182,9 @@ class WindowSource:
         padded = F.pad(targets, (0, config.max_horizon - num_targets))
         mask = run.feature_mask[chosen][..., None].expand(padded.shape).clone()
         mask[..., num_targets:] = False
-        movement = run.edges.per_parameter({name: f[1:].abs().flatten(1).mean(1) for name, f in future.items()})[chosen]
+        movement = run.edges.per_parameter(
+            {name: f[1:].square().flatten(1).mean(1).sqrt() for name, f in future.items()}
+        )[chosen]
         steps = run.edges.values({name: s[-1] - s[-2] for name, s in states.items()})[chosen]
         inputs = _choose(inputs, kept, chosen)
         return Window(
