@@ -1,0 +1,139 @@
+"""What is one jump worth? Branch a training: jump with each of several nowcasters, go on, and compare.
+
+    python scripts/compare_jumps.py --data DATA --task c10-16 --at 1000 2000 \\
+        --jumps nino:nino-tiny@horizon=40 official:nino.pt@horizon=40 linear@horizon=4 --out jumps
+
+Adam trains once up to the last of the updates ``--at``. From each of them a branch per jump, and one that stays, goes
+on for ``--updates`` on the same batches. Whole trainings (scripts/evaluate_speedup.py) are the measure of a nowcaster;
+this is how to find a promising one, or a good horizon, in minutes. Use seeds that no evaluation uses.
+
+*gain* is the mean of the evaluations in the last third of a branch, minus that of the branch that stays: positive is
+better, for losses too. Results so far lie in ``OUT/jumps.json``; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from nino.errors import NinoError
+from tasks.branching import STAY, JumpPlan, Trunk, parse_jump
+from tasks.cli import fail, make_output_folder, positive_float, positive_int, run_main, whole_number
+from tasks.methods import load_jump
+from tasks.report import format_table
+from tasks.speedup import TASKS
+
+Results = dict[str, list[list[float]]]
+"""Branch -> ``[[updates since, metric], ...]``."""
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=list(TASKS), required=True)
+    add("--data", type=Path, help="as for scripts/evaluate_speedup.py")
+    add("--learning-rate", type=positive_float, help="by default the task's own")
+    add("--seed", type=whole_number, default=100)
+    add("--at", type=positive_int, nargs="+", default=[1000, 2000], help="updates after which to jump")
+    add(
+        "--jumps",
+        nargs="+",
+        required=True,
+        metavar="JUMP",
+        help="a jump of docs/evaluation.md and @horizon=K,interval=U",
+    )
+    add("--updates", type=positive_int, default=600, help="how far branches go on")
+    add("--evaluate-every", type=positive_int, default=50)
+    add("--out", type=Path, default=Path("jumps"))
+    return parser.parse_args(argv)
+
+
+def check_jumps(jumps: list[JumpPlan], first: int) -> int:
+    """Load every jump, so that it fails before training and not after; returns the largest context."""
+    contexts = []
+    for jump in jumps:
+        config = load_jump(jump.part).config
+        if jump.horizon > config.max_horizon:
+            raise NinoError(f"jump {jump.name!r}: the nowcaster looks at most {config.max_horizon} intervals ahead")
+        if (config.context - 1) * jump.interval >= first:
+            raise NinoError(
+                f"jump {jump.name!r}: {config.context} snapshots {jump.interval} updates apart do not fit before "
+                f"update {first}"
+            )
+        contexts.append(config.context)
+    return max(contexts)
+
+
+def gain(branch: list[list[float]], stay: list[list[float]], higher_is_better: bool) -> float:
+    """By how much the last third of a branch is better than that of the one that stays.
+
+    Example:
+        >>> gain([[0, 5.0], [50, 3.0], [100, 2.0]], [[0, 3.0], [50, 2.8], [100, 2.5]], higher_is_better=False)
+        0.5
+    """
+    late = [fmean(value for _, value in curve[-max(len(curve) // 3, 1) :]) for curve in (branch, stay)]
+    return (late[0] - late[1]) * (1 if higher_is_better else -1)
+
+
+def rows_of(results: Results, higher_is_better: bool) -> list[dict[str, Any]]:
+    """A row per branch."""
+    rows = []
+    for name, curve in results.items():
+        at, _, jump = name.partition(" ")
+        stay = results.get(f"{at} {STAY}")
+        columns = {f"+{int(step)}": round(value, 4) for step, value in curve}
+        won = round(gain(curve, stay, higher_is_better), 4) if stay is not None and jump != STAY else ""
+        rows.append({"after": int(at), "jump": jump, "gain": won, **columns})
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    from tqdm import tqdm
+
+    args = parse_args(argv)
+    spec, jumps = TASKS[args.task], [parse_jump(name) for name in args.jumps]
+    spec.check_data(args.task, args.data)
+    context = check_jumps(jumps, min(args.at))
+    rate = args.learning_rate or spec.learning_rate
+    settings = {"task": args.task, "learning_rate": rate, "seed": args.seed, "updates": args.updates}
+    settings["evaluate_every"] = args.evaluate_every
+    make_output_folder("--out", args.out)
+    path = args.out / "jumps.json"
+    known = json.loads(path.read_text()) if path.exists() else {"settings": settings, "branches": {}}
+    if known["settings"] != settings:
+        fail(f"--out {args.out} holds branches of another training ({known['settings']}); choose another folder")
+    results: Results = known["branches"]
+    branches = [(at, jump) for at in sorted(args.at) for jump in (None, *jumps)]
+    todo = [(at, jump) for at, jump in branches if _name(at, jump) not in results]
+    if todo:
+        torch.set_num_threads(1)
+        trunk, last = Trunk(args.task, args.seed, rate), max(at for at, _ in todo)
+        with tqdm(total=last + len(todo) * args.updates, unit="update", mininterval=1) as bar:
+            for _ in trunk.grow(args.data, sorted({at for at, _ in todo}), [j.interval for j in jumps], context):
+                bar.update()
+            for at, jump in todo:
+                bar.set_postfix_str(_name(at, jump))
+                curve: list[list[float]] = []
+                for step, metrics in trunk.branch(args.data, at, jump, args.updates, args.evaluate_every):
+                    bar.update(step - (int(curve[-1][0]) if curve else 0))
+                    curve.append([float(step), metrics[spec.metric]])
+                results[_name(at, jump)] = curve
+                temporary = path.with_suffix(".part")
+                temporary.write_text(json.dumps(known, indent=1))
+                temporary.replace(path)
+    print(format_table(rows_of(results, spec.higher_is_better)))
+    return 0
+
+
+def _name(at: int, jump: JumpPlan | None) -> str:
+    return f"{at} {STAY if jump is None else jump.name}"
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

@@ -1,0 +1,133 @@
+"""Branches of one training: the same weights, optimizer state and coming batches, with and without a jump.
+
+What a jump is worth shows some hundred updates after it: right after it the loss is higher. A branch costs those
+updates instead of a whole training, and because all branches see the same batches, small differences show.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from nino import Nowcaster
+from nino.errors import NinoError
+from tasks.methods import Part, Rhythm, load_jump, parse_method
+from tasks.speedup import TASKS, SpeedupTask
+from tasks.task import Batch, Task
+
+STAY = "stay"
+"""The branch without a jump."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpPlan:
+    """A jump by name: ``nino:nino-tiny@horizon=10,interval=100``."""
+
+    name: str
+    part: Part
+    horizon: int
+    """Snapshot intervals ahead."""
+    interval: int
+    """Updates between snapshots."""
+
+
+def parse_jump(name: str) -> JumpPlan:
+    """Read a jump's name: a jump of :mod:`tasks.methods`, ``@``, ``horizon`` and maybe ``interval`` (200).
+
+    Raises:
+        NinoError: saying what was expected.
+    """
+    text, _, settings = name.partition("@")
+    part = parse_method(text, Rhythm()).jump
+    if part is None or "+" in text:
+        raise NinoError(f"jump {name!r}: expected a jump such as linear@horizon=4, and nothing else")
+    values = {"interval": 200}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in ("horizon", "interval") or not value.isdigit() or int(value) < 1:
+            raise NinoError(f"jump {name!r}: expected horizon=K or interval=U, whole numbers, got {setting!r}")
+        values[key] = int(value)
+    if "horizon" not in values:
+        raise NinoError(f"jump {name!r}: say how far, for example {text}@horizon=10")
+    return JumpPlan(name=name, part=part, **values)
+
+
+@dataclass
+class Trunk:
+    """A training of Adam, kept at the updates where branches begin.
+
+    Args:
+        task: by name.
+        seed: of the initial weights and the batches.
+        learning_rate: constant.
+    """
+
+    task: str
+    seed: int
+    learning_rate: float
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By update: ``model`` and ``optimizer``, state dicts; ``snapshots``, by update."""
+
+    def grow(self, data: Path, at: Sequence[int], intervals: Sequence[int], context: int) -> Iterator[int]:
+        """Train up to the last of some updates; yields after every update how many are done."""
+        spec, task, model, optimizer = self._begin(data)
+        due = {point - interval * i for point in at for interval in intervals for i in range(context)}
+        batches = task.batches(spec.batch_size, torch.Generator().manual_seed(self.seed))
+        snapshots: dict[int, dict[str, Tensor]] = {}
+        for step in range(1, max(at) + 1):
+            _update(task, model, optimizer, next(batches))
+            if step in due:
+                snapshots[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+            if step in at:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "snapshots": snapshots}
+                self.states[step] = copy.deepcopy(state)
+            yield step
+
+    def branch(
+        self, data: Path, at: int, jump: JumpPlan | None, updates: int, evaluate_every: int
+    ) -> Iterator[tuple[int, dict[str, float]]]:
+        """Jump (or not) after update ``at`` and train on; yields updates since and metrics, the jump itself first."""
+        spec, task, model, optimizer = self._begin(data)
+        state = copy.deepcopy(self.states[at])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if jump is not None:
+            nowcaster = load_jump(jump.part)
+            new = _nowcast(nowcaster, model, state["snapshots"], at, jump)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(new[name])
+        yield 0, task.evaluate(model)
+        batches = task.batches(spec.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + at))
+        for step in range(1, updates + 1):
+            _update(task, model, optimizer, next(batches))
+            if step % evaluate_every == 0 or step == updates:
+                yield step, task.evaluate(model)
+
+    def _begin(self, data: Path) -> tuple[SpeedupTask, Task, nn.Module, Optimizer]:
+        spec = TASKS[self.task]
+        task = spec.data(data)
+        torch.manual_seed(self.seed)
+        model = spec.build()
+        return spec, task, model, AdamW(model.parameters(), lr=self.learning_rate, weight_decay=spec.weight_decay)
+
+
+def _nowcast(
+    nowcaster: Nowcaster, model: nn.Module, snapshots: dict[int, dict[str, Tensor]], at: int, jump: JumpPlan
+) -> dict[str, Tensor]:
+    context = nowcaster.config.context
+    read = [snapshots[at - jump.interval * i] for i in reversed(range(context))]
+    return nowcaster.predict(read, horizon=jump.horizon, graph=nowcaster.graph_of(model))
+
+
+def _update(task: Task, model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:
+    optimizer.zero_grad()
+    task.loss(model, batch).backward()
+    optimizer.step()

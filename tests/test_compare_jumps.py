@@ -1,0 +1,51 @@
+"""scripts/compare_jumps.py: branches of one training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_jumps.py"
+SMALL = ("--task", "digits-16", "--at", "20", "12", "--updates", "6", "--evaluate-every", "3")
+JUMPS = ("scaled:0:nino-tiny@horizon=40,interval=2", "linear@horizon=4,interval=2")
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
+    first = run(*SMALL, "--jumps", JUMPS[0], "--out", tmp_path)
+    assert first.returncode == 0, first.stderr
+    branches = json.loads((tmp_path / "jumps.json").read_text())["branches"]
+    assert list(branches) == ["12 stay", f"12 {JUMPS[0]}", "20 stay", f"20 {JUMPS[0]}"]
+    assert [step for step, _ in branches["12 stay"]] == [0, 3, 6]
+    assert branches[f"20 {JUMPS[0]}"] == branches["20 stay"], "a jump of no length changes nothing"
+    assert branches["20 stay"] != branches["12 stay"]
+
+    again = run(*SMALL, "--jumps", *JUMPS, "--out", tmp_path)
+    assert again.returncode == 0, again.stderr
+    longer = json.loads((tmp_path / "jumps.json").read_text())["branches"]
+    assert {name: longer[name] for name in branches} == branches
+    assert longer[f"20 {JUMPS[1]}"][0] != branches["20 stay"][0]
+    assert JUMPS[1] in again.stdout and "gain" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--jumps", "linear"), "say how far, for example linear@horizon=10"),
+        (("--jumps", "adam@horizon=1"), "expected a jump such as linear@horizon=4"),
+        (("--jumps", "linear@horizon=0"), "expected horizon=K or interval=U"),
+        (("--jumps", "linear@horizon=1,interval=5"), "do not fit before update 12"),
+        (("--jumps", "nino:nino-tiny@horizon=41,interval=2"), "at most 40 intervals ahead"),
+        (("--task", "c10-16", "--jumps", JUMPS[1]), "task c10-16 needs --data FOLDER"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+    done = run(*SMALL, *arguments, "--out", tmp_path)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
