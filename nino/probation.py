@@ -4,7 +4,8 @@ A nowcast looks bad before it is good: the loss right after a jump rises and com
 a nowcast is not judged at once but put on probation for R updates. It is taken back if the loss at the end of them is
 still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. Within the
 first hundred updates a good jump may still be on its way back; then only disasters are taken back, if need be halfway.
-After each failure, and after each jump that was kept in doubt, horizons shrink; after several nowcasts are left out.
+A nowcast in doubt gets more time, if the period has it. After each failure, and after each jump that was kept in doubt
+all the same, horizons shrink; after several nowcasts are left out.
 They grow back only while losses fall.
 ``docs/probation.md`` has the measurements behind the numbers.
 """
@@ -40,12 +41,24 @@ def default_probation(period: int) -> int:
     return period // PART_OF_PERIOD
 
 
+def longest_probation(period: int) -> int:
+    """Updates that a nowcast in doubt is given in all: twice those of others, but no more than a good jump needs.
+
+    Example:
+        >>> longest_probation(1000), longest_probation(500), longest_probation(200)
+        (100, 100, 40)
+    """
+    return min(RECOVERY, 2 * default_probation(period))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbationConfig:
     """How long a nowcast has to prove itself, and how strictly it is judged."""
 
     updates: int = 100
     """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
+    longest: int = 0
+    """Updates that one in doubt after R is given in all, if they are more: see :func:`longest_probation`."""
     tolerance: float = 3.0
     """By how many standard errors the mean loss may exceed that before the jump, once a good one has recovered."""
     early_tolerance: float = 8.0
@@ -150,6 +163,16 @@ def has_recovered(evidence: Evidence, config: ProbationConfig, updates: int) -> 
     return not _has_risen_by(evidence, config.tolerance_after(updates))
 
 
+def is_in_doubt(evidence: Evidence, config: ProbationConfig) -> bool:
+    """Whether a nowcast that is not taken back yet would be, were it not perhaps still on its way back.
+
+    Example:
+        >>> is_in_doubt(Evidence(before=2.0, after=2.4, error_variance=0.01), ProbationConfig())  # 4 standard errors
+        True
+    """
+    return _has_risen_by(evidence, config.tolerance)
+
+
 def _has_risen_by(evidence: Evidence, standard_errors: float) -> bool:
     return evidence.after - evidence.before > standard_errors * math.sqrt(evidence.error_variance)
 
@@ -207,7 +230,7 @@ class Trust:
             >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=2.5, error_variance=0.01), ProbationConfig())
             Trust(scale=0.25, failures=2, periods_to_skip=1)
         """
-        if _has_risen_by(evidence, config.tolerance):
+        if is_in_doubt(evidence, config):
             return self.after_failure(config)
         return Trust(min(self.scale * config.grow, 1.0)) if evidence.after < evidence.before else self
 

@@ -34,6 +34,7 @@ from nino.probation import (
     ProbationConfig,
     default_probation,
     finite,
+    longest_probation,
     why_not_judged,
 )
 from nino.rates import has_risen, horizon_by_mass, learning_rate_of
@@ -116,7 +117,9 @@ class NowcastSession:
             )
         self.live = LiveModel(model, nowcaster, optimizer, graph)
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
-        self.probation = ProbationConfig(updates=default_probation(period) if probation is None else probation)
+        self.probation = ProbationConfig(
+            updates=default_probation(period) if probation is None else probation, longest=longest_probation(period)
+        )
         if self.probation.updates >= period:
             raise NinoError(f"probation={probation} must end before the next nowcast, period={period} updates later")
         self.restore_point = RestorePoint(snapshots_on, snapshot_folder)

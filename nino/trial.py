@@ -18,7 +18,7 @@ from torch import Tensor
 from nino.distributed import is_main_process, is_true_everywhere, mean_over_processes, min_over_processes
 from nino.errors import NinoError
 from nino.live_model import LiveModel
-from nino.probation import ProbationConfig, Trust, finite, gather_evidence, has_recovered, why_not_judged
+from nino.probation import ProbationConfig, Trust, finite, gather_evidence, has_recovered, is_in_doubt, why_not_judged
 from nino.report import Loss, NowcastReport, OpenReport
 
 logger = logging.getLogger("nino.session")  # that of a session: who watches its nowcasts watches one logger
@@ -108,8 +108,8 @@ class Trial:
             self.losses.append(loss)
         if self.open is None:
             return False
-        is_over = self.open.book(loss)
-        is_halfway = self.config.updates - self.open.updates_to_come == self.config.early_verdict
+        is_over, halfway = self.open.book(loss), self.config.early_verdict
+        is_halfway = halfway > 0 and self.config.updates - self.open.updates_to_come == halfway
         return is_over or (self.open.on_probation and is_halfway)
 
     def judge(self, step: int) -> Verdict | None:
@@ -130,6 +130,9 @@ class Trial:
             if not has_recovered(evidence, self.config, updates):
                 losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {updates} updates"
                 return Verdict(report, losses)
+            if is_over and is_in_doubt(evidence, self.config) and updates < self.config.longest:
+                nowcast.updates_to_come = self.config.longest - updates
+                return None
             if is_over:
                 self.trust = self.trust.after_keeping(evidence, self.config)
         return Verdict(report) if is_over else None
