@@ -98,8 +98,8 @@ def plan_image_run(index: int, choose: random.Random, updates: int, interval: in
 
 def plan_language_run(index: int, choose: random.Random, updates: int, interval: int, texts: list[str]) -> RunPlan:
     """A Llama (most often) or GPT-2 of 1 to 3 layers on one or several texts."""
-    vocab_size = choose.choice([512, 512, 1024])
-    layers, width = choose.choice([(1, 32), (2, 24), (2, 32), (2, 32), (3, 24), (2, 48), (1, 48)])
+    vocab_size = choose.choice([256, 256, 512])
+    layers, width = choose.choice([(1, 32), (2, 16), (2, 24), (2, 32), (2, 32), (3, 24)])
     heads = choose.choice([2, 4])
     if choose.random() < 0.7:
         kv_heads = choose.choice([heads, heads // 2])
