@@ -41,7 +41,7 @@ from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
-from nino.trial import Trial, log
+from nino.trial import Trial, log_report
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class NowcastSession:
             NinoError: if it is not one number.
         """
         self.trial.observe(loss)
-        if self.trial.look_at_many_losses():
+        if self.trial.has_stuck():
             self._undo_what_cannot_train()
 
     def after_skipped_update(self) -> NowcastReport | None:
@@ -415,7 +415,7 @@ class NowcastSession:
         )
         if report.left_out:
             if is_main_process():
-                log(report)
+                log_report(report)
             return self.trial.begin(report)
         on_probation = self._judges and self.trial.can_judge(losses, is_due=self.store.is_full)
         return attempt_jump(
@@ -432,7 +432,7 @@ class NowcastSession:
         """Open the report of a jump, or of its refusal; on probation if there are losses to judge it by."""
         report = self._complete_jump(report, attempt)
         if not report.accepted and (is_main_process() or attempt.is_own_failure):
-            log(report)
+            log_report(report)
         if report.accepted and judged_by is not None:
             return self.trial.begin(report, judged_by)
         self.restore_point.clear()

@@ -84,7 +84,7 @@ class Trial:
         else:
             raise NinoError(f"a loss is one number or a tensor of one element, got {type(loss).__name__}")
 
-    def look_at_many_losses(self) -> bool:
+    def has_stuck(self) -> bool:
         """Whether updates no longer happen and a jump is to blame: losses pile up, and not one is finite.
 
         They also pile up with many micro-batches, and when mixed precision skips updates. Cheap until there are many.
@@ -178,7 +178,7 @@ class Trial:
     def tell(self, report: NowcastReport) -> None:
         """Log a complete report and hand it to whoever wants it."""
         if report.accepted and is_main_process():  # others were logged when they were refused, or left out
-            log(report)
+            log_report(report)
         try:
             if self.on_report is not None:
                 self.on_report(report)
@@ -245,7 +245,7 @@ class TrialState:
     trust: Trust
 
 
-def log(report: NowcastReport) -> None:
+def log_report(report: NowcastReport) -> None:
     """The one log record of a nowcast, with all its numbers in ``record.nowcast``."""
     level = logging.INFO if report.outcome in ("accepted", "left out") else logging.WARNING
     logger.log(level, "%s", report, extra={"nowcast": report.as_record()})

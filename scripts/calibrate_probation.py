@@ -18,10 +18,18 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nino.probation import ProbationConfig, gather_evidence, has_recovered
+from nino.probation import (
+    Evidence,
+    ProbationConfig,
+    gather_evidence,
+    has_recovered,
+    is_in_doubt,
+    longest_probation,
+)
 from tasks.cli import fail, positive_float, positive_int, run_main
 from tasks.comparing import ADAM
 from tasks.report import format_table
@@ -95,9 +103,16 @@ def held_out_losses(result: dict[str, Any]) -> dict[int, float]:
 
 def is_undone(jump: FirstJump, config: ProbationConfig) -> bool:
     """Whether the rule would have undone a jump."""
-    before = jump.before[-config.losses_before :]
+    evidence = partial(_evidence, jump, config)
     verdicts = [updates for updates in (config.early_verdict, config.updates) if updates]
-    return not all(has_recovered(gather_evidence(before, jump.after[:at]), config, at) for at in verdicts)
+    longest = longest_probation(jump.period)
+    if longest > config.updates and is_in_doubt(evidence(config.updates), config):
+        verdicts.append(longest)
+    return not all(has_recovered(evidence(at), config, at) for at in verdicts)
+
+
+def _evidence(jump: FirstJump, config: ProbationConfig, at: int) -> Evidence:
+    return gather_evidence(jump.before[-config.losses_before :], jump.after[:at])
 
 
 def read_cell(path: Path) -> dict[str, Any]:

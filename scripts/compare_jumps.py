@@ -24,13 +24,16 @@ import torch
 
 from nino.errors import NinoError
 from tasks.branching import STAY, JumpPlan, Trunk, parse_jump
+from tasks.cells import finite
 from tasks.cli import fail, make_output_folder, positive_float, positive_int, run_main, whole_number
-from tasks.methods import load_jump
+from tasks.methods import fingerprint, load_jump
 from tasks.report import format_table
 from tasks.speedup import TASKS
 
-Results = dict[str, list[list[float]]]
-"""Branch -> ``[[updates since, metric], ...]``."""
+Curve = list[tuple[int, float | None]]
+"""Updates since the jump and the metric; ``None`` if that was not finite."""
+Results = dict[str, Curve]
+"""By branch."""
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -54,11 +57,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_jumps(jumps: list[JumpPlan], first: int) -> int:
-    """Load every jump, so that it fails before training and not after; returns the largest context."""
-    contexts = []
+def check_jumps(jumps: list[JumpPlan], first: int) -> tuple[int, dict[str, str | None]]:
+    """Load every jump, so that it fails before training and not after.
+
+    Returns:
+        The largest context, and fingerprints of weights by the jump's name.
+    """
+    contexts, weights = [], {}
     for jump in jumps:
-        config = load_jump(jump.part).config
+        nowcaster = load_jump(jump.part)
+        config = nowcaster.config
+        weights[jump.name] = fingerprint(jump.part, nowcaster)
         if jump.horizon > config.max_horizon:
             raise NinoError(f"jump {jump.name!r}: the nowcaster looks at most {config.max_horizon} intervals ahead")
         if (config.context - 1) * jump.interval >= first:
@@ -67,18 +76,42 @@ def check_jumps(jumps: list[JumpPlan], first: int) -> int:
                 f"update {first}"
             )
         contexts.append(config.context)
-    return max(contexts)
+    return max(contexts), weights
 
 
-def gain(branch: list[list[float]], stay: list[list[float]], higher_is_better: bool) -> float:
-    """By how much the last third of a branch is better than that of the one that stays.
+def read_results(path: Path, settings: dict[str, Any], weights: dict[str, str | None]) -> dict[str, Any]:
+    """What an earlier call has found, without jumps whose weights are others now."""
+    if not path.exists():
+        return {"settings": settings, "weights": weights, "branches": {}}
+    try:
+        known: dict[str, Any] = json.loads(path.read_text())
+        earlier, before, branches = known["settings"], known["weights"], dict(known["branches"])
+    except (ValueError, LookupError, TypeError) as error:
+        fail(f"{path} is no result of this script ({error!r}); remove it or choose another --out")
+    if earlier != settings:
+        fail(f"--out {path.parent} holds branches of another training ({earlier}); choose another folder")
+    stale = {name for name in weights if name in before and before[name] != weights[name]}
+    kept = {name: curve for name, curve in branches.items() if name.partition(" ")[2] not in stale}
+    return {"settings": settings, "weights": before | weights, "branches": kept}
+
+
+def gain(branch: Curve, stay: Curve, higher_is_better: bool) -> float | None:
+    """By how much the last third of a branch is better than that of the one that stays; ``None`` if it diverged.
 
     Example:
-        >>> gain([[0, 5.0], [50, 3.0], [100, 2.0]], [[0, 3.0], [50, 2.8], [100, 2.5]], higher_is_better=False)
+        >>> gain([(0, 5.0), (50, 3.0), (100, 2.0)], [(0, 3.0), (50, 2.8), (100, 2.5)], higher_is_better=False)
         0.5
     """
-    late = [fmean(value for _, value in curve[-max(len(curve) // 3, 1) :]) for curve in (branch, stay)]
-    return (late[0] - late[1]) * (1 if higher_is_better else -1)
+    late = [[value for _, value in curve[-max(len(curve) // 3, 1) :]] for curve in (branch, stay)]
+    known = [[value for value in values if value is not None] for values in late]
+    if [len(values) for values in known] != [len(values) for values in late]:
+        return None
+    return (fmean(known[0]) - fmean(known[1])) * (1 if higher_is_better else -1)
+
+
+def rounded(value: float | None) -> float | str:
+    """For the table."""
+    return "-" if value is None else round(value, 4)
 
 
 def rows_of(results: Results, higher_is_better: bool) -> list[dict[str, Any]]:
@@ -87,9 +120,9 @@ def rows_of(results: Results, higher_is_better: bool) -> list[dict[str, Any]]:
     for name, curve in results.items():
         at, _, jump = name.partition(" ")
         stay = results.get(f"{at} {STAY}")
-        columns = {f"+{int(step)}": round(value, 4) for step, value in curve}
-        won = round(gain(curve, stay, higher_is_better), 4) if stay is not None and jump != STAY else ""
-        rows.append({"after": int(at), "jump": jump, "gain": won, **columns})
+        columns = {f"+{step}": rounded(value) for step, value in curve}
+        won = gain(curve, stay, higher_is_better) if stay is not None and jump != STAY else None
+        rows.append({"after": int(at), "jump": jump, "gain": rounded(won), **columns})
     return rows
 
 
@@ -97,19 +130,17 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     args = parse_args(argv)
-    spec, jumps = TASKS[args.task], [parse_jump(name) for name in args.jumps]
+    spec, jumps = TASKS[args.task], [parse_jump(name) for name in dict.fromkeys(args.jumps)]
     spec.check_data(args.task, args.data)
-    context = check_jumps(jumps, min(args.at))
+    context, weights = check_jumps(jumps, min(args.at))
     rate = args.learning_rate or spec.learning_rate
     settings = {"task": args.task, "learning_rate": rate, "seed": args.seed, "updates": args.updates}
     settings["evaluate_every"] = args.evaluate_every
     make_output_folder("--out", args.out)
     path = args.out / "jumps.json"
-    known = json.loads(path.read_text()) if path.exists() else {"settings": settings, "branches": {}}
-    if known["settings"] != settings:
-        fail(f"--out {args.out} holds branches of another training ({known['settings']}); choose another folder")
+    known = read_results(path, settings, weights)
     results: Results = known["branches"]
-    branches = [(at, jump) for at in sorted(args.at) for jump in (None, *jumps)]
+    branches = [(at, jump) for at in sorted(set(args.at)) for jump in (None, *jumps)]
     todo = [(at, jump) for at, jump in branches if _name(at, jump) not in results]
     if todo:
         torch.set_num_threads(1)
@@ -119,10 +150,10 @@ def main(argv: list[str]) -> int:
                 bar.update()
             for at, jump in todo:
                 bar.set_postfix_str(_name(at, jump))
-                curve: list[list[float]] = []
+                curve: Curve = []
                 for step, metrics in trunk.branch(args.data, at, jump, args.updates, args.evaluate_every):
-                    bar.update(step - (int(curve[-1][0]) if curve else 0))
-                    curve.append([float(step), metrics[spec.metric]])
+                    bar.update(step - (curve[-1][0] if curve else 0))
+                    curve.append((step, finite(metrics[spec.metric])))
                 results[_name(at, jump)] = curve
                 temporary = path.with_suffix(".part")
                 temporary.write_text(json.dumps(known, indent=1))

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from nino import Nowcaster, NowcasterConfig
+from nino.model import build_network
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_jumps.py"
 SMALL = ("--task", "digits-16", "--at", "20", "12", "--updates", "6", "--evaluate-every", "3")
@@ -33,6 +37,30 @@ def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
     assert {name: longer[name] for name in branches} == branches
     assert longer[f"20 {JUMPS[1]}"][0] != branches["20 stay"][0]
     assert JUMPS[1] in again.stdout and "gain" in again.stdout
+
+
+def test_weights_that_were_trained_on_are_branched_anew(tmp_path: Path) -> None:
+    branches = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        Nowcaster(build_network(NowcasterConfig(hidden=4))).save_pretrained(tmp_path / "mine")
+        jump = f"nino:{tmp_path / 'mine'}@horizon=40,interval=2"
+        done = run(*SMALL, "--jumps", jump, "--out", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        branches[seed] = json.loads((tmp_path / "out" / "jumps.json").read_text())["branches"]
+    assert branches[0]["20 stay"] == branches[1]["20 stay"]
+    assert branches[0][f"20 {jump}"] != branches[1][f"20 {jump}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("{", "is no result of this script"), ('{"settings": {}, "weights": {}, "branches": {}}', "of another training")],
+)
+def test_foreign_results_are_refused_and_kept(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "jumps.json").write_text(text)
+    done = run(*SMALL, "--jumps", JUMPS[1], "--out", tmp_path)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "jumps.json").read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,7 @@ class _Run:
         self.hidden = Fold.of(self.update.lin)
 
     def predict(self, writer: PredictionWriter, positions: Tensor, horizon: int) -> None:
+        """Predict the weights that the writer wants: two rounds of messages, then movements edge by edge."""
         words = self.blocks.graph.words().to(self.reader.device)
         nodes = self.network.embed_nodes(positions.to(self.reader.device, self.reader.dtype), words)
         nodes = self._round_on_values(nodes)

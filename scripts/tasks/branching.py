@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster
+from nino.batch_norm import BatchNormRenewal
 from nino.errors import NinoError
 from tasks.methods import Part, Rhythm, load_jump, parse_method
 from tasks.speedup import TASKS, SpeedupTask
@@ -98,16 +99,19 @@ class Trunk:
         state = copy.deepcopy(self.states[at])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        renewal = BatchNormRenewal(model)
         if jump is not None:
             nowcaster = load_jump(jump.part)
             new = _nowcast(nowcaster, model, state["snapshots"], at, jump)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(new[name])
+            renewal.begin()
         yield 0, task.evaluate(model)
         batches = task.batches(spec.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + at))
         for step in range(1, updates + 1):
             _update(task, model, optimizer, next(batches))
+            renewal.after_update()
             if step % evaluate_every == 0 or step == updates:
                 yield step, task.evaluate(model)
 
