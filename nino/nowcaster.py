@@ -255,7 +255,7 @@ class Nowcaster:
         held = bytes_of_copies(graph, *snapshots, tensors, share=share) + self._bytes_of_copy(network)
         held += share.extra_bytes(graph.groups, MESSAGE_VECTORS * self.config.hidden, exact.itemsize)
         sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, held)
-        scalers = measure_snapshots(snapshots, graph.shapes, device, share)
+        scalers = measure_snapshots(snapshots, graph.shapes, device, share, self.config.inputs)
         node_features = graph.positions(self.config.num_positions) if positions is None else positions
         writer = PredictionWriter(graph, tensors, scalers, share)
         with _full_precision(device):

@@ -1,6 +1,8 @@
 """Standardising snapshots: per parameter tensor, one mean and one deviation over all elements and snapshots.
 
-NiNo, section 3.3. Everything here returns new tensors; snapshots are never changed.
+NiNo, section 3.3. Nowcasters that read movements (:class:`nino.NowcasterConfig`) also need a unit of movement per
+parameter: how far its weights were from their last value, root mean square. Weights move a hundredth of a deviation in
+one run and a whole one in another; in units of their own movement all runs look alike. Snapshots are never changed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nino.errors import SnapshotError
+from nino.model.config import Inputs
 from nino.share import WHOLE, Share
 
 EPSILON = 1e-6
@@ -25,20 +28,25 @@ class Standardiser:
 
     mean: Tensor
     std: Tensor
+    unit: Tensor | None = None
+    """Of movement; ``None`` for deviations of the weights, as published."""
 
     @staticmethod
-    def of(snapshots: Iterable[Tensor], device: torch.device | str | None = None) -> Standardiser:
+    def of(
+        snapshots: Iterable[Tensor], device: torch.device | str | None = None, inputs: Inputs = "weights"
+    ) -> Standardiser:
         """Measure the snapshots of one parameter, a piece at a time; the deviation is the unbiased one.
 
         Args:
             snapshots: tensors of one shape, of any floating dtype, on any device; or one tensor with a first dimension
                 for the snapshots.
             device: where to compute; by default where the snapshots lie.
+            inputs: of the nowcaster.
 
         Returns:
-            Numbers of at least float32. NaN or infinity in a snapshot makes both of them NaN or infinite.
+            Numbers of at least float32. NaN or infinity in a snapshot makes all of them NaN or infinite.
         """
-        return Moments.of(list(snapshots), device).standardiser()
+        return Moments.of(list(snapshots), device).standardiser(inputs)
 
     def apply(self, weights: Tensor) -> Tensor:
         """``(w - mean) / (std + 1e-6)``."""
@@ -48,19 +56,50 @@ class Standardiser:
         """The same in place."""
         return weights.sub_(self.mean).div_(self.std + EPSILON)
 
+    def encode_(self, snapshots: Tensor, dim: int = 0) -> Tensor:
+        """Turn snapshots into what a nowcaster reads, in place; the last one is standardised in any case.
+
+        Args:
+            snapshots: oldest first.
+            dim: along which they lie.
+        """
+        if self.unit is None:
+            return self.apply_(snapshots)
+        series = snapshots.movedim(dim, 0)
+        series[:-1].sub_(series[-1]).div_(self.unit)
+        self.apply_(series[-1])
+        return snapshots
+
+    def movement(self, difference: Tensor) -> Tensor:
+        """A difference of weights as a nowcaster predicts it."""
+        return difference / (self.std + EPSILON if self.unit is None else self.unit)
+
+    def decode(self, last: Tensor, movement: Tensor) -> Tensor:
+        """Weights from the standardised last snapshot and how far they move from there."""
+        if self.unit is None:
+            return self.invert(last + movement)
+        return self.unapply(last) + movement * self.unit
+
     def invert(self, weights: Tensor) -> Tensor:
-        """``w * std + mean``."""
+        """``w * std + mean``, the published way back, which is off by ``1e-6 * w``."""
         return weights * self.std + self.mean
+
+    def unapply(self, weights: Tensor) -> Tensor:
+        """The inverse of :meth:`apply`."""
+        return weights * (self.std + EPSILON) + self.mean
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of some numbers: how many, their mean and the sum of their squared differences from it."""
+    """What is known of snapshots: how many numbers, their mean, and two sums of squared differences."""
 
     number: int
     mean: Tensor
-    """float64, as is the sum."""
+    """float64, as are the sums."""
     squares: Tensor
+    """Of differences from the mean."""
+    moves: Tensor
+    """Of differences from the last snapshot."""
     dtype: torch.dtype
     """In which they were measured."""
 
@@ -72,7 +111,7 @@ class Moments:
         device = snapshots[0].device if device is None else device
         if not number:
             zero = torch.zeros((), dtype=torch.float64, device=device)
-            return Moments(0, zero, zero, exact)
+            return Moments(0, zero, zero, zero, exact)
 
         def about(centre: Tensor, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             """Sums of the differences from a number, and of their squares."""
@@ -88,12 +127,29 @@ class Moments:
         first = snapshots[0][(0,) * snapshots[0].ndim].to(device, exact)
         centre = (first + about(first, snapshots[:1])[0] / snapshots[0].numel()).to(exact)
         differences, squares = about(centre, snapshots)
-        return Moments(number, centre + differences / number, (squares - differences**2 / number).clamp(min=0), exact)
+        squares = (squares - differences**2 / number).clamp(min=0)
+        moves = sum(
+            (_squared_distance(snapshot, snapshots[-1], device, exact) for snapshot in snapshots[:-1]), 0 * squares
+        )
+        return Moments(number, centre + differences / number, squares, moves, exact)
 
-    def standardiser(self) -> Standardiser:
-        """The mean and the unbiased deviation."""
-        variance = self.squares / max(self.number - 1, 1)
-        return Standardiser(self.mean.to(self.dtype), variance.sqrt().to(self.dtype))
+    def standardiser(self, inputs: Inputs = "weights") -> Standardiser:
+        """The mean and the unbiased deviation; and the unit, which is never 0, if movements are read."""
+        std = (self.squares / max(self.number - 1, 1)).sqrt()
+        unit = None
+        if inputs == "movements":
+            unit = ((self.moves / max(self.number, 1)).sqrt() + EPSILON * (std + EPSILON)).to(self.dtype)
+        return Standardiser(self.mean.to(self.dtype), std.to(self.dtype), unit)
+
+
+def _squared_distance(one: Tensor, other: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """The sum of the squared differences of two tensors of one shape, in float64, a piece at a time."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    size = piece_size(device)
+    for piece, from_piece in zip(pieces_of(one, size), pieces_of(other, size), strict=True):
+        difference = piece.to(device, dtype, copy=True).sub_(from_piece.to(device, dtype))
+        total += difference.square_().sum()
+    return total
 
 
 def add_moments(parts: Sequence[tuple[Moments, bool]], share: Share) -> list[Moments]:
@@ -112,10 +168,11 @@ def add_moments(parts: Sequence[tuple[Moments, bool]], share: Share) -> list[Mom
     has_first = torch.tensor([has_first for _, has_first in parts], device=means.device)
     centres = share.add_(torch.where(has_first, means, 0))
     away = torch.where(numbers > 0, means - centres, 0)
-    sums = share.add_(torch.stack([numbers, numbers * away, squares + numbers * away**2]))
-    numbers, away, squares = sums[0], sums[1] / sums[0], sums[2] - sums[1] ** 2 / sums[0]
-    joined = zip(numbers.tolist(), centres + away, squares.clamp(min=0), parts, strict=True)
-    return [Moments(int(number), mean, square, part.dtype) for number, mean, square, (part, _) in joined]
+    moves = torch.stack([part.moves for part, _ in parts])
+    sums = share.add_(torch.stack([numbers, numbers * away, squares + numbers * away**2, moves]))
+    numbers, away, squares, moves = sums[0], sums[1] / sums[0], sums[2] - sums[1] ** 2 / sums[0], sums[3]
+    joined = zip(numbers.tolist(), centres + away, squares.clamp(min=0), moves, parts, strict=True)
+    return [Moments(int(number), mean, square, move, part.dtype) for number, mean, square, move, (part, _) in joined]
 
 
 def exact_dtype(*tensors: Tensor) -> torch.dtype:
@@ -149,6 +206,7 @@ def measure_snapshots(
     shapes: Mapping[str, tuple[int, ...]],
     device: torch.device | str | None = None,
     share: Share = WHOLE,
+    inputs: Inputs = "weights",
 ) -> dict[str, Standardiser]:
     """Measure every parameter's snapshots, each process those of its own rows.
 
@@ -157,6 +215,7 @@ def measure_snapshots(
         shapes: of the parameters, by name.
         device: where to compute; by default where the snapshots lie.
         share: says which rows are this process's own, and adds up.
+        inputs: of the nowcaster.
 
     Raises:
         SnapshotError: if a snapshot holds NaN or infinity.
@@ -169,7 +228,7 @@ def measure_snapshots(
     joined = [part for part, _ in measured.values()]
     if share is not WHOLE:
         joined = add_moments(list(measured.values()), share)
-    scalers = {name: moments.standardiser() for name, moments in zip(measured, joined, strict=True)}
+    scalers = {name: moments.standardiser(inputs) for name, moments in zip(measured, joined, strict=True)}
     for name, scaler in scalers.items():
         if not bool(torch.isfinite(scaler.std)):
             broken = [age for age, snapshot in enumerate(snapshots) if not is_finite(snapshot[name])]

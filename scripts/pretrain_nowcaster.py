@@ -15,15 +15,17 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import get_args
 
 from nino import NowcasterConfig
 from nino.data.trajectory import HEADER_FILE, read_header
+from nino.model.config import Inputs
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
 from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
-from tasks.cli import fail, positive_int, run_main
+from tasks.cli import fail, positive_int, run_main, whole_number
 
 HOLD_OUT_EVERY = 10
 
@@ -54,10 +56,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
     add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
     add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="recorded states between snapshots")
+    add("--inputs", choices=get_args(Inputs), default="weights", help="what the nowcaster reads (NowcasterConfig)")
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
-    add("--max-words", type=int, default=0, help="words of a window that pass messages, drawn at random; 0 for all")
+    add(
+        "--max-words",
+        type=whole_number,
+        default=0,
+        help="words of a window that pass messages; 0 for all",
+    )
+    add("--max-horizons", type=whole_number, default=0, help="horizons of a batch in the loss; 0 for all")
     add("--balanced", action="store_true", help="draw as many edges of every parameter, not in proportion to its size")
-    add("--loss", choices=LOSSES, default="squared", help="squared: as a part of how far each parameter moves")
+    add("--loss", choices=LOSSES, default="absolute", help="squared: as a part of how far each parameter moves")
     add("--lr", type=float, default=3e-3)
     add("--weight-decay", type=float, default=1e-2)
     add("--clip", type=float, default=5.0, help="largest gradient norm")
@@ -80,10 +89,10 @@ def main(argv: list[str]) -> int:
     if not train_folders or not held_out:
         found = len(train_folders) + len(held_out)
         fail(f"--runs {args.runs}: {found} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} of one family are needed")
-    config = NowcasterConfig(kind=args.kind, hidden=args.hidden)
+    config = NowcasterConfig(kind=args.kind, hidden=args.hidden, inputs=args.inputs)
     sources = [WindowSource(folders, config, args.strides) for folders in (train_folders, held_out)]
     settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
-    sampling = Sampling(max_outputs=args.max_outputs, max_words=args.max_words, balanced=args.balanced)
+    sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
     result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, sources[0], sources[1], args.out)
     for record in result["history"][-1:]:  # the main process has them
         print(json.dumps(record))

@@ -139,6 +139,7 @@ configs = st.builds(
     max_horizon=st.just(6),
     num_positions=st.sampled_from([1, 8]),
     num_words=st.sampled_from([0, 7]),
+    inputs=st.sampled_from(["weights", "movements"]),
 )
 
 
@@ -176,7 +177,7 @@ def _blockwise(
 ) -> State:
     """Standardised movements by the blockwise engine."""
     dtype = network.head.weight.dtype
-    scalers = measure_snapshots(snapshots, graph.shapes)
+    scalers = measure_snapshots(snapshots, graph.shapes, inputs=network.config.inputs)
     reader = SnapshotReader(graph, snapshots, scalers, torch.device("cpu"), dtype)
     found = Movements(graph, dtype)
     positions = graph.positions(network.config.num_positions)
@@ -187,7 +188,7 @@ def _blockwise(
 def _edgewise(network: Any, graph: NeuralGraph, snapshots: list[State], horizon: int) -> State:
     """Standardised movements by the definition."""
     found = Movements(graph, torch.promote_types(network.head.weight.dtype, torch.float32))
-    scalers = measure_snapshots(snapshots, graph.shapes)
+    scalers = measure_snapshots(snapshots, graph.shapes, inputs=network.config.inputs)
     positions = graph.positions(network.config.num_positions)
     predict_edgewise(network, graph, snapshots, scalers, found, positions, horizon, backend="native")
     return dict(found.tensors)

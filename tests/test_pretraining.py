@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,40 @@ def test_window_holds_standardised_states_and_what_came_after(tmp_path: Path) ->
     assert window.mask[:, 0, :4].all() and not window.mask[..., 4:].any() and not window.mask[:, 1:].any()
     last_step = (weight[11] - weight[9]) / (inputs.std() + 1e-6)
     torch.testing.assert_close(window.last_steps[edges, 0], last_step.flatten(), rtol=1e-5, atol=1e-5)
+
+
+def test_window_of_movements(tmp_path: Path) -> None:
+    config = replace(CONFIG, inputs="movements")
+    source = WindowSource([str(record_walk(tmp_path / "run", MLP, "mlp", num_states=20))], config, (2,))
+    window = source.load(WindowPlace(run=0, first=3, stride=2))
+    weight = source.runs[0].trajectory.split(Trajectory(tmp_path / "run").states(range(20)))["0.weight"]
+    inputs, last = weight[[3, 5, 7, 9, 11]], weight[11]
+    unit = (inputs - last).square().mean().sqrt()
+    edges = source.runs[0].edges.slices["0.weight"]
+    read = torch.cat([(inputs[:4] - last) / unit, (last[None] - inputs.mean()) / inputs.std()])
+    torch.testing.assert_close(window.inputs.features[edges, :5], read.flatten(1).T, rtol=1e-4, atol=1e-4)
+    expected = (weight[[13, 15, 17, 19]] - last) / unit
+    torch.testing.assert_close(window.targets[edges, 0, :4], expected.flatten(1).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(window.last_steps[edges, 0], ((last - weight[9]) / unit).flatten(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nino", "wnn"])
+def test_some_horizons_are_those_of_all(sources: tuple[WindowSource, WindowSource], kind: str) -> None:
+    """The sampled targets, and what the network says of them."""
+    sampling, generator = Sampling(max_horizons=4), torch.Generator().manual_seed(3)
+    horizons = sampling.horizons(40, generator)
+    assert len(horizons) == 4 and horizons[0] == 1 and horizons.diff().min() > 0 and horizons.max() <= 40
+    assert len({tuple(sampling.horizons(40, generator).tolist()) for _ in range(20)}) == 20
+    assert torch.equal(Sampling().horizons(6, generator), torch.arange(1, 7))
+    place, network = WindowPlace(run=0, first=3, stride=1), build_network(replace(CONFIG, kind=kind))
+    whole, some = sources[0].load(place), sources[0].load(place, horizons=horizons)
+    exists = whole.mask[..., horizons - 1]
+    assert torch.equal(some.mask, exists) and 0 < exists.sum() < exists.numel()
+    torch.testing.assert_close(some.targets[exists], whole.targets[..., horizons - 1][exists])
+    torch.testing.assert_close(rivals(some)["linear"], rivals(whole)["linear"][..., horizons - 1])
+    predicted = network(whole.inputs)[..., horizons - 1]
+    torch.testing.assert_close(network(some.inputs, some.horizons), predicted)
+    torch.testing.assert_close(network(whole.inputs, horizon=int(horizons[1])), predicted[..., 1])
 
 
 def test_no_window_reaches_over_a_jump(tmp_path: Path) -> None:
@@ -401,3 +436,9 @@ def test_few_words_pass_messages_and_parameters_are_balanced() -> None:
     large = sorted(edges.slices, key=lambda name: -int(kept[edges.slices[name]].sum()))[:4]
     assert max(means[name] for name in large) < 2 * min(means[name] for name in large)
     assert Sampling().keep(edges, words, torch.Generator()) is None
+
+
+@pytest.mark.parametrize("settings", [{"max_words": -1}, {"max_outputs": 2.5}, {"max_horizons": -8}])
+def test_bad_samples_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(NinoError, match="must be a whole number, 0 for all"):
+        Sampling(**settings)

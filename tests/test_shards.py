@@ -123,17 +123,20 @@ def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
 
     def work(rank: int) -> None:
         own = values[cuts[rank] : cuts[rank + 1]]
-        found[rank] = add_moments([(Moments.of([own[:, :3], own[:, 3:]]), rank == 0)], share)[0].standardiser()
+        found[rank] = add_moments([(Moments.of([own[:, :3], own[:, 3:]]), rank == 0)], share)[0].standardiser(
+            "movements"
+        )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = Standardiser.of([values[:, :3], values[:, 3:]])
+    expected = Standardiser.of([values[:, :3], values[:, 3:]], inputs="movements")
     for scaler in found.values():
         torch.testing.assert_close(scaler.std, expected.std, rtol=2e-6, atol=0)  # 0 stays exactly 0
         torch.testing.assert_close(scaler.mean, expected.mean, rtol=1e-7, atol=0)
+        torch.testing.assert_close(scaler.unit, expected.unit, rtol=2e-6, atol=0)
 
 
 class OwnRows(Summing):

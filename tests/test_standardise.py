@@ -128,6 +128,30 @@ def test_mapping_there_and_back() -> None:
     torch.testing.assert_close(scaler.invert(scaled), snapshots[0], rtol=0, atol=1e-5)
 
 
+def test_movements_are_read_in_their_own_unit() -> None:
+    last = torch.tensor([1.0, -3.0])
+    snapshots = torch.stack([last + torch.tensor(move) for move in ([-3.0, 0.0], [0.0, 3.0], [0.0, 0.0])])
+    scaler = Standardiser.of(snapshots, inputs="movements")
+    assert scaler.unit is not None
+    torch.testing.assert_close(scaler.unit, torch.tensor(3**0.5), rtol=1e-5, atol=0)  # of 18 / 6
+    read = scaler.encode_(snapshots.clone())
+    expected = torch.tensor([[-3.0, 0.0], [0.0, 3.0]]) / 3**0.5
+    torch.testing.assert_close(read[:2], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(read[2], scaler.apply(last))
+    torch.testing.assert_close(scaler.decode(read[2], torch.tensor([1.0, 0.0])), last + torch.tensor([3**0.5, 0.0]))
+    torch.testing.assert_close(scaler.movement(torch.tensor([3**0.5])), torch.ones(1), rtol=1e-5, atol=0)
+    across = scaler.encode_(snapshots.t().clone(), dim=1)
+    assert torch.equal(across, read.t())
+
+
+def test_weights_that_did_not_move_stay() -> None:
+    snapshots = torch.full((5, 4), 0.3)
+    scaler = Standardiser.of(snapshots, inputs="movements")
+    read = scaler.encode_(snapshots.clone())
+    assert torch.equal(read, torch.zeros(5, 4))
+    torch.testing.assert_close(scaler.decode(read[-1], torch.full((4,), 10.0)), snapshots[-1], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
 @pytest.mark.parametrize("age", [0, 2])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -24,7 +24,7 @@ def graph_inputs(edges: EdgeList, states: Mapping[str, Tensor], positions: Tenso
 
     Args:
         edges: of the graph.
-        states: per parameter name the standardised snapshots ``[context, *shape]``.
+        states: per parameter name the snapshots ``[context, *shape]`` as the network reads them.
         positions: ``[num_nodes, num_positions]``.
         words: int64 ``[num_nodes]``.
     """
@@ -66,7 +66,8 @@ def predict_edgewise(
     device, dtype = network.head.weight.device, network.head.weight.dtype
     exact = torch.promote_types(dtype, torch.float32)
     states = {
-        name: scalers[name].apply(torch.stack([s[name].to(device, exact) for s in snapshots])) for name in graph.shapes
+        name: scalers[name].encode_(torch.stack([s[name].to(device, exact) for s in snapshots]))
+        for name in graph.shapes
     }
     edges = graph.edge_list()
     rounded = {name: state.to(dtype) for name, state in states.items()}

@@ -20,7 +20,7 @@ from nino.errors import SnapshotError
 from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph
 from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
 from nino.share import WHOLE, Share
-from nino.standardise import EPSILON, Standardiser
+from nino.standardise import Standardiser
 
 
 def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> Tensor:
@@ -136,14 +136,14 @@ class SnapshotReader:
         self.dtype = dtype
 
     def read(self, block: EdgeBlock, place: Place) -> Tensor:
-        """The standardised snapshots of a piece: ``[F * C, t, s]``, kernel-position-major."""
+        """The snapshots of a piece as the network reads them: ``[F * C, t, s]``, kernel-position-major."""
         name = str(block.parameter)
         pieces = [piece_of(block, snapshot, place, self._rows[name]) for snapshot in self._snapshots[name]]
         num_features, *shape = pieces[0].shape
         out = torch.empty(num_features, self.context, *shape, dtype=self.dtype, device=self.device)
         for age, piece in enumerate(pieces):
             out[:, age].copy_(piece)
-        return self.scalers[name].apply_(out).flatten(0, 1)
+        return self.scalers[name].encode_(out, dim=1).flatten(0, 1)
 
 
 class PredictionWriter:
@@ -181,16 +181,16 @@ class PredictionWriter:
             block: of the graph.
             place: which of its edges.
             last: the standardised last snapshot, ``[F, t, s]``.
-            movement: how far each standardised weight moves from there, ``[F, t, s]``.
+            movement: how far each weight moves from there, as the network predicts it, ``[F, t, s]``.
         """
         name = str(block.parameter)
         scaler = self.scalers[name]
         target = piece_of(block, self._views[name], place, self._rows[name])
-        new = scaler.invert(last + movement)
+        new = scaler.decode(last, movement)
         target.copy_(new)
         # Of what arrived in the target: a value that overflows its dtype is infinite only there.
         arrived = target.to(new)
-        old = last * (scaler.std + EPSILON) + scaler.mean
+        old = scaler.unapply(last)
         sums = torch.stack([(arrived - old).square().sum(), old.square().sum()]).double()
         key = (name, block.type)  # a fused layer's parts are of several types
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nino.errors import CheckpointError
 
 CONFIG_FORMAT = "nino-nowcaster"
 CONFIG_VERSION = 1
+
+Inputs = Literal["weights", "movements"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +32,18 @@ class NowcasterConfig:
     """Rows of a table that is added to the word neurons (row 0 to all others); 0 if the weights have none."""
     wiring: Literal["exact", "official"] = "exact"
     """The wiring on which it was trained."""
+    inputs: Inputs = "weights"
+    """``"weights"``: the standardised snapshots, as published, and a movement in standard deviations of the weights.
+    ``"movements"``: how far the earlier snapshots lie from the last one, in units of the parameter's own recent
+    movement, then the standardised last snapshot; and a movement in that unit."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("nino", "wnn"):
             raise CheckpointError(f"kind must be 'nino' or 'wnn', got {self.kind!r}")
         if self.wiring not in ("exact", "official"):
             raise CheckpointError(f"wiring must be 'exact' or 'official', got {self.wiring!r}")
+        if self.inputs not in get_args(Inputs):
+            raise CheckpointError(f"inputs must be 'weights' or 'movements', got {self.inputs!r}")
         for name in ("hidden", "max_horizon", "num_positions"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise CheckpointError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")

@@ -19,6 +19,8 @@ from nino.model.config import NowcasterConfig
 from nino.model.segments import SegmentBackend, segment_mean
 
 NUM_ROUNDS = 2
+Horizon = int | Tensor | None
+"""Snapshot intervals ahead: one, several (int64 ``[k]``) or all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +112,16 @@ class NiNo(nn.Module):
         self.head_hidden = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, MAX_FEATURES * config.max_horizon)
 
-    def forward(self, inputs: EdgeInputs, horizon: int | None = None, backend: SegmentBackend = "auto") -> Tensor:
+    def forward(self, inputs: EdgeInputs, horizon: Horizon = None, backend: SegmentBackend = "auto") -> Tensor:
         """Predict how far each standardised weight moves from its last snapshot.
 
         Args:
             inputs: one or several graphs.
-            horizon: snapshot intervals ahead, 1 to K; ``None`` for all.
+            horizon: snapshot intervals ahead, 1 to K; int64 ``[k]`` for several; ``None`` for all.
             backend: how messages are averaged.
 
         Returns:
-            ``[num_outputs, 9]`` for one horizon, ``[num_outputs, 9, K]`` for all.
+            ``[num_outputs, 9]`` for one horizon, ``[num_outputs, 9, k]`` for several.
         """
         nodes = self.embed_nodes(inputs.positions, inputs.words)
         edges = self.edge_proj(inputs.features) + self.type_embed(inputs.type)
@@ -131,7 +133,7 @@ class NiNo(nn.Module):
                 edges = update(nodes, edges[inputs.outputs], inputs.index[:, inputs.outputs])
         weight, bias = self.head_rows(horizon)
         out = F.linear(F.silu(self.head_hidden(edges)), weight, bias)
-        return out if horizon is not None else out.unflatten(-1, (MAX_FEATURES, self.config.max_horizon))
+        return out if isinstance(horizon, int) else out.unflatten(-1, (MAX_FEATURES, -1))
 
     def embed_nodes(self, positions: Tensor, words: Tensor) -> Tensor:
         """The nodes before the first round: ``[N, H]``."""
@@ -142,12 +144,16 @@ class NiNo(nn.Module):
         """The two rounds of message passing, each with its edge update."""
         return list(zip(self.convs, self.edge_updates, strict=True))  # type: ignore[arg-type]
 
-    def head_rows(self, horizon: int | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the head's last layer, of one horizon (9 rows) or of all."""
+    def head_rows(self, horizon: Horizon) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the head's last layer, of one horizon (9 rows), several or all."""
         if horizon is None:
             return self.head.weight, self.head.bias
-        rows = slice(horizon - 1, None, self.config.max_horizon)
-        return self.head.weight[rows], self.head.bias[rows]
+        if isinstance(horizon, int):
+            rows = slice(horizon - 1, None, self.config.max_horizon)
+            return self.head.weight[rows], self.head.bias[rows]
+        first = torch.arange(MAX_FEATURES, device=horizon.device)[:, None] * self.config.max_horizon
+        chosen = (first + horizon - 1).flatten()
+        return self.head.weight[chosen], self.head.bias[chosen]
 
 
 class Wnn(nn.Module):
@@ -162,19 +168,19 @@ class Wnn(nn.Module):
         self.body = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(hidden, hidden), nn.SiLU())))
         self.head = nn.Linear(hidden, config.max_horizon)
 
-    def forward(self, inputs: EdgeInputs, horizon: int | None = None, backend: SegmentBackend = "auto") -> Tensor:
+    def forward(self, inputs: EdgeInputs, horizon: Horizon = None, backend: SegmentBackend = "auto") -> Tensor:
         """Predict as :meth:`NiNo.forward` does; ``backend`` is not used, since no messages pass."""
         del backend
         values = inputs.features[inputs.outputs].unflatten(-1, (MAX_FEATURES, self.config.context))
         return self.predict_weights(values, inputs.type[inputs.outputs][:, None], horizon)
 
-    def predict_weights(self, values: Tensor, edge_type: Tensor, horizon: int | None = None) -> Tensor:
+    def predict_weights(self, values: Tensor, edge_type: Tensor, horizon: Horizon = None) -> Tensor:
         """Predict weights from snapshots ``[..., C]`` and edge types that broadcast to ``[...]``."""
         hidden = self.body(self.edge_proj(values) + self.type_embed(edge_type))
-        if horizon is None:
-            out: Tensor = self.head(hidden)
-            return out
-        return hidden @ self.head.weight[horizon - 1] + self.head.bias[horizon - 1]
+        if isinstance(horizon, int):
+            return hidden @ self.head.weight[horizon - 1] + self.head.bias[horizon - 1]
+        rows = slice(None) if horizon is None else horizon - 1
+        return F.linear(hidden, self.head.weight[rows], self.head.bias[rows])
 
 
 Network = NiNo | Wnn

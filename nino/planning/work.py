@@ -15,8 +15,8 @@ from nino.planning.settings import Settings
 
 SUMS = 3
 """Hidden vectors per node that are added up over the ranks: one in the first round, two in the second."""
-STATISTICS = 4
-"""float64 numbers per parameter that are added up to standardise it: a centre, a count, a sum and a sum of squares."""
+STATISTICS = 5
+"""float64 numbers per parameter that are added up to standardise it: a centre, a count, a sum and two of squares."""
 READS_TO_COMPUTE = 3
 """Once for each round of messages, once to predict."""
 MESSAGES = (3, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from nino.errors import TrajectoryError
@@ -19,7 +20,7 @@ MOST_WINDOWS_PER_FAMILY = 4
 
 
 def union(windows: Sequence[Window]) -> Window:
-    """The disjoint union of windows: nodes and edges are renumbered, nothing else changes."""
+    """The disjoint union of windows of the same horizons: nodes and edges are renumbered, nothing else changes."""
     nodes, edges, indices, chosen = 0, 0, [], []
     for window in windows:
         inputs = window.inputs
@@ -39,6 +40,7 @@ def union(windows: Sequence[Window]) -> Window:
     )
     return Window(
         inputs=inputs,
+        horizons=windows[0].horizons,
         targets=torch.cat([w.targets for w in windows]),
         mask=torch.cat([w.mask for w in windows]),
         last_steps=torch.cat([w.last_steps for w in windows]),
@@ -87,13 +89,14 @@ class Batches(Dataset[list[Window]]):
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         places = [self.source.draw(family, generator) for family, count in self.counts.items() for _ in range(count)]
         seeds = torch.randint(2**62, (len(places),), generator=generator).tolist()
+        horizons = self.config.sampling.horizons(self.source.config.max_horizon, generator)
         costs = [self.source.num_edges(place) for place in places]
         mine = deal(costs, self.num_ranks)[self.rank]
         parts = deal([costs[i] for i in mine], self.config.accumulate)
-        return [union([self._load(places[mine[i]], seeds[mine[i]]) for i in part]) for part in parts if part]
+        return [union([self._load(places[mine[i]], seeds[mine[i]], horizons) for i in part]) for part in parts if part]
 
-    def _load(self, place: WindowPlace, seed: int) -> Window:
-        return self.source.load(place, torch.Generator().manual_seed(seed), self.config.sampling)
+    def _load(self, place: WindowPlace, seed: int, horizons: Tensor) -> Window:
+        return self.source.load(place, torch.Generator().manual_seed(seed), self.config.sampling, horizons)
 
     def _windows_per_family(self) -> dict[str, int]:
         sizes = {}

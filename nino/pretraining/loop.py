@@ -102,6 +102,7 @@ class _Pretraining:
         return self.network if self.average is None else cast(Network, self.average.module)
 
     def run(self) -> dict[str, Any]:
+        """Train to the end; settings and one record per evaluation."""
         from tqdm import tqdm
 
         config = self.config
@@ -151,7 +152,7 @@ class _Pretraining:
 
     def _error(self, window: Window) -> Tensor:
         with self.accelerator.autocast():
-            return total_error(self.model(window.inputs), window, self.config.loss)[0]
+            return total_error(self.model(window.inputs, window.horizons), window, self.config.loss)[0]
 
     def _start_measuring(self) -> None:
         self.losses = torch.zeros((), device=self.accelerator.device)

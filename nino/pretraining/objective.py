@@ -2,12 +2,11 @@
 
 *absolute*, the published loss: the mean absolute error of standardised weights over the edges that carry parameters and
 all horizons (NiNo, section 3.3). It is dominated by what moves most (far horizons, the first updates of a run, high
-learning rates), and its best answer is the median, which of the noisy paths of weights lies much closer to standing
-still than the mean does.
+learning rates), and its best answer is the median of the paths that a weight may take.
 
 *squared*: the squared error as a part of the mean square of how far the weight's parameter moves in that window up to
 that horizon. Standing still costs 1 everywhere, so that every window, parameter and horizon counts alike, and the best
-answer is the mean.
+answer is the mean of the paths.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ def total_error(predicted: Tensor, window: Window, loss: Loss = "absolute") -> t
 
 def rivals(window: Window) -> dict[str, Tensor]:
     """Predictions that need no learning: nothing moves, or everything goes on as in the last interval."""
-    horizons = torch.arange(1, window.targets.shape[-1] + 1, device=window.targets.device)
     return {
         "copy": torch.zeros_like(window.targets),
-        "linear": window.last_steps[..., None] * horizons,
+        "linear": window.last_steps[..., None] * window.horizons,
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from nino.errors import NinoError
 from nino.graph.edge_list import EdgeList
 
 
@@ -19,9 +20,17 @@ class Sampling:
     max_words: int = 0
     """Words whose edges pass messages. Messages are averaged over incoming edges, so that the stream hears about the
     same from some words as from all; most edges of a small language model hang on words."""
+    max_horizons: int = 0
+    """Horizons that the head predicts, the same for all windows of a batch."""
     balanced: bool = False
     """Whether every parameter has the same chance to be looked at, however many edges it has. Otherwise every edge has,
     and what is learned of a language model is learned of its embeddings."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_outputs", "max_words", "max_horizons"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise NinoError(f"{name} must be a whole number, 0 for all; got {value!r}")
 
     def outputs(self, edges: EdgeList, kept: Tensor | None, generator: Generator) -> Tensor:
         """Draw the edges that the loss looks at, in order: int64 ``[O]``.
@@ -43,6 +52,13 @@ class Sampling:
         # The largest of u ** (1 / weight) are a sample without replacement (Efraimidis and Spirakis, 2006).
         keys = torch.rand(len(weight), generator=generator, dtype=torch.float64).log() / weight
         return keys.topk(self.max_outputs).indices.sort().values
+
+    def horizons(self, max_horizon: int, generator: Generator) -> Tensor:
+        """Draw the horizons to predict, in order, among them the first, which every window has: int64 ``[K]``."""
+        if not 0 < self.max_horizons < max_horizon:
+            return torch.arange(1, max_horizon + 1)
+        others = torch.randperm(max_horizon - 1, generator=generator)[: self.max_horizons - 1] + 2
+        return torch.cat([torch.ones(1, dtype=torch.int64), others.sort().values])
 
     def keep(self, edges: EdgeList, words: Tensor, generator: Generator) -> Tensor | None:
         """Draw the edges that pass messages: bool ``[E]``, or ``None`` if none is left out.

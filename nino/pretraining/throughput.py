@@ -17,7 +17,7 @@ def flops_per_edge(network: nn.Module, window: Window) -> float:
     """Floating-point operations of the matrix products in a forward and backward pass, per edge of this window."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     with FlopCounterMode(display=False) as counter:
-        error, _ = total_error(network(window.inputs), window)
+        error, _ = total_error(network(window.inputs, window.horizons), window)
         torch.autograd.grad(error, parameters, allow_unused=True)  # leaves the gradients of training alone
     return float(counter.get_total_flops()) / len(window.inputs.type)
 

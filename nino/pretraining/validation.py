@@ -29,7 +29,7 @@ def validate(network: nn.Module, source: WindowSource, windows_per_run: int, dev
         generator = torch.Generator().manual_seed(0)
         for _ in range(windows_per_run * len(members)):
             window = source.load(source.draw(family, generator), generator, SAMPLING).to(device)
-            for name, predicted in {"nowcaster": network(window.inputs), **rivals(window)}.items():
+            for name, predicted in {"nowcaster": network(window.inputs, window.horizons), **rivals(window)}.items():
                 for loss in LOSSES:
                     errors = torch.stack(errors_by_horizon(predicted, window, loss))
                     totals[f"{family}/{name}" + ("/squared" if loss == "squared" else "")].append(errors)

@@ -47,8 +47,10 @@ class Window:
     """A training example: O edges that want a prediction, K horizons."""
 
     inputs: EdgeInputs
+    horizons: Tensor
+    """int64 ``[K]``: snapshot intervals ahead, in ascending order."""
     targets: Tensor
-    """``[O, 9, K]``: movement of each standardised weight from the last snapshot."""
+    """``[O, 9, K]``: movement of each weight from the last snapshot, as the network predicts it."""
     mask: Tensor
     """bool ``[O, 9, K]``: which targets exist (position used, horizon within the run)."""
     last_steps: Tensor
@@ -148,7 +150,11 @@ class WindowSource:
         return self.runs[place.run].edges.num_edges
 
     def load(
-        self, place: WindowPlace, generator: torch.Generator | None = None, sampling: Sampling = EVERYTHING
+        self,
+        place: WindowPlace,
+        generator: torch.Generator | None = None,
+        sampling: Sampling = EVERYTHING,
+        horizons: Tensor | None = None,
     ) -> Window:
         """Read a window.
 
@@ -157,21 +163,23 @@ class WindowSource:
             generator: if given, signs of the positions are flipped at random (an augmentation; eigenvectors have no
                 sign of their own) and edges are sampled; else the window is whole.
             sampling: how many edges.
+            horizons: which to predict, int64 ``[K]`` in ascending order; by default all, 1 to ``max_horizon``.
         """
+        horizons = torch.arange(1, self.config.max_horizon + 1) if horizons is None else horizons
         run, config = self.runs[place.run], self.config
         last = place.first + (config.context - 1) * place.stride
         end = run.end_of_segment(place.first)
         if last >= end:
             raise TrajectoryError(f"{run.trajectory.folder}: {place} reaches over a jump or the end of its segment")
-        num_targets = min(config.max_horizon, (end - 1 - last) // place.stride)
-        rows = run.trajectory.states([place.first + i * place.stride for i in range(config.context + num_targets)])
-        named = run.trajectory.split(rows)
-        states, future = {}, {}
+        ahead = horizons[horizons <= (end - 1 - last) // place.stride]
+        offsets = torch.cat([torch.arange(1 - config.context, 1), ahead]) * place.stride
+        named = run.trajectory.split(run.trajectory.states((last + offsets).tolist()))
+        states, future, steps = {}, {}, {}
         for name, values in named.items():
-            scaler = Standardiser.of(values[: config.context])
-            standard = scaler.apply(values)
-            states[name] = standard[: config.context]
-            future[name] = standard[config.context - 1 :] - standard[config.context - 1]
+            scaler = Standardiser.of(values[: config.context], inputs=config.inputs)
+            states[name] = scaler.encode_(values[: config.context].clone())
+            future[name] = scaler.movement(values[config.context - 1 :] - values[config.context - 1])
+            steps[name] = scaler.movement(values[config.context - 1] - values[config.context - 2])
         positions, kept, chosen = run.positions, None, torch.arange(run.edges.num_parameter_edges)
         if generator is not None:
             positions = positions * (torch.randint(2, (config.num_positions,), generator=generator) * 2 - 1)
@@ -179,20 +187,21 @@ class WindowSource:
             chosen = sampling.outputs(run.edges, kept, generator)
         inputs = graph_inputs(run.edges, states, positions, run.words)
         targets = run.edges.series({name: f[1:] for name, f in future.items()})[chosen]
-        padded = F.pad(targets, (0, config.max_horizon - num_targets))
+        beyond = len(horizons) - len(ahead)
+        padded = F.pad(targets, (0, beyond))
         mask = run.feature_mask[chosen][..., None].expand(padded.shape).clone()
-        mask[..., num_targets:] = False
+        mask[..., len(ahead) :] = False
         movement = run.edges.per_parameter(
             {name: f[1:].square().flatten(1).mean(1).sqrt() for name, f in future.items()}
         )[chosen]
-        steps = run.edges.values({name: s[-1] - s[-2] for name, s in states.items()})[chosen]
         inputs = _choose(inputs, kept, chosen)
         return Window(
             inputs=inputs,
             targets=padded,
             mask=mask,
-            last_steps=steps,
-            movement=F.pad(movement, (0, config.max_horizon - num_targets), value=1.0),
+            last_steps=run.edges.values(steps)[chosen],
+            movement=F.pad(movement, (0, beyond), value=1.0),
+            horizons=horizons,
             families=(run.family,),
         )
 
