@@ -66,7 +66,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--max-horizons", type=whole_number, default=0, help="horizons of a batch in the loss; 0 for all")
     add("--balanced", action="store_true", help="draw as many edges of every parameter, not in proportion to its size")
-    add("--loss", choices=LOSSES, default="absolute", help="squared: as a part of how far each parameter moves")
+    add("--loss", choices=LOSSES, default="absolute", help="levelled: near horizons count about as much as far ones")
     add("--lr", type=float, default=3e-3)
     add("--weight-decay", type=float, default=1e-2)
     add("--clip", type=float, default=5.0, help="largest gradient norm")

@@ -18,7 +18,7 @@ from recordings import CNN, FAR, MLP, record_collection, record_walk
 from torch import Tensor, nn
 
 from nino import CheckpointError, NinoError, Nowcaster, NowcasterConfig, TrajectoryError
-from nino.data import Trajectory
+from nino.data import Trajectory, describe_sequential
 from nino.graph import NeuralGraph
 from nino.graph.edge_list import EdgeList
 from nino.model import build_network
@@ -412,8 +412,47 @@ def test_squared_error_is_one_for_every_parameter_that_stands_still(tmp_path: Pa
         one = replace(window, targets=window.targets[part], mask=window.mask[part], movement=window.movement[part])
         sums, counts = errors_by_horizon(still[part], one, "squared")
         torch.testing.assert_close(sums[:3], counts[:3].float())
-    error, count = total_error(window.targets * 0.5, window, "squared")
-    assert error / count == pytest.approx(0.25)
+    halves, counts = errors_by_horizon(window.targets * 0.5, window, "squared")
+    assert halves.sum() / counts.sum() == pytest.approx(0.25)
+
+
+def test_levelled_errors_shrink_with_the_horizon(tmp_path: Path) -> None:
+    source = WindowSource([str(record_walk(tmp_path / "run", CNN, "cnn", num_states=12))], CONFIG)
+    window = source.load(WindowPlace(run=0, first=0, stride=1))
+    still = torch.zeros_like(window.targets)
+    (absolute, _), (levelled, _) = (errors_by_horizon(still, window, measure) for measure in ("absolute", "levelled"))
+    torch.testing.assert_close(levelled[:7] * torch.arange(1, 8).sqrt(), absolute[:7])
+    assert total_error(still, window, "levelled")[0] == pytest.approx(levelled.sum().item())
+
+
+def test_kernels_are_turned_alike(tmp_path: Path) -> None:
+    """Eight ways to turn a window, in each of which inputs and targets of all kernels are turned, and nothing else."""
+    layers = [("Conv2d", {"in_channels": i, "out_channels": 2, "kernel_size": 3}) for i in (1, 2)]
+    head = [
+        ("AdaptiveAvgPool2d", {"output_size": 1}),
+        ("Flatten", {}),
+        ("Linear", {"in_features": 2, "out_features": 3}),
+    ]
+    walk = record_walk(tmp_path / "run", describe_sequential([*layers, *head]), "cnn", num_states=12)
+    source = WindowSource([str(walk)], CONFIG)
+    place, sampling = WindowPlace(run=0, first=0, stride=1), Sampling(max_outputs=0)
+    run = source.runs[0]
+    convolutions = [name for name, shape in run.trajectory.parameters if len(shape) == 4]
+    plain, ways = source.load(place), set()
+    for seed in range(60):
+        turned = source.load(place, torch.Generator().manual_seed(seed), sampling)
+        order: list[int] = []
+        for name, edges in run.edges.slices.items():
+            features = turned.inputs.features[edges].unflatten(1, (9, 5))
+            expected = plain.inputs.features[edges].unflatten(1, (9, 5))
+            if name in convolutions:
+                same = torch.isclose(expected[:, :, None], features[:, None], rtol=1e-4, atol=1e-5).all(0).all(-1)
+                order = order or same.int().argmax(0).tolist()
+                expected = expected[:, order]
+                torch.testing.assert_close(turned.targets[edges], plain.targets[edges][:, order])
+            torch.testing.assert_close(features, expected)
+        ways.add(tuple(order))
+    assert len(convolutions) == 2 and len(ways) == 8 and all(sorted(way) == list(range(9)) for way in ways)
 
 
 def test_few_words_pass_messages_and_parameters_are_balanced() -> None:

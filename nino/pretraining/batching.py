@@ -16,7 +16,7 @@ from nino.model.networks import EdgeInputs
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.windows import Window, WindowPlace, WindowSource
 
-MOST_WINDOWS_PER_FAMILY = 4
+MOST_WINDOWS_PER_FAMILY = 8
 
 
 def union(windows: Sequence[Window]) -> Window:

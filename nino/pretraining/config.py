@@ -16,7 +16,7 @@ class PretrainingConfig:
     steps: int = 5000
     """Updates of the nowcaster."""
     batch: int = 1
-    """Windows per batch of the family with the largest graphs; smaller graphs come up to four times as often."""
+    """Windows per batch of the family with the largest graphs; smaller graphs come up to eight times as often."""
     accumulate: int = 1
     """Unions that a batch is computed in, one after another: a batch is as many times as large."""
     sampling: Sampling = field(default_factory=Sampling)

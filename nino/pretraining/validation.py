@@ -7,13 +7,14 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from nino.pretraining.objective import LOSSES, errors_by_horizon, rivals
+from nino.pretraining.objective import Measure, errors_by_horizon, rivals
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 
 HORIZONS = (1, 5, 10, 20, 40)
 """Reported one by one, where the nowcaster looks so far and runs are long enough."""
 SAMPLING = Sampling(max_outputs=4096)
+MEASURES: dict[Measure, str] = {"absolute": "", "squared": "/squared"}
 
 
 @torch.no_grad()
@@ -30,9 +31,9 @@ def validate(network: nn.Module, source: WindowSource, windows_per_run: int, dev
         for _ in range(windows_per_run * len(members)):
             window = source.load(source.draw(family, generator), generator, SAMPLING).to(device)
             for name, predicted in {"nowcaster": network(window.inputs, window.horizons), **rivals(window)}.items():
-                for loss in LOSSES:
-                    errors = torch.stack(errors_by_horizon(predicted, window, loss))
-                    totals[f"{family}/{name}" + ("/squared" if loss == "squared" else "")].append(errors)
+                for measure, suffix in MEASURES.items():
+                    errors = torch.stack(errors_by_horizon(predicted, window, measure))
+                    totals[f"{family}/{name}{suffix}"].append(errors)
     result = {}
     for name, pairs in totals.items():
         errors, counts = torch.stack(pairs).cpu().double().sum(0)

@@ -30,6 +30,9 @@ from nino.standardise import Standardiser
 
 logger = logging.getLogger(__name__)
 
+CONV_DIMS = 4
+"""Of the weight of a convolution of images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowPlace:
@@ -160,8 +163,9 @@ class WindowSource:
 
         Args:
             place: which one.
-            generator: if given, signs of the positions are flipped at random (an augmentation; eigenvectors have no
-                sign of their own) and edges are sampled; else the window is whole.
+            generator: if given, the window is changed at random to one that could as well have been recorded (signs of
+                the positions are flipped, since eigenvectors have none of their own; kernels are turned) and edges are
+                sampled; else the window is whole.
             sampling: how many edges.
             horizons: which to predict, int64 ``[K]`` in ascending order; by default all, 1 to ``max_horizon``.
         """
@@ -174,6 +178,8 @@ class WindowSource:
         ahead = horizons[horizons <= (end - 1 - last) // place.stride]
         offsets = torch.cat([torch.arange(1 - config.context, 1), ahead]) * place.stride
         named = run.trajectory.split(run.trajectory.states((last + offsets).tolist()))
+        if generator is not None:
+            named = _turned(named, generator)
         states, future, steps = {}, {}, {}
         for name, values in named.items():
             scaler = Standardiser.of(values[: config.context], inputs=config.inputs)
@@ -204,6 +210,20 @@ class WindowSource:
             horizons=horizons,
             families=(run.family,),
         )
+
+
+def _turned(named: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """All square kernels ``[..., k, k]`` flipped and transposed alike: as if trained on images that were."""
+    upside_down, mirrored, transposed = torch.randint(2, (3,), generator=generator).tolist()
+    axes = [axis for axis, flip in ((-2, upside_down), (-1, mirrored)) if flip]
+
+    def turn(values: Tensor) -> Tensor:
+        if values.ndim != 1 + CONV_DIMS or values.shape[-1] != values.shape[-2]:
+            return values
+        values = values.flip(axes)
+        return values.transpose(-1, -2).contiguous() if transposed else values
+
+    return {name: turn(values) for name, values in named.items()}
 
 
 def _choose(inputs: EdgeInputs, kept: Tensor | None, chosen: Tensor) -> EdgeInputs:
