@@ -15,9 +15,9 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from nino import NowcasterConfig
+from nino import Nowcaster, NowcasterConfig
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.model.config import Inputs
 from nino.pretraining.config import PretrainingConfig
@@ -50,13 +50,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="folder of trajectories (scripts/collect_trajectories.py)")
     add("--out", type=Path, required=True, help="folder for the nowcaster")
-    add("--kind", choices=["nino", "wnn"], default="nino")
-    add("--hidden", type=positive_int, default=128, help="width of the network")
+    add("--start-from", metavar="NOWCASTER", help="train this one further: a name or a folder; it sets the next three")
+    add("--kind", choices=["nino", "wnn"], help="nino unless said otherwise")
+    add("--hidden", type=positive_int, help="width of the network (128)")
+    add("--inputs", choices=get_args(Inputs), help="what the nowcaster reads, weights unless said otherwise")
     add("--steps", type=positive_int, default=5000, help="updates of the nowcaster")
     add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
     add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
     add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="recorded states between snapshots")
-    add("--inputs", choices=get_args(Inputs), default="weights", help="what the nowcaster reads (NowcasterConfig)")
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
     add(
         "--max-words",
@@ -80,20 +81,28 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.runs.is_dir():
         fail(f"--runs {args.runs} is not a folder; record runs with scripts/collect_trajectories.py")
+    if args.start_from is not None and network_settings(args):
+        fail(f"--start-from {args.start_from} says what the network is; leave out --kind, --hidden and --inputs")
     return args
+
+
+def network_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said of the network."""
+    return {name: getattr(args, name) for name in ("kind", "hidden", "inputs") if getattr(args, name) is not None}
 
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    train_folders, held_out = split_runs(args.runs)
-    if not train_folders or not held_out:
-        found = len(train_folders) + len(held_out)
+    train_folders, held_out_folders = split_runs(args.runs)
+    if not train_folders or not held_out_folders:
+        found = len(train_folders) + len(held_out_folders)
         fail(f"--runs {args.runs}: {found} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} of one family are needed")
-    config = NowcasterConfig(kind=args.kind, hidden=args.hidden, inputs=args.inputs)
-    sources = [WindowSource(folders, config, args.strides) for folders in (train_folders, held_out)]
+    start = None if args.start_from is None else Nowcaster.from_pretrained(args.start_from)
+    config = NowcasterConfig(**network_settings(args)) if start is None else start.config
+    train, held_out = (WindowSource(folders, config, args.strides) for folders in (train_folders, held_out_folders))
     settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
-    result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, sources[0], sources[1], args.out)
+    result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, train, held_out, args.out, start)
     for record in result["history"][-1:]:  # the main process has them
         print(json.dumps(record))
     return 0

@@ -320,6 +320,21 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, sources: tuple[
         pretrain(PretrainingConfig(steps=3), CONFIG, *sources, tmp_path / "out")
 
 
+def test_a_nowcaster_is_trained_further(tmp_path: Path, sources: tuple[WindowSource, WindowSource]) -> None:
+    start = Nowcaster(build_network(CONFIG))
+    before = {name: tensor.clone() for name, tensor in start.network.state_dict().items()}
+    config = PretrainingConfig(steps=1, lr=0.0, validation_windows=1)
+    pretrain(config, CONFIG, *sources, tmp_path / "still", start)
+    found = Nowcaster.from_pretrained(tmp_path / "still").network.state_dict()
+    assert all(torch.equal(found[name], before[name]) for name in before)
+    pretrain(replace(config, lr=1e-2), CONFIG, *sources, tmp_path / "further", start)
+    moved = Nowcaster.from_pretrained(tmp_path / "further").network.state_dict()
+    assert any(not torch.equal(moved[name], before[name]) for name in before)
+    assert all(torch.equal(start.network.state_dict()[name], before[name]) for name in before), "it is left as it was"
+    with pytest.raises(CheckpointError, match="other settings"):
+        pretrain(config, CONFIG, *sources, tmp_path / "still")
+
+
 def test_bad_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(TrajectoryError, match="no recorded runs"):
         WindowSource([], CONFIG)

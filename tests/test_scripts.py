@@ -73,6 +73,11 @@ def test_help_says_what_it_does(script: str) -> None:
         ("collect_trajectories.py", ["--data", "x", "--out", "x", "--runs", "0"], ["--runs", "at least 1"]),
         ("pretrain_nowcaster.py", ["--runs", "nowhere", "--out", "x"], ["--runs", "is not a folder"]),
         ("pretrain_nowcaster.py", ["--runs", ".", "--out", "x", "--steps", "two"], ["--steps", "whole number"]),
+        (
+            "pretrain_nowcaster.py",
+            ["--runs", ".", "--out", "x", "--start-from", "nino-tiny", "--hidden", "8"],
+            ["--start-from", "leave out", "--hidden"],
+        ),
         ("demo.py", ["--updates", "3"], ["--updates", "at least 100"]),
         ("demo.py", ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
         ("plot_graph.py", ["--model", "llama-2t"], ["'llama-2t' is neither a file nor one of cnn-14k, "]),

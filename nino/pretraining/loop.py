@@ -28,6 +28,7 @@ from nino.pretraining.objective import total_error
 from nino.pretraining.throughput import flops_per_edge, matmul_flops_per_s
 from nino.pretraining.validation import validate
 from nino.pretraining.windows import Window, WindowSource
+from nino.shared_work import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def pretrain(
     source: WindowSource,
     held_out: WindowSource,
     out: Path,
+    start: Nowcaster | None = None,
 ) -> dict[str, Any]:
     """Train a nowcaster and save it.
 
@@ -51,6 +53,7 @@ def pretrain(
         source: windows to train on.
         held_out: windows of runs that are not trained on.
         out: folder for the nowcaster, the log and the state to resume from. If a state lies there, training resumes.
+        start: a nowcaster of that config to train further; by default a fresh one.
 
     Returns:
         Settings and one record per evaluation, also written to ``training.json``.
@@ -58,7 +61,7 @@ def pretrain(
     Raises:
         CheckpointError: if the state in ``out`` is of another training.
     """
-    return _Pretraining(config, nowcaster_config, source, held_out, out).run()
+    return _Pretraining(config, nowcaster_config, source, held_out, out, start).run()
 
 
 class _Pretraining:
@@ -71,6 +74,7 @@ class _Pretraining:
         source: WindowSource,
         held_out: WindowSource,
         out: Path,
+        start: Nowcaster | None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -83,6 +87,9 @@ class _Pretraining:
             self.accelerator.init_trackers("nino-pretraining", config=self.settings)
         torch.manual_seed(config.seed)
         self.network: Network = build_network(nowcaster_config)
+        if start is not None:
+            self.network.load_state_dict(start.network.state_dict())
+            self.settings["start"] = fingerprint(list(start.network.parameters()))
         self.average = averaged(self.network, config.ema) if config.ema else None
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.step, self.skipped, self.seconds = 0, 0, 0.0
