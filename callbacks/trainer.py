@@ -57,6 +57,8 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
+        snapshot_average: updates before a snapshot over which the weights are averaged, at most the interval between
+            two; 1 for the weights as they are. Less of the optimizer's noise, for one more copy of the weights.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
             by default a tenth of the period, 0 for never.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
@@ -83,6 +85,7 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
+        snapshot_average: int = 1,
         probation: int | None = None,
         moments: Moments = "keep",
         batch_norm: bool = True,
@@ -95,6 +98,7 @@ class NowcastCallback(TrainerCallback):
         self.snapshots_on = snapshots_on
         self.snapshot_folder = snapshot_folder
         self.snapshot_dtype = snapshot_dtype
+        self.snapshot_average = snapshot_average
         self.probation = probation
         self.moments: Moments = moments
         self.batch_norm = batch_norm
@@ -132,6 +136,7 @@ class NowcastCallback(TrainerCallback):
             snapshots_on=self.snapshots_on,
             snapshot_folder=self.snapshot_folder,
             snapshot_dtype=self.snapshot_dtype,
+            snapshot_average=self.snapshot_average,
             probation=self.probation,
             moments=self.moments,
             batch_norm=self.batch_norm,

@@ -42,6 +42,7 @@ def attempt_jump(
     horizon: int,
     *,
     refusal: str = "",
+    averaged: bool = False,
     step: int,
     restore_point: RestorePoint | None,
     complete: Callable[[Attempt], R],
@@ -53,6 +54,8 @@ def attempt_jump(
         store: its snapshots, the newest of this very update.
         horizon: snapshot intervals ahead.
         refusal: why this process must not jump; none does then.
+        averaged: whether snapshots are means over some updates, the newest one too; else the live weights are the
+            newest one.
         step: optimizer updates done.
         restore_point: if given, takes a copy of all that training changes before the jump.
         complete: is told how it went. An interrupt before that puts the weights back, a later one waits for it.
@@ -78,7 +81,7 @@ def attempt_jump(
                 if restore_point is not None:
                     restore_point.take(step, live.module, parameters, live.optimizer)
                 before.update(restore_point.weights if restore_point is not None else _backup(parameters, store))
-                jump = _predict(live, store, horizon, parameters, before, channel)
+                jump = _predict(live, store, horizon, parameters, before, channel, averaged)
         except LostProcessError:  # it cannot go on; whoever catches this finds the weights whole
             raise
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
@@ -107,10 +110,12 @@ def _predict(
     parameters: Mapping[str, nn.Parameter],
     newest: Mapping[str, Tensor],
     channel: Channel,
+    averaged: bool,
 ) -> Jump:
     everything = live.wired()
     fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
-    snapshots = [{**fixed, **snapshot} for snapshot in (*store.snapshots[:-1], newest)]
+    read = store.snapshots if averaged else [*store.snapshots[:-1], newest]
+    snapshots = [{**fixed, **snapshot} for snapshot in read]
     same = [horizon, fingerprint(list(live.nowcaster.network.parameters()))] if channel.size > 1 else []
     return live.nowcaster.predict_(
         parameters,
@@ -119,5 +124,6 @@ def _predict(
         live.graph,
         positions=live.positions,
         device=channel.device,
+        backup=newest,
         share=plan_share(live.graph, everything, parameters, snapshots, channel, same),
     )

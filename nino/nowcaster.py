@@ -193,18 +193,18 @@ class Nowcaster:
         memory_budget: int | None = None,
         fuse: bool | None = None,
         progress: Progress | None = None,
+        backup: Mapping[str, Tensor] | None = None,
         share: Share = WHOLE,
     ) -> Jump:
         """Predict straight into live parameters, piece by piece: no second copy of the weights is made.
 
-        If anything fails half way (an interrupt included), the parameters are restored from the last snapshot before
-        the error goes on; further interrupts wait until that is done.
+        If anything fails half way (an interrupt included), the parameters are restored from the backup before the error
+        goes on; further interrupts wait until that is done.
 
         Args:
             parameters: what to overwrite, by name; parameters of the graph that are left out stay as they are, and so
                 do those that no graph holds (empty, or not floating point).
-            snapshots: as in :meth:`predict`; the last one must hold what ``parameters`` hold now, bit for bit, in
-                memory of its own.
+            snapshots: as in :meth:`predict`.
             horizon: as in :meth:`predict`.
             graph: as in :meth:`predict`.
             positions: as in :meth:`predict`.
@@ -213,6 +213,7 @@ class Nowcaster:
             memory_budget: as in :meth:`predict`.
             fuse: as in :meth:`predict`.
             progress: as in :meth:`predict`.
+            backup: holds what ``parameters`` hold now, bit for bit, in memory of its own; by default the last snapshot.
             share: this process's, if several work together; sessions plan it with
                 :func:`nino.shared_work.plan_share` and call this within :meth:`nino.distributed.Channel.together`. Of
                 parameters that are sharded with FSDP2, ``snapshots`` hold the local shards.
@@ -221,19 +222,20 @@ class Nowcaster:
             How far the weights moved, in all processes.
 
         Raises:
-            SnapshotError: as :meth:`predict`, or if the last snapshot is not a copy of the parameters.
+            SnapshotError: as :meth:`predict`, or if the backup is not a copy of the parameters.
             NinoError: as :meth:`predict`.
         """
         self._check_arguments(horizon, graph, positions, "blockwise", dtype, memory_budget)
         shapes = {name: share.held_rows(name, shape).shape(shape) for name, shape in graph.shapes.items()}
         check_snapshots(snapshots, shapes, self.config.context)
         live = _live(parameters, graph)
-        _check_backup(live, snapshots[-1])
+        backup = snapshots[-1] if backup is None else backup
+        _check_backup(live, backup)
         how = _Computation("blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress, share)
 
         def put_back() -> None:
             for name, parameter in live.items():
-                parameter.copy_(snapshots[-1][name])
+                parameter.copy_(backup[name])
 
         return or_undone(
             lambda: self._predict_into(live, snapshots, horizon, graph, positions, how), put_back, lambda jump: jump

@@ -45,6 +45,8 @@ class NowcastOptimizer(Optimizer):
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
+        snapshot_average: updates before a snapshot over which the weights are averaged, at most the interval between
+            two; 1 for the weights as they are. Less of the optimizer's noise, for one more copy of the weights.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
             by default a tenth of the period, 0 for never. Only with losses, see :meth:`observe`.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
@@ -81,6 +83,7 @@ class NowcastOptimizer(Optimizer):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
+        snapshot_average: int = 1,
         probation: int | None = None,
         moments: Moments = "keep",
         batch_norm: bool = True,
@@ -102,6 +105,7 @@ class NowcastOptimizer(Optimizer):
             snapshots_on=snapshots_on,
             snapshot_folder=snapshot_folder,
             snapshot_dtype=snapshot_dtype,
+            snapshot_average=snapshot_average,
             probation=probation,
             moments=moments,
             batch_norm=batch_norm,

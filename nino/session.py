@@ -25,6 +25,7 @@ from nino.distributed import is_main_process
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.history import Place, SnapshotStore
+from nino.history.mean import RunningMean, check_snapshot_average, is_added
 from nino.interrupts import held_back
 from nino.jump import Attempt, attempt_jump
 from nino.live_model import LiveModel
@@ -41,6 +42,7 @@ from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import NowcastReport, OpenReport
 from nino.rollback import RestorePoint
 from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
+from nino.shards import local_tensors
 from nino.trial import Trial, log_report
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class NowcastSession:
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
+        snapshot_average: updates before a snapshot over which the weights are averaged, at most the interval between
+            two; 1 for the weights as they are. Less of the optimizer's noise, for one more copy of the weights.
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
             by default a tenth of the period, 0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``; see
@@ -90,6 +94,7 @@ class NowcastSession:
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
+        snapshot_average: int = 1,
         probation: int | None = None,
         moments: Moments = "keep",
         batch_norm: bool = True,
@@ -117,6 +122,8 @@ class NowcastSession:
             )
         self.live = LiveModel(model, nowcaster, optimizer, graph)
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
+        self.snapshot_average = check_snapshot_average(snapshot_average, self.schedule.interval)
+        self.mean = RunningMean()
         self.probation = ProbationConfig(
             updates=default_probation(period) if probation is None else probation, longest=longest_probation(period)
         )
@@ -214,6 +221,7 @@ class NowcastSession:
         self._skipped = 0
         completed = self._judge() if self.trial.book() else None
         self.batch_norm.after_update()
+        self._average()
         if is_snapshot_step(self.step, self.schedule):
             self._snapshot(learning_rate)
         if is_nowcast_step(self.step, self.schedule):
@@ -265,6 +273,7 @@ class NowcastSession:
             "period": self.schedule.period,
             "context": self.schedule.context,
             "history": self.store.state_dict(),
+            "mean": self.mean.state_dict(),
             "learning_rates": list(self._rates),
             **self.trial.state_dict(),
             "restore_point": self.restore_point.state_dict() if self.trial.is_on_probation else None,
@@ -303,6 +312,7 @@ class NowcastSession:
                 restore_point.load_state_dict(state["restore_point"], self.model, everything)
                 unfrozen |= parameters.keys() - restore_point.weights.keys()
             batch_norm = BatchNormRenewal.read(state["batch_norm"])
+            mean = RunningMean.read(state.get("mean"), local_tensors(parameters))
             unfrozen |= self.store.load_state_dict(state["history"], parameters, everything)  # last: it may refuse
         except NinoError:
             raise
@@ -317,7 +327,7 @@ class NowcastSession:
             if trial.open is not None:
                 trial.open.on_probation = False
         self.restore_point.close()
-        self.restore_point = restore_point
+        self.restore_point, self.mean = restore_point, mean
         self.batch_norm.resume(batch_norm)
         if self._has_begun or len(self.store) or trial.open is not None:  # else there is nothing that may go stale
             self.live.remember()
@@ -349,10 +359,22 @@ class NowcastSession:
         rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
         self._rates.append(1.0 if rate is None else rate)  # an optimizer without one has a constant one
         try:
-            self.store.append(self.step, self.trainable_parameters())
+            self.store.append(self.step, *self._to_keep())
         except Exception as error:  # most likely no memory or no disk; the run must go on
             self.store.clear()
             self._say_no_snapshot(self.step, error)
+
+    def _average(self) -> None:
+        """Count the weights in, if the coming snapshot is a mean that they belong to."""
+        if self.snapshot_average > 1 and is_added(self.step, self.schedule.interval, self.snapshot_average):
+            self.mean.add(local_tensors(self.trainable_parameters()))
+
+    def _to_keep(self) -> tuple[Mapping[str, Tensor], bool]:
+        """What a snapshot is taken of, and whether those are the weights themselves."""
+        parameters = local_tensors(self.trainable_parameters())
+        if not self.mean.count:
+            return parameters, True
+        return self.mean.take(parameters), False
 
     def _settle_snapshot(self) -> None:
         """Wait for the newest snapshot, which may still be on its way to the disk."""
@@ -371,6 +393,7 @@ class NowcastSession:
 
     def _forget_history(self) -> None:
         self.store.clear()
+        self.mean.clear()
         self._rates.clear()
         self.trial.losses.clear()
 
@@ -423,6 +446,7 @@ class NowcastSession:
             self.store,
             horizon,
             refusal=self._refusal(losses),
+            averaged=self.snapshot_average > 1,
             step=self.step,
             restore_point=self.restore_point if on_probation else None,
             complete=lambda attempt: self._after_attempt(report, attempt, losses if on_probation else None),

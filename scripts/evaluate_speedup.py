@@ -227,6 +227,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default=0,
         help="updates in which the loss must recover from a jump; 0 keeps every jump",
     )
+    add(
+        "--snapshot-average",
+        type=positive_int,
+        default=1,
+        help="updates before a snapshot over which the weights are averaged",
+    )
     add("--moments", choices=get_args(Moments), default="keep", help="what becomes of Adam's moments after a jump")
     add("--batch-norm", choices=["yes", "no"], default="yes", help="estimate running statistics anew after a jump")
     add("--eval-every", type=positive_int, default=50, help="updates between evaluations")

@@ -84,8 +84,13 @@ class SnapshotStore:
         """The size of the stored snapshots."""
         return sum(tensor.nbytes for kept in self._kept for tensor in kept.tensors.values())
 
-    def append(self, step: int, parameters: Mapping[str, Tensor]) -> None:
+    def append(self, step: int, parameters: Mapping[str, Tensor], are_live: bool = True) -> None:
         """Copy the parameters after ``step`` updates; the oldest snapshot makes room if there are C already.
+
+        Args:
+            step: updates done.
+            parameters: by name.
+            are_live: whether these are the weights themselves, and not their mean over some updates.
 
         Of sharded parameters the local shards are copied. If that fails, all snapshots are forgotten, for what they
         take may be what the run lacks.
@@ -99,7 +104,7 @@ class SnapshotStore:
         except BaseException:
             self._forget()
             raise
-        kept.is_exact = all(kept.tensors[name].dtype == value.dtype for name, value in parameters.items())
+        kept.is_exact = are_live and all(kept.tensors[name].dtype == value.dtype for name, value in parameters.items())
         self._kept.append(kept)
         self.steps.append(step)
 

@@ -26,6 +26,7 @@ from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, ScheduleConfig
 from nino.errors import NinoError
+from nino.history.mean import check_snapshot_average
 from nino.model import NowcasterConfig, build_network
 from nino.moments import Moments, check_moments
 from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
@@ -59,6 +60,8 @@ class Rhythm:
     """What becomes of the optimizer's moments after a jump."""
     batch_norm: bool = True
     """Whether batch norms estimate their running statistics anew after a jump."""
+    snapshot_average: int = 1
+    """Updates before a snapshot over which the weights are averaged."""
 
     def __post_init__(self) -> None:
         check_moments(self.moments)
@@ -72,13 +75,15 @@ class Rhythm:
         longest = nowcaster.config.max_horizon
         if self.max_horizon is not None and self.max_horizon > longest:
             raise NinoError(f"max_horizon={self.max_horizon} is beyond the nowcaster's longest, {longest}")
-        return ScheduleConfig(
+        schedule = ScheduleConfig(
             period=self.period,
             context=nowcaster.config.context,
             max_steps=updates,
             max_horizon=longest if self.max_horizon is None else self.max_horizon,
             decay_power=self.decay_power,
         )
+        check_snapshot_average(self.snapshot_average, schedule.interval)
+        return schedule
 
 
 @dataclass(frozen=True)
@@ -330,6 +335,7 @@ class Setup:
                 probation=rhythm.probation,
                 moments=rhythm.moments,
                 batch_norm=rhythm.batch_norm,
+                snapshot_average=rhythm.snapshot_average,
             )
             self.optimizer.session.schedule = rhythm.schedule(nowcaster, updates)
 
