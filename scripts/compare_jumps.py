@@ -49,7 +49,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="JUMP",
-        help="a jump of docs/evaluation.md and @horizon=K,interval=U",
+        help="a jump of docs/evaluation.md and @horizon=K,interval=U,average=A",
     )
     add("--updates", type=positive_int, default=600, help="how far branches go on")
     add("--evaluate-every", type=positive_int, default=50)
@@ -70,7 +70,7 @@ def check_jumps(jumps: list[JumpPlan], first: int) -> tuple[int, dict[str, str |
         weights[jump.name] = fingerprint(jump.part, nowcaster)
         if jump.horizon > config.max_horizon:
             raise NinoError(f"jump {jump.name!r}: the nowcaster looks at most {config.max_horizon} intervals ahead")
-        if (config.context - 1) * jump.interval >= first:
+        if (config.context - 1) * jump.interval + jump.average > first:
             raise NinoError(
                 f"jump {jump.name!r}: {config.context} snapshots {jump.interval} updates apart do not fit before "
                 f"update {first}"
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(1)
         trunk, last = Trunk(args.task, args.seed, rate), max(at for at, _ in todo)
         with tqdm(total=last + len(todo) * args.updates, unit="update", mininterval=1) as bar:
-            for _ in trunk.grow(args.data, sorted({at for at, _ in todo}), [j.interval for j in jumps], context):
+            for _ in trunk.grow(args.data, sorted({at for at, _ in todo}), jumps, context):
                 bar.update()
             for at, jump in todo:
                 bar.set_postfix_str(_name(at, jump))

@@ -31,11 +31,15 @@ def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
     assert branches[f"20 {JUMPS[0]}"] == branches["20 stay"], "a jump of no length changes nothing"
     assert branches["20 stay"] != branches["12 stay"]
 
-    again = run(*SMALL, "--jumps", *JUMPS, "--out", tmp_path)
+    mean = f"{JUMPS[0]},average=2"
+    again = run(*SMALL, "--jumps", *JUMPS, mean, "--out", tmp_path)
     assert again.returncode == 0, again.stderr
     longer = json.loads((tmp_path / "jumps.json").read_text())["branches"]
     assert {name: longer[name] for name in branches} == branches
     assert longer[f"20 {JUMPS[1]}"][0] != branches["20 stay"][0]
+    assert longer[f"20 {JUMPS[1]}"][0][1] < 3, "a step as long as the last four"
+    assert longer[f"20 {mean}"][0] != branches["20 stay"][0], "the jump is to the mean of the last two weights"
+    assert longer[f"20 {mean}"][0][1] == pytest.approx(branches["20 stay"][0][1], abs=0.1)
     assert JUMPS[1] in again.stdout and "gain" in again.stdout
 
 
@@ -68,7 +72,8 @@ def test_foreign_results_are_refused_and_kept(tmp_path: Path, text: str, expecte
     [
         (("--jumps", "linear"), "say how far, for example linear@horizon=10"),
         (("--jumps", "adam@horizon=1"), "expected a jump such as linear@horizon=4"),
-        (("--jumps", "linear@horizon=0"), "expected horizon=K or interval=U"),
+        (("--jumps", "linear@horizon=0"), "expected horizon=K, interval=U or average=A"),
+        (("--jumps", "linear@horizon=1,interval=2,average=3"), "snapshot_average must be 1 to 2 updates"),
         (("--jumps", "linear@horizon=1,interval=5"), "do not fit before update 12"),
         (("--jumps", "nino:nino-tiny@horizon=41,interval=2"), "at most 40 intervals ahead"),
         (("--task", "c10-16", "--jumps", JUMPS[1]), "task c10-16 needs --data FOLDER"),

@@ -172,6 +172,7 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         (["--methods", "linear@max_horizon=x"], ["max_horizon expects a number"]),
         (["--methods", "linear@batch_norm=1"], ["batch_norm expects yes or no"]),
         (["--methods", "linear@moments=forget"], ["moments must be one of"]),
+        (["--methods", "linear@snapshot_average=201"], ["snapshot_average must be 1 to 200 updates"]),
         (["--methods", "scaled:nino-tiny"], ["scaled expects a number and a name"]),
         (["--methods", "linear@max_horizon=41"], ["max_horizon=41 is beyond"]),
         (["--methods", "linear@period=13"], ["period=13 must be a multiple of context=5"]),
@@ -448,6 +449,7 @@ def test_linear_extrapolation() -> None:
     jump = LinearExtrapolator().predict_(live, snapshots, 7, graph)
     assert torch.allclose(live["0.weight"], torch.tensor([[11.0, 5.5, 1.0]]))
     assert jump.norm == pytest.approx(21**0.5) and jump.distance == pytest.approx((7**2 + 3.5**2) ** 0.5)
+    assert torch.equal(LinearExtrapolator().predict(snapshots, 7, graph)["0.weight"], live["0.weight"])
 
 
 def test_reduced_rank_extrapolation_finds_the_fixed_point() -> None:

@@ -22,8 +22,12 @@ def is_added(step: int, interval: int, updates: int) -> bool:
         >>> [step for step in range(1, 21) if is_added(step, interval=10, updates=3)]
         [8, 9, 10, 18, 19, 20]
     """
-    to_come = -step % interval
-    return to_come < updates and to_come % -(-updates // MOST_ADDED) == 0
+    return counts(-step % interval, updates)
+
+
+def counts(to_come: int, updates: int) -> bool:
+    """Whether weights count in a mean over ``updates`` that is due ``to_come`` updates later."""
+    return 0 <= to_come < updates and to_come % -(-updates // MOST_ADDED) == 0
 
 
 def check_snapshot_average(updates: int, interval: int) -> int:

@@ -19,10 +19,13 @@ from torch.optim import AdamW, Optimizer
 from nino import Nowcaster
 from nino.batch_norm import BatchNormRenewal
 from nino.errors import NinoError
+from nino.history.mean import RunningMean, check_snapshot_average, counts
 from tasks.methods import Part, Rhythm, load_jump, parse_method
 from tasks.speedup import TASKS, SpeedupTask
 from tasks.task import Batch, Task
 
+Snapshots = dict[tuple[int, int], dict[str, Tensor]]
+"""By update and by the number of updates that they are averaged over."""
 STAY = "stay"
 """The branch without a jump."""
 
@@ -37,10 +40,12 @@ class JumpPlan:
     """Snapshot intervals ahead."""
     interval: int
     """Updates between snapshots."""
+    average: int
+    """Updates over which each of them is averaged."""
 
 
 def parse_jump(name: str) -> JumpPlan:
-    """Read a jump's name: a jump of :mod:`tasks.methods`, ``@``, ``horizon`` and maybe ``interval`` (200).
+    """Read a jump's name: a jump of :mod:`tasks.methods`, ``@``, ``horizon``, maybe ``interval`` (200) and ``average``.
 
     Raises:
         NinoError: saying what was expected.
@@ -49,14 +54,16 @@ def parse_jump(name: str) -> JumpPlan:
     part = parse_method(text, Rhythm()).jump
     if part is None or "+" in text:
         raise NinoError(f"jump {name!r}: expected a jump such as linear@horizon=4, and nothing else")
-    values = {"interval": 200}
+    values = {"interval": 200, "average": 1}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
-        if key not in ("horizon", "interval") or not value.isdigit() or int(value) < 1:
-            raise NinoError(f"jump {name!r}: expected horizon=K or interval=U, whole numbers, got {setting!r}")
+        if key not in ("horizon", "interval", "average") or not value.isdigit() or int(value) < 1:
+            expected = "horizon=K, interval=U or average=A, whole numbers"
+            raise NinoError(f"jump {name!r}: expected {expected}, got {setting!r}")
         values[key] = int(value)
     if "horizon" not in values:
         raise NinoError(f"jump {name!r}: say how far, for example {text}@horizon=10")
+    check_snapshot_average(values["average"], values["interval"])
     return JumpPlan(name=name, part=part, **values)
 
 
@@ -74,18 +81,23 @@ class Trunk:
     seed: int
     learning_rate: float
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """By update: ``model`` and ``optimizer``, state dicts; ``snapshots``, by update."""
+    """By update: ``model`` and ``optimizer``, state dicts; ``snapshots``, by update and average."""
 
-    def grow(self, data: Path, at: Sequence[int], intervals: Sequence[int], context: int) -> Iterator[int]:
+    def grow(self, data: Path, at: Sequence[int], jumps: Sequence[JumpPlan], context: int) -> Iterator[int]:
         """Train up to the last of some updates; yields after every update how many are done."""
         spec, task, model, optimizer = self._begin(data)
-        due = {point - interval * i for point in at for interval in intervals for i in range(context)}
+        due = {(point - j.interval * i, j.average) for point in at for j in jumps for i in range(context)}
+        means = {key: RunningMean() for key in due}
         batches = task.batches(spec.batch_size, torch.Generator().manual_seed(self.seed))
-        snapshots: dict[int, dict[str, Tensor]] = {}
+        snapshots: Snapshots = {}
         for step in range(1, max(at) + 1):
             _update(task, model, optimizer, next(batches))
-            if step in due:
-                snapshots[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+            parameters = dict(model.named_parameters())
+            for (taken, average), mean in means.items():
+                if counts(taken - step, average):
+                    mean.add(parameters)
+                if step == taken:
+                    snapshots[taken, average] = mean.take(parameters)
             if step in at:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "snapshots": snapshots}
                 self.states[step] = copy.deepcopy(state)
@@ -124,10 +136,10 @@ class Trunk:
 
 
 def _nowcast(
-    nowcaster: Nowcaster, model: nn.Module, snapshots: dict[int, dict[str, Tensor]], at: int, jump: JumpPlan
+    nowcaster: Nowcaster, model: nn.Module, snapshots: Snapshots, at: int, jump: JumpPlan
 ) -> dict[str, Tensor]:
     context = nowcaster.config.context
-    read = [snapshots[at - jump.interval * i] for i in reversed(range(context))]
+    read = [snapshots[at - jump.interval * i, jump.average] for i in reversed(range(context))]
     return nowcaster.predict(read, horizon=jump.horizon, graph=nowcaster.graph_of(model))
 
 

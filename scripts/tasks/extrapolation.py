@@ -62,7 +62,7 @@ class Extrapolator(Nowcaster):
         if not math.isfinite(distance):
             raise SnapshotError("the extrapolation is NaN or infinite; it was refused")
         for name, tensor in tensors.items():
-            tensor.add_(torch.tensordot(numbers.to(movements[name]), movements[name], 1).to(tensor.device))
+            tensor.copy_(snapshots[-1][name] + torch.tensordot(numbers.to(movements[name]), movements[name], 1))
         return Jump(distance, norm)
 
 
