@@ -46,7 +46,7 @@ class Standardiser:
         Returns:
             Numbers of at least float32. NaN or infinity in a snapshot makes all of them NaN or infinite.
         """
-        return Moments.of(list(snapshots), device).standardiser(inputs)
+        return Moments.of(list(snapshots), device, inputs).standardiser(inputs)
 
     def apply(self, weights: Tensor) -> Tensor:
         """``(w - mean) / (std + 1e-6)``."""
@@ -99,12 +99,14 @@ class Moments:
     squares: Tensor
     """Of differences from the mean."""
     moves: Tensor
-    """Of differences from the last snapshot."""
+    """Of differences from the last snapshot; 0 where they are not asked for."""
     dtype: torch.dtype
     """In which they were measured."""
 
     @staticmethod
-    def of(snapshots: Sequence[Tensor], device: torch.device | str | None = None) -> Moments:
+    def of(
+        snapshots: Sequence[Tensor], device: torch.device | str | None = None, inputs: Inputs = "weights"
+    ) -> Moments:
         """Measure tensors of one shape, which may be empty, a piece at a time."""
         exact = exact_dtype(*snapshots)
         number = sum(snapshot.numel() for snapshot in snapshots)
@@ -128,9 +130,8 @@ class Moments:
         centre = (first + about(first, snapshots[:1])[0] / snapshots[0].numel()).to(exact)
         differences, squares = about(centre, snapshots)
         squares = (squares - differences**2 / number).clamp(min=0)
-        moves = sum(
-            (_squared_distance(snapshot, snapshots[-1], device, exact) for snapshot in snapshots[:-1]), 0 * squares
-        )
+        earlier = snapshots[:-1] if inputs == "movements" else []
+        moves = sum((_squared_distance(each, snapshots[-1], device, exact) for each in earlier), 0 * squares)
         return Moments(number, centre + differences / number, squares, moves, exact)
 
     def standardiser(self, inputs: Inputs = "weights") -> Standardiser:
@@ -223,7 +224,7 @@ def measure_snapshots(
     measured = {}
     for name, shape in shapes.items():
         held, own = share.held_rows(name, shape), share.own_rows(name, shape)
-        moments = Moments.of([own.of(held, snapshot[name]) for snapshot in snapshots], device)
+        moments = Moments.of([own.of(held, snapshot[name]) for snapshot in snapshots], device, inputs)
         measured[name] = moments, own.start == 0 and len(own) > 0
     joined = [part for part, _ in measured.values()]
     if share is not WHOLE:

@@ -22,6 +22,7 @@ from nino import nowcaster as nowcaster_module
 from nino.data import build_model
 from nino.engine import tiling
 from nino.engine.weights import SnapshotReader
+from nino.model.config import Inputs
 from nino.planning import Rates, estimate_update_seconds, summed_per_nowcast, traffic_per_nowcast
 from nino.planning.rates import MEASURED_COPIES, MEASURED_FLOPS
 from nino.planning.work import snapshot_reads
@@ -80,6 +81,18 @@ def test_memory_is_what_a_run_takes(family: str, probation: int, snapshot_dtype:
     assert planned.backup == (planned.trained if snapshot_dtype and not probation else 0)
 
 
+def test_memory_of_averaged_snapshots() -> None:
+    """A mean in float32 while it is added up, in checkpoints too; and a backup, since no snapshot is exact."""
+    model = _freeze_some(FAMILIES["cnn"]())
+    settings = {"period": 6, "probation": 0, "snapshot_average": 2}
+    planned = nino.plan(model, tiny_config(), device="cpu", **settings).memory
+    assert planned.mean == planned.trained == planned.backup
+    saved = _train(model, 14, **settings)[1]
+    assert saved[4] == 2 * planned.snapshot + planned.mean == planned.checkpoint == max(saved)
+    half = nino.plan(model, tiny_config(), device="cpu", dtype=torch.bfloat16, **settings).memory
+    assert half.mean == planned.mean and half.trained == planned.trained / 2
+
+
 @pytest.mark.parametrize("family", WIDE)
 def test_memory_of_a_nowcast_is_bounded(family: str) -> None:
     """Not loosely where it matters: for layers that are neither convolutions nor as narrow as one neuron."""
@@ -128,7 +141,8 @@ def test_products_are_all_that_is_computed(family: str, strip_edges: int, monkey
     assert computed == pytest.approx(hidden**2 * (work.edge_products + work.node_products), rel=0.01)
 
 
-def test_a_nowcast_reads_snapshots_as_often_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("inputs", ["weights", "movements"])
+def test_a_nowcast_reads_snapshots_as_often_as_planned(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None:
     """Counting elements: those read piece by piece to compute, and those measured or compared."""
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
     snapshots = [{n: p.detach() + 0.1 * age for n, p in model.named_parameters()} for age in range(3)]
@@ -150,8 +164,8 @@ def test_a_nowcast_reads_snapshots_as_often_as_planned(monkeypatch: pytest.Monke
     monkeypatch.setattr(SnapshotReader, "read", counting_read)
     for module in (standardise, nowcaster_module):
         monkeypatch.setattr(module, "pieces_of", counting_pieces)
-    tiny_nowcaster().predict_(live, snapshots, 2, NeuralGraph.from_model(model))
-    assert count == sum(snapshot_reads(3)) * sum(tensor.numel() for tensor in live.values())
+    tiny_nowcaster(inputs=inputs).predict_(live, snapshots, 2, NeuralGraph.from_model(model))
+    assert count == sum(snapshot_reads(3, inputs)) * sum(tensor.numel() for tensor in live.values())
 
 
 def test_a_nowcast_moves_snapshots_only_to_another_memory() -> None:
@@ -183,11 +197,11 @@ def test_the_fullest_rank_holds_what_fsdp2_deals_to_it() -> None:
 
 
 def test_traffic_is_that_of_a_ring_and_grows_with_neurons() -> None:
-    """Sums of 3 H float32 numbers per node, 4 float64 numbers per parameter; 2 (p - 1) / p of that."""
+    """Sums of 3 H float32 numbers per node, 5 float64 numbers per parameter; 2 (p - 1) / p of that."""
     graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     assert graph.num_nodes == 11  # two of them for biases
-    assert summed_per_nowcast(graph, 8) == 11 * 3 * 8 * 4 + 4 * 4 * 8
-    assert traffic_per_nowcast(graph, 8, 4) == 2 * 3 * (11 * 3 * 8 * 4 + 4 * 4 * 8) // 4
+    assert summed_per_nowcast(graph, 8) == 11 * 3 * 8 * 4 + 4 * 5 * 8
+    assert traffic_per_nowcast(graph, 8, 4) == 2 * 3 * (11 * 3 * 8 * 4 + 4 * 5 * 8) // 4
     assert traffic_per_nowcast(graph, 8, 1) == 0
     few, many = nn.Sequential(nn.Linear(500, 500)), nn.Sequential(*(nn.Linear(50, 50) for _ in range(19)))
     sent = [nino.plan(m, world_size=2, sharding="fsdp2").work.traffic_bytes for m in (few, many)]

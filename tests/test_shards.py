@@ -123,9 +123,9 @@ def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
 
     def work(rank: int) -> None:
         own = values[cuts[rank] : cuts[rank + 1]]
-        found[rank] = add_moments([(Moments.of([own[:, :3], own[:, 3:]]), rank == 0)], share)[0].standardiser(
-            "movements"
-        )
+        found[rank] = add_moments([(Moments.of([own[:, :3], own[:, 3:]], inputs="movements"), rank == 0)], share)[
+            0
+        ].standardiser("movements")
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:

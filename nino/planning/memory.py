@@ -34,6 +34,8 @@ class MemoryPlan:
     """As many as a nowcast reads; kept all the time."""
     under_way: int
     """Host memory for the one snapshot that is being written to disk while training goes on; 0 in other places."""
+    mean: int
+    """What is added up for averaged snapshots, where the parameters are; 0 without."""
     restore_point: int
     """Copies of parameters, buffers and optimizer state, kept where the snapshots are; 0 without probation."""
     backup: int
@@ -76,17 +78,20 @@ def plan_memory(
     if settings.probation:
         buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
         restore_point = weights + buffers + _optimizer_bytes(elements, formats, trained, settings.optimizer_bytes)
-    has_exact_copy = settings.probation > 0 or all(kept_in[name] == formats[name] for name in trained)
+    averages = settings.snapshot_average > 1
+    is_exact = not averages and all(kept_in[name] == formats[name] for name in trained)
+    mean = sum(elements[name] * max(formats[name].itemsize, torch.float32.itemsize) for name in trained)
     return MemoryPlan(
         parameters=sum(elements[name] * formats[name].itemsize for name in elements),
         trained=weights,
         snapshot=snapshot,
         snapshots=config.context * snapshot,
         under_way=snapshot if settings.snapshots_on == "disk" else 0,
+        mean=mean if averages else 0,
         restore_point=restore_point,
-        backup=0 if has_exact_copy else weights,
+        backup=0 if is_exact or settings.probation else weights,
         nowcast=_nowcast_bytes(graph, config, torch.device(settings.device)),
-        checkpoint=_checkpoint_bytes(snapshot, restore_point, settings.probation, schedule),
+        checkpoint=_checkpoint_bytes(snapshot, restore_point, settings.probation, schedule) + (mean if averages else 0),
     )
 
 

@@ -21,6 +21,7 @@ from nino.errors import NinoError
 from nino.graph.builder import check_graph
 from nino.graph.ir import NeuralGraph
 from nino.history import Place
+from nino.history.mean import check_snapshot_average
 from nino.model.config import NowcasterConfig
 from nino.nowcaster import Nowcaster
 from nino.planning.memory import MemoryPlan, plan_memory
@@ -78,6 +79,7 @@ def plan(
     dtype: torch.dtype | None = None,
     snapshots_on: Place = "cpu",
     snapshot_dtype: torch.dtype | None = None,
+    snapshot_average: int = 1,
     optimizer_bytes: float | None = None,
     probation: int | None = None,
     period: int = 1000,
@@ -96,6 +98,8 @@ def plan(
         dtype: of the parameters in training; ``None`` for the model's own.
         snapshots_on: where snapshots and restore points are: ``"cpu"``, the parameters' ``"device"`` or ``"disk"``.
         snapshot_dtype: format of snapshots; ``None`` for the parameters' own.
+        snapshot_average: updates over which a snapshot is averaged; 1 for none. The times do not hold
+            what adding up takes.
         optimizer_bytes: optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype.
         probation: updates that a nowcast has to prove itself; 0 for none, and no restore points; ``None`` for
             :func:`nino.probation.default_probation` of the period.
@@ -122,6 +126,7 @@ def plan(
         dtype=dtype,
         snapshots_on=snapshots_on,
         snapshot_dtype=snapshot_dtype,
+        snapshot_average=check_snapshot_average(snapshot_average, schedule.interval),
         optimizer_bytes=optimizer_bytes,
         probation=default_probation(period) if probation is None else probation,
         period=period,

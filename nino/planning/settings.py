@@ -33,6 +33,8 @@ class Settings:
     """Where snapshots and restore points are kept."""
     snapshot_dtype: torch.dtype | None
     """Format of snapshots; ``None`` for the parameters' own."""
+    snapshot_average: int
+    """Updates over which a snapshot is averaged; 1 for none."""
     optimizer_bytes: float | None
     """Optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype."""
     probation: int

@@ -9,7 +9,7 @@ import torch
 
 from nino.engine.tiling import Sizes, places
 from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph
-from nino.model.config import NowcasterConfig
+from nino.model.config import Inputs, NowcasterConfig
 from nino.planning.memory import MemoryPlan
 from nino.planning.settings import Settings
 
@@ -57,24 +57,25 @@ def plan_work(
     return WorkPlan(
         edge_products=edges,
         node_products=nodes,
-        moved_bytes=0 if beside else _bytes_read(config.context, memory),
+        moved_bytes=0 if beside else _bytes_read(config, memory),
         traffic_bytes=traffic,
     )
 
 
-def snapshot_reads(context: int) -> tuple[int, int]:
+def snapshot_reads(context: int, inputs: Inputs = "weights") -> tuple[int, int]:
     """How often a nowcast reads a snapshot's bytes: of the last snapshot, and of all others together.
 
     Every snapshot once to measure it and :data:`READS_TO_COMPUTE` times to compute; the first once more for a centre,
-    the last once more to see that the weights can be restored from it.
+    the last once more to see that the weights can be restored from it. How far the others lie from the last takes
+    another reading of both, if the nowcaster reads movements.
     """
-    each = 1 + READS_TO_COMPUTE
-    return each + 1, each * (context - 1) + 1
+    each, apart = 1 + READS_TO_COMPUTE, context - 1 if inputs == "movements" else 0
+    return each + 1 + apart, each * (context - 1) + 1 + apart
 
 
-def _bytes_read(context: int, memory: MemoryPlan) -> int:
+def _bytes_read(config: NowcasterConfig, memory: MemoryPlan) -> int:
     """The last snapshot is exact: if need be it is the restore point's, or the backup."""
-    of_last, of_others = snapshot_reads(context)
+    of_last, of_others = snapshot_reads(config.context, config.inputs)
     return of_last * memory.trained + of_others * memory.snapshot
 
 
