@@ -65,8 +65,8 @@ class Nowcaster:
         """Load a nowcaster that Nino ships, from a local folder, or from the Hugging Face hub.
 
         Args:
-            name: ``"nino-tiny"`` (shipped), a folder with ``config.json`` and ``model.safetensors``, or a hub id
-                ``"user/name"``; looked up in this order.
+            name: ``"nino-tiny"`` or ``"nino-small"`` (shipped), a folder with ``config.json`` and
+                ``model.safetensors``, or a hub id ``"user/name"``; looked up in this order.
 
         Raises:
             CheckpointError: if nothing of that name exists, or it is not a nowcaster, or is corrupted.

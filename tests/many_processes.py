@@ -213,6 +213,26 @@ def sharded_training() -> Result:
     return {"weights": weights, "reports": reports_of(optimizer), "bytes": optimizer.reports[0].bytes_sent}
 
 
+def sharded_averages() -> Result:
+    """Snapshots that are means, on shards; saved in the middle of one."""
+    model = shard(mlp().to(DEVICE))
+    optimizer = adam(model, snapshot_average=2)
+    weights = train(model, optimizer, 0, 3)
+    folder = Path(sys.argv[1]) / "averages"
+    optimizer.save_history(folder)
+    other = adam(shard(mlp(seed=1).to(DEVICE)), snapshot_average=2)
+    other.load_history(folder)
+    mean, restored = (each.session.mean.state_dict() for each in (optimizer, other))
+    same = [torch.equal(value, restored["means"][name]) for name, value in mean["means"].items()]
+    weights += train(model, optimizer, 3, 20)
+    return {
+        "weights": weights,
+        "reports": reports_of(optimizer),
+        "bytes": optimizer.reports[0].bytes_sent,
+        "restored": mean["count"] == restored["count"] == 1 and all(same),
+    }
+
+
 def too_far(newest: Weights) -> Weights:
     return {name: 30 * value for name, value in newest.items()}
 

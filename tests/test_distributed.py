@@ -111,10 +111,10 @@ def optimizer_of(model: nn.Module, nowcaster: Any, **settings: Any) -> NowcastOp
 PLACES = ["before anything", "measuring", "first round", "second round", "predicting", "writing"]
 
 
-def assert_trained_as_alone(results: Results) -> None:
+def assert_trained_as_alone(results: Results, **settings: Any) -> None:
     """All processes saw the same batches, so that up to the first nowcast not a bit differs from one process alone."""
     model = mlp()
-    alone = train_alone(model, optimizer_of(model, tiny_nowcaster(), period=PERIOD), 20)
+    alone = train_alone(model, optimizer_of(model, tiny_nowcaster(), period=PERIOD, **settings), 20)
     for found in results:
         assert found["reports"] == [(step, True, False, "") for step in (6, 12, 18)]
         for step in range(1, PERIOD):
@@ -123,7 +123,9 @@ def assert_trained_as_alone(results: Results) -> None:
         jump = sum(float((after[n] - before[n]).square().sum()) for n in after) ** 0.5
         for step, tolerance in ((PERIOD, EQUAL), (20, 100 * EQUAL)):  # then Adam's rounding adds up
             new, expected = found["weights"][step - 1], alone[step - 1]
-            assert sum(float((new[n] - expected[n]).square().sum()) for n in new) ** 0.5 < tolerance * jump
+            rounding = 2**-24 * sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+            error = sum(float((new[n] - expected[n]).square().sum()) for n in new) ** 0.5
+            assert error < tolerance * jump + rounding
         assert found["bytes"] > 0
 
 
@@ -155,7 +157,7 @@ def assert_traffic_follows_neurons(results: Results) -> None:
         assert 1.9 < sent["128"] / sent["64"] <= 2  # four times the weights, twice the neurons
 
 
-SHARDED = ["sharded_table", "traffic", "sharded_training", "sharded_probation", "sharded_faults"]
+SHARDED = ["sharded_table", "traffic", "sharded_training", "sharded_averages", "sharded_probation", "sharded_faults"]
 
 
 def assert_shards_are_nowcast(found: dict[str, Results]) -> None:
@@ -164,6 +166,8 @@ def assert_shards_are_nowcast(found: dict[str, Results]) -> None:
         assert 0 < row["bytes"] - row["planned bytes"] < 1000
     assert_traffic_follows_neurons(found["traffic"])
     assert_trained_as_alone(found["sharded_training"])
+    assert_trained_as_alone(found["sharded_averages"], snapshot_average=2)
+    assert all(run["restored"] for run in found["sharded_averages"])
     assert_rolled_back_as_alone(found["sharded_probation"])
     assert_resumed_exactly(found["sharded_probation"])
     assert_refused_together(found["sharded_faults"], PLACES)

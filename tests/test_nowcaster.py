@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -593,3 +594,23 @@ def test_errors_are_value_errors() -> None:
     for error in (CheckpointError, SnapshotError, nino.GraphError, nino.TrajectoryError):
         assert issubclass(error, NinoError)
         assert issubclass(error, ValueError)
+
+
+# What it reads
+
+
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_a_nowcaster_of_movements_predicts_in_their_own_unit(engine: Any) -> None:
+    """Snapshots that lie a tenth as far apart are predicted to move a tenth as far; not so if it reads weights."""
+    graph = _graph()
+    wide = _snapshots(graph, dtype=torch.float64)
+    last = wide[-1]
+    narrow = [{name: last[name] + 0.1 * (snapshot[name] - last[name]) for name in last} for snapshot in wide]
+    # The last snapshot is standardised by the mean and deviation of all, which change a little.
+    for inputs, is_alike in (("movements", True), ("weights", False)):
+        nowcaster = _nowcaster(replace(CONFIG, inputs=inputs))
+        far, near = (
+            nowcaster.predict(snapshots, 3, graph, engine=engine, dtype=torch.float64) for snapshots in (wide, narrow)
+        )
+        moved, less = (torch.cat([(new[name] - last[name]).flatten() for name in last]) for new in (far, near))
+        assert (float((less - 0.1 * moved).norm() / (0.1 * moved.norm())) < 0.15) == is_alike
