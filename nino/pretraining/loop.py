@@ -74,7 +74,7 @@ class _Pretraining:
         source: WindowSource,
         held_out: WindowSource,
         out: Path,
-        start: Nowcaster | None,
+        start: Nowcaster | None = None,
     ) -> None:
         from accelerate import Accelerator
 
