@@ -142,6 +142,8 @@ class NowcastSession:
         """Updates in a row that mixed precision skipped."""
         self._no_snapshot = ""
         """Why the last snapshot failed."""
+        self._no_mean = False
+        """Whether the weights could not be added up the last time."""
         self._is_detached = False
 
     @property
@@ -366,8 +368,18 @@ class NowcastSession:
 
     def _average(self) -> None:
         """Count the weights in, if the coming snapshot is a mean that they belong to."""
-        if self.snapshot_average > 1 and is_added(self.step, self.schedule.interval, self.snapshot_average):
+        if self.snapshot_average == 1 or not is_added(self.step, self.schedule.interval, self.snapshot_average):
+            return
+        try:
             self.mean.add(local_tensors(self.trainable_parameters()))
+        except Exception as error:  # most likely no memory; the run must go on, with snapshots that are no means
+            self.mean.clear()
+            level = logging.DEBUG if self._no_mean else logging.WARNING
+            self._no_mean = True
+            message = "no mean of the weights after update %d, snapshots are of single updates: %s"
+            logger.log(level, message, self.step, error)
+        else:
+            self._no_mean = False
 
     def _to_keep(self) -> tuple[Mapping[str, Tensor], bool]:
         """What a snapshot is taken of, and whether those are the weights themselves."""

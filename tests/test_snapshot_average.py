@@ -59,6 +59,29 @@ def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None
     assert not session.reports or not session.reports[-1].accepted
 
 
+def test_no_room_for_the_mean_costs_the_mean_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sixth and the eleventh update fail: snapshots of 3, of 7 and 8, of 12; one warning each time."""
+
+    def add_or_fail(self: RunningMean, parameters: Weights) -> None:
+        if session.step in (6, 11):
+            raise RuntimeError("out of memory")
+        real(self, parameters)
+
+    real = RunningMean.add
+    monkeypatch.setattr(RunningMean, "add", add_or_fail)
+    nowcaster = ScriptedNowcaster(add(100))
+    session = counting(nowcaster)
+    count_on(session, 12)
+    assert [snapshot["0.weight"][0, 0].item() for snapshot in nowcaster.asked[0][1]] == [3, 7.5, 12]
+    assert session.model[0].weight[0, 0] == 112
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.split(",")[0] for line in warnings] == [
+        f"no mean of the weights after update {step}" for step in (6, 11)
+    ]
+
+
 def test_a_mean_of_many_updates_is_made_of_twenty() -> None:
     added = [step for step in range(1, 1001) if is_added(step, interval=200, updates=100)]
     assert len(added) == 5 * MOST_ADDED and all(200 - 100 < (step - 1) % 200 + 1 <= 200 for step in added)
