@@ -30,6 +30,7 @@ from tqdm import tqdm
 from nino import NowcastOptimizer, ScheduleConfig
 from nino.data import Trajectory, build_model, record
 from nino.errors import TrajectoryError
+from nino.history.mean import check_snapshot_average
 from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet, load_parquet_images
 from tasks.nowcasters import load_nowcaster
@@ -37,7 +38,8 @@ from tasks.rehearsal import random_images, random_text, time_training
 from tasks.task import ImageTask, Task, TextTask
 from tasks.text import gpt2, llama, load_text_files
 
-EVALUATE_EVERY_STATES = 8
+EVALUATE_EVERY = 400
+"""Updates, about; at the next recorded state."""
 # Held out of training on purpose: WikiText-2 and everything the demo trains on.
 TRAINING_TEXTS = ("tinyshakespeare.txt", "gutenberg/*.txt")
 
@@ -53,7 +55,7 @@ class ImageSet:
     """How often it is drawn, relative to the others."""
 
 
-IMAGE_SETS = {"cifar10": ImageSet(3, (16, 24), 3), "mnist": ImageSet(1, (14,), 1)}
+IMAGE_SETS = {"cifar10": ImageSet(3, (16, 24, 32, 32), 3), "mnist": ImageSet(1, (14,), 1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class RunPlan:
     jump_with: str | None = None
     """The nowcaster, if the run is nowcast."""
     jump_period: int | None = None
+    jump_average: int = 1
+    """Updates before a snapshot over which the weights are averaged."""
 
 
 def plan_image_run(
@@ -85,7 +89,7 @@ def plan_image_run(
     data = choose.choices(sets, weights=[IMAGE_SETS[name].share for name in sets])[0]
     size = choose.choice(IMAGE_SETS[data].sizes)
     hidden = choose.choice([(8, 16, 16), (16, 32, 32), (16, 32, 32), (16, 32, 32), (12, 24, 24), (24, 24, 48)])
-    norm, first_padding = choose.random() < 0.15, choose.choice([0, 0, 1])
+    norm, first_padding = choose.random() < 0.1, choose.choice([0, 0, 1])
     return RunPlan(
         name=f"images-{index:04d}",
         family="images",
@@ -139,7 +143,7 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
             plans.append(plan_language_run(index, choose, args.updates, args.interval, texts))
     if args.jump_with is None:
         return plans
-    jumps = {"jump_with": args.jump_with, "jump_period": args.jump_period}
+    jumps = {"jump_with": args.jump_with, "jump_period": args.jump_period, "jump_average": args.jump_average}
     return [dataclasses.replace(plan, name=f"{plan.name}-jumps", **jumps) for plan in plans]
 
 
@@ -157,7 +161,8 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
     if plan.jump_with is None or plan.jump_period is None:
         return base
     nowcaster = load_nowcaster(plan.jump_with)
-    return NowcastOptimizer(base, model, nowcaster, period=plan.jump_period, max_steps=plan.updates)
+    rhythm = {"period": plan.jump_period, "snapshot_average": plan.jump_average}
+    return NowcastOptimizer(base, model, nowcaster, max_steps=plan.updates, **rhythm)
 
 
 def record_run(plan: RunPlan, data: Path, out: Path) -> float:
@@ -192,7 +197,7 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> float:
         optimizer.step()
         metrics: dict[str, float] = {}
         if recorder.is_due(step):
-            is_evaluated = step // plan.interval % EVALUATE_EVERY_STATES == 0 or step == plan.updates
+            is_evaluated = step % EVALUATE_EVERY < plan.interval or step == plan.updates
             metrics = {"loss": loss.item()} | (task.evaluate(model) if is_evaluated else {})
         recorder.after_update(step, metrics)
         if recorder.problem:
@@ -222,7 +227,7 @@ def run_seconds(plan: RunPlan) -> float:
     channels = IMAGE_SETS[plan.data].channels if plan.data in IMAGE_SETS else 0
     task = random_text(config["vocab_size"]) if config else random_images(channels, plan.image_size)
     update, evaluation = time_training(task, build_model(plan.architecture), plan.batch_size)
-    return plan.updates * (update + evaluation / (plan.interval * EVALUATE_EVERY_STATES))
+    return plan.updates * (update + evaluation / max(EVALUATE_EVERY, plan.interval))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -244,6 +249,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jump-with", metavar="NOWCASTER", help="nowcast the runs: a name, a folder or a .pt file")
     parser.add_argument(
         "--jump-period", type=positive_int, default=1000, help="optimizer updates between jumps, with --jump-with"
+    )
+    parser.add_argument(
+        "--jump-average", type=positive_int, default=1, help="optimizer updates that a snapshot is the mean of"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=positive_int, default=1, help="runs at once, one thread each")
@@ -269,7 +277,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def check_jumps(args: argparse.Namespace) -> None:
     """Stop if the nowcaster cannot be used in this rhythm, or leaves nothing to learn from between its jumps."""
     context = load_nowcaster(args.jump_with).config.context
-    ScheduleConfig(period=args.jump_period, context=context)
+    schedule = ScheduleConfig(period=args.jump_period, context=context)
+    check_snapshot_average(args.jump_average, schedule.interval)
     if args.jump_period // args.interval <= context:
         fail(
             f"--jump-period {args.jump_period} holds {args.jump_period // args.interval} states at --interval "

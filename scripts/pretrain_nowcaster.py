@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nino import Nowcaster, NowcasterConfig
-from nino.data.trajectory import HEADER_FILE, read_header
+from nino.data import ResampledRun, Trajectory
+from nino.data.trajectory import HEADER_FILE, RecordedStates, read_header
 from nino.model.config import Inputs
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
@@ -57,7 +58,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--steps", type=positive_int, default=5000, help="updates of the nowcaster")
     add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
     add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
-    add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="recorded states between snapshots")
+    add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="states between snapshots")
+    add("--interval", type=positive_int, help="read runs as if recorded every so many updates; with --average")
+    add("--average", type=positive_int, help="updates over which every state that is read is averaged")
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
     add(
         "--max-words",
@@ -83,7 +86,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         fail(f"--runs {args.runs} is not a folder; record runs with scripts/collect_trajectories.py")
     if args.start_from is not None and network_settings(args):
         fail(f"--start-from {args.start_from} says what the network is; leave out --kind, --hidden and --inputs")
+    if (args.interval is None) != (args.average is None):
+        fail("--interval and --average: expected both or none; they say how recorded states are read")
     return args
+
+
+def read_runs(folders: list[str], args: argparse.Namespace) -> list[RecordedStates]:
+    """The runs as they are recorded, or as ``--interval`` and ``--average`` say."""
+    runs: list[RecordedStates] = [Trajectory(folder) for folder in folders]
+    if args.interval is None:
+        return runs
+    return [ResampledRun(run, interval=args.interval, average=args.average) for run in runs]
 
 
 def network_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -99,7 +112,9 @@ def main(argv: list[str]) -> int:
         fail(f"--runs {args.runs}: {found} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} of one family are needed")
     start = None if args.start_from is None else Nowcaster.from_pretrained(args.start_from)
     config = NowcasterConfig(**network_settings(args)) if start is None else start.config
-    train, held_out = (WindowSource(folders, config, args.strides) for folders in (train_folders, held_out_folders))
+    train, held_out = (
+        WindowSource(read_runs(folders, args), config, args.strides) for folders in (train_folders, held_out_folders)
+    )
     settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
     result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, train, held_out, args.out, start)

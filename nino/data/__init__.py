@@ -3,11 +3,13 @@
 from nino.data.architecture import build_model, describe_model, describe_sequential, describe_transformers
 from nino.data.memmap import read_memmap
 from nino.data.recording import Recorder, record
+from nino.data.resampled import ResampledRun
 from nino.data.trajectory import Trajectory
 from nino.data.writer import TrajectoryWriter
 
 __all__ = [
     "Recorder",
+    "ResampledRun",
     "Trajectory",
     "TrajectoryWriter",
     "build_model",
