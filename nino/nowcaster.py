@@ -6,6 +6,7 @@ Standardises snapshots, runs an engine, maps the prediction back. Knows nothing 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -103,6 +104,25 @@ class Nowcaster:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(self.config.to_json())
+
+    def stretched(self, factor: float) -> Nowcaster:
+        """One whose every movement is ``factor`` times as long, in the same direction; this one stays as it is.
+
+        A nowcaster is trained to err little, so where it is unsure it moves less than the weights will. What is lost in
+        length can be won back: see docs/guide.md.
+
+        Args:
+            factor: 1 changes nothing, -1 is backwards.
+
+        Raises:
+            NinoError: if it is not a finite number.
+        """
+        if not math.isfinite(factor):
+            raise NinoError(f"factor must be a finite number, got {factor!r}")
+        network = deepcopy(self.network)
+        for parameter in network.head.parameters():  # the last layer, which is linear
+            parameter.data.mul_(factor)
+        return Nowcaster(network)
 
     def graph_of(self, model: torch.nn.Module, example_inputs: Any = None) -> NeuralGraph:
         """Wire a model as this nowcaster expects; where the published layout has no form for it, exactly.

@@ -57,6 +57,23 @@ def _one_line(error: pytest.ExceptionInfo[Exception], *words: Any) -> None:
         assert str(word) in message, f"{word!r} is not in {message!r}"
 
 
+@pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG, replace(CONFIG, inputs="movements")])
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_a_stretched_nowcaster_goes_the_same_way_further(config: NowcasterConfig, engine: Any) -> None:
+    graph, nowcaster = _graph(), _nowcaster(config)
+    snapshots = _snapshots(graph, dtype=torch.float64)
+    near = nowcaster.predict(snapshots, horizon=4, graph=graph, engine=engine)
+    far = nowcaster.stretched(-2.5).predict(snapshots, horizon=4, graph=graph, engine=engine)
+    for name, last in snapshots[-1].items():
+        assert not torch.allclose(near[name], last, rtol=0, atol=1e-4)
+        torch.testing.assert_close(far[name] - last, -2.5 * (near[name] - last), rtol=1e-4, atol=1e-5)
+    again = nowcaster.predict(snapshots, horizon=4, graph=graph, engine=engine)
+    assert _equal(near, again), "the nowcaster that was stretched stays as it is"
+    with pytest.raises(NinoError, match="finite") as error:
+        nowcaster.stretched(float("nan"))
+    _one_line(error, "nan")
+
+
 # Saving and loading
 
 

@@ -251,7 +251,7 @@ def load_jump(part: Part) -> Nowcaster:
             return Nowcaster(build_network(NowcasterConfig(hidden=part.value)))
     if part.kind == "scaled":
         factor, name = part.value
-        return _scaled(_load_weights(name), factor)
+        return _load_weights(name).stretched(factor)
     nowcaster = Nowcaster.from_official(part.value) if part.kind == "official" else _load_weights(part.value)
     expected = {"nino": "nino", "wnn": "wnn"}.get(part.kind, nowcaster.config.kind)
     if nowcaster.config.kind != expected:
@@ -261,13 +261,6 @@ def load_jump(part: Part) -> Nowcaster:
 
 def _load_weights(name: str) -> Nowcaster:
     return Nowcaster.from_official(name) if name.endswith(".pt") else Nowcaster.from_pretrained(name)
-
-
-def _scaled(nowcaster: Nowcaster, factor: float) -> Nowcaster:
-    """One whose movements are ``factor`` times as long: the last layer of the head is linear."""
-    for parameter in nowcaster.network.head.parameters():
-        parameter.data.mul_(factor)
-    return nowcaster
 
 
 def check_method(method: Method, updates: int) -> str | None:
