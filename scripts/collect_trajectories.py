@@ -80,6 +80,8 @@ class RunPlan:
     jump_period: int | None = None
     jump_average: int = 1
     """Updates before a snapshot over which the weights are averaged."""
+    jump_until: int | None = None
+    """The last update that may jump; ``None`` for no end."""
 
 
 def plan_image_run(
@@ -144,7 +146,16 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
     if args.jump_with is None:
         return plans
     jumps = {"jump_with": args.jump_with, "jump_period": args.jump_period, "jump_average": args.jump_average}
-    return [dataclasses.replace(plan, name=f"{plan.name}-jumps", **jumps) for plan in plans]
+    return [
+        dataclasses.replace(plan, name=f"{plan.name}-jumps", jump_until=last_jump(plan, args), **jumps) for plan in plans
+    ]
+
+
+def last_jump(plan: RunPlan, args: argparse.Namespace) -> int | None:
+    """The update of a run's last jump, drawn from those that ``--jump-until`` allows."""
+    if args.jump_until is None:
+        return None
+    return args.jump_period * random.Random(plan.seed).randint(1, args.jump_until // args.jump_period)
 
 
 @lru_cache(maxsize=4)
@@ -161,7 +172,8 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
     if plan.jump_with is None or plan.jump_period is None:
         return base
     nowcaster = load_nowcaster(plan.jump_with)
-    rhythm = {"period": plan.jump_period, "snapshot_average": plan.jump_average}
+    # Without probation: what follows a bad jump is worth knowing.
+    rhythm = {"period": plan.jump_period, "snapshot_average": plan.jump_average, "probation": 0}
     return NowcastOptimizer(base, model, nowcaster, max_steps=plan.updates, **rhythm)
 
 
@@ -192,6 +204,8 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16):
             loss = task.loss(model, batch)
         loss.backward()
+        if isinstance(optimizer, NowcastOptimizer) and step > (plan.jump_until or plan.updates):
+            optimizer = optimizer.optimizer
         if isinstance(optimizer, NowcastOptimizer):
             optimizer.observe(loss)
         optimizer.step()
@@ -253,6 +267,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--jump-average", type=positive_int, default=1, help="optimizer updates that a snapshot is the mean of"
     )
+    parser.add_argument(
+        "--jump-until",
+        type=positive_int,
+        metavar="U",
+        help="every run jumps for the last time at an update up to U, drawn at random, and goes on undisturbed",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=positive_int, default=1, help="runs at once, one thread each")
     parser.add_argument(
@@ -279,7 +299,9 @@ def check_jumps(args: argparse.Namespace) -> None:
     context = load_nowcaster(args.jump_with).config.context
     schedule = ScheduleConfig(period=args.jump_period, context=context)
     check_snapshot_average(args.jump_average, schedule.interval)
-    if args.jump_period // args.interval <= context:
+    if args.jump_until is not None and not args.jump_period <= args.jump_until < args.updates:
+        fail(f"--jump-until {args.jump_until}: expected at least --jump-period and less than --updates")
+    if args.jump_until is None and args.jump_period // args.interval <= context:
         fail(
             f"--jump-period {args.jump_period} holds {args.jump_period // args.interval} states at --interval "
             f"{args.interval}: a window needs {context + 1} between two jumps"
