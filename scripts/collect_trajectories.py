@@ -147,7 +147,8 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
         return plans
     jumps = {"jump_with": args.jump_with, "jump_period": args.jump_period, "jump_average": args.jump_average}
     return [
-        dataclasses.replace(plan, name=f"{plan.name}-jumps", jump_until=last_jump(plan, args), **jumps) for plan in plans
+        dataclasses.replace(plan, name=f"{plan.name}-jumps", jump_until=last_jump(plan, args), **jumps)
+        for plan in plans
     ]
 
 

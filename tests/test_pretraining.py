@@ -18,7 +18,7 @@ from recordings import CNN, FAR, MLP, record_collection, record_walk
 from torch import Tensor, nn
 
 from nino import CheckpointError, NinoError, Nowcaster, NowcasterConfig, TrajectoryError
-from nino.data import Trajectory, describe_sequential
+from nino.data import ResampledRun, Trajectory, describe_sequential
 from nino.graph import NeuralGraph
 from nino.graph.edge_list import EdgeList
 from nino.model import build_network
@@ -438,6 +438,19 @@ def test_levelled_errors_shrink_with_the_horizon(tmp_path: Path) -> None:
     (absolute, _), (levelled, _) = (errors_by_horizon(still, window, measure) for measure in ("absolute", "levelled"))
     torch.testing.assert_close(levelled[:7] * torch.arange(1, 8).sqrt(), absolute[:7])
     assert total_error(still, window, "levelled")[0] == pytest.approx(levelled.sum().item())
+
+
+def test_windows_often_begin_just_after_a_jump(tmp_path: Path) -> None:
+    walk = record_walk(tmp_path / "run", MLP, "mlp", num_states=200, jumps=(40, 48))
+    source = WindowSource([str(walk)], CONFIG, (2,))
+    generator = torch.Generator().manual_seed(0)
+    firsts = torch.tensor([source.draw("mlp", generator).first for _ in range(400)])
+    # Windows of eleven states begin at 0 to 29 and 48 to 189; half of them at 48 to 58.
+    assert firsts.min() < 10 and not ((firsts > 29) & (firsts < 48)).any() and firsts.max() > 180
+    assert 0.45 < ((firsts >= 48) & (firsts <= 58)).float().mean() < 0.65
+    resampled = WindowSource([ResampledRun(Trajectory(walk), interval=50, average=50)], CONFIG, (1,))
+    steps = [resampled.runs[0].trajectory.steps[resampled.draw("mlp", generator).first] for _ in range(400)]
+    assert 0.45 < sum(25 * 48 < step <= 25 * 60 for step in steps) / 400 < 0.65
 
 
 def test_kernels_are_turned_alike(tmp_path: Path) -> None:

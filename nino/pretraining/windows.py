@@ -100,6 +100,13 @@ class RecordedRun:
         """Where stretches of ``length`` states can begin, in each segment that is long enough."""
         return [range(s.start, s.stop - length + 1) for s in self.segments if len(s) >= length]
 
+    def just_jumped(self, starts: range, length: int) -> range:
+        """Those of a stretch's starts whose windows of ``length`` states begin less than that after a jump."""
+        steps = self.trajectory.steps
+        before = steps[starts.start - 1] if starts.start else -1
+        jumped = any(before < jump <= steps[starts.start] for jump in self.trajectory.jumps)
+        return starts[:length] if jumped else starts[:0]
+
     def end_of_segment(self, index: int) -> int:
         """The end (exclusive) of the segment that a state lies in."""
         return next(segment.stop for segment in self.segments if index in segment)
@@ -139,13 +146,21 @@ class WindowSource:
             self.by_family.setdefault(run.family, []).append(index)
 
     def draw(self, family: str, generator: torch.Generator) -> WindowPlace:
-        """Draw a run of the family, a stride that fits it and a start."""
+        """Draw a run of the family, a stride that fits it and a start; in a run that jumps, often just after a jump.
+
+        What a nowcaster reads in training is the way from its last jump, which a plain run never shows.
+        """
         members = self.by_family[family]
         run = members[_randint(len(members), generator)]
         lengths = {stride: self.config.context * stride + 1 for stride in self.strides}
         fitting = [stride for stride in self.strides if self.runs[run].starts(lengths[stride])]
         stride = fitting[_randint(len(fitting), generator)]
-        places = [first for starts in self.runs[run].starts(lengths[stride]) for first in starts]
+        stretches = self.runs[run].starts(lengths[stride])
+        after_jumps = [first for starts in stretches for first in self.runs[run].just_jumped(starts, lengths[stride])]
+        if after_jumps and _randint(2, generator):
+            places = after_jumps
+        else:
+            places = [first for starts in stretches for first in starts]
         return WindowPlace(run=run, first=places[_randint(len(places), generator)], stride=stride)
 
     def num_edges(self, place: WindowPlace) -> int:
