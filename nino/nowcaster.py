@@ -108,8 +108,9 @@ class Nowcaster:
     def stretched(self, factor: float) -> Nowcaster:
         """One whose every movement is ``factor`` times as long, in the same direction; this one stays as it is.
 
-        A nowcaster is trained to err little, so where it is unsure it moves less than the weights will. What is lost in
-        length can be won back: see docs/guide.md.
+        A nowcaster is trained to err little, so where it is unsure it moves less than the weights will. A single jump
+        that is stretched by 1.4 to 1.8 can be worth more; whole trainings gained nothing from it (docs/lab-notes.md,
+        2026-11-26).
 
         Args:
             factor: 1 changes nothing, -1 is backwards.
