@@ -66,7 +66,7 @@ class Nowcaster:
         """Load a nowcaster that Nino ships, from a local folder, or from the Hugging Face hub.
 
         Args:
-            name: ``"nino-tiny"`` or ``"nino-small"`` (shipped), a folder with ``config.json`` and
+            name: ``"nino-tiny"``, ``"nino-small"`` or ``"nino-base"`` (shipped), a folder with ``config.json`` and
                 ``model.safetensors``, or a hub id ``"user/name"``; looked up in this order.
 
         Raises:
