@@ -173,9 +173,15 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
     if plan.jump_with is None or plan.jump_period is None:
         return base
     nowcaster = load_nowcaster(plan.jump_with)
-    # Without probation: what follows a bad jump is worth knowing.
-    rhythm = {"period": plan.jump_period, "snapshot_average": plan.jump_average, "probation": 0}
-    return NowcastOptimizer(base, model, nowcaster, max_steps=plan.updates, **rhythm)
+    return NowcastOptimizer(
+        base,
+        model,
+        nowcaster,
+        period=plan.jump_period,
+        max_steps=plan.updates,
+        probation=0,  # what follows a bad jump is worth knowing
+        snapshot_average=plan.jump_average,
+    )
 
 
 def record_run(plan: RunPlan, data: Path, out: Path) -> float:
