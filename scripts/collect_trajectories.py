@@ -298,6 +298,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         fail(f"--interval {args.interval} is larger than --updates {args.updates}: no window could be read")
     if args.jump_with is not None:
         check_jumps(args)
+    elif args.jump_until is not None or args.jump_average > 1:
+        fail("--jump-until and --jump-average: say with --jump-with NOWCASTER what makes the jumps")
     return args
 
 

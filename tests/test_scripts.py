@@ -147,6 +147,21 @@ def test_recorded_runs_that_jump(data_folder: Path, tmp_path: Path) -> None:
     assert plain.name == "images-0000"  # the same run without jumps has a folder of its own
 
 
+@pytest.mark.parametrize("option", ["--jump-until", "--jump-average"])
+def test_settings_of_jumps_without_a_nowcaster_are_one_line(
+    option: str, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from collect_trajectories import main
+
+    from tasks.cli import run_main
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main, ["--data", str(data_folder), "--out", str(tmp_path / "out"), option, "50"])
+    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--jump-with" in line
+
+
 @pytest.mark.parametrize(
     ("nowcaster", "period", "words"),
     [
