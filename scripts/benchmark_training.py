@@ -5,8 +5,9 @@
 
 A model is trained on random batches several times at once in one process, one update of each in turn: plain AdamW,
 and AdamW with nowcasts on probation and snapshots in each of the places. Everything that nowcasting does is timed
-inside these runs, with a short period. The overhead at the period asked for is *computed* from it: C snapshots, a
-restore point, a nowcast and the bookkeeping of every update, over the seconds of so many plain updates. For small
+inside these runs, with a short period. The overhead at the period asked for is *computed* from it: C snapshots (and
+the additions to their means, with ``--snapshot-average``), a restore point, a nowcast and the bookkeeping of every
+update, over the seconds of so many plain updates. For small
 models whole periods are *measured* too, in the same way, and both must agree. Peak memory is measured in processes of
 their own for each kind of run. Results: a table here, ``results.json`` and ``overhead.png`` in the output folder.
 """
@@ -31,6 +32,8 @@ from tqdm import tqdm
 
 from nino import NowcastOptimizer
 from nino.data import build_model
+from nino.errors import NinoError
+from nino.history.mean import check_snapshot_average
 from nino.probation import default_probation
 from tasks.cli import fail, make_output_folder, positive_int, run_main, torch_device, whole_number
 from tasks.machine import describe_machine
@@ -76,6 +79,7 @@ def start(name: str, kind: str, args: argparse.Namespace, period: int, folder: P
             max_steps=MAX_STEPS,
             snapshots_on=kind,  # type: ignore[arg-type]
             snapshot_folder=folder if kind == "disk" else None,
+            snapshot_average=min(args.snapshot_average, period // load_nowcaster(args.nowcaster).config.context),
             probation=max(default_probation(period), 1),
         )
     return Training(model, optimizer, loss)
@@ -159,8 +163,8 @@ def summarise(
         "parameters": num_weights,
         "snapshots on": kind,
         "costs seconds": asdict(costs),
-        "seconds per period": costs.per_period(args.period, context),
-        "computed percent": 100 * costs.overhead(args.period, context),
+        "seconds per period": costs.per_period(args.period, context, args.snapshot_average),
+        "computed percent": 100 * costs.overhead(args.period, context, args.snapshot_average),
         "measured seconds per period": spent_on(whole[kind], args.whole_periods) if whole else None,
         "measured percent": 100 * spent_in(whole[kind]) if whole else None,
         "measured by difference percent": 100 * difference(whole[PLAIN], whole[kind]) if whole else None,
@@ -209,6 +213,7 @@ def rows_of(runs: Sequence[Mapping[str, Any]], period: int) -> list[dict[str, An
                     "update s": costs["update"],
                     "bookkeeping ms": 1000 * costs["bookkeeping"],
                     "snapshot ms": 1000 * costs["snapshot"],
+                    "addition ms": 1000 * costs["addition"],
                     "restore point ms": 1000 * costs["restore_point"],
                     "nowcast s": costs["nowcast"],
                     f"computed % at {period}": kind["computed percent"],
@@ -261,6 +266,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=["cpu", "disk"], help="where snapshots are kept")
     parser.add_argument("--nowcaster", default="nino-tiny", help="a name, or hidden-H for random weights of width H")
     parser.add_argument("--period", type=positive_int, default=1000, help="for which to report the overhead")
+    parser.add_argument("--snapshot-average", type=positive_int, default=1, help="updates that a snapshot is a mean of")
     parser.add_argument("--short-period", type=positive_int, default=10, help="in which the parts are timed")
     parser.add_argument("--short-periods", type=positive_int, default=3, help="how many of them")
     parser.add_argument("--whole-periods", type=whole_number, default=1, help="measured with small models; 0 for none")
@@ -280,6 +286,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             fail(f"--{option.replace('_', '-')} {getattr(args, option)} is no multiple of the context {context}")
     if args.short_period <= context:
         fail(f"--short-period {args.short_period} has no update without a snapshot; give at least {2 * context}")
+    try:
+        check_snapshot_average(args.snapshot_average, args.period // context)
+    except NinoError as error:
+        fail(f"--snapshot-average: {error}")
     if args.snapshot_folder is not None and not args.snapshot_folder.is_dir():
         fail(f"--snapshot-folder {args.snapshot_folder} is not a folder")
     return args

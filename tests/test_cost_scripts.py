@@ -30,20 +30,36 @@ def test_costs_of_a_period_by_hand() -> None:
     costs = Costs.of(plain, attached)
     assert costs.update == 1.0
     assert costs.nowcast == pytest.approx(0.5)  # whatever of the update is neither snapshot nor restore point
-    parts = {"bookkeeping": 0.1, "snapshots": 0.2, "restore point": 0.3, "nowcast": 0.5}
+    parts = {"bookkeeping": 0.1, "snapshots": 0.2, "means": 0, "restore point": 0.3, "nowcast": 0.5}
     assert costs.per_period(10, 2) == pytest.approx(parts)
     assert costs.overhead(10, 2) == pytest.approx(1.1 / 10)
-    spent = {"bookkeeping": 0.02, "snapshots": 0.2, "restore point": 0.3, "nowcast": 0.5}
+    spent = {"bookkeeping": 0.02, "snapshots": 0.2, "means": 0, "restore point": 0.3, "nowcast": 0.5}
     assert spent_on(attached, 1) == pytest.approx(spent)
     assert spent_in(attached) == pytest.approx(1.02 / 3)
     assert difference(plain[:2], attached[:2]) == pytest.approx(0.06)
 
 
+def test_means_are_counted_apart() -> None:
+    """Of ten updates with a nowcast each, two snapshots are means over 3 updates, over 30 with at most 20 additions."""
+    attached = [
+        Update(seconds=1.03, nowcasting=0.03, addition=0.02),
+        Update(seconds=1.93, nowcasting=0.93, snapshot=0.1, addition=0.02, restore_point=0.3, prediction=0.45),
+    ]
+    costs = Costs.of([Update(seconds=1.0)], attached)
+    assert (costs.bookkeeping, costs.addition, costs.nowcast) == pytest.approx((0.01, 0.02, 0.51))
+    assert costs.per_period(10, 2, average=3)["means"] == pytest.approx(2 * 3 * 0.02)
+    assert costs.per_period(1000, 5, average=30)["means"] == pytest.approx(5 * 15 * 0.02)
+    assert costs.overhead(10, 2, average=3) == pytest.approx((0.1 + 0.2 + 0.12 + 0.3 + 0.51) / 10)
+    assert spent_on(attached, 1) == pytest.approx(
+        {"bookkeeping": 0.01, "snapshots": 0.1, "means": 0.04, "restore point": 0.3, "nowcast": 0.51}
+    )
+
+
 def test_training_is_measured_in_part_and_in_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All in this process: how long and how large it is does not matter here."""
     monkeypatch.setattr(benchmark_training, "in_fresh_process", lambda function, *args: function(*args))
-    options = "--nowcaster hidden-8 --images 4 --period 20 --short-periods 2 --memory-repeats 1 --device cpu"
-    assert benchmark_training.main([*options.split(), "--out", str(tmp_path / "out")]) == 0
+    options = "--nowcaster hidden-8 --images 4 --period 20 --snapshot-average 2 --short-periods 2 --device cpu"
+    assert benchmark_training.main([*options.split(), "--memory-repeats", "1", "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     (measured,) = result["runs"]
     assert [kind["snapshots on"] for kind in measured["kinds"]] == ["cpu", "disk"]
@@ -54,6 +70,7 @@ def test_training_is_measured_in_part_and_in_whole(tmp_path: Path, monkeypatch: 
         assert kind["computed percent"] > 0 and kind["measured percent"] > 0
     updates = measured["short periods"]["cpu"]
     assert [step for step, seconds in enumerate(updates["snapshot"], 1) if seconds] == list(range(2, 21, 2))
+    assert [step for step, seconds in enumerate(updates["addition"], 1) if seconds] == list(range(1, 21))
     assert [step for step, seconds in enumerate(updates["restore_point"], 1) if seconds] == [10, 20]
     assert [step for step, seconds in enumerate(updates["prediction"], 1) if seconds] == [10, 20]
     assert not any(measured["short periods"]["plain"]["nowcasting"])
@@ -129,6 +146,11 @@ def test_a_plan_of_a_config_file_and_of_its_folder(tmp_path: Path, capsys: pytes
         (benchmark_training.main, ["--whole-periods", "-1"], ["--whole-periods", "at least 0, got '-1'"]),
         (benchmark_training.main, ["--out", __file__], ["--out", "cannot be made a folder:", "is a file"]),
         (plan_run.main, [str(SCRIPTS)], ["config.json does not exist"]),
+        (
+            benchmark_training.main,
+            ["--snapshot-average", "201"],
+            ["--snapshot-average: snapshot_average must be 1 to 200"],
+        ),
         (benchmark_training.main, ["--short-period", "13"], ["--short-period 13 is no multiple of the context 5"]),
         (benchmark_training.main, ["--short-period", "5"], ["no update without a snapshot; give at least 10"]),
         (benchmark_training.main, ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),

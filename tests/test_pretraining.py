@@ -316,8 +316,22 @@ def test_settings_out_of_range_are_one_line() -> None:
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, sources: tuple[WindowSource, WindowSource]) -> None:
     config = PretrainingConfig(steps=2, evaluate_every=1, validation_windows=1, workers=0)
     pretrain(config, CONFIG, *sources, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="other settings"):
-        pretrain(PretrainingConfig(steps=3), CONFIG, *sources, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"other settings \(training, steps: 2 there, 3 here\)"):
+        pretrain(replace(config, steps=3), CONFIG, *sources, tmp_path / "out")
+    source, held_out = sources
+    runs = [run.trajectory for run in source.runs]
+    means = [ResampledRun(run, interval=25, average=50) for run in runs]
+    for others, words in (
+        (WindowSource(runs, CONFIG, (1, 3)), r"data, strides: \[1, 2\] there, \[1, 3\] here"),
+        (WindowSource(runs[:1], CONFIG, (1, 2)), "data, runs, .*: 30 states .* there, nothing here"),
+        (WindowSource(means, CONFIG, (1, 2)), "data, runs, .* there, 29 states .* means over 50 updates here"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            pretrain(config, CONFIG, others, held_out, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="held out, strides"):
+        pretrain(config, CONFIG, source, WindowSource(runs, CONFIG, (2,)), tmp_path / "out")
+    resumed = pretrain(config, CONFIG, *sources, tmp_path / "out")
+    assert set(resumed["data"]["runs"]) == {run.folder.name for run in runs}
 
 
 def test_a_nowcaster_is_trained_further(tmp_path: Path, sources: tuple[WindowSource, WindowSource]) -> None:

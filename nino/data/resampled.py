@@ -42,7 +42,7 @@ class ResampledRun(RecordedStates):
         self.folder, self.complete = run.folder, run.complete
         self.architecture, self.training = run.architecture, run.training
         self.parameters, self.jumps = run.parameters, run.jumps
-        self._run, self._count = run, average // recorded
+        self._run, self._count, self._average = run, average // recorded, average
         self._segments, self._ends = [], list[int]()
         for segment in run.segments():
             ends = list(segment[self._count - 1 :: interval // recorded])
@@ -58,6 +58,10 @@ class ResampledRun(RecordedStates):
     def __len__(self) -> int:
         """The number of states."""
         return len(self._ends)
+
+    def describe(self) -> str:
+        """As of a run that was recorded so, and over what the means are."""
+        return f"{super().describe()}, means over {self._average} updates"
 
     def states(self, indices: Sequence[int]) -> Tensor:
         """Return the asked-for means as float32 ``[len(indices), num_elements]``.

@@ -92,6 +92,16 @@ class RecordedStates:
             for (name, shape), part in zip(self.parameters, parts, strict=True)
         }
 
+    def describe(self) -> str:
+        """One line that tells this run's states from those of a longer, shorter or differently read one.
+
+        Example:
+            ``"101 states after updates 0, 50, 100, ... 5000"``
+        """
+        steps = self.steps
+        listed = ", ".join(map(str, steps[:3])) + (f", ... {steps[-1]}" if len(steps) > 3 else "")
+        return f"{len(self)} states after updates {listed}"
+
     def segments(self) -> list[range]:
         """Where training went on undisturbed: stretches of states that lie equally far apart, with no jump between.
 

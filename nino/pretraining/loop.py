@@ -79,7 +79,12 @@ class _Pretraining:
         from accelerate import Accelerator
 
         self.config, self.out, self.held_out = config, out, held_out
-        self.settings = json.loads(json.dumps({"training": asdict(config), "nowcaster": asdict(nowcaster_config)}))
+        self.settings = {
+            "training": json.loads(json.dumps(asdict(config))),
+            "nowcaster": json.loads(json.dumps(asdict(nowcaster_config))),
+            "data": source.describe(),
+            "held out": held_out.describe(),
+        }
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, log_with="wandb" if config.wandb else None
         )
@@ -224,8 +229,10 @@ class _Pretraining:
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["settings"] != self.settings:
+            difference = first_difference(state["settings"], self.settings)
             raise CheckpointError(
-                f"{path} belongs to a training with other settings; choose another --out, or delete it to start anew"
+                f"{path} belongs to a training with other settings ({difference}); "
+                "choose another --out, or delete it to start anew"
             )
         self.network.load_state_dict(state["network"])
         if self.average is not None:
@@ -239,3 +246,18 @@ class _Pretraining:
 def learning_rate_factor(step: int, num_steps: int) -> float:
     """Linear warm-up over 100 steps, then a cosine to zero."""
     return min((step + 1) / WARMUP_STEPS, 1.0) * 0.5 * (1 + math.cos(math.pi * min(step / num_steps, 1.0)))
+
+
+def first_difference(theirs: Any, ours: Any, where: str = "") -> str:
+    """Where two nested settings differ first, and how: one short line.
+
+    Example:
+        >>> first_difference({"training": {"lr": 0.1}}, {"training": {"lr": 0.2}})
+        'training, lr: 0.1 there, 0.2 here'
+    """
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in [*theirs, *(key for key in ours if key not in theirs)]:
+            if theirs.get(key) != ours.get(key):
+                return first_difference(theirs.get(key), ours.get(key), f"{where}, {key}" if where else str(key))
+    theirs, ours = ("nothing" if value is None else value for value in (theirs, ours))
+    return f"{where}: {theirs} there, {ours} here"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +145,11 @@ class WindowSource:
         self.by_family: dict[str, list[int]] = {}
         for index, run in enumerate(self.runs):
             self.by_family.setdefault(run.family, []).append(index)
+
+    def describe(self) -> dict[str, Any]:
+        """What windows are cut from, for the log of a training: strides, and the states of every run by its name."""
+        runs = {Path(run.trajectory.folder).name: run.trajectory.describe() for run in self.runs}
+        return {"strides": list(self.strides), "runs": runs}
 
     def draw(self, family: str, generator: torch.Generator) -> WindowPlace:
         """Draw a run of the family, a stride that fits it and a start; in a run that jumps, often just after a jump.

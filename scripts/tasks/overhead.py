@@ -1,8 +1,8 @@
 """What attached nowcasting costs in a training run: timed where it happens, then added up over a period.
 
-Nowcasting does four things in a run: its bookkeeping at every update, C snapshots per period, one restore point and one
-nowcast. A :class:`Stopwatch` takes the time of each inside a real attached run. A short period has as many of them as
-a long one, so that what a long period costs can be computed: :meth:`Costs.overhead`.
+Nowcasting does five things in a run: its bookkeeping at every update, C snapshots per period, additions to their means
+if they are means, one restore point and one nowcast. A :class:`Stopwatch` takes the time of each inside a real attached
+run. What is known of them is enough to compute what a longer period costs: :meth:`Costs.overhead`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from nino import NowcastOptimizer
+from nino.history.mean import is_added
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Update:
     """All that nowcasting did."""
     snapshot: float = 0.0
     """Of this the copy of the weights; 0 if none was due, as below."""
+    addition: float = 0.0
+    """Of this the weights' addition to the mean that the coming snapshot is."""
     restore_point: float = 0.0
     """The copy of weights and optimizer state that a nowcast on probation is undone from."""
     prediction: float = 0.0
@@ -53,6 +56,7 @@ class Stopwatch:
             (session, "observe", "nowcasting"),
             (session, "after_update", "nowcasting"),
             (session.store, "append", "snapshot"),
+            (session.mean, "add", "addition"),
             (session.restore_point, "take", "restore_point"),
             (session.nowcaster, "predict_", "prediction"),
         ):
@@ -86,8 +90,10 @@ class Costs:
     update: float
     """One update of plain training."""
     bookkeeping: float
-    """What nowcasting does in an update without a snapshot."""
+    """What nowcasting does in an update without a snapshot, apart from means."""
     snapshot: float
+    addition: float
+    """To the mean that a snapshot is; 0 if snapshots are no means."""
     restore_point: float
     nowcast: float
     """The prediction, and all else that the session does in its update."""
@@ -100,37 +106,45 @@ class Costs:
             plain: updates of plain training.
             attached: updates of the same training with nowcasting; at least one whole period on probation.
         """
-        ordinary = [u.nowcasting for u in attached if not u.snapshot]
-        nowcasts = [u.nowcasting - u.snapshot - u.restore_point for u in attached if u.prediction]
+        ordinary = [u.nowcasting - u.addition for u in attached if not u.snapshot]
+        nowcasts = [u.nowcasting - u.snapshot - u.addition - u.restore_point for u in attached if u.prediction]
         return Costs(
             update=median(u.seconds for u in plain),
             bookkeeping=median(ordinary),
             snapshot=median(u.snapshot for u in attached if u.snapshot),
+            addition=median([u.addition for u in attached if u.addition] or [0.0]),
             restore_point=median(u.restore_point for u in attached if u.restore_point),
             nowcast=median(nowcasts),
         )
 
-    def per_period(self, period: int, context: int) -> dict[str, float]:
-        """Seconds of a period by what they are spent on."""
+    def per_period(self, period: int, context: int, average: int = 1) -> dict[str, float]:
+        """Seconds of a period by what they are spent on, if snapshots are means over ``average`` updates."""
         return {
             "bookkeeping": period * self.bookkeeping,
             "snapshots": context * self.snapshot,
+            "means": context * additions(period // context, average) * self.addition,
             "restore point": self.restore_point,
             "nowcast": self.nowcast,
         }
 
-    def overhead(self, period: int, context: int) -> float:
+    def overhead(self, period: int, context: int, average: int = 1) -> float:
         """What nowcasting adds to the seconds of a period of plain training, as a fraction of them."""
-        return sum(self.per_period(period, context).values()) / (period * self.update)
+        return sum(self.per_period(period, context, average).values()) / (period * self.update)
+
+
+def additions(interval: int, average: int) -> int:
+    """How many updates' weights are added up for one snapshot."""
+    return sum(is_added(step, interval, average) for step in range(interval)) if average > 1 else 0
 
 
 def spent_on(attached: Sequence[Update], periods: int) -> dict[str, float]:
     """Seconds of a period by what they were spent on, as :meth:`Costs.per_period`, but means of all that happened."""
-    ordinary = sum(u.nowcasting - u.snapshot for u in attached if not u.prediction)
-    nowcasts = sum(u.nowcasting - u.snapshot - u.restore_point for u in attached if u.prediction)
+    ordinary = sum(u.nowcasting - u.snapshot - u.addition for u in attached if not u.prediction)
+    nowcasts = sum(u.nowcasting - u.snapshot - u.addition - u.restore_point for u in attached if u.prediction)
     parts = {
         "bookkeeping": ordinary,
         "snapshots": sum(u.snapshot for u in attached),
+        "means": sum(u.addition for u in attached),
         "restore point": sum(u.restore_point for u in attached),
         "nowcast": nowcasts,
     }
