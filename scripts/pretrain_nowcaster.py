@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, get_args
 
 from nino import Nowcaster, NowcasterConfig
 from nino.data import ResampledRun, Trajectory
-from nino.data.trajectory import HEADER_FILE, RecordedStates, read_header
+from nino.data.trajectory import RecordedStates
 from nino.model.config import Inputs
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
@@ -27,23 +26,7 @@ from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 from tasks.cli import fail, positive_int, run_main, whole_number
-
-HOLD_OUT_EVERY = 10
-
-
-def split_runs(folder: Path) -> tuple[list[str], list[str]]:
-    """Folders of the finished runs to train on, and of every tenth of each family, held out.
-
-    Raises:
-        TrajectoryError: if one of the runs is damaged, foreign or of another version, finished or not.
-    """
-    families: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(folder.glob(f"*/{HEADER_FILE}")):
-        header = read_header(path.parent)
-        if header["complete"]:
-            families[str(header["training"].get("family", "unknown"))].append(str(path.parent))
-    held_out = [run for runs in families.values() for run in runs[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY]]
-    return [run for runs in families.values() for run in runs if run not in held_out], held_out
+from tasks.recorded_runs import HOLD_OUT_EVERY, split_runs
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
