@@ -184,15 +184,26 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
+def make_model(plan: RunPlan) -> nn.Module:
+    """The run's model, in the memory format in which bfloat16 is fast."""
+    model = build_model(plan.architecture)
+    if plan.bf16:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    return model
+
+
+def forward_format(plan: RunPlan) -> torch.autocast:
+    """In which the run's losses are computed."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16)
+
+
 def record_run(plan: RunPlan, data: Path, out: Path) -> float:
     """Train one model and record it; returns its last validation loss."""
     torch.set_num_threads(1)
     torch.manual_seed(plan.seed)
     vocab_size = plan.architecture.get("config", {}).get("vocab_size", 0)
     task = load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache")
-    model = build_model(plan.architecture)
-    if plan.bf16:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    model = make_model(plan)
     optimizer = make_optimizer(plan, model)
     generator = torch.Generator().manual_seed(plan.seed)
     notes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "architecture"}
@@ -208,7 +219,7 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> float:
     for step in range(1, plan.updates + 1):
         optimizer.zero_grad()
         batch = task.batch(plan.batch_size, generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16):
+        with forward_format(plan):
             loss = task.loss(model, batch)
         loss.backward()
         if isinstance(optimizer, NowcastOptimizer) and step > (plan.jump_until or plan.updates):
@@ -247,7 +258,7 @@ def run_seconds(plan: RunPlan) -> float:
     config = plan.architecture.get("config", {})
     channels = IMAGE_SETS[plan.data].channels if plan.data in IMAGE_SETS else 0
     task = random_text(config["vocab_size"]) if config else random_images(channels, plan.image_size)
-    update, evaluation = time_training(task, build_model(plan.architecture), plan.batch_size)
+    update, evaluation = time_training(task, make_model(plan), plan.batch_size, forward_format(plan))
     return plan.updates * (update + evaluation / max(EVALUATE_EVERY, plan.interval))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from recordings import record_collection
+from torch import Tensor, nn
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ALL_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
@@ -115,6 +116,30 @@ def test_collect_then_pretrain(data_folder: Path, tmp_path: Path) -> None:
     from nino import Nowcaster
 
     assert Nowcaster.from_pretrained(tmp_path / "nowcaster").config.hidden == 8
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_times_are_of_the_format_that_is_trained_in(
+    bf16: bool, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collect_trajectories import parse_args, plan_runs, run_seconds
+
+    import tasks.rehearsal
+
+    arguments = ["--data", data_folder, "--out", tmp_path, "--family", "images", "--runs", 1, "--updates", 50]
+    (plan,) = plan_runs(parse_args([*map(str, arguments), *(["--bf16"] if bf16 else [])]))
+    monkeypatch.setattr(tasks.rehearsal, "EVAL_IMAGES", 200)
+    seen = set()
+
+    def note(module: nn.Module, inputs: object, output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d) and module.training:
+            seen.add((output.dtype, module.weight.is_contiguous(memory_format=torch.channels_last)))
+
+    with nn.modules.module.register_module_forward_hook(note):
+        assert run_seconds(plan) > 0
+    formats = {dtype for dtype, _ in seen}
+    assert formats == {torch.bfloat16 if bf16 else torch.float32}
+    assert not bf16 or all(channels_last for _, channels_last in seen)
 
 
 def test_recorded_runs_that_jump(data_folder: Path, tmp_path: Path) -> None:

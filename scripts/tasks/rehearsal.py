@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from statistics import median
 
 import torch
@@ -30,13 +31,24 @@ def random_text(vocab_size: int) -> TextTask:
     return TextTask(TextData(train_tokens=tokens, eval_tokens=tokens, vocab_size=vocab_size))
 
 
-def time_training(task: Task, model: nn.Module, batch_size: int) -> tuple[float, float]:
-    """Seconds of one update with AdamW, and of one evaluation, on this machine as busy as it is now."""
+def time_training(
+    task: Task, model: nn.Module, batch_size: int, forward: AbstractContextManager[object]
+) -> tuple[float, float]:
+    """Seconds of one update with AdamW, and of one evaluation, on this machine as busy as it is now.
+
+    Args:
+        task: gives batches, losses and the evaluation.
+        model: is trained.
+        batch_size: of an update.
+        forward: entered for every loss, such as an autocast.
+    """
     optimizer, generator = torch.optim.AdamW(model.parameters()), torch.Generator().manual_seed(0)
 
     def update() -> None:
         optimizer.zero_grad()
-        task.loss(model, task.batch(batch_size, generator)).backward()
+        with forward:
+            loss = task.loss(model, task.batch(batch_size, generator))
+        loss.backward()
         optimizer.step()
 
     update()  # warms up
