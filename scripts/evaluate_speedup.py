@@ -221,6 +221,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--period", type=positive_int, default=1000, help="updates between jumps")
     add("--max-horizon", type=positive_int, help="of the first jump, in fifths of a period; by default the nowcaster's")
     add("--decay-power", type=positive_float, default=2.0, help="how fast horizons shrink; 1 is linear")
+    add("--until", type=positive_int, help="update by which horizons have shrunk to one interval and jumps have ended")
     add(
         "--probation",
         type=int,

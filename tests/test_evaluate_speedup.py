@@ -172,6 +172,10 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         (["--methods", "linear@max_horizon=x"], ["max_horizon expects a number"]),
         (["--methods", "linear@batch_norm=1"], ["batch_norm expects yes or no"]),
         (["--methods", "linear@moments=forget"], ["moments must be one of"]),
+        (
+            ["--methods", "linear@until=1000"],
+            ["until=1000 leaves no jump: expected more than the period, 1000 updates"],
+        ),
         (["--methods", "linear@snapshot_average=201"], ["snapshot_average must be 1 to 200 updates"]),
         (["--methods", "scaled:nino-tiny"], ["scaled expects a number and a name"]),
         (["--methods", "linear@max_horizon=41"], ["max_horizon=41 is beyond"]),
@@ -473,6 +477,21 @@ def test_jumps_follow_the_schedule_of_nowcasting() -> None:
         assert [(n["nowcast/step"], n["nowcast/horizon"]) for n in nowcasts] == [(10, 40), (20, 21), (30, 8)]
     steep = run_cell("linear@max_horizon=10,decay_power=1", updates=40, evaluate_every=40)["nowcasts"]
     assert [n["nowcast/horizon"] for n in steep] == [10, 7, 4]
+
+
+def test_jumps_end_before_the_run_does() -> None:
+    """A run that is nowcast as one of 31 updates would be, and goes on."""
+    shorter = run_cell("linear@until=31", updates=50, evaluate_every=25)
+    assert [(n["nowcast/step"], n["nowcast/horizon"]) for n in shorter["nowcasts"]] == [(10, 40), (20, 13), (30, 1)]
+    assert shorter["curve"][-1]["step"] == 50 and shorter["cell"]["rhythm"]["until"] == 31
+    unused = run_cell("linear@until=99", updates=40, evaluate_every=40)["nowcasts"]
+    assert [n["nowcast/horizon"] for n in unused] == [40, 21, 8], "as if it were not set"
+
+
+def test_cells_from_before_there_was_an_end_of_jumps_keep_their_names() -> None:
+    cell = cell_of("linear", updates=40, evaluate_every=40)
+    assert "until" not in cell.as_record()["rhythm"]
+    assert cell_of("linear@until=31", updates=40, evaluate_every=40).file_name != cell.file_name
 
 
 def test_lookahead_goes_back_half_of_the_way() -> None:

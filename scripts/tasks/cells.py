@@ -59,10 +59,17 @@ class Cell:
         """What a person calls it."""
         return f"{self.task} {self.method} seed {self.seed} lr {self.learning_rate:g} {self.schedule} {self.updates:,}"
 
+    def as_record(self) -> dict[str, Any]:
+        """Plain values, for JSON; without ``until`` where nobody set it, so that cells older than it keep their names."""
+        record = asdict(self)
+        if self.rhythm is not None and self.rhythm.until is None:
+            del record["rhythm"]["until"]
+        return record
+
     @property
     def file_name(self) -> str:
         """Readable, and different for every other cell."""
-        digest = hashlib.sha256(json.dumps([CELL_VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([CELL_VERSION, self.as_record()], sort_keys=True).encode()).hexdigest()
         method = re.sub(r"[^\w.+-]+", "-", self.method)[-60:]
         parts = (self.task, method, f"seed{self.seed}", f"lr{self.learning_rate:g}", self.schedule, str(self.updates))
         return ".".join([*parts, digest[:10], "json"])
@@ -146,7 +153,7 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
         reported = step
     progress(cell.updates - reported, "diverged" if has_diverged(losses) else "done")
     return {
-        "cell": asdict(cell),
+        "cell": cell.as_record(),
         "metric": spec.metric,
         "diverged": has_diverged(losses),
         "curve": curve,

@@ -62,9 +62,13 @@ class Rhythm:
     """Whether batch norms estimate their running statistics anew after a jump."""
     snapshot_average: int = 1
     """Updates before a snapshot over which the weights are averaged."""
+    until: int | None = None
+    """The update by which horizons have shrunk to one interval and jumps have ended; ``None`` for the last."""
 
     def __post_init__(self) -> None:
         check_moments(self.moments)
+        if self.until is not None and self.until <= self.period:
+            raise NinoError(f"until={self.until} leaves no jump: expected more than the period, {self.period} updates")
 
     def schedule(self, nowcaster: Nowcaster, updates: int) -> ScheduleConfig:
         """The schedule of a run.
@@ -78,7 +82,7 @@ class Rhythm:
         schedule = ScheduleConfig(
             period=self.period,
             context=nowcaster.config.context,
-            max_steps=updates,
+            max_steps=updates if self.until is None else min(self.until, updates),
             max_horizon=longest if self.max_horizon is None else self.max_horizon,
             decay_power=self.decay_power,
         )
