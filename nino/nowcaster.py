@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
 from nino.interrupts import or_undone
 from nino.model.config import NowcasterConfig
-from nino.model.networks import Network, build_network_with_weights
+from nino.model.networks import Network, build_network, build_network_with_weights
 from nino.shards import local_tensor
 from nino.share import WHOLE, Share
 from nino.standardise import check_snapshots, is_finite, measure_snapshots, piece_size, pieces_of
@@ -121,8 +121,19 @@ class Nowcaster:
         if not math.isfinite(factor):
             raise NinoError(f"factor must be a finite number, got {factor!r}")
         network = deepcopy(self.network)
-        for parameter in network.head.parameters():  # the last layer, which is linear
-            parameter.data.mul_(factor)
+        for head in (network.head, network.trend and network.trend.head):  # the last layers, which are linear
+            for parameter in head.parameters() if head is not None else ():
+                parameter.data.mul_(factor)
+        return Nowcaster(network)
+
+    def with_trend(self) -> Nowcaster:
+        """One that predicts the same and has a trend to be trained (:class:`nino.NowcasterConfig`).
+
+        Raises:
+            CheckpointError: if it does not read movements.
+        """
+        network = build_network(replace(self.config, trend=True))
+        network.load_state_dict(network.state_dict() | self.network.state_dict())
         return Nowcaster(network)
 
     def graph_of(self, model: torch.nn.Module, example_inputs: Any = None) -> NeuralGraph:

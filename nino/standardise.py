@@ -2,7 +2,8 @@
 
 NiNo, section 3.3. Nowcasters that read movements (:class:`nino.NowcasterConfig`) also need a unit of movement per
 parameter: how far its weights were from their last value, root mean square. Weights move a hundredth of a deviation in
-one run and a whole one in another; in units of their own movement all runs look alike. Snapshots are never changed.
+one run and a whole one in another; in units of their own movement all runs look alike. How these movements are
+correlated tells whether they go on or come back (:class:`nino.model.networks.Trend`). Snapshots are never changed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ class Standardiser:
     std: Tensor
     unit: Tensor | None = None
     """Of movement; ``None`` for deviations of the weights, as published."""
+    products: Tensor | None = None
+    """``[C - 1, C - 1]``: mean products of how far the earlier snapshots lie from the last one, in that unit; the trace
+    is C."""
 
     @staticmethod
     def of(
@@ -91,7 +95,7 @@ class Standardiser:
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of snapshots: how many numbers, their mean, and two sums of squared differences."""
+    """What is known of snapshots: how many numbers, their mean, and sums of products of differences."""
 
     number: int
     mean: Tensor
@@ -99,7 +103,8 @@ class Moments:
     squares: Tensor
     """Of differences from the mean."""
     moves: Tensor
-    """Of differences from the last snapshot; 0 where they are not asked for."""
+    """``[C - 1, C - 1]``: sums of products of the differences of the earlier snapshots from the last one; ``[0, 0]``
+    where they are not asked for."""
     dtype: torch.dtype
     """In which they were measured."""
 
@@ -111,9 +116,10 @@ class Moments:
         exact = exact_dtype(*snapshots)
         number = sum(snapshot.numel() for snapshot in snapshots)
         device = snapshots[0].device if device is None else device
+        moving = snapshots if inputs == "movements" else snapshots[-1:]
         if not number:
             zero = torch.zeros((), dtype=torch.float64, device=device)
-            return Moments(0, zero, zero, zero, exact)
+            return Moments(0, zero, zero, zero.new_zeros(len(moving) - 1, len(moving) - 1), exact)
 
         def about(centre: Tensor, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             """Sums of the differences from a number, and of their squares."""
@@ -130,26 +136,28 @@ class Moments:
         centre = (first + about(first, snapshots[:1])[0] / snapshots[0].numel()).to(exact)
         differences, squares = about(centre, snapshots)
         squares = (squares - differences**2 / number).clamp(min=0)
-        earlier = snapshots[:-1] if inputs == "movements" else []
-        moves = sum((_squared_distance(each, snapshots[-1], device, exact) for each in earlier), 0 * squares)
-        return Moments(number, centre + differences / number, squares, moves, exact)
+        return Moments(number, centre + differences / number, squares, _products(moving, device, exact), exact)
 
     def standardiser(self, inputs: Inputs = "weights") -> Standardiser:
         """The mean and the unbiased deviation; and the unit, which is never 0, if movements are read."""
         std = (self.squares / max(self.number - 1, 1)).sqrt()
-        unit = None
-        if inputs == "movements":
-            unit = ((self.moves / max(self.number, 1)).sqrt() + EPSILON * (std + EPSILON)).to(self.dtype)
-        return Standardiser(self.mean.to(self.dtype), std.to(self.dtype), unit)
+        mean, deviation = self.mean.to(self.dtype), std.to(self.dtype)
+        if inputs != "movements":
+            return Standardiser(mean, deviation)
+        means = self.moves / max(self.number, 1)  # over all snapshots; the last one does not move
+        unit = means.trace().sqrt() + EPSILON * (std + EPSILON)
+        products = (len(means) + 1) * means / unit.square()
+        return Standardiser(mean, deviation, unit.to(self.dtype), products.to(self.dtype))
 
 
-def _squared_distance(one: Tensor, other: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """The sum of the squared differences of two tensors of one shape, in float64, a piece at a time."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    size = piece_size(device)
-    for piece, from_piece in zip(pieces_of(one, size), pieces_of(other, size), strict=True):
-        difference = piece.to(device, dtype, copy=True).sub_(from_piece.to(device, dtype))
-        total += difference.square_().sum()
+def _products(snapshots: Sequence[Tensor], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Sums of products of the earlier snapshots' differences from the last, ``[C - 1, C - 1]`` in float64."""
+    total = torch.zeros(len(snapshots) - 1, len(snapshots) - 1, dtype=torch.float64, device=device)
+    size = piece_size(device) // len(snapshots)
+    for *earlier, last in zip(*(pieces_of(snapshot, size) for snapshot in snapshots if len(total)), strict=True):
+        end = last.to(device, dtype)
+        moves = torch.stack([(piece.to(device, dtype) - end).flatten() for piece in earlier]).double()
+        total += moves @ moves.t()
     return total
 
 
@@ -170,8 +178,10 @@ def add_moments(parts: Sequence[tuple[Moments, bool]], share: Share) -> list[Mom
     centres = share.add_(torch.where(has_first, means, 0))
     away = torch.where(numbers > 0, means - centres, 0)
     moves = torch.stack([part.moves for part, _ in parts])
-    sums = share.add_(torch.stack([numbers, numbers * away, squares + numbers * away**2, moves]))
-    numbers, away, squares, moves = sums[0], sums[1] / sums[0], sums[2] - sums[1] ** 2 / sums[0], sums[3]
+    sums = torch.stack([numbers, numbers * away, squares + numbers * away**2], dim=1)
+    sums = share.add_(torch.cat([sums, moves.flatten(1)], dim=1))
+    numbers, away, squares = sums[:, 0], sums[:, 1] / sums[:, 0], sums[:, 2] - sums[:, 1] ** 2 / sums[:, 0]
+    moves = sums[:, 3:].view_as(moves)
     joined = zip(numbers.tolist(), centres + away, squares.clamp(min=0), moves, parts, strict=True)
     return [Moments(int(number), mean, square, move, part.dtype) for number, mean, square, move, (part, _) in joined]
 

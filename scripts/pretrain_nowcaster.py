@@ -38,6 +38,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--kind", choices=["nino", "wnn"], help="nino unless said otherwise")
     add("--hidden", type=positive_int, help="width of the network (128)")
     add("--inputs", choices=get_args(Inputs), help="what the nowcaster reads, weights unless said otherwise")
+    add("--trend", action="store_true", help="also learn how a parameter's movements go on by themselves")
     add("--steps", type=positive_int, default=5000, help="updates of the nowcaster")
     add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
     add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
@@ -94,7 +95,9 @@ def main(argv: list[str]) -> int:
         found = len(train_folders) + len(held_out_folders)
         fail(f"--runs {args.runs}: {found} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} of one family are needed")
     start = None if args.start_from is None else Nowcaster.from_pretrained(args.start_from)
-    config = NowcasterConfig(**network_settings(args)) if start is None else start.config
+    if start is not None and args.trend and not start.config.trend:
+        start = start.with_trend()
+    config = NowcasterConfig(**network_settings(args), trend=args.trend) if start is None else start.config
     train, held_out = (
         WindowSource(read_runs(folders, args), config, args.strides) for folders in (train_folders, held_out_folders)
     )

@@ -120,7 +120,7 @@ def compare(
         **result,
         "distance": result["distance"] / jump.distance,
         "all work": 2 * edges + (graph.num_edges if nowcaster.config.kind == "nino" else 0),
-        "planned bytes": summed_per_nowcast(graph, nowcaster.config.hidden if nowcaster.config.kind == "nino" else 0),
+        "planned bytes": summed_per_nowcast(graph, nowcaster.config),
         "error": error / jump.distance,
         "rounding": 2**-24 * jump.norm / jump.distance,  # of the new weights themselves
         "frozen": all(torch.equal(new[n], snapshots[-1][n].cpu()) for n in new if n not in wanted),
@@ -130,12 +130,21 @@ def compare(
     }
 
 
+def with_a_trend() -> nino.Nowcaster:
+    """Reads movements, and has a trend that matters."""
+    network = build_network(tiny_config(inputs="movements", trend=True))
+    assert network.trend is not None
+    torch.nn.init.normal_(network.trend.head.weight)
+    return nino.Nowcaster(network)
+
+
 def table(distribute: Callable[[nn.Module], nn.Module], names: Collection[str] = ()) -> Result:
     nowcaster = nino.Nowcaster(build_network(tiny_config()))
     cases = [case for case in CASES if case.name in (names or [case.name])]
     results = {case.name: compare(lambda case=case: case.model(3), distribute, nowcaster) for case in cases}
     wnn = nino.Nowcaster(build_network(tiny_config(kind="wnn")))
     results["wnn"] = compare(lambda: CASES[0].model(3), distribute, wnn)
+    results["trend"] = compare(lambda: CASES[0].model(3), distribute, with_a_trend())
     results["bfloat16"] = compare(lambda: CASES[0].model(3).bfloat16(), distribute, nowcaster)
     with mock.patch.object(nino.shared_work, "BUCKET_BYTES", 512):  # many exchanges per round
         results["small buckets"] = compare(lambda: CASES[3].model(3), distribute, nowcaster)

@@ -131,15 +131,19 @@ def graphs(draw: Any) -> NeuralGraph:
     return NeuralGraph.from_model(model, wiring)
 
 
+def _config(inputs: str, **settings: Any) -> NowcasterConfig:
+    return NowcasterConfig(inputs=inputs.split()[0], trend=inputs.endswith("trend"), **settings)  # type: ignore[arg-type]
+
+
 configs = st.builds(
-    NowcasterConfig,
+    _config,
     kind=st.sampled_from(["nino", "wnn"]),
     hidden=st.sampled_from([4, 8]),
     context=st.sampled_from([2, 5]),
     max_horizon=st.just(6),
     num_positions=st.sampled_from([1, 8]),
     num_words=st.sampled_from([0, 7]),
-    inputs=st.sampled_from(["weights", "movements"]),
+    inputs=st.sampled_from(["weights", "movements", "movements and trend"]),
 )
 
 
@@ -157,7 +161,10 @@ def _random_snapshots(graph: NeuralGraph, context: int, seed: int, dtype: torch.
 def _random_network(config: NowcasterConfig, seed: int, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_network(config).to(dtype).eval().requires_grad_(False)
+        network = build_network(config)
+        if network.trend is not None:
+            torch.nn.init.normal_(network.trend.head.weight)  # a fresh one is zero
+        return network.to(dtype).eval().requires_grad_(False)
 
 
 class Movements(PredictionWriter):

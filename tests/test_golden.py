@@ -115,7 +115,7 @@ class Case:
 
     def inputs(self) -> EdgeInputs:
         """The network's inputs, asking for the outputs of all edges."""
-        inputs = graph_inputs(self.edges, self.standardised, self.tensors["node_pos"], self.graph.words())
+        inputs = graph_inputs(self.edges, self.standardised, {}, self.tensors["node_pos"], self.graph.words())
         return replace(inputs, num_outputs=self.edges.num_edges)
 
     def _keys(self, index: Tensor, edge_type: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nino import Nowcaster
+from nino import NinoError, Nowcaster
 from nino.model import EdgeInputs, NiNo, NowcasterConfig, Wnn, build_network
 from nino.model.segments import has_torch_scatter, segment_mean
 
@@ -19,11 +19,20 @@ needs_torch_scatter = pytest.mark.skipif(not has_torch_scatter(), reason="torch_
 BACKENDS = ["native", pytest.param("torch_scatter", marks=needs_torch_scatter)]
 NINO = NowcasterConfig(hidden=6, context=3, max_horizon=4, num_positions=2, num_words=4)
 WNN = NowcasterConfig(kind="wnn", hidden=6, context=3, max_horizon=4)
+TREND = replace(NINO, inputs="movements", trend=True)
+WNN_TREND = replace(WNN, inputs="movements", trend=True)
+CONFIGS = pytest.mark.parametrize(
+    "config", [NINO, WNN, TREND, WNN_TREND], ids=["nino", "wnn", "nino with a trend", "wnn with a trend"]
+)
 
 
 def _random_network(config: NowcasterConfig) -> Any:
     torch.manual_seed(0)
-    return build_network(config).double().requires_grad_(False)
+    network = build_network(config)
+    if network.trend is not None:
+        torch.nn.init.normal_(network.trend.head.weight)  # a fresh one is zero
+        torch.nn.init.normal_(network.trend.head.bias)
+    return network.double().requires_grad_(False)
 
 
 def _random_inputs(
@@ -33,6 +42,8 @@ def _random_inputs(
     generator = torch.Generator().manual_seed(1)
     source = torch.randint(num_nodes, (num_edges,), generator=generator)
     target = torch.randint(num_nodes - 1, (num_edges,), generator=generator)
+    own = torch.Generator().manual_seed(2)
+    moves = torch.randn(num_outputs, config.context - 1, 10, generator=own, dtype=torch.float64)
     return EdgeInputs(
         features=torch.randn(num_edges, 9 * config.context, generator=generator, dtype=torch.float64),
         index=torch.stack([source, target]),
@@ -40,6 +51,7 @@ def _random_inputs(
         positions=torch.randn(num_nodes, config.num_positions, generator=generator, dtype=torch.float64),
         words=torch.randint(max(config.num_words, 1), (num_nodes,), generator=generator),
         num_outputs=num_outputs,
+        products=moves @ moves.mT / 10 if config.trend else None,
     )
 
 
@@ -128,16 +140,57 @@ def test_wnn_equals_the_literal_loop() -> None:
     torch.testing.assert_close(network(inputs), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [NINO, WNN], ids=["nino", "wnn"])
+@CONFIGS
 def test_one_horizon_is_a_column_of_all(config: NowcasterConfig) -> None:
     network, inputs = _random_network(config), _random_inputs(config)
     columns = network(inputs)
     assert columns.shape == (inputs.num_outputs, 9, config.max_horizon)
     for horizon in range(1, config.max_horizon + 1):
         torch.testing.assert_close(network(inputs, horizon), columns[..., horizon - 1], rtol=1e-12, atol=1e-12)
+    some = torch.tensor([1, 4])
+    torch.testing.assert_close(network(inputs, some), columns[..., some - 1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [NINO, WNN], ids=["nino", "wnn"])
+@pytest.mark.parametrize(("config", "plain"), [(TREND, NINO), (WNN_TREND, WNN)], ids=["nino", "wnn"])
+def test_a_trend_adds_up_the_movements_of_a_weight(config: NowcasterConfig, plain: NowcasterConfig) -> None:
+    """Against loops: the correlations of an edge's parameter give a factor for each movement from one to the next."""
+    network, inputs = _random_network(config), _random_inputs(config)
+    bare = build_network(plain).double()
+    bare.load_state_dict({name: value for name, value in network.state_dict().items() if "trend" not in name})
+    added = (network(inputs) - bare(inputs)).detach()
+    weights = {name: value.tolist() for name, value in network.trend.state_dict().items()}
+    values = inputs.features.unflatten(-1, (9, config.context))
+    for edge in range(inputs.num_outputs):
+        ((a, b), (_, c)) = inputs.products[edge].tolist()  # of x = from first to last, y = from second to last
+        features = [a - 2 * b + c, b - c, c]  # of (y - x)^2, (y - x)(-y), y^2
+        hidden = _silu(
+            [
+                sum(w * f for w, f in zip(row, features, strict=True)) + bias
+                for row, bias in zip(weights["body.weight"], weights["body.bias"], strict=True)
+            ]
+        )
+        factors = [
+            sum(w * h for w, h in zip(row, hidden, strict=True)) + bias
+            for row, bias in zip(weights["head.weight"], weights["head.bias"], strict=True)
+        ]
+        for position in range(9):
+            x, y, _ = values[edge, position].tolist()
+            for horizon in range(config.max_horizon):
+                expected = factors[horizon] * (y - x) + factors[config.max_horizon + horizon] * -y
+                assert float(added[edge, position, horizon]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_a_fresh_trend_adds_nothing_and_wants_products() -> None:
+    torch.manual_seed(0)
+    network, inputs = build_network(TREND).double(), _random_inputs(TREND)
+    bare = build_network(NINO).double()
+    bare.load_state_dict({name: value for name, value in network.state_dict().items() if "trend" not in name})
+    assert torch.equal(network(inputs), bare(inputs))
+    with pytest.raises(NinoError, match="reads products of movements"):
+        network(replace(inputs, products=None))
+
+
+@CONFIGS
 @pytest.mark.parametrize("horizon", [None, 3])
 def test_forward_changes_neither_weights_nor_inputs(config: NowcasterConfig, horizon: int | None) -> None:
     network, inputs = _random_network(config), _random_inputs(config)

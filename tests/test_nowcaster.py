@@ -57,7 +57,9 @@ def _one_line(error: pytest.ExceptionInfo[Exception], *words: Any) -> None:
         assert str(word) in message, f"{word!r} is not in {message!r}"
 
 
-@pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG, replace(CONFIG, inputs="movements")])
+@pytest.mark.parametrize(
+    "config", [CONFIG, WNN_CONFIG, replace(CONFIG, inputs="movements"), replace(CONFIG, inputs="movements", trend=True)]
+)
 @pytest.mark.parametrize("engine", ["blockwise", "edges"])
 def test_a_stretched_nowcaster_goes_the_same_way_further(config: NowcasterConfig, engine: Any) -> None:
     graph, nowcaster = _graph(), _nowcaster(config)
@@ -77,7 +79,10 @@ def test_a_stretched_nowcaster_goes_the_same_way_further(config: NowcasterConfig
 # Saving and loading
 
 
-@pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG], ids=["nino", "wnn"])
+TREND_CONFIG = replace(CONFIG, inputs="movements", trend=True)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG, TREND_CONFIG], ids=["nino", "wnn", "nino with a trend"])
 def test_saving_and_loading_is_exact(config: NowcasterConfig, tmp_path: Path) -> None:
     saved = _nowcaster(config)
     saved.save_pretrained(tmp_path / "new" / "folder")
@@ -89,6 +94,21 @@ def test_saving_and_loading_is_exact(config: NowcasterConfig, tmp_path: Path) ->
         assert not any(weights.requires_grad for weights in loaded.network.parameters())
     graph = _graph()
     assert _equal(saved.predict(_snapshots(graph), 7, graph), loaded.predict(_snapshots(graph), 7, graph))
+
+
+def test_older_releases_read_what_they_can() -> None:
+    assert "trend" not in json.loads(CONFIG.to_json()) and json.loads(TREND_CONFIG.to_json())["trend"] is True
+    with pytest.raises(CheckpointError, match="trend must be true or false, and wants inputs 'movements'"):
+        replace(CONFIG, trend=True)
+
+
+def test_a_nowcaster_with_a_fresh_trend_predicts_the_same() -> None:
+    graph, nowcaster = _graph(), _nowcaster(replace(CONFIG, inputs="movements"))
+    grown = nowcaster.with_trend()
+    assert grown.config == TREND_CONFIG and not nowcaster.config.trend
+    assert _equal(nowcaster.predict(_snapshots(graph), 7, graph), grown.predict(_snapshots(graph), 7, graph))
+    with pytest.raises(CheckpointError, match="wants inputs 'movements'"):
+        _nowcaster(CONFIG).with_trend()
 
 
 @pytest.mark.parametrize("name", shipped_nowcasters() or [None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +198,15 @@ def test_the_fullest_rank_holds_what_fsdp2_deals_to_it() -> None:
 
 
 def test_traffic_is_that_of_a_ring_and_grows_with_neurons() -> None:
-    """Sums of 3 H float32 numbers per node, 5 float64 numbers per parameter; 2 (p - 1) / p of that."""
+    """Sums of 3 H float32 numbers per node, 4 float64 numbers per parameter; 2 (p - 1) / p of that."""
     graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     assert graph.num_nodes == 11  # two of them for biases
-    assert summed_per_nowcast(graph, 8) == 11 * 3 * 8 * 4 + 4 * 5 * 8
-    assert traffic_per_nowcast(graph, 8, 4) == 2 * 3 * (11 * 3 * 8 * 4 + 4 * 5 * 8) // 4
-    assert traffic_per_nowcast(graph, 8, 1) == 0
+    config = NowcasterConfig(hidden=8)
+    assert summed_per_nowcast(graph, config) == 11 * 3 * 8 * 4 + 4 * 4 * 8
+    assert traffic_per_nowcast(graph, config, 4) == 2 * 3 * (11 * 3 * 8 * 4 + 4 * 4 * 8) // 4
+    assert traffic_per_nowcast(graph, config, 1) == 0
+    of_movements = replace(config, inputs="movements")  # and products of four differences
+    assert summed_per_nowcast(graph, of_movements) == 11 * 3 * 8 * 4 + 4 * (4 + 16) * 8
     few, many = nn.Sequential(nn.Linear(500, 500)), nn.Sequential(*(nn.Linear(50, 50) for _ in range(19)))
     sent = [nino.plan(m, world_size=2, sharding="fsdp2").work.traffic_bytes for m in (few, many)]
     assert sent[0] == pytest.approx(sent[1], rel=0.03)

@@ -33,6 +33,7 @@ from nino.pretraining.validation import validate
 from nino.pretraining.windows import WindowPlace, WindowSource
 
 CONFIG = NowcasterConfig(hidden=8)
+TREND = replace(CONFIG, inputs="movements", trend=True)
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_nowcaster.py"
 
 
@@ -75,6 +76,10 @@ def test_window_of_movements(tmp_path: Path) -> None:
     expected = (weight[[13, 15, 17, 19]] - last) / unit
     torch.testing.assert_close(window.targets[edges, 0, :4], expected.flatten(1).T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(window.last_steps[edges, 0], ((last - weight[9]) / unit).flatten(), rtol=1e-4, atol=1e-4)
+    moves = read[:4].flatten(1)
+    assert window.inputs.products is not None
+    expected = (moves @ moves.T / moves.shape[1]).expand(edges.stop - edges.start, 4, 4)
+    torch.testing.assert_close(window.inputs.products[edges], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["nino", "wnn"])
@@ -131,17 +136,42 @@ def test_loss_counts_only_existing_targets(tmp_path: Path) -> None:
     torch.testing.assert_close(linear[..., 4], 5 * window.last_steps)
 
 
-def test_union_of_graphs_computes_each_graph_alone(sources: tuple[WindowSource, WindowSource]) -> None:
-    source = sources[0]
+@pytest.mark.parametrize("config", [CONFIG, TREND])
+def test_union_of_graphs_computes_each_graph_alone(
+    sources: tuple[WindowSource, WindowSource], config: NowcasterConfig
+) -> None:
+    source = WindowSource([run.trajectory for run in sources[0].runs], config, (1, 2))
     generator = torch.Generator().manual_seed(0)
     windows = [
         source.load(source.draw(f, generator), generator, Sampling(max_outputs=10)) for f in ("mlp", "cnn", "mlp")
     ]
-    network = build_network(CONFIG)
+    network = build_network(config)
+    if network.trend is not None:
+        torch.nn.init.normal_(network.trend.head.weight)  # a fresh one is zero
     together = network(union(windows).inputs)
     alone = torch.cat([network(window.inputs) for window in windows])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert union(windows).families == ("mlp", "cnn", "mlp")
+
+
+def test_a_trend_alone_learns_that_a_walk_goes_on(sources: tuple[WindowSource, WindowSource]) -> None:
+    """All weights drift: with a network that predicts nothing, the trend must find out from correlations."""
+    train, held_out = (WindowSource([run.trajectory for run in source.runs], TREND) for source in sources)
+    network = build_network(TREND)
+    for parameter in network.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert network.trend is not None
+    optimizer, generator = torch.optim.Adam(network.trend.parameters(), lr=1e-2), torch.Generator().manual_seed(0)
+    before = validate(network, held_out, 2, torch.device("cpu"))
+    for _ in range(60):
+        window = train.load(train.draw("mlp", generator), generator)
+        error, count = total_error(network(window.inputs, window.horizons), window)
+        optimizer.zero_grad()
+        (error / count).backward()
+        optimizer.step()
+    after = validate(network, held_out, 2, torch.device("cpu"))
+    assert before["mlp/nowcaster"] == before["mlp/copy"] and after["mlp/nowcaster"] < 0.5 * after["mlp/copy"]
+    assert after["cnn/nowcaster"] < after["cnn/copy"], "nothing of it belongs to one architecture"
 
 
 def test_deal_is_complete_and_balanced() -> None:
@@ -347,6 +377,21 @@ def test_a_nowcaster_is_trained_further(tmp_path: Path, sources: tuple[WindowSou
     assert all(torch.equal(start.network.state_dict()[name], before[name]) for name in before), "it is left as it was"
     with pytest.raises(CheckpointError, match="other settings"):
         pretrain(config, CONFIG, *sources, tmp_path / "still")
+
+
+def test_a_trend_is_added_to_a_nowcaster_that_is_trained_further(tmp_path: Path) -> None:
+    from pretrain_nowcaster import main
+
+    record_collection(tmp_path / "runs")
+    Nowcaster(build_network(replace(TREND, trend=False))).save_pretrained(tmp_path / "start")
+    options = ["--runs", str(tmp_path / "runs"), "--start-from", str(tmp_path / "start"), "--strides", "1"]
+    options += ["--steps", "2", "--validation-windows", "1", "--workers", "0"]
+    main([*options, "--trend", "--out", str(tmp_path / "out")])
+    found = Nowcaster.from_pretrained(tmp_path / "out")
+    assert found.config == TREND and found.network.trend is not None
+    assert any(bool(parameter.any()) for parameter in found.network.trend.head.parameters()), "it was trained"
+    main([*options, "--out", str(tmp_path / "without")])
+    assert not Nowcaster.from_pretrained(tmp_path / "without").config.trend
 
 
 def test_bad_runs_are_named(tmp_path: Path) -> None:

@@ -123,20 +123,21 @@ def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
 
     def work(rank: int) -> None:
         own = values[cuts[rank] : cuts[rank + 1]]
-        found[rank] = add_moments([(Moments.of([own[:, :3], own[:, 3:]], inputs="movements"), rank == 0)], share)[
-            0
-        ].standardiser("movements")
+        moments = Moments.of(own.split(2, dim=1), inputs="movements")
+        found[rank] = add_moments([(moments, rank == 0)], share)[0].standardiser("movements")
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = Standardiser.of([values[:, :3], values[:, 3:]], inputs="movements")
+    expected = Standardiser.of(values.split(2, dim=1), inputs="movements")
     for scaler in found.values():
         torch.testing.assert_close(scaler.std, expected.std, rtol=2e-6, atol=0)  # 0 stays exactly 0
         torch.testing.assert_close(scaler.mean, expected.mean, rtol=1e-7, atol=0)
         torch.testing.assert_close(scaler.unit, expected.unit, rtol=2e-6, atol=0)
+        assert scaler.products.shape == (2, 2)
+        torch.testing.assert_close(scaler.products, expected.products, rtol=2e-6, atol=1e-6)
 
 
 class OwnRows(Summing):

@@ -140,8 +140,21 @@ def test_movements_are_read_in_their_own_unit() -> None:
     torch.testing.assert_close(read[2], scaler.apply(last))
     torch.testing.assert_close(scaler.decode(read[2], torch.tensor([1.0, 0.0])), last + torch.tensor([3**0.5, 0.0]))
     torch.testing.assert_close(scaler.movement(torch.tensor([3**0.5])), torch.ones(1), rtol=1e-5, atol=0)
+    assert scaler.products is not None  # of [-3, 0] and [0, 3], over two weights and three snapshots, in squared units
+    torch.testing.assert_close(scaler.products, torch.eye(2) * 3 * 9 / 6 / 3, rtol=1e-5, atol=1e-7)
     across = scaler.encode_(snapshots.t().clone(), dim=1)
     assert torch.equal(across, read.t())
+
+
+def test_products_of_movements_are_those_of_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.PIECE, "cpu", 16)  # in many pieces
+    snapshots = torch.stack(_normal(10, 7, count=4)).double()
+    scaler = Standardiser.of(snapshots, inputs="movements")
+    read = scaler.encode_(snapshots.clone())[:3].flatten(1)
+    assert scaler.products is not None
+    torch.testing.assert_close(scaler.products, read @ read.t() / 70)
+    torch.testing.assert_close(scaler.products.trace(), torch.tensor(4.0).double(), rtol=1e-5, atol=0)
+    assert Standardiser.of(snapshots).products is None
 
 
 def test_weights_that_did_not_move_stay() -> None:

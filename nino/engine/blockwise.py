@@ -8,7 +8,8 @@ layer computes from the two ends:
   and, per snapshot, the matrix product of the weights with ``S``;
 - edge update 1 is ``z = silu(B s + S_j + T_i)``, recomputed whenever it is needed;
 - round 2 needs ``sum_j z`` and ``sum_j (W z) S_j``: one H x H product per edge, summed at once;
-- edge update 2 and the head are two more H x H products per edge and one dot product for the asked horizon.
+- edge update 2 and the head are two more H x H products per edge and one dot product for the asked horizon;
+- a trend has one set of C - 1 factors per parameter, by which its snapshots are added to the movement.
 
 Work per weight: 3 H^2 multiply-adds. Memory: the features of all nodes before and after a round, the message sums of
 one neuron group, one tile. What depends on nodes is computed for a strip at a time and never kept.
@@ -16,7 +17,7 @@ one neuron group, one tile. What depends on nodes is computed for a strip at a t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from nino.engine import kernels
 from nino.engine.fusion import fused
 from nino.engine.tiling import Blocks, Sizes, Strip, constant_of
 from nino.engine.weights import PredictionWriter, SnapshotReader
-from nino.graph.ir import NeuralGraph
+from nino.graph.ir import EdgeBlock, NeuralGraph
 from nino.model.networks import Convolution, EdgeUpdate, NiNo, Wnn
 from nino.share import WHOLE, Share
 
@@ -117,16 +118,29 @@ def _predict_alone(
     tell: _Progress,
 ) -> None:
     """WNN: every weight by itself."""
-    for block in blocks.graph.parameter_blocks:
-        for strip in blocks.strips(block) if writer.wants(block) else ():
+    for block in filter(writer.wants, blocks.graph.parameter_blocks):
+        factors = _trend_factors(network, reader, block, horizon)
+        for strip in blocks.strips(block):
             values = reader.read(block, strip.place).unflatten(0, (-1, reader.context))
             movement = torch.empty_like(values[:, 0])
             edge_type = torch.tensor(int(block.type), device=reader.device)
             for rows, columns in strip.tiles(max(blocks.sizes.tile_edges // block.num_features, 1)):
                 tile = values[:, :, rows, columns].movedim(1, -1)
                 movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
+            _add_trend(movement, values, factors)
             writer.write(block, strip.place, values[:, -1], movement)
             tell.did(2 * strip.num_edges)
+
+
+def _trend_factors(network: NiNo | Wnn, reader: SnapshotReader, block: EdgeBlock, horizon: int) -> Sequence[Tensor]:
+    """By how much each earlier snapshot counts in a block's trend; none if the network has no trend."""
+    return () if network.trend is None else [*network.trend.coefficients(reader.products(block), horizon)]
+
+
+def _add_trend(movement: Tensor, values: Tensor, factors: Sequence[Tensor]) -> None:
+    """Add to a strip's movements ``[F, t, s]`` how its snapshots ``[F, C, t, s]`` go on by themselves."""
+    for age, factor in enumerate(factors):
+        movement.addcmul_(values[:, age], factor)
 
 
 class _Progress:
@@ -253,8 +267,9 @@ class _Run:
         third = Fold.of(self.last_update.lin).then(self.network.head_hidden)
         second_weight, third_weight = second.transposed(self.product_dtype), third.transposed(self.product_dtype)
         head, head_bias = self.network.head_rows(horizon)
-        for block in self.blocks.graph.parameter_blocks:
+        for block in filter(writer.wants, self.blocks.graph.parameter_blocks):
             num_features = block.num_features
+            factors = _trend_factors(self.network, self.reader, block, horizon)
             weights = kernels.MovementWeights(
                 first=self.first_weight[: num_features * self.reader.context],
                 second=second_weight,
@@ -263,7 +278,7 @@ class _Run:
                 head=head[:num_features],
                 head_bias=head_bias[:num_features],
             )
-            for strip in self.blocks.strips(block) if writer.wants(block) else ():
+            for strip in self.blocks.strips(block):
                 values = self._values(strip)
                 ends = self._first_ends(strip, after_first), _ends(strip, self.last_update, nodes, second.constant)
                 movement = values.new_empty(num_features, *values.shape[1:])
@@ -273,8 +288,9 @@ class _Run:
                     movement[:, rows, columns] = self.movements(
                         values[:, rows, columns], first_ends, second_ends, weights
                     )
-                last = values.unflatten(0, (-1, self.reader.context))[:, -1]
-                writer.write(block, strip.place, last, movement)
+                by_age = values.unflatten(0, (-1, self.reader.context))
+                _add_trend(movement, by_age, factors)
+                writer.write(block, strip.place, by_age[:, -1], movement)
                 self.progress.did(2 * strip.num_edges)
 
     def _values(self, strip: Strip) -> Tensor:

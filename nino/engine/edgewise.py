@@ -19,17 +19,25 @@ from nino.model.segments import SegmentBackend
 from nino.standardise import Standardiser
 
 
-def graph_inputs(edges: EdgeList, states: Mapping[str, Tensor], positions: Tensor, words: Tensor) -> EdgeInputs:
+def graph_inputs(
+    edges: EdgeList,
+    states: Mapping[str, Tensor],
+    scalers: Mapping[str, Standardiser],
+    positions: Tensor,
+    words: Tensor,
+) -> EdgeInputs:
     """Assemble the network's inputs.
 
     Args:
         edges: of the graph.
         states: per parameter name the snapshots ``[context, *shape]`` as the network reads them.
+        scalers: of every parameter, by which the snapshots were standardised.
         positions: ``[num_nodes, num_positions]``.
         words: int64 ``[num_nodes]``.
     """
     features = edges.features(states)
     device = features.device
+    products = {name: scaler.products for name, scaler in scalers.items() if scaler.products is not None}
     return EdgeInputs(
         features=features,
         index=edges.index.to(device),
@@ -37,6 +45,7 @@ def graph_inputs(edges: EdgeList, states: Mapping[str, Tensor], positions: Tenso
         positions=positions.to(device),
         words=words.to(device),
         num_outputs=edges.num_parameter_edges,
+        products=edges.per_parameter(products).to(features) if products else None,
     )
 
 
@@ -71,7 +80,7 @@ def predict_edgewise(
     }
     edges = graph.edge_list()
     rounded = {name: state.to(dtype) for name, state in states.items()}
-    inputs = graph_inputs(edges, rounded, positions.to(device, dtype), graph.words())
+    inputs = graph_inputs(edges, rounded, scalers, positions.to(device, dtype), graph.words())
     movement = edges.parameters(network(inputs, horizon, backend).to(exact))
     for block in graph.parameter_blocks:
         if writer.wants(block):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from nino.errors import SnapshotError
+from nino.errors import NinoError, SnapshotError
 from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph
 from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
 from nino.share import WHOLE, Share
@@ -144,6 +144,17 @@ class SnapshotReader:
         for age, piece in enumerate(pieces):
             out[:, age].copy_(piece)
         return self.scalers[name].encode_(out, dim=1).flatten(0, 1)
+
+    def products(self, block: EdgeBlock) -> Tensor:
+        """Mean products of the movements of the block's parameter, ``[C - 1, C - 1]``.
+
+        Raises:
+            NinoError: if movements are not read.
+        """
+        products = self.scalers[str(block.parameter)].products
+        if products is None:
+            raise NinoError(f"{block.parameter} was not measured for a nowcaster that reads movements")
+        return products.to(self.dtype)
 
 
 class PredictionWriter:

@@ -92,8 +92,9 @@ class EdgeList:
         return self.series({name: tensor[None] for name, tensor in state.items()})[..., 0]
 
     def per_parameter(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Repeat what is known of whole parameters, ``[n]`` each, on their edges: ``[num_parameter_edges, n]``."""
-        return torch.cat([vectors[name].expand(s.stop - s.start, -1) for name, s in self.slices.items()])
+        """Repeat what is known of whole parameters, ``[*n]`` each, on their edges: ``[num_parameter_edges, *n]``."""
+        numbers = {name: edges.stop - edges.start for name, edges in self.slices.items()}
+        return torch.cat([vectors[name].expand(number, *vectors[name].shape) for name, number in numbers.items()])
 
     def parameters(self, values: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`values`: read ``[>= num_parameter_edges, 9]`` back into one tensor per parameter."""

@@ -36,6 +36,8 @@ class NowcasterConfig:
     """``"weights"``: the standardised snapshots, as published, and a movement in standard deviations of the weights.
     ``"movements"``: how far the earlier snapshots lie from the last one, in units of the parameter's own recent
     movement, then the standardised last snapshot; and a movement in that unit."""
+    trend: bool = False
+    """Whether each parameter's movements also go on by themselves, as far as they are correlated; reads movements."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("nino", "wnn"):
@@ -44,6 +46,8 @@ class NowcasterConfig:
             raise CheckpointError(f"wiring must be 'exact' or 'official', got {self.wiring!r}")
         if self.inputs not in get_args(Inputs):
             raise CheckpointError(f"inputs must be 'weights' or 'movements', got {self.inputs!r}")
+        if self.trend not in (False, True) or (self.trend and self.inputs != "movements"):
+            raise CheckpointError(f"trend must be true or false, and wants inputs 'movements'; got {self.trend!r}")
         for name in ("hidden", "max_horizon", "num_positions"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise CheckpointError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
@@ -53,8 +57,9 @@ class NowcasterConfig:
             raise CheckpointError(f"num_words must be a whole number of at least 0, got {self.num_words!r}")
 
     def to_json(self) -> str:
-        """Return the config as JSON, with its format and version."""
-        return json.dumps({"format": CONFIG_FORMAT, "version": CONFIG_VERSION, **asdict(self)}, indent=1) + "\n"
+        """Return the config as JSON, with its format and version; what older releases lack is left out if unused."""
+        values = {name: value for name, value in asdict(self).items() if name != "trend" or value}
+        return json.dumps({"format": CONFIG_FORMAT, "version": CONFIG_VERSION, **values}, indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str, origin: str = "config") -> NowcasterConfig:

@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nino.errors import NinoError
 from nino.graph.ir import MAX_FEATURES, NUM_EDGE_TYPES
 from nino.model.config import NowcasterConfig
 from nino.model.segments import SegmentBackend, segment_mean
 
 NUM_ROUNDS = 2
+TREND_WIDTH = 32
+"""Of the trend's hidden layer, which is computed once per parameter."""
 Horizon = int | Tensor | None
 """Snapshot intervals ahead: one, several (int64 ``[k]``) or all."""
 
@@ -41,6 +44,8 @@ class EdgeInputs:
     """How many edges want a prediction; the first ones, unless ``chosen`` says otherwise."""
     chosen: Tensor | None = None
     """int64 ``[num_outputs]``: the edges that want a prediction."""
+    products: Tensor | None = None
+    """``[num_outputs, C - 1, C - 1]``: of the movements of each edge's parameter; see :class:`Trend`."""
 
     @property
     def outputs(self) -> slice | Tensor:
@@ -96,6 +101,75 @@ class EdgeUpdate(nn.Module):
         return self.lin(F.silu(self.from_edge(edges) + ends))
 
 
+class Trend(nn.Module):
+    """How far the movements of a parameter go on by themselves, whatever the graph says.
+
+    Training moves weights partly steadily and partly to and fro. Which of the two it is shows in how a parameter's
+    movements over successive intervals are correlated: these few numbers are mapped to coefficients, with which the
+    movements of each of its weights are added up. A fresh trend adds nothing.
+    """
+
+    def __init__(self, config: NowcasterConfig) -> None:
+        super().__init__()
+        steps = config.context - 1
+        self.max_horizon = config.max_horizon
+        self.body = nn.Linear(steps * (steps + 1) // 2, TREND_WIDTH)
+        self.head = nn.Linear(TREND_WIDTH, steps * config.max_horizon)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, values: Tensor, products: Tensor, horizon: Horizon) -> Tensor:
+        """What to add to the predicted movements.
+
+        Args:
+            values: ``[O, 9, C]``: what the network reads of the edges.
+            products: ``[O, C - 1, C - 1]``, of their parameters.
+            horizon: as in :meth:`NiNo.forward`.
+
+        Returns:
+            ``[O, 9]`` or ``[O, 9, k]``.
+        """
+        coefficients = self.coefficients(products, horizon)
+        if isinstance(horizon, int):
+            return torch.einsum("ofc,oc->of", values[..., :-1], coefficients)
+        return torch.einsum("ofc,ock->ofk", values[..., :-1], coefficients)
+
+    def coefficients(self, products: Tensor, horizon: Horizon) -> Tensor:
+        """Factors of the distances from the last snapshot, ``[..., C - 1]`` or ``[..., C - 1, k]``.
+
+        Args:
+            products: ``[..., C - 1, C - 1]``, see :class:`nino.standardise.Standardiser`.
+            horizon: as in :meth:`NiNo.forward`.
+        """
+        steps = products.shape[-1]
+        differences = _differences(products)
+        between = differences @ products @ differences.t()  # products of the movements from one snapshot to the next
+        upper = torch.triu_indices(steps, steps, device=products.device)
+        hidden = F.silu(self.body(between[..., upper[0], upper[1]]))
+        if isinstance(horizon, int):
+            rows = slice(horizon - 1, None, self.max_horizon)
+            return F.linear(hidden, self.head.weight[rows], self.head.bias[rows]) @ differences
+        by_step = self.head(hidden).unflatten(-1, (steps, self.max_horizon))
+        chosen = by_step if horizon is None else by_step[..., horizon - 1]
+        return torch.einsum("...sk,sc->...ck", chosen, differences)
+
+
+def _differences(like: Tensor) -> Tensor:
+    """``[C - 1, C - 1]``: turns distances from the last snapshot into movements from each snapshot to the next."""
+    ones = like.new_ones(like.shape[-1])
+    return torch.diag(ones[1:], 1) - torch.diag(ones)
+
+
+def _add_trend(trend: Trend | None, predicted: Tensor, inputs: EdgeInputs, context: int, horizon: Horizon) -> Tensor:
+    """The whole prediction of the edges that want one."""
+    if trend is None:
+        return predicted
+    if inputs.products is None:
+        raise NinoError("a nowcaster with a trend reads products of movements, and the inputs have none")
+    values = inputs.features[inputs.outputs].unflatten(-1, (MAX_FEATURES, context))
+    return predicted + trend(values, inputs.products, horizon)
+
+
 class NiNo(nn.Module):
     """The graph network: two rounds of message passing, each followed by an edge update, then a head on the edges."""
 
@@ -111,6 +185,7 @@ class NiNo(nn.Module):
         self.edge_updates = nn.ModuleList(EdgeUpdate(hidden) for _ in range(NUM_ROUNDS))
         self.head_hidden = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, MAX_FEATURES * config.max_horizon)
+        self.trend = Trend(config) if config.trend else None
 
     def forward(self, inputs: EdgeInputs, horizon: Horizon = None, backend: SegmentBackend = "auto") -> Tensor:
         """Predict how far each standardised weight moves from its last snapshot.
@@ -133,7 +208,8 @@ class NiNo(nn.Module):
                 edges = update(nodes, edges[inputs.outputs], inputs.index[:, inputs.outputs])
         weight, bias = self.head_rows(horizon)
         out = F.linear(F.silu(self.head_hidden(edges)), weight, bias)
-        return out if isinstance(horizon, int) else out.unflatten(-1, (MAX_FEATURES, -1))
+        out = out if isinstance(horizon, int) else out.unflatten(-1, (MAX_FEATURES, -1))
+        return _add_trend(self.trend, out, inputs, self.config.context, horizon)
 
     def embed_nodes(self, positions: Tensor, words: Tensor) -> Tensor:
         """The nodes before the first round: ``[N, H]``."""
@@ -167,15 +243,17 @@ class Wnn(nn.Module):
         self.edge_proj = nn.Linear(config.context, hidden)
         self.body = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(hidden, hidden), nn.SiLU())))
         self.head = nn.Linear(hidden, config.max_horizon)
+        self.trend = Trend(config) if config.trend else None
 
     def forward(self, inputs: EdgeInputs, horizon: Horizon = None, backend: SegmentBackend = "auto") -> Tensor:
         """Predict as :meth:`NiNo.forward` does; ``backend`` is not used, since no messages pass."""
         del backend
         values = inputs.features[inputs.outputs].unflatten(-1, (MAX_FEATURES, self.config.context))
-        return self.predict_weights(values, inputs.type[inputs.outputs][:, None], horizon)
+        predicted = self.predict_weights(values, inputs.type[inputs.outputs][:, None], horizon)
+        return _add_trend(self.trend, predicted, inputs, self.config.context, horizon)
 
     def predict_weights(self, values: Tensor, edge_type: Tensor, horizon: Horizon = None) -> Tensor:
-        """Predict weights from snapshots ``[..., C]`` and edge types that broadcast to ``[...]``."""
+        """Predict weights from snapshots ``[..., C]`` and edge types that broadcast to ``[...]``; without the trend."""
         hidden = self.body(self.edge_proj(values) + self.type_embed(edge_type))
         if isinstance(horizon, int):
             return hidden @ self.head.weight[horizon - 1] + self.head.bias[horizon - 1]

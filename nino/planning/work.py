@@ -15,8 +15,8 @@ from nino.planning.settings import Settings
 
 SUMS = 3
 """Hidden vectors per node that are added up over the ranks: one in the first round, two in the second."""
-STATISTICS = 5
-"""float64 numbers per parameter that are added up to standardise it: a centre, a count, a sum and two of squares."""
+STATISTICS = 4
+"""float64 numbers per parameter that are added up to standardise it: a centre, a count, a sum and one of squares."""
 READS_TO_COMPUTE = 3
 """Once for each round of messages, once to predict."""
 MESSAGES = (3, 2)
@@ -51,7 +51,7 @@ def plan_work(
     """Count the work of one nowcast; arguments as of :func:`nino.planning.memory.plan_memory`."""
     edges, nodes = count_products(graph, trained, settings, config)
     beside = settings.snapshots_on == "device" or (settings.snapshots_on, settings.device) == ("cpu", "cpu")
-    traffic = traffic_per_nowcast(graph, config.hidden if config.kind == "nino" else 0, settings.world_size)
+    traffic = traffic_per_nowcast(graph, config, settings.world_size)
     if settings.sharding == "none":
         traffic += exchange_per_nowcast(memory.trained, settings.world_size)
     return WorkPlan(
@@ -67,10 +67,10 @@ def snapshot_reads(context: int, inputs: Inputs = "weights") -> tuple[int, int]:
 
     Every snapshot once to measure it and :data:`READS_TO_COMPUTE` times to compute; the first once more for a centre,
     the last once more to see that the weights can be restored from it. How far the others lie from the last takes
-    another reading of both, if the nowcaster reads movements.
+    another reading of all, if the nowcaster reads movements.
     """
-    each, apart = 1 + READS_TO_COMPUTE, context - 1 if inputs == "movements" else 0
-    return each + 1 + apart, each * (context - 1) + 1 + apart
+    each = 1 + READS_TO_COMPUTE + (inputs == "movements")
+    return each + 1, each * (context - 1) + 1
 
 
 def _bytes_read(config: NowcasterConfig, memory: MemoryPlan) -> int:
@@ -79,23 +79,25 @@ def _bytes_read(config: NowcasterConfig, memory: MemoryPlan) -> int:
     return of_last * memory.trained + of_others * memory.snapshot
 
 
-def summed_per_nowcast(graph: NeuralGraph, hidden: int) -> int:
+def summed_per_nowcast(graph: NeuralGraph, config: NowcasterConfig) -> int:
     """Bytes of what is added up over all ranks, of each rank: what it puts into all-reduces."""
+    hidden = config.hidden if config.kind == "nino" else 0
     sums = SUMS * hidden * torch.float32.itemsize * graph.num_nodes
-    return sums + STATISTICS * torch.float64.itemsize * len(graph.shapes)
+    products = (config.context - 1) ** 2 if config.inputs == "movements" else 0
+    return sums + (STATISTICS + products) * torch.float64.itemsize * len(graph.shapes)
 
 
-def traffic_per_nowcast(graph: NeuralGraph, hidden: int, world_size: int) -> int:
+def traffic_per_nowcast(graph: NeuralGraph, config: NowcasterConfig, world_size: int) -> int:
     """Bytes that a rank sends for the sums over all ranks: proportional to neurons, not to weights.
 
     A ring sends ``2 (p - 1) / p`` of what is added up: once round to add, once to tell everyone.
 
     Args:
         graph: of the whole model.
-        hidden: width of the nowcaster.
+        config: of the nowcaster.
         world_size: ranks.
     """
-    return 2 * (world_size - 1) * summed_per_nowcast(graph, hidden) // world_size
+    return 2 * (world_size - 1) * summed_per_nowcast(graph, config) // world_size
 
 
 def exchange_per_nowcast(weight_bytes: int, world_size: int) -> int:

@@ -29,6 +29,7 @@ def union(windows: Sequence[Window]) -> Window:
         chosen.append(wanted + edges)
         nodes += len(inputs.positions)
         edges += len(inputs.type)
+    products = [w.inputs.products for w in windows if w.inputs.products is not None]
     inputs = EdgeInputs(
         features=torch.cat([w.inputs.features for w in windows]),
         index=torch.cat(indices, dim=1),
@@ -37,6 +38,7 @@ def union(windows: Sequence[Window]) -> Window:
         words=torch.cat([w.inputs.words for w in windows]),
         num_outputs=sum(w.inputs.num_outputs for w in windows),
         chosen=torch.cat(chosen),
+        products=torch.cat(products) if products else None,
     )
     return Window(
         inputs=inputs,

@@ -201,9 +201,9 @@ class WindowSource:
         named = run.trajectory.split(run.trajectory.states((last + offsets).tolist()))
         if generator is not None:
             named = _turned(named, generator)
-        states, future, steps = {}, {}, {}
+        states, scalers, future, steps = {}, {}, {}, {}
         for name, values in named.items():
-            scaler = Standardiser.of(values[: config.context], inputs=config.inputs)
+            scaler = scalers[name] = Standardiser.of(values[: config.context], inputs=config.inputs)
             states[name] = scaler.encode_(values[: config.context].clone())
             future[name] = scaler.movement(values[config.context - 1 :] - values[config.context - 1])
             steps[name] = scaler.movement(values[config.context - 1] - values[config.context - 2])
@@ -212,7 +212,7 @@ class WindowSource:
             positions = positions * (torch.randint(2, (config.num_positions,), generator=generator) * 2 - 1)
             kept = sampling.keep(run.edges, run.words, generator)
             chosen = sampling.outputs(run.edges, kept, generator)
-        inputs = graph_inputs(run.edges, states, positions, run.words)
+        inputs = graph_inputs(run.edges, states, scalers, positions, run.words)
         targets = run.edges.series({name: f[1:] for name, f in future.items()})[chosen]
         beyond = len(horizons) - len(ahead)
         padded = F.pad(targets, (0, beyond))
@@ -249,7 +249,8 @@ def _turned(named: dict[str, Tensor], generator: torch.Generator) -> dict[str, T
 
 def _choose(inputs: EdgeInputs, kept: Tensor | None, chosen: Tensor) -> EdgeInputs:
     """The inputs with some of the edges alone, asked for some of those."""
-    fields = vars(inputs) | {"num_outputs": len(chosen), "chosen": chosen}
+    products = None if inputs.products is None else inputs.products[chosen]
+    fields = vars(inputs) | {"num_outputs": len(chosen), "chosen": chosen, "products": products}
     if kept is not None:
         fields |= {"features": inputs.features[kept], "index": inputs.index[:, kept], "type": inputs.type[kept]}
         fields["chosen"] = (kept.cumsum(0) - 1)[chosen]
