@@ -142,6 +142,7 @@ def main(argv: list[str]) -> int:
         fail(f"--runs {args.runs}: no finished run is held out of {len(trained_on)}; --all scores all")
     if args.out is not None:
         make_output_folder("--out", args.out)
+    torch.set_num_threads(1)  # models are small
     scores: dict[tuple[str, str, int], list[Score]] = defaultdict(list)
     for folder in tqdm(folders, unit="run", leave=False):
         try:
