@@ -30,7 +30,6 @@ from torch import Tensor
 from nino import Nowcaster
 from nino.data import ResampledRun, Trajectory, build_model
 from nino.errors import NinoError, TrajectoryError
-from nino.graph import NeuralGraph
 from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.nowcasters import load_nowcaster
 from tasks.recorded_runs import split_runs
@@ -38,6 +37,8 @@ from tasks.report import format_table
 
 LINEAR = "linear"
 MATRIX_DIMS = 2
+SMALLEST = 1e-150
+"""Of a length that is divided by: a run that stands still has a cosine of 0."""
 Score = tuple[float, float, float]
 """Cosine, length and error of one predicted movement."""
 
@@ -76,9 +77,9 @@ def places(length: int, needed: int, windows: int, within: int | None) -> list[i
 
 def score(predicted: Tensor, true: Tensor) -> Score:
     """Cosine, length and error of one movement ``[n]``."""
-    size, true_size = predicted.norm(), true.norm()
-    cosine = predicted @ true / (size * true_size).clamp(min=torch.finfo(true.dtype).tiny)
-    error = (predicted - true).square().sum() / true.square().sum()
+    size, true_size = predicted.norm(), true.norm().clamp(min=SMALLEST)
+    cosine = predicted @ true / (size.clamp(min=SMALLEST) * true_size)
+    error = ((predicted - true).norm() / true_size).square()
     return cosine.item(), (size / true_size).item(), error.item()
 
 
@@ -89,7 +90,7 @@ def score_run(
     if run.architecture is None:
         raise TrajectoryError(f"{run.folder} does not say how to build its model; record it with an architecture")
     model, context = build_model(run.architecture, device="meta"), _context(nowcasters)
-    graphs = {name: NeuralGraph.from_model(model, wiring=n.config.wiring) for name, n in nowcasters.items()}
+    graphs = {name: nowcaster.graph_of(model) for name, nowcaster in nowcasters.items()}
     stretch, furthest = run.segments()[-1], max(args.horizons)
     within = None if args.within is None else args.within // args.interval
     for first in places(len(stretch), context + furthest, args.windows, within):

@@ -98,8 +98,10 @@ def test_saving_and_loading_is_exact(config: NowcasterConfig, tmp_path: Path) ->
 
 def test_older_releases_read_what_they_can() -> None:
     assert "trend" not in json.loads(CONFIG.to_json()) and json.loads(TREND_CONFIG.to_json())["trend"] is True
-    with pytest.raises(CheckpointError, match="trend must be true or false, and wants inputs 'movements'"):
+    with pytest.raises(CheckpointError, match="a trend wants inputs 'movements', got 'weights'"):
         replace(CONFIG, trend=True)
+    with pytest.raises(CheckpointError, match="trend must be true or false, got 'yes'"):
+        replace(TREND_CONFIG, trend="yes")
 
 
 def test_a_nowcaster_with_a_fresh_trend_predicts_the_same() -> None:

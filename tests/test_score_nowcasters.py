@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def rows(runs: Path, out: Path, *options: str) -> dict[tuple[str, str, int], dic
 def test_scores_by_hand(predicted: list[float], expected: tuple[float, float, float]) -> None:
     found = score_nowcasters.score(torch.tensor(predicted).double(), torch.tensor([3.0, 4.0]).double())
     assert found == pytest.approx(expected)
+
+
+def test_a_run_that_stands_still_has_finite_scores() -> None:
+    still, moved = torch.zeros(2).double(), torch.ones(2).double()
+    assert score_nowcasters.score(still, still) == (0, 0, 0)
+    assert all(map(math.isfinite, score_nowcasters.score(moved, still)))
 
 
 def test_places_lie_within_a_stretch() -> None:

@@ -46,8 +46,10 @@ class NowcasterConfig:
             raise CheckpointError(f"wiring must be 'exact' or 'official', got {self.wiring!r}")
         if self.inputs not in get_args(Inputs):
             raise CheckpointError(f"inputs must be 'weights' or 'movements', got {self.inputs!r}")
-        if self.trend not in (False, True) or (self.trend and self.inputs != "movements"):
-            raise CheckpointError(f"trend must be true or false, and wants inputs 'movements'; got {self.trend!r}")
+        if not isinstance(self.trend, bool):
+            raise CheckpointError(f"trend must be true or false, got {self.trend!r}")
+        if self.trend and self.inputs != "movements":
+            raise CheckpointError(f"a trend wants inputs 'movements', got {self.inputs!r}")
         for name in ("hidden", "max_horizon", "num_positions"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise CheckpointError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
