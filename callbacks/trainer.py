@@ -54,6 +54,10 @@ class NowcastCallback(TrainerCallback):
     Args:
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
         period: optimizer updates between nowcasts.
+        max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
+        decay_power: how fast horizons shrink; 1 is linear.
+        until: optimizer updates by which horizons have shrunk to one interval, and after which the optimizer is left
+            alone; by default those of the whole run.
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
@@ -82,6 +86,9 @@ class NowcastCallback(TrainerCallback):
         nowcaster: Nowcaster | str | Path,
         period: int = 1000,
         *,
+        max_horizon: int | None = None,
+        decay_power: float = 2.0,
+        until: int | None = None,
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
@@ -95,6 +102,9 @@ class NowcastCallback(TrainerCallback):
     ) -> None:
         self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
         self.period = period
+        self.max_horizon = max_horizon
+        self.decay_power = decay_power
+        self.until = until
         self.snapshots_on = snapshots_on
         self.snapshot_folder = snapshot_folder
         self.snapshot_dtype = snapshot_dtype
@@ -133,6 +143,9 @@ class NowcastCallback(TrainerCallback):
             self.nowcaster,
             period=self.period,
             max_steps=state.max_steps if state.max_steps > 0 else None,
+            max_horizon=self.max_horizon,
+            decay_power=self.decay_power,
+            until=self.until,
             snapshots_on=self.snapshots_on,
             snapshot_folder=self.snapshot_folder,
             snapshot_dtype=self.snapshot_dtype,

@@ -121,9 +121,10 @@ class Nowcaster:
         if not math.isfinite(factor):
             raise NinoError(f"factor must be a finite number, got {factor!r}")
         network = deepcopy(self.network)
-        for head in (network.head, network.trend and network.trend.head):  # the last layers, which are linear
-            for parameter in head.parameters() if head is not None else ():
-                parameter.data.mul_(factor)
+        for parameter in network.head.parameters():  # the last layer, which is linear
+            parameter.data.mul_(factor)
+        if network.trend is not None:
+            network.trend.stretch_(factor)
         return Nowcaster(network)
 
     def with_trend(self) -> Nowcaster:

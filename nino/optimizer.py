@@ -42,6 +42,10 @@ class NowcastOptimizer(Optimizer):
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
         period: optimizer updates between nowcasts.
         max_steps: optimizer updates of the whole run; horizons shrink towards its end. ``None`` if unknown.
+        max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
+        decay_power: how fast horizons shrink; 1 is linear.
+        until: optimizer updates by which horizons have shrunk to one interval, and after which the optimizer is left
+            alone; by default those of the whole run.
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
@@ -80,6 +84,9 @@ class NowcastOptimizer(Optimizer):
         *,
         period: int = 1000,
         max_steps: int | None = None,
+        max_horizon: int | None = None,
+        decay_power: float = 2.0,
+        until: int | None = None,
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
@@ -102,6 +109,9 @@ class NowcastOptimizer(Optimizer):
             nowcaster,
             period=period,
             max_steps=max_steps,
+            max_horizon=max_horizon,
+            decay_power=decay_power,
+            until=until,
             snapshots_on=snapshots_on,
             snapshot_folder=snapshot_folder,
             snapshot_dtype=snapshot_dtype,

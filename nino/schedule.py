@@ -22,20 +22,26 @@ class ScheduleConfig:
     """Snapshots that a nowcast reads (C)."""
     max_steps: int | None = None
     """Optimizer updates of the whole run; ``None`` if unknown: every nowcast then looks ``context`` intervals, one
-    period, ahead."""
+    period, ahead, unless ``until`` is known."""
     max_horizon: int = 40
     """The first nowcast's horizon, in snapshot intervals."""
     decay_power: float = 2.0
     """How fast horizons shrink over the run; 1 is linear."""
+    until: int | None = None
+    """Optimizer updates by which horizons have shrunk to one interval, and after which the optimizer is left alone;
+    ``None``: those of the whole run."""
 
     def __post_init__(self) -> None:
         for name in ("period", "context", "max_horizon"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise NinoError(f"{name} must be a whole number of at least 1, got {value!r}")
-        steps = self.max_steps
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise NinoError(f"max_steps must be a whole number of at least 1 or None, got {steps!r}")
+        for name in ("max_steps", "until"):
+            steps = getattr(self, name)
+            if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+                raise NinoError(f"{name} must be a whole number of at least 1 or None, got {steps!r}")
+        if self.until is not None and self.until <= self.period:
+            raise NinoError(f"until={self.until} leaves no nowcast: expected more than the period, {self.period} updates")
         if not isinstance(self.decay_power, (int, float)) or not self.decay_power > 0:
             raise NinoError(f"decay_power must be a positive number, got {self.decay_power!r}")
         if self.period % self.context:
@@ -50,6 +56,11 @@ class ScheduleConfig:
         """Optimizer updates between two snapshots."""
         return self.period // self.context
 
+    @property
+    def end(self) -> int | None:
+        """Optimizer updates by which nowcasting ends, if it is known: ``until`` or ``max_steps``, what comes first."""
+        return min((steps for steps in (self.until, self.max_steps) if steps is not None), default=None)
+
 
 def is_snapshot_step(step: int, config: ScheduleConfig) -> bool:
     """Whether a snapshot is due after ``step`` updates.
@@ -62,20 +73,20 @@ def is_snapshot_step(step: int, config: ScheduleConfig) -> bool:
 
 
 def is_nowcast_step(step: int, config: ScheduleConfig) -> bool:
-    """Whether a nowcast is due after ``step`` updates; never after the last, since training must go on from a jump.
+    """Whether a nowcast is due after ``step`` updates; not after the last, since training must go on from a jump.
 
     Example:
         >>> [step for step in range(1, 31) if is_nowcast_step(step, ScheduleConfig(period=10, max_steps=30))]
         [10, 20]
     """
-    return step > 0 and step % config.period == 0 and (config.max_steps is None or step < config.max_steps)
+    return step > 0 and step % config.period == 0 and (config.end is None or step < config.end)
 
 
 def horizon_at(step: int, config: ScheduleConfig) -> int:
     """Return how many snapshot intervals ahead the nowcast of the period that ``step`` lies in looks.
 
     Args:
-        step: optimizer updates done; steps beyond ``max_steps`` count as the last.
+        step: optimizer updates done; steps beyond the end count as the last.
         config: ``max_horizon`` in snapshot intervals.
 
     Example:
@@ -85,9 +96,9 @@ def horizon_at(step: int, config: ScheduleConfig) -> int:
     """
     if step < 0:
         raise NinoError(f"step must be at least 0, got {step}")
-    if config.max_steps is None:
+    if config.end is None:
         return min(config.context, config.max_horizon)
-    num_nowcasts = max(config.max_steps // config.period, 1)
+    num_nowcasts = max(config.end // config.period, 1)
     index = min(max(step - 1, 0) // config.period, num_nowcasts - 1)
     longest = config.max_horizon ** (1 / config.decay_power)
     fraction = index / (num_nowcasts - 1) if num_nowcasts > 1 else 0.0

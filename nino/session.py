@@ -62,6 +62,10 @@ class NowcastSession:
         nowcaster: a nowcaster, or a name for :meth:`Nowcaster.from_pretrained`.
         period: optimizer updates between nowcasts; a multiple of the nowcaster's context.
         max_steps: optimizer updates of the whole run, if known; see :class:`ScheduleConfig`.
+        max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
+        decay_power: how fast horizons shrink; 1 is linear.
+        until: optimizer updates by which horizons have shrunk to one interval, and after which the optimizer is left
+            alone; by default those of the whole run.
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
@@ -91,6 +95,9 @@ class NowcastSession:
         *,
         period: int = 1000,
         max_steps: int | None = None,
+        max_horizon: int | None = None,
+        decay_power: float = 2.0,
+        until: int | None = None,
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
@@ -110,8 +117,15 @@ class NowcastSession:
         self.optimizer = optimizer
         nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
         config = nowcaster.config
+        if max_horizon is not None and max_horizon > config.max_horizon:
+            raise NinoError(f"max_horizon={max_horizon} is beyond the nowcaster's longest, {config.max_horizon}")
         self.schedule = ScheduleConfig(
-            period=period, context=config.context, max_steps=max_steps, max_horizon=config.max_horizon
+            period=period,
+            context=config.context,
+            max_steps=max_steps,
+            max_horizon=config.max_horizon if max_horizon is None else max_horizon,
+            decay_power=decay_power,
+            until=until,
         )
         if max_steps is not None and max_steps <= period:
             logger.warning(

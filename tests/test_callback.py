@@ -152,6 +152,21 @@ def test_tokens_of_accumulated_batches_are_weighed_alike_everywhere(tmp_path: Pa
     assert hooks_of(by_callback.model) == 0
 
 
+def test_horizons_as_asked_for(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_horizon": 3, "decay_power": 1, "until": 20}
+    nowcast = callback(**settings)
+    trainer(tmp_path, nowcast, max_steps=26).train()
+
+    model = llama()
+    optimizer = NowcastOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-2), model, tiny_nowcaster(), period=PERIOD, max_steps=26, **settings
+    )
+    trainer(tmp_path, model=model, optimizers=(optimizer, None), max_steps=26).train()
+
+    for reports in (nowcast.reports, optimizer.reports):
+        assert [(report.step, report.horizon) for report in reports] == [(6, 3), (12, 2), (18, 1)]
+
+
 def test_only_parameters_of_the_optimizer_are_nowcast(tmp_path: Path) -> None:
     model = llama()
     before = weights_of(model)

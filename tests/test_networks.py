@@ -153,11 +153,12 @@ def test_one_horizon_is_a_column_of_all(config: NowcasterConfig) -> None:
 
 @pytest.mark.parametrize(("config", "plain"), [(TREND, NINO), (WNN_TREND, WNN)], ids=["nino", "wnn"])
 def test_a_trend_adds_up_the_movements_of_a_weight(config: NowcasterConfig, plain: NowcasterConfig) -> None:
-    """Against loops: the correlations of an edge's parameter give a factor for each movement from one to the next."""
+    """Against loops: correlations of an edge's parameter give factors of the movements from one to the next, and of the
+    network's."""
     network, inputs = _random_network(config), _random_inputs(config)
     bare = build_network(plain).double()
     bare.load_state_dict({name: value for name, value in network.state_dict().items() if "trend" not in name})
-    added = (network(inputs) - bare(inputs)).detach()
+    whole, predicted = network(inputs).detach(), bare(inputs).detach()
     weights = {name: value.tolist() for name, value in network.trend.state_dict().items()}
     values = inputs.features.unflatten(-1, (9, config.context))
     for edge in range(inputs.num_outputs):
@@ -176,8 +177,10 @@ def test_a_trend_adds_up_the_movements_of_a_weight(config: NowcasterConfig, plai
         for position in range(9):
             x, y, _ = values[edge, position].tolist()
             for horizon in range(config.max_horizon):
-                expected = factors[horizon] * (y - x) + factors[config.max_horizon + horizon] * -y
-                assert float(added[edge, position, horizon]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+                trend = factors[horizon] * (y - x) + factors[config.max_horizon + horizon] * -y
+                counts = 1 + factors[2 * config.max_horizon + horizon]
+                expected = counts * float(predicted[edge, position, horizon]) + trend
+                assert float(whole[edge, position, horizon]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_a_fresh_trend_adds_nothing_and_wants_products() -> None:

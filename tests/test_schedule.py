@@ -40,6 +40,14 @@ TABLES: dict[str, tuple[dict[str, Any], int, list[tuple[int, int]]]] = {
     # Unknown length: one period, that is 5 intervals, ahead.
     "unknown length": ({"period": 10}, 35, [(10, 5), (20, 5), (30, 5)]),
     "unknown length, short-sighted": ({"period": 10, "max_horizon": 3}, 25, [(10, 3), (20, 3)]),
+    # A plan for a part of the run: as if it ended there, and what comes after is left alone. N = 5 as in "five".
+    "until before the end": (
+        {"period": 10, "max_steps": 100, "until": 55},
+        100,
+        [(10, 40), (20, 25), (30, 13), (40, 5), (50, 1)],
+    ),
+    "until of a run of unknown length": ({"period": 10, "until": 25}, 60, [(10, 40), (20, 1)]),
+    "until after the end": ({"period": 10, "max_steps": 25, "until": 80}, 80, [(10, 40), (20, 1)]),
     # Linear decay over N = 4: 10, 7, 4, 1.
     "linear": (
         {"period": 10, "max_steps": 45, "max_horizon": 10, "decay_power": 1},
@@ -87,6 +95,8 @@ def test_snapshots_are_evenly_spaced_and_every_nowcast_follows_one() -> None:
         ({"max_steps": 0}, "max_steps must be a whole number of at least 1 or None, got 0$"),
         ({"max_steps": True}, "max_steps must be a whole number of at least 1 or None, got True$"),
         ({"max_steps": 1e4}, "max_steps must be a whole number of at least 1 or None, got 10000.0$"),
+        ({"until": 0}, "until must be a whole number of at least 1 or None, got 0$"),
+        ({"until": 1000}, "until=1000 leaves no nowcast: expected more than the period, 1000 updates$"),
         ({"decay_power": 0}, "decay_power must be a positive number, got 0$"),
         ({"decay_power": float("nan")}, "decay_power must be a positive number, got nan$"),
         ({"decay_power": "2"}, "decay_power must be a positive number, got '2'$"),

@@ -74,6 +74,21 @@ def test_acts_at_exactly_the_right_updates() -> None:
     assert [(r.step, r.horizon, r.accepted) for r in session.reports] == [(6, 4, True), (12, 2, True), (18, 1, True)]
 
 
+def test_horizons_as_asked_for() -> None:
+    """At most 3 intervals, then 3, 2, 1 in a straight line until update 20; the run itself is longer."""
+    nowcaster = ScriptedNowcaster(add(100))
+    session = NowcastSession(
+        one_layer(), nowcaster, period=PERIOD, max_steps=40, max_horizon=3, decay_power=1, until=20, probation=3
+    )
+    update(session, 40, losses=lambda step: 1.0 / step)
+
+    assert [(report.step, report.horizon) for report in session.reports] == [(6, 3), (12, 2), (18, 1)]
+    with pytest.raises(NinoError, match="max_horizon=5 is beyond the nowcaster's longest, 4$"):
+        NowcastSession(one_layer(), nowcaster, period=PERIOD, max_horizon=5)
+    with pytest.raises(NinoError, match="until=6 leaves no nowcast"):
+        NowcastSession(one_layer(), nowcaster, period=PERIOD, until=6)
+
+
 def test_history_is_bounded() -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(1)), period=PERIOD, max_steps=7)
     sizes = []

@@ -9,7 +9,7 @@ layer computes from the two ends:
 - edge update 1 is ``z = silu(B s + S_j + T_i)``, recomputed whenever it is needed;
 - round 2 needs ``sum_j z`` and ``sum_j (W z) S_j``: one H x H product per edge, summed at once;
 - edge update 2 and the head are two more H x H products per edge and one dot product for the asked horizon;
-- a trend has one set of C - 1 factors per parameter, by which its snapshots are added to the movement.
+- a trend has one set of C factors per parameter, by which the movement counts and its snapshots are added to it.
 
 Work per weight: 3 H^2 multiply-adds. Memory: the features of all nodes before and after a round, the message sums of
 one neuron group, one tile. What depends on nodes is computed for a strip at a time and never kept.
@@ -133,13 +133,17 @@ def _predict_alone(
 
 
 def _trend_factors(network: NiNo | Wnn, reader: SnapshotReader, block: EdgeBlock, horizon: int) -> Sequence[Tensor]:
-    """By how much each earlier snapshot counts in a block's trend; none if the network has no trend."""
+    """By how much each earlier snapshot and the movement count in a block; none if the network has no trend."""
     return () if network.trend is None else [*network.trend.coefficients(reader.products(block), horizon)]
 
 
 def _add_trend(movement: Tensor, values: Tensor, factors: Sequence[Tensor]) -> None:
     """Add to a strip's movements ``[F, t, s]`` how its snapshots ``[F, C, t, s]`` go on by themselves."""
-    for age, factor in enumerate(factors):
+    if not factors:
+        return
+    *of_snapshots, of_movement = factors
+    movement.mul_(of_movement)
+    for age, factor in enumerate(of_snapshots):
         movement.addcmul_(values[:, age], factor)
 
 

@@ -102,40 +102,43 @@ class EdgeUpdate(nn.Module):
 
 
 class Trend(nn.Module):
-    """How far the movements of a parameter go on by themselves, whatever the graph says.
+    """How far the movements of a parameter go on by themselves, and how much what the graph says counts besides.
 
     Training moves weights partly steadily and partly to and fro. Which of the two it is shows in how a parameter's
     movements over successive intervals are correlated: these few numbers are mapped to coefficients, with which the
-    movements of each of its weights are added up. A fresh trend adds nothing.
+    movements of each of its weights are added up, and to a factor of what the network predicts. A fresh trend adds
+    nothing, with a factor of 1.
     """
 
     def __init__(self, config: NowcasterConfig) -> None:
         super().__init__()
         steps = config.context - 1
-        self.max_horizon = config.max_horizon
+        self.steps, self.max_horizon = steps, config.max_horizon
         self.body = nn.Linear(steps * (steps + 1) // 2, TREND_WIDTH)
-        self.head = nn.Linear(TREND_WIDTH, steps * config.max_horizon)
+        self.head = nn.Linear(TREND_WIDTH, (steps + 1) * config.max_horizon)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, values: Tensor, products: Tensor, horizon: Horizon) -> Tensor:
-        """What to add to the predicted movements.
+    def forward(self, predicted: Tensor, values: Tensor, products: Tensor, horizon: Horizon) -> Tensor:
+        """The whole movements.
 
         Args:
-            values: ``[O, 9, C]``: what the network reads of the edges.
+            predicted: ``[O, 9]`` or ``[O, 9, k]``: by the network.
+            values: ``[O, 9, C]``: what it reads of the edges.
             products: ``[O, C - 1, C - 1]``, of their parameters.
             horizon: as in :meth:`NiNo.forward`.
 
         Returns:
-            ``[O, 9]`` or ``[O, 9, k]``.
+            Of the shape of ``predicted``.
         """
         coefficients = self.coefficients(products, horizon)
+        of_distances, of_predicted = coefficients[:, :-1], coefficients[:, None, -1]
         if isinstance(horizon, int):
-            return torch.einsum("ofc,oc->of", values[..., :-1], coefficients)
-        return torch.einsum("ofc,ock->ofk", values[..., :-1], coefficients)
+            return predicted * of_predicted + torch.einsum("ofc,oc->of", values[..., :-1], of_distances)
+        return predicted * of_predicted + torch.einsum("ofc,ock->ofk", values[..., :-1], of_distances)
 
     def coefficients(self, products: Tensor, horizon: Horizon) -> Tensor:
-        """Factors of the distances from the last snapshot, ``[..., C - 1]`` or ``[..., C - 1, k]``.
+        """Factors of the distances from the last snapshot and, last, of the prediction: ``[..., C]`` or ``[..., C, k]``.
 
         Args:
             products: ``[..., C - 1, C - 1]``, see :class:`nino.standardise.Standardiser`.
@@ -148,10 +151,17 @@ class Trend(nn.Module):
         hidden = F.silu(self.body(between[..., upper[0], upper[1]]))
         if isinstance(horizon, int):
             rows = slice(horizon - 1, None, self.max_horizon)
-            return F.linear(hidden, self.head.weight[rows], self.head.bias[rows]) @ differences
-        by_step = self.head(hidden).unflatten(-1, (steps, self.max_horizon))
+            by_step = F.linear(hidden, self.head.weight[rows], self.head.bias[rows])
+            return torch.cat([by_step[..., :-1] @ differences, 1 + by_step[..., -1:]], dim=-1)
+        by_step = self.head(hidden).unflatten(-1, (-1, self.max_horizon))
         chosen = by_step if horizon is None else by_step[..., horizon - 1]
-        return torch.einsum("...sk,sc->...ck", chosen, differences)
+        of_distances = torch.einsum("...sk,sc->...ck", chosen[..., :-1, :], differences)
+        return torch.cat([of_distances, 1 + chosen[..., -1:, :]], dim=-2)
+
+    def stretch_(self, factor: float) -> None:
+        """Add up as many times the movements; what the network predicts counts as before."""
+        for parameter in self.head.parameters():
+            parameter.data[: self.steps * self.max_horizon].mul_(factor)
 
 
 def _differences(like: Tensor) -> Tensor:
@@ -160,14 +170,14 @@ def _differences(like: Tensor) -> Tensor:
     return torch.diag(ones[1:], 1) - torch.diag(ones)
 
 
-def _add_trend(trend: Trend | None, predicted: Tensor, inputs: EdgeInputs, context: int, horizon: Horizon) -> Tensor:
+def _with_trend(trend: Trend | None, predicted: Tensor, inputs: EdgeInputs, context: int, horizon: Horizon) -> Tensor:
     """The whole prediction of the edges that want one."""
     if trend is None:
         return predicted
     if inputs.products is None:
         raise NinoError("a nowcaster with a trend reads products of movements, and the inputs have none")
     values = inputs.features[inputs.outputs].unflatten(-1, (MAX_FEATURES, context))
-    return predicted + trend(values, inputs.products, horizon)
+    return trend(predicted, values, inputs.products, horizon)
 
 
 class NiNo(nn.Module):
@@ -209,7 +219,7 @@ class NiNo(nn.Module):
         weight, bias = self.head_rows(horizon)
         out = F.linear(F.silu(self.head_hidden(edges)), weight, bias)
         out = out if isinstance(horizon, int) else out.unflatten(-1, (MAX_FEATURES, -1))
-        return _add_trend(self.trend, out, inputs, self.config.context, horizon)
+        return _with_trend(self.trend, out, inputs, self.config.context, horizon)
 
     def embed_nodes(self, positions: Tensor, words: Tensor) -> Tensor:
         """The nodes before the first round: ``[N, H]``."""
@@ -250,7 +260,7 @@ class Wnn(nn.Module):
         del backend
         values = inputs.features[inputs.outputs].unflatten(-1, (MAX_FEATURES, self.config.context))
         predicted = self.predict_weights(values, inputs.type[inputs.outputs][:, None], horizon)
-        return _add_trend(self.trend, predicted, inputs, self.config.context, horizon)
+        return _with_trend(self.trend, predicted, inputs, self.config.context, horizon)
 
     def predict_weights(self, values: Tensor, edge_type: Tensor, horizon: Horizon = None) -> Tensor:
         """Predict weights from snapshots ``[..., C]`` and edge types that broadcast to ``[...]``; without the trend."""

@@ -82,9 +82,10 @@ class Rhythm:
         schedule = ScheduleConfig(
             period=self.period,
             context=nowcaster.config.context,
-            max_steps=updates if self.until is None else min(self.until, updates),
+            max_steps=updates,
             max_horizon=longest if self.max_horizon is None else self.max_horizon,
             decay_power=self.decay_power,
+            until=self.until,
         )
         check_snapshot_average(self.snapshot_average, schedule.interval)
         return schedule
@@ -329,12 +330,14 @@ class Setup:
                 nowcaster,
                 period=rhythm.period,
                 max_steps=updates,
+                max_horizon=rhythm.max_horizon,
+                decay_power=rhythm.decay_power,
+                until=rhythm.until,
                 probation=rhythm.probation,
                 moments=rhythm.moments,
                 batch_norm=rhythm.batch_norm,
                 snapshot_average=rhythm.snapshot_average,
             )
-            self.optimizer.session.schedule = rhythm.schedule(nowcaster, updates)
 
     @property
     def reports(self) -> list[NowcastReport]:
