@@ -27,7 +27,7 @@ from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
 from nino.interrupts import or_undone
 from nino.model.config import NowcasterConfig
-from nino.model.networks import Network, build_network, build_network_with_weights
+from nino.model.networks import Network, Trend, build_network, build_network_with_weights
 from nino.shards import local_tensor
 from nino.share import WHOLE, Share
 from nino.standardise import check_snapshots, is_finite, measure_snapshots, piece_size, pieces_of
@@ -127,14 +127,19 @@ class Nowcaster:
             network.trend.stretch_(factor)
         return Nowcaster(network)
 
-    def with_trend(self) -> Nowcaster:
-        """One that predicts the same and has a trend to be trained (:class:`nino.NowcasterConfig`).
+    def with_trend(self, trend: Trend | None = None) -> Nowcaster:
+        """One with the same network and a trend (:class:`nino.NowcasterConfig`).
+
+        Args:
+            trend: is copied; by default a fresh one, with which it predicts the same.
 
         Raises:
             CheckpointError: if it does not read movements.
         """
         network = build_network(replace(self.config, trend=True))
         network.load_state_dict(network.state_dict() | self.network.state_dict())
+        if trend is not None:
+            network.trend = deepcopy(trend)
         return Nowcaster(network)
 
     def graph_of(self, model: torch.nn.Module, example_inputs: Any = None) -> NeuralGraph:

@@ -41,7 +41,9 @@ class ScheduleConfig:
             if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
                 raise NinoError(f"{name} must be a whole number of at least 1 or None, got {steps!r}")
         if self.until is not None and self.until <= self.period:
-            raise NinoError(f"until={self.until} leaves no nowcast: expected more than the period, {self.period} updates")
+            raise NinoError(
+                f"until={self.until} leaves no nowcast: expected more than the period, {self.period} updates"
+            )
         if not isinstance(self.decay_power, (int, float)) or not self.decay_power > 0:
             raise NinoError(f"decay_power must be a positive number, got {self.decay_power!r}")
         if self.period % self.context:

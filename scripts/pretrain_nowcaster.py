@@ -39,7 +39,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--hidden", type=positive_int, help="width of the network (128)")
     add("--inputs", choices=get_args(Inputs), help="what the nowcaster reads, weights unless said otherwise")
     add("--trend", action="store_true", help="also learn how a parameter's movements go on by themselves")
-    add("--only-trend", action="store_true", help="train nothing but the trend, which --start-from may lack")
     add("--steps", type=positive_int, default=5000, help="updates of the nowcaster")
     add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
     add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
@@ -55,7 +54,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--max-horizons", type=whole_number, default=0, help="horizons of a batch in the loss; 0 for all")
     add("--balanced", action="store_true", help="draw as many edges of every parameter, not in proportion to its size")
-    add("--loss", choices=LOSSES, default="absolute", help="levelled: near horizons count like far ones; squares: trends")
+    add("--loss", choices=LOSSES, default="absolute", help="levelled: near horizons count about as much as far ones")
     add("--lr", type=float, default=3e-3)
     add("--weight-decay", type=float, default=1e-2)
     add("--clip", type=float, default=5.0, help="largest gradient norm")
@@ -71,9 +70,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         fail(f"--runs {args.runs} is not a folder; record runs with scripts/collect_trajectories.py")
     if args.start_from is not None and network_settings(args):
         fail(f"--start-from {args.start_from} says what the network is; leave out --kind, --hidden and --inputs")
-    if args.only_trend and args.start_from is None:
-        fail("--only-trend: expected --start-from NOWCASTER, whose network stays as it is")
-    args.trend = args.trend or args.only_trend
     if (args.interval is None) != (args.average is None):
         fail("--interval and --average: expected both or none; they say how recorded states are read")
     return args

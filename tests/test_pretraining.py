@@ -394,28 +394,6 @@ def test_a_trend_is_added_to_a_nowcaster_that_is_trained_further(tmp_path: Path)
     assert not Nowcaster.from_pretrained(tmp_path / "without").config.trend
 
 
-def test_the_trend_alone_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pretrain_nowcaster import main
-
-    record_collection(tmp_path / "runs")
-    start = Nowcaster(build_network(replace(TREND, trend=False)))
-    start.save_pretrained(tmp_path / "start")
-    options = ["--runs", str(tmp_path / "runs"), "--strides", "1", "--steps", "4", "--validation-windows", "1"]
-    options += ["--workers", "0", "--only-trend", "--loss", "levelled-squares", "--ema", "0.9", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
-        main(options)
-    assert "expected --start-from" in capsys.readouterr().err
-    main([*options, "--start-from", str(tmp_path / "start")])
-    found = Nowcaster.from_pretrained(tmp_path / "out").network
-    assert all(torch.equal(found.state_dict()[name], value) for name, value in start.network.state_dict().items())
-    assert found.trend is not None and any(bool(parameter.any()) for parameter in found.trend.head.parameters())
-
-
-def test_a_trend_that_is_not_there_is_not_trained(tmp_path: Path, sources: tuple[WindowSource, WindowSource]) -> None:
-    with pytest.raises(CheckpointError, match="no trend to train alone"):
-        pretrain(PretrainingConfig(steps=1, only_trend=True), CONFIG, *sources, tmp_path / "out")
-
-
 def test_bad_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(TrajectoryError, match="no recorded runs"):
         WindowSource([], CONFIG)
@@ -519,8 +497,6 @@ def test_levelled_errors_shrink_with_the_horizon(tmp_path: Path) -> None:
     (absolute, _), (levelled, _) = (errors_by_horizon(still, window, measure) for measure in ("absolute", "levelled"))
     torch.testing.assert_close(levelled[:7] * torch.arange(1, 8).sqrt(), absolute[:7])
     assert total_error(still, window, "levelled")[0] == pytest.approx(levelled.sum().item())
-    squares = (window.targets / window.horizons.sqrt()).square()[window.mask].sum()
-    assert total_error(still, window, "levelled-squares")[0] == pytest.approx(squares.item())
 
 
 def test_windows_often_begin_just_after_a_jump(tmp_path: Path) -> None:

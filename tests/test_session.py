@@ -83,9 +83,9 @@ def test_horizons_as_asked_for() -> None:
     update(session, 40, losses=lambda step: 1.0 / step)
 
     assert [(report.step, report.horizon) for report in session.reports] == [(6, 3), (12, 2), (18, 1)]
-    with pytest.raises(NinoError, match="max_horizon=5 is beyond the nowcaster's longest, 4$"):
+    with pytest.raises(NinoError, match=r"max_horizon=5 is beyond the nowcaster.s longest, 4$"):
         NowcastSession(one_layer(), nowcaster, period=PERIOD, max_horizon=5)
-    with pytest.raises(NinoError, match="until=6 leaves no nowcast"):
+    with pytest.raises(NinoError, match=r"until=6 leaves no nowcast"):
         NowcastSession(one_layer(), nowcaster, period=PERIOD, until=6)
 
 

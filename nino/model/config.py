@@ -37,8 +37,8 @@ class NowcasterConfig:
     ``"movements"``: how far the earlier snapshots lie from the last one, in units of the parameter's own recent
     movement, then the standardised last snapshot; and a movement in that unit."""
     trend: bool = False
-    """Whether each parameter's movements also go on by themselves, as far as they are correlated, and the network counts
-    as much as fits that; reads movements."""
+    """Whether each parameter's movements also go on by themselves, as far as they are correlated, and the network
+    counts as much as fits that; reads movements."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("nino", "wnn"):

@@ -138,11 +138,14 @@ class Trend(nn.Module):
         return predicted * of_predicted + torch.einsum("ofc,ock->ofk", values[..., :-1], of_distances)
 
     def coefficients(self, products: Tensor, horizon: Horizon) -> Tensor:
-        """Factors of the distances from the last snapshot and, last, of the prediction: ``[..., C]`` or ``[..., C, k]``.
+        """Factors of the distances from the last snapshot and, last, of the prediction.
 
         Args:
             products: ``[..., C - 1, C - 1]``, see :class:`nino.standardise.Standardiser`.
             horizon: as in :meth:`NiNo.forward`.
+
+        Returns:
+            ``[..., C]`` or ``[..., C, k]``.
         """
         steps = products.shape[-1]
         differences = _differences(products)

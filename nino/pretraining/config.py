@@ -23,8 +23,6 @@ class PretrainingConfig:
     """What an update looks at of a window."""
     loss: Loss = "absolute"
     """See :mod:`nino.pretraining.objective`."""
-    only_trend: bool = False
-    """Whether nothing but the trend is trained (:class:`nino.NowcasterConfig`); the network stays as it was."""
     lr: float = 3e-3
     weight_decay: float = 1e-2
     clip: float = 5.0

@@ -96,10 +96,7 @@ class _Pretraining:
             self.network.load_state_dict(start.network.state_dict())
             self.settings["start"] = fingerprint(list(start.network.parameters()))
         self.average = averaged(self.network, config.ema) if config.ema else None
-        if config.only_trend:
-            _freeze_all_but_the_trend(self.network)
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.step, self.skipped, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
         self._resume(optimizer)
@@ -244,13 +241,6 @@ class _Pretraining:
         self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
         self.history = state["history"]
         logger.info("resumed after step %d", self.step)
-
-
-def _freeze_all_but_the_trend(network: Network) -> None:
-    if network.trend is None:
-        raise CheckpointError("there is no trend to train alone: expected a nowcaster whose config has trend=True")
-    network.requires_grad_(False)
-    network.trend.requires_grad_(True)
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:

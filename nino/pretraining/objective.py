@@ -7,9 +7,6 @@ learning rates), and its best answer is the median of the paths that a weight ma
 *levelled*: the same, divided at horizon h by the square root of h, as a random walk grows, so that near horizons count
 about as much as far ones. Meant for nowcasters that read movements, for which windows and parameters are level already.
 
-*levelled-squares*: the squares of these errors, whose best answer is the mean of the paths. For trends, which are little
-more than a least-squares fit.
-
 *squared* is no loss but a measure: the squared error as a part of the mean square of how far the weight's parameter
 moves in that window up to that horizon. Standing still costs 1 everywhere. A network that is trained on it falls short:
 where it cannot know whether a parameter will go far, the windows where it does not go far weigh most.
@@ -24,9 +21,9 @@ from torch import Tensor
 
 from nino.pretraining.windows import Window
 
-Loss = Literal["absolute", "levelled", "levelled-squares"]
+Loss = Literal["absolute", "levelled"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-Measure = Literal["absolute", "levelled", "levelled-squares", "squared"]
+Measure = Literal["absolute", "levelled", "squared"]
 SMALLEST_MOVEMENT = 1e-3
 """Parameters that move less than this, in standard deviations of their weights, do not count more for it."""
 
@@ -42,9 +39,9 @@ def errors_by_horizon(predicted: Tensor, window: Window, measure: Measure = "abs
     errors = predicted.float() - window.targets
     if measure == "squared":
         errors = (errors / window.movement.clamp(min=SMALLEST_MOVEMENT)[:, None]).square()
-    if measure in ("levelled", "levelled-squares"):
+    if measure == "levelled":
         errors = errors / window.horizons.sqrt()
-    errors = (errors.square() if measure == "levelled-squares" else errors.abs()) * window.mask
+    errors = errors.abs() * window.mask
     return errors.sum((0, 1)), window.mask.sum((0, 1))
 
 
