@@ -78,7 +78,7 @@ class NowcastCallback(TrainerCallback):
         NinoError: when training starts, if the model cannot be wired or a setting is out of range.
 
     Example:
-        >>> trainer = Trainer(model, args, ..., callbacks=[NowcastCallback("nino-tiny", period=1000)])  # doctest: +SKIP
+        >>> trainer = Trainer(model, args, ..., callbacks=[NowcastCallback("nino-base", period=1000)])  # doctest: +SKIP
     """
 
     def __init__(

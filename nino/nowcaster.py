@@ -47,7 +47,7 @@ class Nowcaster:
         network: a trained network.
 
     Example:
-        >>> nowcaster = Nowcaster.from_pretrained("nino-tiny")              # doctest: +SKIP
+        >>> nowcaster = Nowcaster.from_pretrained("nino-base")              # doctest: +SKIP
         >>> graph = nino.NeuralGraph.from_model(model)                      # doctest: +SKIP
         >>> new = nowcaster.predict(snapshots, horizon=20, graph=graph)     # doctest: +SKIP
     """

@@ -68,7 +68,7 @@ class NowcastOptimizer(Optimizer):
 
     Example:
         >>> optimizer = nino.NowcastOptimizer(                                          # doctest: +SKIP
-        ...     torch.optim.AdamW(model.parameters(), lr=1e-3), model, "nino-tiny", period=1000, max_steps=10_000)
+        ...     torch.optim.AdamW(model.parameters(), lr=1e-3), model, "nino-base", period=1000, max_steps=10_000)
     """
 
     optimizer: Optimizer

@@ -187,7 +187,7 @@ def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nowcaster", default="nino-tiny", help="shipped name, folder or hub id")
+    parser.add_argument("--nowcaster", default="nino-base", help="shipped name, folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--updates", type=positive_int, default=3000, help="optimizer updates of each training")

@@ -72,7 +72,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="oldest first, or one output folder of the Trainer")
     parser.add_argument("--out", type=Path, required=True, help="the new checkpoint; must not exist")
-    parser.add_argument("--nowcaster", default="nino-tiny", help="shipped name, folder or hub id")
+    parser.add_argument("--nowcaster", default="nino-base", help="shipped name, folder or hub id")
     parser.add_argument(
         "--horizon",
         type=positive_int,

@@ -86,7 +86,7 @@ def nowcast_checkpoints(
         NinoError: if an argument is out of range, or the destination cannot be written.
 
     Example:
-        >>> nowcast_checkpoints(["run"], "nowcast", Nowcaster.from_pretrained("nino-tiny"))  # doctest: +SKIP
+        >>> nowcast_checkpoints(["run"], "nowcast", Nowcaster.from_pretrained("nino-base"))  # doctest: +SKIP
     """
     began = time.perf_counter()
     out, config = Path(out), nowcaster.config
