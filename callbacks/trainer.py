@@ -56,8 +56,8 @@ class NowcastCallback(TrainerCallback):
         period: optimizer updates between nowcasts.
         max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
         decay_power: how fast horizons shrink; 1 is linear.
-        until: optimizer updates by which horizons have shrunk to one interval, and after which the optimizer is left
-            alone; by default those of the whole run.
+        until: optimizer updates by which horizons have shrunk to one interval, and after which nothing is nowcast; by
+            default those of the whole run.
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.

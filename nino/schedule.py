@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from nino.errors import NinoError
 
+LEAST_DECAY_POWER = 0.1
+"""Horizons stay as they are almost to the end; with less, powers of them are too large for a float."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -28,8 +31,8 @@ class ScheduleConfig:
     decay_power: float = 2.0
     """How fast horizons shrink over the run; 1 is linear."""
     until: int | None = None
-    """Optimizer updates by which horizons have shrunk to one interval, and after which the optimizer is left alone;
-    ``None``: those of the whole run."""
+    """Optimizer updates by which horizons have shrunk to one interval, and after which nothing is nowcast; ``None``:
+    those of the whole run."""
 
     def __post_init__(self) -> None:
         for name in ("period", "context", "max_horizon"):
@@ -46,6 +49,8 @@ class ScheduleConfig:
             )
         if not isinstance(self.decay_power, (int, float)) or not self.decay_power > 0:
             raise NinoError(f"decay_power must be a positive number, got {self.decay_power!r}")
+        if self.decay_power < LEAST_DECAY_POWER:
+            raise NinoError(f"decay_power must be at least {LEAST_DECAY_POWER}, got {self.decay_power!r}")
         if self.period % self.context:
             better = -(-self.period // self.context) * self.context
             raise NinoError(

@@ -64,8 +64,8 @@ class NowcastSession:
         max_steps: optimizer updates of the whole run, if known; see :class:`ScheduleConfig`.
         max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
         decay_power: how fast horizons shrink; 1 is linear.
-        until: optimizer updates by which horizons have shrunk to one interval, and after which the optimizer is left
-            alone; by default those of the whole run.
+        until: optimizer updates by which horizons have shrunk to one interval, and after which nothing is nowcast; by
+            default those of the whole run.
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
@@ -117,8 +117,6 @@ class NowcastSession:
         self.optimizer = optimizer
         nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
         config = nowcaster.config
-        if max_horizon is not None and max_horizon > config.max_horizon:
-            raise NinoError(f"max_horizon={max_horizon} is beyond the nowcaster's longest, {config.max_horizon}")
         self.schedule = ScheduleConfig(
             period=period,
             context=config.context,
@@ -127,6 +125,8 @@ class NowcastSession:
             decay_power=decay_power,
             until=until,
         )
+        if self.schedule.max_horizon > config.max_horizon:
+            raise NinoError(f"max_horizon={max_horizon} is beyond the nowcaster's longest, {config.max_horizon}")
         if max_steps is not None and max_steps <= period:
             logger.warning(
                 "a run of %d updates ends before its first nowcast (period=%d): nothing will be nowcast; "

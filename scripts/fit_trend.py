@@ -24,6 +24,7 @@ import torch
 from nino import Nowcaster
 from nino.data import ResampledRun, Trajectory
 from nino.model.networks import Trend
+from nino.nowcaster import CONFIG_FILE
 from nino.pretraining.trend import Rows, draw_rows, errors, fit
 from nino.pretraining.windows import WindowSource
 from tasks.cli import fail, make_output_folder, positive_int, run_main
@@ -55,6 +56,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.runs.is_dir():
         fail(f"--runs {args.runs} is not a folder; record runs with scripts/collect_trajectories.py")
+    if not 0 < args.lr < math.inf:
+        fail(f"--lr {args.lr:g}: expected a positive number")
     return args
 
 
@@ -78,6 +81,8 @@ def main(argv: list[str]) -> int:
     if not folders or not held_out:
         fail(f"--runs {args.runs}: {len(folders + held_out)} finished runs, too few to hold one out")
     make_output_folder("--out", args.out)
+    if (args.out / CONFIG_FILE).exists():
+        fail(f"--out {args.out} holds a nowcaster already; give another folder, or remove it")
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     config = replace(start.config, trend=True)

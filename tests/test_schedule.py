@@ -98,6 +98,7 @@ def test_snapshots_are_evenly_spaced_and_every_nowcast_follows_one() -> None:
         ({"until": 0}, "until must be a whole number of at least 1 or None, got 0$"),
         ({"until": 1000}, "until=1000 leaves no nowcast: expected more than the period, 1000 updates$"),
         ({"decay_power": 0}, "decay_power must be a positive number, got 0$"),
+        ({"decay_power": 0.001}, "decay_power must be at least 0.1, got 0.001$"),
         ({"decay_power": float("nan")}, "decay_power must be a positive number, got nan$"),
         ({"decay_power": "2"}, "decay_power must be a positive number, got '2'$"),
     ],

@@ -85,6 +85,8 @@ def test_horizons_as_asked_for() -> None:
     assert [(report.step, report.horizon) for report in session.reports] == [(6, 3), (12, 2), (18, 1)]
     with pytest.raises(NinoError, match=r"max_horizon=5 is beyond the nowcaster.s longest, 4$"):
         NowcastSession(one_layer(), nowcaster, period=PERIOD, max_horizon=5)
+    with pytest.raises(NinoError, match="max_horizon must be a whole number of at least 1, got '5'"):
+        NowcastSession(one_layer(), nowcaster, period=PERIOD, max_horizon="5")  # type: ignore[arg-type]
     with pytest.raises(NinoError, match=r"until=6 leaves no nowcast"):
         NowcastSession(one_layer(), nowcaster, period=PERIOD, until=6)
 
