@@ -69,6 +69,18 @@ class ScheduleConfig:
         return min((steps for steps in (self.until, self.max_steps) if steps is not None), default=None)
 
 
+def is_over(step: int, config: ScheduleConfig) -> bool:
+    """Whether the last nowcast of a plan that ends with ``until`` lies before ``step``: no later snapshot is ever read.
+
+    Without ``until`` a plan is never over: a run that is resumed may be given more updates.
+
+    Example:
+        >>> [step for step in range(1, 31) if is_over(step, ScheduleConfig(period=10, until=25))]
+        [21, 22, 23, 24, 25, 26, 27, 28, 29, 30]
+    """
+    return config.until is not None and step > (config.until - 1) // config.period * config.period
+
+
 def is_snapshot_step(step: int, config: ScheduleConfig) -> bool:
     """Whether a snapshot is due after ``step`` updates.
 
@@ -76,7 +88,7 @@ def is_snapshot_step(step: int, config: ScheduleConfig) -> bool:
         >>> [step for step in range(1, 21) if is_snapshot_step(step, ScheduleConfig(period=10))]
         [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
     """
-    return step > 0 and step % config.interval == 0
+    return step > 0 and step % config.interval == 0 and not is_over(step, config)
 
 
 def is_nowcast_step(step: int, config: ScheduleConfig) -> bool:

@@ -41,7 +41,7 @@ from nino.probation import (
 from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import NowcastReport, OpenReport
 from nino.rollback import RestorePoint
-from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_snapshot_step
+from nino.schedule import ScheduleConfig, horizon_at, is_nowcast_step, is_over, is_snapshot_step
 from nino.shards import local_tensors
 from nino.trial import Trial, log_report
 
@@ -382,7 +382,9 @@ class NowcastSession:
 
     def _average(self) -> None:
         """Count the weights in, if the coming snapshot is a mean that they belong to."""
-        if self.snapshot_average == 1 or not is_added(self.step, self.schedule.interval, self.snapshot_average):
+        if self.snapshot_average == 1 or is_over(self.step, self.schedule):
+            return
+        if not is_added(self.step, self.schedule.interval, self.snapshot_average):
             return
         try:
             self.mean.add(local_tensors(self.trainable_parameters()))

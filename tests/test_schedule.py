@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nino import NinoError, ScheduleConfig
-from nino.schedule import horizon_at, is_nowcast_step, is_snapshot_step
+from nino.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
 
 
 def nowcasts(config: ScheduleConfig, until: int) -> list[tuple[int, int]]:
@@ -78,6 +78,16 @@ def test_snapshots_are_evenly_spaced_and_every_nowcast_follows_one() -> None:
     assert config.interval == 3
     assert [s for s in range(20) if is_snapshot_step(s, config)] == [3, 6, 9, 12, 15, 18]
     assert all(is_snapshot_step(s, config) for s in range(100) if is_nowcast_step(s, config))
+
+
+@pytest.mark.parametrize(("until", "last_nowcast"), [(25, 20), (31, 30), (30, 20)])
+def test_no_snapshot_is_taken_that_no_nowcast_reads(until: int, last_nowcast: int) -> None:
+    config = ScheduleConfig(period=10, until=until)
+
+    assert max(step for step in range(100) if is_nowcast_step(step, config)) == last_nowcast
+    assert max(step for step in range(100) if is_snapshot_step(step, config)) == last_nowcast
+    assert not is_over(last_nowcast, config) and is_over(last_nowcast + 1, config)
+    assert is_snapshot_step(1000, ScheduleConfig(period=10, max_steps=until)), "a longer run may be resumed from it"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,17 @@ def test_snapshots_are_means_and_the_jump_starts_from_the_last_one(dtype: torch.
     assert all(s["0.weight"].dtype == dtype for _, snapshots in nowcaster.asked for s in snapshots)
 
 
+def test_after_the_last_nowcast_of_a_plan_nothing_is_kept_or_added_up() -> None:
+    nowcaster = ScriptedNowcaster(add(100))
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    session = NowcastSession(model, nowcaster, period=PERIOD, snapshot_average=AVERAGE, until=PERIOD + 2)
+    count_on(session, PERIOD - 1)
+    assert len(session.store) and session.mean.count
+    count_on(session, PERIOD)
+    assert len(nowcaster.asked) == 1
+    assert not len(session.store) and not session.mean.count
+
+
 def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None:
     def break_down(newest: Weights) -> Weights:
         raise RuntimeError("no")
