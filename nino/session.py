@@ -243,6 +243,8 @@ class NowcastSession:
         if is_nowcast_step(self.step, self.schedule):
             self._nowcast()
             self._forget_history()
+            if is_over(self.step + 1, self.schedule):
+                self.store.forget()
         return completed
 
     def finish(self) -> NowcastReport | None:

@@ -58,6 +58,7 @@ def test_after_the_last_nowcast_of_a_plan_nothing_is_kept_or_added_up() -> None:
     count_on(session, PERIOD)
     assert len(nowcaster.asked) == 1
     assert not len(session.store) and not session.mean.count
+    assert session.store._keeper._free == []  # type: ignore[attr-defined]  # no snapshot is coming
 
 
 def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None:

@@ -102,7 +102,7 @@ class SnapshotStore:
         try:
             kept = self._copy(parameters)
         except BaseException:
-            self._forget()
+            self.forget()
             raise
         kept.is_exact = are_live and all(kept.tensors[name].dtype == value.dtype for name, value in parameters.items())
         self._kept.append(kept)
@@ -117,7 +117,7 @@ class SnapshotStore:
         try:
             self._keeper.finish()
         except Exception:
-            self._forget()
+            self.forget()
             raise
 
     def wait(self) -> None:
@@ -127,6 +127,11 @@ class SnapshotStore:
     def clear(self) -> None:
         """Forget all snapshots; their memory is held for the coming ones."""
         self._replace([], [])
+
+    def forget(self) -> None:
+        """Forget all snapshots and hold no memory for coming ones."""
+        self.clear()
+        self._keeper.trim()
 
     def close(self) -> None:
         """Forget all snapshots and give back memory, files and hooks; the store cannot be used any more."""
@@ -191,11 +196,6 @@ class SnapshotStore:
         for copy, is_exact in zip(copies, history["exact"], strict=True):
             copy.is_exact = is_exact
         self._replace(history["steps"], copies)
-
-    def _forget(self) -> None:
-        """Forget everything and hold no memory for later."""
-        self.clear()
-        self._keeper.trim()
 
     def _copy(self, parameters: Mapping[str, Tensor]) -> Kept:
         return self._keeper.keep(parameters)
