@@ -7,6 +7,8 @@ Runs of two families are planned from one seed: ``images`` (small CNNs on CIFAR-
 folder (see ``nino/data/trajectory.py``). Finished runs are skipped, so the same command resumes a killed collection.
 With ``--jump-with NOWCASTER --jump-period 1000`` runs are nowcast as they go, and their headers say where: so that a
 nowcaster learns from what follows a jump.
+With ``--fleet 32`` every planned run is recorded 32 times, with seeds of their own: side by side in one program, on the
+GPU if there is one.
 """
 
 from __future__ import annotations
@@ -17,120 +19,38 @@ import json
 import multiprocessing
 import random
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from nino import NowcastOptimizer, ScheduleConfig
-from nino.data import Trajectory, build_model, record
+from nino.data import Trajectory, record
 from nino.errors import TrajectoryError
 from nino.history.mean import check_snapshot_average
 from tasks.cli import fail, make_output_folder, positive_int, run_main
-from tasks.images import convnet, load_parquet_images
+from tasks.fleets import record_fleet, time_fleet
 from tasks.nowcasters import load_nowcaster
 from tasks.rehearsal import random_images, random_text, time_training
-from tasks.task import ImageTask, Task, TextTask
-from tasks.text import gpt2, llama, load_text_files
+from tasks.run_plans import (
+    IMAGE_SETS,
+    TRAINING_TEXTS,
+    RunPlan,
+    forward_format,
+    load_task,
+    make_model,
+    notes_of,
+    plan_image_run,
+    plan_language_run,
+    state_bytes,
+)
+from tasks.task import ImageTask, TextTask
 
 EVALUATE_EVERY = 400
 """Updates, about; at the next recorded state."""
-# Held out of training on purpose: WikiText-2 and everything the demo trains on.
-TRAINING_TEXTS = ("tinyshakespeare.txt", "gutenberg/*.txt")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSet:
-    """How runs on a set of images are varied."""
-
-    channels: int
-    sizes: tuple[int, ...]
-    """Pixels, one drawn per run."""
-    share: int
-    """How often it is drawn, relative to the others."""
-
-
-IMAGE_SETS = {"cifar10": ImageSet(3, (16, 24, 32, 32), 3), "mnist": ImageSet(1, (14,), 1)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """One run to record; plain values only, so that it is stored beside the states."""
-
-    name: str
-    family: str
-    data: str
-    image_size: int
-    architecture: dict[str, Any]
-    lr: float
-    weight_decay: float
-    batch_size: int
-    seed: int
-    updates: int
-    interval: int
-    bf16: bool = False
-    """Whether the model is trained under bfloat16 autocast, channels last."""
-    jump_with: str | None = None
-    """The nowcaster, if the run is nowcast."""
-    jump_period: int | None = None
-    jump_average: int = 1
-    """Updates before a snapshot over which the weights are averaged."""
-    jump_until: int | None = None
-    """The last update that may jump; ``None`` for no end."""
-
-
-def plan_image_run(
-    index: int, choose: random.Random, updates: int, interval: int, sets: list[str], bf16: bool
-) -> RunPlan:
-    """A CNN of varied width on small images, since the smaller the image, the more runs an hour records."""
-    data = choose.choices(sets, weights=[IMAGE_SETS[name].share for name in sets])[0]
-    size = choose.choice(IMAGE_SETS[data].sizes)
-    hidden = choose.choice([(8, 16, 16), (16, 32, 32), (16, 32, 32), (16, 32, 32), (12, 24, 24), (24, 24, 48)])
-    norm, first_padding = choose.random() < 0.1, choose.choice([0, 0, 1])
-    return RunPlan(
-        name=f"images-{index:04d}",
-        family="images",
-        data=data,
-        image_size=size,
-        architecture=convnet(IMAGE_SETS[data].channels, hidden, norm=norm, first_padding=first_padding),
-        lr=choose.choice([1e-3, 2e-3, 3e-3, 3e-3, 3e-3, 5e-3]),
-        weight_decay=choose.choice([0.0, 0.0, 1e-2]),
-        batch_size=choose.choice([64, 128, 128]),
-        seed=choose.randrange(2**31),
-        updates=updates,
-        interval=interval,
-        bf16=bf16,
-    )
-
-
-def plan_language_run(index: int, choose: random.Random, updates: int, interval: int, texts: list[str]) -> RunPlan:
-    """A Llama (most often) or GPT-2 of 1 to 3 layers on one or several texts."""
-    vocab_size = choose.choice([256, 512])
-    layers, width = choose.choice([(1, 32), (2, 24), (2, 32), (2, 32), (3, 24), (3, 32)])
-    heads = choose.choice([2, 4])
-    if choose.random() < 0.7:
-        kv_heads = choose.choice([heads, heads // 2])
-        architecture = llama(layers, width, heads, kv_heads, vocab_size, tied=choose.random() < 0.7)
-    else:
-        architecture = gpt2(layers, width, heads, vocab_size, num_positions=64)
-    return RunPlan(
-        name=f"language-{index:04d}",
-        family="language",
-        data=",".join(sorted(choose.sample(texts, k=choose.choice([1, 2, 4])))),
-        image_size=0,
-        architecture=architecture,
-        lr=choose.choice([2e-4, 5e-4, 1e-3, 1e-3, 1e-3, 2e-3]),
-        weight_decay=choose.choice([0.0, 0.0, 1e-2, 1e-1]),
-        batch_size=choose.choice([16, 16, 16, 32]),
-        seed=choose.randrange(2**31),
-        updates=updates,
-        interval=interval,
-    )
 
 
 def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
@@ -140,15 +60,35 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
     for index in range(args.runs):
         choose = random.Random(f"{args.seed}-{index}")
         if args.family in ("all", "images"):
-            plans.append(plan_image_run(index, choose, args.updates, args.interval, args.images, args.bf16))
+            options = {"bf16": args.bf16, "batch_norm": args.fleet == 1}  # fleets keep no running statistics
+            plans.append(plan_image_run(index, choose, args.updates, args.interval, args.images, **options))
         if args.family in ("all", "language"):
             plans.append(plan_language_run(index, choose, args.updates, args.interval, texts))
-    if args.jump_with is None:
-        return plans
-    jumps = {"jump_with": args.jump_with, "jump_period": args.jump_period, "jump_average": args.jump_average}
+    if args.jump_with is not None:
+        plans = [with_jumps(plan, args) for plan in plans]
+    return [run for plan in plans for run in runs_of(plan, args.fleet)]
+
+
+def with_jumps(plan: RunPlan, args: argparse.Namespace) -> RunPlan:
+    """The same run, nowcast as the arguments say."""
+    return dataclasses.replace(
+        plan,
+        name=f"{plan.name}-jumps",
+        jump_with=args.jump_with,
+        jump_period=args.jump_period,
+        jump_average=args.jump_average,
+        jump_until=last_jump(plan, args),
+    )
+
+
+def runs_of(plan: RunPlan, size: int) -> list[RunPlan]:
+    """The runs of a fleet, which differ in name and seed; for a fleet of one the run itself."""
+    if size == 1:
+        return [plan]
+    seeds = random.Random(plan.seed)
     return [
-        dataclasses.replace(plan, name=f"{plan.name}-jumps", jump_until=last_jump(plan, args), **jumps)
-        for plan in plans
+        dataclasses.replace(plan, name=f"{plan.name}-{index:03d}", seed=seeds.randrange(2**31), fleet=plan.name)
+        for index in range(size)
     ]
 
 
@@ -157,14 +97,6 @@ def last_jump(plan: RunPlan, args: argparse.Namespace) -> int | None:
     if args.jump_until is None:
         return None
     return args.jump_period * random.Random(plan.seed).randint(1, args.jump_until // args.jump_period)
-
-
-@lru_cache(maxsize=4)
-def load_task(data: str, image_size: int, vocab_size: int, folder: Path, cache: Path) -> Task:
-    """The task of a plan; kept, since consecutive runs of a process often share it."""
-    if vocab_size:
-        return TextTask(load_text_files([folder / "text" / name for name in data.split(",")], vocab_size, cache))
-    return ImageTask(load_parquet_images(data, folder, cache, size=image_size))
 
 
 def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
@@ -184,19 +116,6 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def make_model(plan: RunPlan) -> nn.Module:
-    """The run's model, in the memory format in which bfloat16 is fast."""
-    model = build_model(plan.architecture)
-    if plan.bf16:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    return model
-
-
-def forward_format(plan: RunPlan) -> torch.autocast:
-    """In which the run's losses are computed."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16)
-
-
 def record_run(plan: RunPlan, data: Path, out: Path) -> float:
     """Train one model and record it; returns its last validation loss."""
     torch.set_num_threads(1)
@@ -206,13 +125,12 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> float:
     model = make_model(plan)
     optimizer = make_optimizer(plan, model)
     generator = torch.Generator().manual_seed(plan.seed)
-    notes = {k: v for k, v in dataclasses.asdict(plan).items() if k != "architecture"}
     recorder = record(
         model,
         out / plan.name,
         interval=plan.interval,
         optimizer=optimizer,
-        training=notes,
+        training=notes_of(plan),
         architecture=plan.architecture,
     )
     recorder.after_update(0, task.evaluate(model))
@@ -246,19 +164,43 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def state_bytes(plan: RunPlan) -> int:
-    """The size of a run's states on disk."""
-    elements = sum(prod(p.shape) for p in build_model(plan.architecture, device="meta").parameters())
-    return 4 * elements * (plan.updates // plan.interval + 1)
+def in_fleets(plans: Sequence[RunPlan]) -> list[list[RunPlan]]:
+    """The plans by what is trained side by side; a run that is of no fleet is alone."""
+    groups: dict[str, list[RunPlan]] = {}
+    for plan in plans:
+        groups.setdefault(plan.fleet or plan.name, []).append(plan)
+    return list(groups.values())
+
+
+def record_together(plans: list[RunPlan], data: Path, out: Path) -> dict[str, str]:
+    """Record a fleet, or a run that is of none; why the runs that failed did, by name."""
+    if plans[0].fleet:
+        return record_fleet(plans, data, out)
+    try:
+        record_run(plans[0], data, out)
+    except Exception as error:  # one failed run must not lose the others
+        return {plans[0].name: f"{type(error).__name__}: {error}"}
+    return {}
+
+
+def rehearsal_task(plan: RunPlan) -> ImageTask | TextTask:
+    """Random data of the size of the plan's."""
+    config = plan.architecture.get("config", {})
+    channels = IMAGE_SETS[plan.data].channels if plan.data in IMAGE_SETS else 0
+    return random_text(config["vocab_size"]) if config else random_images(channels, plan.image_size)
+
+
+def seconds_together(plans: list[RunPlan]) -> float:
+    """About how long a fleet, or a run of none, takes; nowcasts and writing are not counted."""
+    if plans[0].fleet:
+        return plans[0].updates * time_fleet(plans, rehearsal_task(plans[0]))
+    return run_seconds(plans[0])
 
 
 def run_seconds(plan: RunPlan) -> float:
     """About how long a run takes on one thread of this machine; nowcasts and writing are not counted."""
     torch.set_num_threads(1)
-    config = plan.architecture.get("config", {})
-    channels = IMAGE_SETS[plan.data].channels if plan.data in IMAGE_SETS else 0
-    task = random_text(config["vocab_size"]) if config else random_images(channels, plan.image_size)
-    update, evaluation = time_training(task, make_model(plan), plan.batch_size, forward_format(plan))
+    update, evaluation = time_training(rehearsal_task(plan), make_model(plan), plan.batch_size, forward_format(plan))
     return plan.updates * (update + evaluation / max(EVALUATE_EVERY, plan.interval))
 
 
@@ -292,7 +234,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="every run jumps for the last time at an update up to U, drawn at random, and goes on undisturbed",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=positive_int, default=1, help="runs at once, one thread each")
+    parser.add_argument(
+        "--fleet",
+        type=positive_int,
+        default=1,
+        metavar="M",
+        help="record every run M times with seeds of their own, side by side: what a GPU is quick at",
+    )
+    parser.add_argument(
+        "--jobs", type=positive_int, default=1, help="runs at once, one thread each; with --fleet, fleets"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="only say what would be recorded, how large it is and how long it takes"
     )
@@ -334,27 +285,29 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     plans = plan_runs(args)
     todo = [plan for plan in plans if not is_finished(args.out / plan.name)]
+    groups = in_fleets(todo)
     gigabytes = sum(map(state_bytes, todo)) / 1e9
     print(
         f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
     )
     if args.dry_run:
-        hours = sum(map(run_seconds, tqdm(todo, unit="run", leave=False))) / 3600 / args.jobs
+        hours = sum(map(seconds_together, tqdm(groups, unit="run", leave=False))) / 3600 / args.jobs
         print(f"about {hours:.1f} hours with --jobs {args.jobs}, at the speed of this machine now")
         return 0
     make_output_folder("--out", args.out)
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        futures = {pool.submit(record_run, plan, args.data, args.out): plan for plan in todo}
-        with tqdm(total=len(futures), unit="run") as progress:
+        futures = {pool.submit(record_together, group, args.data, args.out): group for group in groups}
+        with tqdm(total=len(todo), unit="run") as progress:
             for future in as_completed(futures):
-                plan = futures[future]
+                group = futures[future]
                 try:
-                    progress.set_postfix_str(f"{plan.name}: eval loss {future.result():.3f}")
-                except Exception as error:  # one failed run must not lose the others
-                    failed[plan.name] = f"{type(error).__name__}: {error}"
-                progress.update()
+                    failed |= future.result()
+                except Exception as error:  # of a fleet as a whole
+                    failed |= {plan.name: f"{type(error).__name__}: {error}" for plan in group}
+                progress.set_postfix_str(group[0].fleet or group[0].name)
+                progress.update(len(group))
     summary = {"recorded": len(todo) - len(failed), "skipped": len(plans) - len(todo), "failed": failed}
     (args.out / "collection.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import io
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 # A shell that starts something in the background lets it ignore interrupts, and all that it starts in turn.
@@ -19,3 +22,29 @@ def quick_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data folder in the form that collect_trajectories reads."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def encoded(shape: tuple[int, ...]) -> dict[str, object]:
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(buffer, format="PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    for name, column, shape in (("cifar10", "img", (32, 32, 3)), ("mnist", "image", (28, 28))):
+        labels = rng.integers(0, 10, 60)
+        rows = [encoded(shape) for _ in labels]
+        parquet.write_table(pyarrow.table({column: rows, "label": labels}), folder / f"{name}-train.parquet")
+    (folder / "text" / "gutenberg").mkdir(parents=True)
+    words = rng.choice(["the", "cat", "sat", "on", "a", "mat", "and", "slept"], 4000)
+    for name in ("tinyshakespeare.txt", "gutenberg/a.txt", "gutenberg/b.txt", "gutenberg/c.txt"):
+        (folder / "text" / name).write_text(" ".join(words))
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
@@ -10,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from recordings import record_collection
@@ -32,32 +30,6 @@ def assert_refused(result: Any, *expected: str) -> None:
     assert "Traceback" not in result.stderr
     for part in expected:
         assert part in message
-
-
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny data folder in the form that collect_trajectories reads."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-
-    def encoded(shape: tuple[int, ...]) -> dict[str, object]:
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(buffer, format="PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    for name, column, shape in (("cifar10", "img", (32, 32, 3)), ("mnist", "image", (28, 28))):
-        labels = rng.integers(0, 10, 60)
-        rows = [encoded(shape) for _ in labels]
-        parquet.write_table(pyarrow.table({column: rows, "label": labels}), folder / f"{name}-train.parquet")
-    (folder / "text" / "gutenberg").mkdir(parents=True)
-    words = rng.choice(["the", "cat", "sat", "on", "a", "mat", "and", "slept"], 4000)
-    for name in ("tinyshakespeare.txt", "gutenberg/a.txt", "gutenberg/b.txt", "gutenberg/c.txt"):
-        (folder / "text" / name).write_text(" ".join(words))
-    return folder
 
 
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
@@ -215,14 +187,15 @@ def test_jumps_that_leave_nothing_to_learn_are_one_line(
 
 def test_recorded_text_and_images_are_split_before_training() -> None:
     from tasks.images import load_digits
-    from tasks.text import fixed_windows, random_windows, tokenize
+    from tasks.text import fixed_windows, random_starts, tokenize, windows_at
 
     digits = load_digits()
     assert len(digits.train_images) == 1400 and len(digits.eval_images) == 397
     assert digits.train_images.mean().abs() < 1e-5 and digits.train_images.std() == pytest.approx(1, abs=1e-3)
 
     data = tokenize("abc " * 400 + "xyz " * 40, vocab_size=300)
-    windows = random_windows(data.train_tokens, 5, 8, torch.Generator().manual_seed(0))
+    starts = random_starts(data.train_tokens, 5, 8, torch.Generator().manual_seed(0))
+    windows = windows_at(data.train_tokens, starts, 8)
     assert windows.shape == (5, 8)
     assert torch.equal(fixed_windows(data.eval_tokens, 3, 8), fixed_windows(data.eval_tokens, 3, 8))
     assert len(data.eval_tokens) < len(data.train_tokens)

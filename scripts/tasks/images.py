@@ -157,7 +157,9 @@ def shift_randomly(images: Tensor, pixels: int = 1, generator: torch.Generator |
     """Move each image ``[n, channels, height, width]`` by up to ``pixels``, repeating its border."""
     count, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images, (pixels,) * 4, mode="replicate")
-    top, left = torch.randint(2 * pixels + 1, (2, count, 1), generator=generator)
-    rows = (top + torch.arange(height))[:, None, :, None].expand(-1, channels, -1, padded.shape[-1])
-    columns = (left + torch.arange(width))[:, None, None, :].expand(-1, channels, height, -1)
+    top, left = torch.randint(2 * pixels + 1, (2, count, 1), generator=generator).to(images.device)
+    rows = (top + torch.arange(height, device=images.device))[:, None, :, None]
+    columns = (left + torch.arange(width, device=images.device))[:, None, None, :]
+    rows = rows.expand(-1, channels, -1, padded.shape[-1])
+    columns = columns.expand(-1, channels, height, -1)
     return padded.gather(2, rows).gather(3, columns)

@@ -52,10 +52,11 @@ def time_training(
         optimizer.step()
 
     update()  # warms up
-    return median(_seconds(update) for _ in range(5)), _seconds(lambda: task.evaluate(model))
+    return median(seconds_of(update) for _ in range(5)), seconds_of(lambda: task.evaluate(model))
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long it takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

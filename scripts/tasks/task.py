@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.images import ImageData, shift_randomly
-from tasks.text import TextData, fixed_windows, random_windows
+from tasks.text import TextData, fixed_windows, random_starts, windows_at
 
 EVAL_BATCH = 250
 Batch = tuple[Tensor, ...]
@@ -60,7 +60,20 @@ class ImageTask:
 
     def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Draw training images at random."""
-        return self._take(torch.randint(len(self.data.train_images), (batch_size,), generator=generator), generator)
+        return self._take(self.draw(batch_size, generator), generator)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Which training images: int64 ``[batch_size]``."""
+        return torch.randint(len(self.data.train_images), (batch_size,), generator=generator)
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether a batch is more than the images drawn."""
+        return self.mirror or self.shift > 0
+
+    def take(self, indices: Tensor) -> Batch:
+        """Those training images, neither mirrored nor shifted."""
+        return self.data.train_images[indices], self.data.train_labels[indices]
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """All training images in random order, again and again; the last batch of an epoch may be smaller."""
@@ -69,13 +82,13 @@ class ImageTask:
                 yield self._take(indices, generator)
 
     def _take(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        images = self.data.train_images[indices]
+        images, labels = self.take(indices)
         if self.mirror:
-            flips = torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5
+            flips = (torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5).to(images.device)
             images = torch.where(flips, images.flip(-1), images)
         if self.shift:
             images = shift_randomly(images, self.shift, generator)
-        return images, self.data.train_labels[indices]
+        return images, labels
 
     def held_out(self) -> Batch:
         """Images to evaluate on, and their labels."""
@@ -138,7 +151,15 @@ class TextTask:
 
     def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Draw windows of the training text at random."""
-        return (random_windows(self.data.train_tokens, batch_size, self.length, generator),)
+        return self.take(self.draw(batch_size, generator))
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Where windows begin: int64 ``[batch_size]``."""
+        return random_starts(self.data.train_tokens, batch_size, self.length, generator)
+
+    def take(self, indices: Tensor) -> Batch:
+        """The windows that begin there."""
+        return (windows_at(self.data.train_tokens, indices, self.length),)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Random windows, without end."""

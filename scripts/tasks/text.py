@@ -94,13 +94,16 @@ def load_text_files(paths: list[Path], vocab_size: int, cache: Path) -> TextData
     return data
 
 
-def random_windows(tokens: Tensor, batch_size: int, length: int, generator: torch.Generator) -> Tensor:
-    """Draw ``[batch_size, length]`` windows of consecutive tokens."""
-    starts = torch.randint(len(tokens) - length, (batch_size, 1), generator=generator)
-    return tokens[starts + torch.arange(length)]
+def random_starts(tokens: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Draw where windows of consecutive tokens begin: int64 ``[count]``."""
+    return torch.randint(len(tokens) - length, (count,), generator=generator)
+
+
+def windows_at(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
+    """The windows ``[count, length]`` that begin there."""
+    return tokens[starts[:, None] + torch.arange(length, device=starts.device)]
 
 
 def fixed_windows(tokens: Tensor, count: int, length: int) -> Tensor:
     """Return ``[count, length]`` evenly spread windows, the same at every call."""
-    starts = torch.linspace(0, len(tokens) - length - 1, count).long()[:, None]
-    return tokens[starts + torch.arange(length)]
+    return windows_at(tokens, torch.linspace(0, len(tokens) - length - 1, count).long(), length)

@@ -1,0 +1,104 @@
+"""Nowcasting a fleet: the disjoint union of its models' graphs goes through the network at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from nino.graph import NeuralGraph
+from nino.graph.edge_list import EdgeList
+from nino.graph.ir import MAX_FEATURES
+from nino.model.config import Inputs
+from nino.model.networks import EdgeInputs
+from nino.nowcaster import Nowcaster
+from nino.pretraining.fleet import Stacked
+from nino.standardise import EPSILON, Standardiser
+
+
+class FleetNowcaster:
+    """Predicts what :meth:`nino.Nowcaster.predict` predicts of every model, edge by edge.
+
+    Args:
+        nowcaster: makes the predictions.
+        graph: of the models.
+        size: how many models, M.
+        device: where they are.
+    """
+
+    def __init__(self, nowcaster: Nowcaster, graph: NeuralGraph, size: int, device: torch.device) -> None:
+        nowcaster.check_fits(graph)
+        self.config, self.size = nowcaster.config, size
+        self._network = deepcopy(nowcaster.network).to(device)
+        self._edges = EdgeList(graph)
+        firsts = torch.arange(size)[:, None]
+        wanted = torch.arange(self._edges.num_parameter_edges)
+        self._index = (self._edges.index[:, None] + firsts * graph.num_nodes).flatten(1).to(device)
+        self._chosen = (wanted + firsts * self._edges.num_edges).flatten().to(device)
+        self._type = self._edges.type.repeat(size).to(device)
+        self._positions = graph.positions(self.config.num_positions).repeat(size, 1).to(device)
+        self._words = graph.words().repeat(size).to(device)
+
+    @torch.no_grad()
+    def predict(self, snapshots: Sequence[Mapping[str, Tensor]], horizon: int) -> Stacked:
+        """Where the weights of all models will be.
+
+        Args:
+            snapshots: by name ``[M, *shape]``, oldest first.
+            horizon: snapshot intervals ahead.
+
+        Returns:
+            By name ``[M, *shape]``. What is not finite is not refused.
+        """
+        scalers, states = {}, {}
+        for name in snapshots[0]:
+            values = torch.stack([snapshot[name] for snapshot in snapshots])
+            scalers[name] = measure_fleet(values, self.config.inputs)
+            states[name] = scalers[name].encode_(values)
+        moved = self._network(self._inputs(states, scalers), horizon).unflatten(0, (self.size, -1))
+        each = [self._edges.parameters(movement) for movement in moved]
+        return {
+            name: scaler.decode(states[name][-1], torch.stack([movement[name] for movement in each]))
+            for name, scaler in scalers.items()
+        }
+
+    def _inputs(self, states: Mapping[str, Tensor], scalers: Mapping[str, Standardiser]) -> EdgeInputs:
+        by_edge = self._edges.features({name: state.flatten(0, 1) for name, state in states.items()})
+        by_model = by_edge.unflatten(1, (MAX_FEATURES, self.config.context, self.size)).movedim(-1, 0)
+        products = {name: scaler.products for name, scaler in scalers.items() if scaler.products is not None}
+        return EdgeInputs(
+            features=by_model.flatten(2).flatten(0, 1),
+            index=self._index,
+            type=self._type,
+            positions=self._positions,
+            words=self._words,
+            num_outputs=len(self._chosen),
+            chosen=self._chosen,
+            products=self._edges.per_parameter(products).movedim(1, 0).flatten(0, 1) if products else None,
+        )
+
+
+def measure_fleet(values: Tensor, inputs: Inputs) -> Standardiser:
+    """:meth:`Standardiser.of` for M models at once.
+
+    Args:
+        values: ``[C, M, *shape]``, the snapshots of one parameter, oldest first.
+        inputs: of the nowcaster.
+
+    Returns:
+        Numbers of ``[M, 1, ...]``, which apply to ``[M, *shape]``; products of ``[M, C - 1, C - 1]``.
+    """
+    context, size = values.shape[:2]
+    shape = (size, *[1] * (values.ndim - 2))
+    flat = values.double().movedim(1, 0).flatten(2)  # [M, C, n]
+    std, mean = torch.std_mean(flat, dim=(1, 2))
+    if inputs != "movements":
+        return Standardiser(mean.to(values).view(shape), std.to(values).view(shape))
+    moves = flat[:, :-1] - flat[:, -1:]
+    means = moves @ moves.mT / (context * flat.shape[-1])
+    unit = means.diagonal(dim1=1, dim2=2).sum(-1).sqrt() + EPSILON * (std + EPSILON)
+    products = context * means / unit.square()[:, None, None]
+    mean, std, unit = (number.to(values).view(shape) for number in (mean, std, unit))
+    return Standardiser(mean, std, unit, products.to(values))

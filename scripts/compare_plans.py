@@ -1,0 +1,149 @@
+"""Compare plans of nowcasting on many seeds at once: which period, horizons and averages suit a task?
+
+    python scripts/compare_plans.py --data ../data --task c10-16 --updates 3600 --seeds 24 --methods adam \\
+        nino:nino-base@period=250,snapshot_average=50,decay_power=0.15 nino:nino-base@period=500,snapshot_average=50
+
+The models of all seeds are trained side by side in one program, on the GPU if there is one: 24 CNNs for 3,600 updates
+and 14 nowcasts each take about half a minute there. Tasks and methods are those of evaluate_speedup.py (AdamW at
+a constant rate, with or without jumps), and so are initial weights; batches are drawn anew every time, not in epochs.
+It is for choosing: the result is measured with evaluate_speedup.py, on seeds that chose nothing. The table goes to
+standard output, the curve of every seed to ``plans.json``, a picture of the means to ``plans.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nino.errors import NinoError
+from nino.pretraining.fleet import Fleet
+from tasks.cli import fail, make_output_folder, positive_float, positive_int, run_main
+from tasks.fleets import Jumps, draw_batches, fleet_device, on_device, seeded
+from tasks.machine import describe_machine
+from tasks.methods import Method, Rhythm, check_method, load_jump, parse_method
+from tasks.report import Panel, draw_panels, format_table, updates_to_reach
+from tasks.speedup import TASKS
+from tasks.task import ImageTask, TextTask
+
+ADAM = "adam"
+Curves = list[list[tuple[int, float]]]
+"""Of every seed: updates and metric."""
+
+
+def train(method: Method, args: argparse.Namespace) -> Curves:
+    """Train the models of all seeds with a method."""
+    spec, device = TASKS[args.task], fleet_device()
+    data = spec.data(args.data)
+    if not isinstance(data, (ImageTask, TextTask)):
+        raise NinoError(f"task {args.task} cannot be trained side by side; evaluate_speedup.py trains it alone")
+    task, seeds = on_device(data, device), range(args.first_seed, args.first_seed + args.seeds)
+    fleet = Fleet(seeded(spec.build, seeds), task.loss, device, args.learning_rate, spec.weight_decay)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    jumps = None
+    if method.jump is not None:
+        nowcaster = load_jump(method.jump)
+        schedule = method.rhythm.schedule(nowcaster, args.budget)
+        jumps = Jumps(fleet, nowcaster, schedule, method.rhythm.snapshot_average)
+    curves: Curves = [[] for _ in seeds]
+    for step in tqdm(range(1, args.updates + 1), unit="update", leave=False, desc=method.name):
+        fleet.update(draw_batches(task, spec.batch_size, generators))
+        if jumps is not None:
+            jumps.after_update(step)
+        if step % args.eval_every == 0 or step == args.updates:
+            for index, curve in enumerate(curves):
+                curve.append((step, task.evaluate(fleet.as_model(index))[spec.metric]))
+    return curves
+
+
+def check(method: Method, args: argparse.Namespace) -> None:
+    """Refuse what fleets do not train.
+
+    Raises:
+        NinoError: saying what was expected.
+    """
+    plain = method.optimizer.kind == ADAM and method.slow is None and method.average is None
+    if not plain or method.rhythm.probation or method.rhythm.moments != "keep":
+        raise NinoError(f"method {method.name!r}: expected adam or its nowcasts, without probation, moments kept")
+    check_method(method, args.budget)
+
+
+def row_of(name: str, curves: Curves, bests: Sequence[float] | None, higher: bool) -> dict[str, Any]:
+    """A method in the table."""
+    best = [(max if higher else min)(value for _, value in curve) for curve in curves]
+    row: dict[str, Any] = {"method": name, "best": fmean(best), "last": fmean(curve[-1][1] for curve in curves)}
+    if bests is not None:
+        pairs = zip(curves, bests, strict=True)
+        reached = [step for curve, goal in pairs if (step := updates_to_reach(curve, goal, higher)) is not None]
+        row |= {"reach adam's best": len(reached), "after": fmean(reached) if reached else None}
+    return row
+
+
+def mean_curve(curves: Curves) -> list[tuple[int, float]]:
+    """The mean over seeds."""
+    return [(points[0][0], fmean(value for _, value in points)) for points in zip(*curves, strict=True)]
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, help="folder with the task's data")
+    add("--task", choices=list(TASKS), default="digits-16")
+    add("--methods", nargs="+", required=True, help="as of evaluate_speedup.py")
+    add("--seeds", type=positive_int, default=16, metavar="M", help="how many models")
+    add("--first-seed", type=int, default=1000, help="seeds that choose a plan are not those that measure it")
+    add("--updates", type=positive_int, help="optimizer updates; by default the task's")
+    add("--budget", type=positive_int, help="updates that plans are made for, if more than --updates")
+    add("--learning-rate", type=positive_float, help="by default the task's")
+    add("--eval-every", type=positive_int, default=50, metavar="U", help="updates between evaluations")
+    add("--period", type=positive_int, default=500, help="optimizer updates between jumps, where a method has none")
+    add("--out", type=Path, default=Path("plans"), help="folder for table and picture")
+    args = parser.parse_args(argv)
+    spec = TASKS[args.task]
+    try:
+        spec.check_data(args.task, args.data)
+    except NinoError as error:
+        fail(str(error))
+    args.updates = args.updates or spec.updates
+    args.budget = args.budget or args.updates
+    args.learning_rate = args.learning_rate or spec.learning_rate
+    if args.budget < args.updates:
+        fail(f"--budget {args.budget} is less than --updates {args.updates}")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    spec = TASKS[args.task]
+    methods = [parse_method(name, Rhythm(period=args.period)) for name in dict.fromkeys(args.methods)]
+    for method in methods:
+        check(method, args)
+    make_output_folder("--out", args.out)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    results: dict[str, Curves] = {}
+    seconds: dict[str, float] = {}
+    for method in methods:
+        began = time.perf_counter()
+        results[method.name] = train(method, args)
+        seconds[method.name] = round(time.perf_counter() - began, 1)
+        record = {"settings": settings, "machine": describe_machine(), "seconds": seconds, "curves": results}
+        (args.out / "plans.json").write_text(json.dumps(record) + "\n")
+    higher = spec.higher_is_better
+    bests = [(max if higher else min)(v for _, v in curve) for curve in results[ADAM]] if ADAM in results else None
+    print(format_table([row_of(name, curves, bests, higher) for name, curves in results.items()]))
+    means = {name: mean_curve(curves) for name, curves in results.items()}
+    quantity = spec.metric.removeprefix("eval_")
+    draw_panels(args.out / "plans.png", [Panel(args.task, means, quantity=quantity, is_loss=not higher)])
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

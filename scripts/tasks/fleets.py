@@ -1,0 +1,192 @@
+"""Recording a fleet: runs of one plan with seeds of their own, trained side by side, one trajectory folder each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from nino import Nowcaster, ScheduleConfig
+from nino.data import build_model
+from nino.data.writer import TrajectoryWriter
+from nino.errors import TrajectoryError
+from nino.history.mean import RunningMean, is_added
+from nino.pretraining.fleet import Batch, Fleet, Stacked
+from nino.pretraining.fleet_nowcast import FleetNowcaster
+from nino.schedule import horizon_at, is_nowcast_step, is_snapshot_step
+from tasks.nowcasters import load_nowcaster
+from tasks.rehearsal import seconds_of
+from tasks.run_plans import RunPlan, forward_format, load_task, notes_of
+from tasks.task import ImageTask, TextTask
+
+
+def fleet_device() -> torch.device:
+    """Where fleets are trained: on the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def record_fleet(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str, str]:
+    """Train and record the runs of plans that differ in name and seed alone; why those that were not finished were not.
+
+    Args:
+        plans: of the runs.
+        data: folder of the data.
+        out: folder that receives one folder per run.
+    """
+    plan, device = plans[0], fleet_device()
+    vocab_size = plan.architecture.get("config", {}).get("vocab_size", 0)
+    task = on_device(load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache"), device)
+    fleet = make_fleet(plans, task, device)
+    jumps = planned_jumps(plan, fleet)
+    writers = Writers(plans, out)
+    generators = [torch.Generator().manual_seed(one.seed) for one in plans]
+    writers.append(0, fleet)
+    for step in range(1, plan.updates + 1):
+        losses = fleet.update(draw_batches(task, plan.batch_size, generators))
+        if jumps is not None and (jumped := jumps.after_update(step)) is not None:
+            writers.note_jump(step, jumped)
+        if step % plan.interval == 0:
+            writers.append(step, fleet, losses)
+    return writers.close()
+
+
+def time_fleet(plans: Sequence[RunPlan], task: ImageTask | TextTask) -> float:
+    """About how many seconds an update of all runs takes, on this machine as busy as it is now."""
+    device = fleet_device()
+    task, fleet = on_device(task, device), make_fleet(plans, task, device)
+    generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]
+
+    def update() -> None:
+        fleet.update(draw_batches(task, plans[0].batch_size, generators)).sum().item()  # waits for the device
+
+    update()  # warms up
+    return median(seconds_of(update) for _ in range(5))
+
+
+def make_fleet(plans: Sequence[RunPlan], task: ImageTask | TextTask, device: torch.device) -> Fleet:
+    """Models with the weights with which each would begin alone."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with forward_format(plans[0], device.type):
+            return task.loss(model, batch)
+
+    models = seeded(lambda: build_model(plans[0].architecture), [plan.seed for plan in plans])
+    return Fleet(models, loss, device, plans[0].lr, plans[0].weight_decay)
+
+
+def seeded(build: Callable[[], nn.Module], seeds: Sequence[int]) -> list[nn.Module]:
+    """A model with the initial weights of each seed."""
+    models = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(build())
+    return models
+
+
+def on_device(task: ImageTask | TextTask, device: torch.device) -> ImageTask | TextTask:
+    """The task with all of its data there."""
+    moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(task.data).items()}
+    return dataclasses.replace(task, data=dataclasses.replace(task.data, **moved))  # type: ignore[arg-type,type-var]
+
+
+def draw_batches(task: ImageTask | TextTask, batch_size: int, generators: Sequence[torch.Generator]) -> Batch:
+    """The batch that each run would draw alone: ``[M, batch_size, ...]``."""
+    if isinstance(task, ImageTask) and task.is_augmented:
+        batches = [task.batch(batch_size, generator) for generator in generators]
+        return tuple(torch.stack(parts) for parts in zip(*batches, strict=True))
+    chosen = torch.cat([task.draw(batch_size, generator) for generator in generators])
+    return tuple(part.unflatten(0, (len(generators), batch_size)) for part in task.take(chosen))
+
+
+def planned_jumps(plan: RunPlan, fleet: Fleet) -> Jumps | None:
+    """The nowcasts of a plan, if it has them."""
+    if plan.jump_with is None or plan.jump_period is None:
+        return None
+    nowcaster = load_nowcaster(plan.jump_with)
+    schedule = ScheduleConfig(period=plan.jump_period, context=nowcaster.config.context, max_steps=plan.updates)
+    return Jumps(fleet, nowcaster, schedule, plan.jump_average, plan.jump_until)
+
+
+class Jumps:
+    """Nowcasts a fleet in the rhythm of a schedule.
+
+    Args:
+        fleet: is nowcast.
+        nowcaster: with what.
+        schedule: when, and how far ahead.
+        average: updates that a snapshot is the mean of.
+        last: the last update after which it may happen; ``None`` for the schedule's.
+    """
+
+    def __init__(
+        self, fleet: Fleet, nowcaster: Nowcaster, schedule: ScheduleConfig, average: int, last: int | None = None
+    ) -> None:
+        graph = nowcaster.graph_of(fleet.as_model(0))
+        self.fleet, self.schedule, self.average, self.last = fleet, schedule, average, last
+        self.nowcaster = FleetNowcaster(nowcaster, graph, fleet.size, fleet.device)
+        self.mean, self.snapshots = RunningMean(), list[Stacked]()
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> Tensor | None:
+        """Nowcast if that is due, and say whose weights have moved: bool ``[M]``, or ``None`` if it was not."""
+        if self.last is not None and step > self.last:
+            return None
+        parameters = self.fleet.parameters
+        if is_added(step, self.schedule.interval, self.average):
+            self.mean.add(parameters)
+        if is_snapshot_step(step, self.schedule):
+            self.snapshots.append(self.mean.take(parameters))
+        if not is_nowcast_step(step, self.schedule):
+            return None
+        predicted = self.nowcaster.predict(self.snapshots, horizon_at(step, self.schedule))
+        self.snapshots = []
+        sound = torch.stack([value.isfinite().flatten(1).all(1) for value in predicted.values()]).all(0)
+        self.fleet.move_to(
+            {
+                name: value.where(sound.view(-1, *[1] * (value.ndim - 1)), parameters[name])
+                for name, value in predicted.items()
+            }
+        )
+        return sound.cpu()
+
+
+class Writers:
+    """One recording per run. One that fails, for NaN for example, ends alone."""
+
+    def __init__(self, plans: Sequence[RunPlan], out: Path) -> None:
+        self.plans, self.out = plans, out
+        self.open: dict[int, TrajectoryWriter] = {}
+        self.failed: dict[str, str] = {}
+
+    def append(self, step: int, fleet: Fleet, losses: Tensor | None = None) -> None:
+        """Add the weights after ``step`` updates, with the training losses before the last one."""
+        weights = {name: value.detach().cpu() for name, value in fleet.parameters.items()}
+        metrics = [{"loss": loss} for loss in losses.tolist()] if losses is not None else [{}] * fleet.size
+        if not self.open and not self.failed:
+            shapes = [(name, value.shape[1:]) for name, value in weights.items()]
+            for index, plan in enumerate(self.plans):
+                notes = {"optimizer": type(fleet.optimizer).__name__, **notes_of(plan)}
+                self.open[index] = TrajectoryWriter(self.out / plan.name, shapes, plan.architecture, notes)
+        for index, writer in list(self.open.items()):
+            own = {name: value[index] for name, value in weights.items()}
+            try:
+                writer.append(step, own, metrics[index], learning_rate=self.plans[index].lr, finite_only=True)
+            except TrajectoryError as error:
+                self.failed[self.plans[index].name] = str(error)
+                del self.open[index]
+
+    def note_jump(self, step: int, jumped: Tensor) -> None:
+        """Say which models jumped: bool ``[M]``."""
+        for index, writer in self.open.items():
+            if jumped[index]:
+                writer.note_jump(step)
+
+    def close(self) -> dict[str, str]:
+        """Finish the recordings; why those that were not finished were not."""
+        for writer in self.open.values():
+            writer.close()
+        return self.failed

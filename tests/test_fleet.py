@@ -1,0 +1,219 @@
+"""Fleets: every model is trained, nowcast and recorded as it would be alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nino import NeuralGraph, Nowcaster, NowcasterConfig
+from nino.data import Trajectory, build_model
+from nino.errors import NinoError
+from nino.model import build_network
+from nino.model.config import Inputs
+from nino.pretraining.fleet import Fleet
+from nino.pretraining.fleet_nowcast import FleetNowcaster
+from tasks.images import convnet
+from tasks.task import ImageTask, TextTask
+from tasks.text import TextData, gpt2, llama
+
+CPU = torch.device("cpu")
+SIZE = 3
+CNN = convnet(1, (4, 6, 6), first_padding=0)
+ARCHITECTURES = {
+    "cnn": CNN,
+    "gpt2": gpt2(1, 8, 2, 32, num_positions=16),
+    "llama": llama(2, 16, 4, 2, 32, tied=False),
+}
+
+
+def a_task(name: str) -> ImageTask | TextTask:
+    from tasks.images import load_digits
+
+    if name == "cnn":
+        return ImageTask(load_digits())
+    tokens = torch.randint(32, (500,), generator=torch.Generator().manual_seed(0))
+    return TextTask(TextData(train_tokens=tokens, eval_tokens=tokens, vocab_size=32), length=8)
+
+
+def models_of(name: str) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [build_model(ARCHITECTURES[name]) for _ in range(SIZE)]
+
+
+def batches_of(task: ImageTask | TextTask, updates: int) -> list[list[tuple[Tensor, ...]]]:
+    generator = torch.Generator().manual_seed(1)
+    return [[task.batch(4, generator) for _ in range(SIZE)] for _ in range(updates)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_every_model_is_trained_as_it_would_be_alone(name: str, mapped: bool, device: str) -> None:
+    if device == "cuda" and not mapped:
+        pytest.skip("on a GPU losses are mapped")
+    task, alone = a_task(name), models_of(name)
+    fleet = Fleet(models_of(name), task.loss, torch.device(device), lr=1e-2, weight_decay=0.1, mapped=mapped)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1) for model in alone]
+    for batches in batches_of(task, updates=5):
+        losses = fleet.update(tuple(torch.stack(parts).to(device) for parts in zip(*batches, strict=True)))
+        for index, (model, optimizer, batch) in enumerate(zip(alone, optimizers, batches, strict=True)):
+            optimizer.zero_grad()
+            loss = task.loss(model, batch)
+            loss.backward()
+            optimizer.step()
+            assert losses[index].item() == pytest.approx(loss.item(), rel=1e-3 if device == "cuda" else 1e-5)
+    tolerance = 1e-2 if device == "cuda" else 1e-4
+    for index, model in enumerate(alone):
+        for parameter_name, parameter in model.named_parameters():
+            found = fleet.weights(index)[parameter_name]
+            torch.testing.assert_close(found.cpu(), parameter, rtol=tolerance, atol=tolerance)
+
+
+def test_models_with_running_statistics_are_refused() -> None:
+    models = [build_model(convnet(1, (4, 4, 4), norm=True)) for _ in range(2)]
+    with pytest.raises(NinoError, match="keep no running statistics, and 1 does"):
+        Fleet(models, a_task("cnn").loss, CPU, lr=1e-3)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("inputs", "trend"), [("weights", False), ("movements", False), ("movements", True)])
+def test_a_fleet_is_nowcast_as_each_model_alone(name: str, inputs: Inputs, trend: bool) -> None:
+    torch.manual_seed(0)
+    network = build_network(NowcasterConfig(hidden=8, inputs=inputs, trend=trend))
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # a fresh trend adds nothing
+    nowcaster = Nowcaster(network)
+    models = models_of(name)
+    graph = NeuralGraph.from_model(models[0])
+    snapshots: list[dict[str, Tensor]] = []
+    for age in range(5):
+        moved = [[p + 0.01 * age * torch.randn_like(p) for p in model.parameters()] for model in models]
+        names = [name for name, _ in models[0].named_parameters()]
+        snapshots.append({n: torch.stack(ps).detach() for n, ps in zip(names, zip(*moved, strict=True), strict=True)})
+    found = FleetNowcaster(nowcaster, graph, SIZE, CPU).predict(snapshots, horizon=7)
+    for index in range(SIZE):
+        own = [{n: value[index] for n, value in snapshot.items()} for snapshot in snapshots]
+        expected = nowcaster.predict(own, 7, graph, engine="edges")
+        assert any((expected[n] - own[-1][n]).abs().max() > 1e-3 for n in expected)
+        for n, value in expected.items():
+            torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
+
+
+def fleet_arguments(data: Path, out: Path, *more: str) -> list[str]:
+    arguments = ["--data", data, "--out", out, "--family", "images", "--images", "cifar10", "--runs", 1]
+    return [*map(str, arguments), "--updates", "30", "--interval", "1", "--fleet", "2", *more]
+
+
+@pytest.mark.parametrize("jumping", [False, True])
+def test_a_fleet_is_recorded_as_each_run_alone(jumping: bool, data_folder: Path, tmp_path: Path) -> None:
+    from collect_trajectories import parse_args, plan_runs, record_run
+
+    from tasks.fleets import record_fleet
+
+    jumps = ["--jump-with", "hidden-8", "--jump-period", "10", "--jump-average", "2", "--jump-until", "20"]
+    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path, *(jumps if jumping else []))))
+    assert len(plans) == 2 and plans[0].seed != plans[1].seed and plans[0].jump_until == plans[1].jump_until
+    assert record_fleet(plans, data_folder, tmp_path / "fleet") == {}
+    for plan in plans:
+        record_run(plan, data_folder, tmp_path / "alone")
+        fleet, alone = (Trajectory(tmp_path / kind / plan.name) for kind in ("fleet", "alone"))
+        assert fleet.complete and fleet.steps == alone.steps and fleet.learning_rates == alone.learning_rates
+        assert fleet.jumps == alone.jumps and bool(alone.jumps) == jumping
+        assert fleet.parameters == alone.parameters and fleet.training == alone.training
+        places = list(range(len(alone)))
+        np.testing.assert_allclose(fleet.states(places), alone.states(places), rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_that_breaks_ends_alone(data_folder: Path, tmp_path: Path) -> None:
+    from collect_trajectories import parse_args, plan_runs
+
+    from tasks.fleets import Writers, make_fleet, on_device
+    from tasks.run_plans import load_task
+
+    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path)))
+    task = on_device(load_task(plans[0].data, plans[0].image_size, 0, data_folder, tmp_path), CPU)
+    fleet = make_fleet(plans, task, CPU)
+    writers = Writers(plans, tmp_path)
+    writers.append(0, fleet)
+    broken = {name: value.detach().clone() for name, value in fleet.parameters.items()}
+    next(iter(broken.values()))[1] = torch.nan
+    fleet.move_to(broken)
+    writers.append(1, fleet, torch.tensor([1.0, torch.nan]))
+    writers.append(2, fleet, torch.tensor([1.0, torch.nan]))
+    failed = writers.close()
+    assert list(failed) == [plans[1].name] and "NaN or infinity" in failed[plans[1].name]
+    whole, part = (Trajectory(tmp_path / plan.name) for plan in plans)
+    assert (whole.complete, whole.steps) == (True, [0, 1, 2]) and (part.complete, part.steps) == (False, [0])
+
+
+def test_fleets_from_the_command_line(data_folder: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "scripts" / "collect_trajectories.py"
+    command = [sys.executable, str(script), *fleet_arguments(data_folder, tmp_path / "out")]
+    planned = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
+    assert planned.stdout.startswith("2 runs planned") and not (tmp_path / "out").exists()
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir() and path.name[0] != ".")
+    assert names == ["images-0000-000", "images-0000-001"]
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout.splitlines()[-1]) == {"recorded": 0, "skipped": 2, "failed": {}}
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_batches_of_a_fleet_are_those_of_each_run_alone(shift: int) -> None:
+    from tasks.fleets import draw_batches
+    from tasks.images import load_digits
+
+    task = ImageTask(load_digits(), shift=shift)
+    images, labels = draw_batches(task, 4, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
+    for index, seed in enumerate((1, 2)):
+        own_images, own_labels = task.batch(4, torch.Generator().manual_seed(seed))
+        assert torch.equal(images[index], own_images) and torch.equal(labels[index], own_labels)
+
+
+def test_plans_are_compared_on_many_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from compare_plans import main
+
+    nowcast = "nino:nino-tiny@period=20,snapshot_average=2"
+    settings = ["--seeds", "2", "--updates", "60", "--eval-every", "20", "--out", str(tmp_path)]
+    assert main(["--methods", "adam", nowcast, *settings]) == 0
+    table = capsys.readouterr().out
+    assert "adam" in table and nowcast in table
+    found = json.loads((tmp_path / "plans.json").read_text())
+    assert (tmp_path / "plans.png").exists() and list(found["curves"]) == ["adam", nowcast]
+    adam, jumped = found["curves"].values()
+    assert [[step for step, _ in curve] for curve in adam] == [[20, 40, 60]] * 2
+    assert adam[0] != adam[1]
+    assert all(plain[-1] != other[-1] for plain, other in zip(adam, jumped, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "muon"], "expected adam or its nowcasts"),
+        (["--methods", "adam", "--task", "unet-8", "--data", "nowhere"], "does not exist"),
+        (["--methods", "nino:nino-tiny@period=41", "--updates", "60"], "period=41 must be a multiple of context=5"),
+        (["--methods", "adam", "--updates", "30", "--budget", "20"], "--budget 20 is less than --updates 30"),
+    ],
+)
+def test_plans_that_cannot_be_compared_are_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compare_plans import main
+
+    from tasks.cli import run_main
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main, [*arguments, "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
