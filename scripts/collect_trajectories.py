@@ -120,8 +120,7 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> float:
     """Train one model and record it; returns its last validation loss."""
     torch.set_num_threads(1)
     torch.manual_seed(plan.seed)
-    vocab_size = plan.architecture.get("config", {}).get("vocab_size", 0)
-    task = load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache")
+    task = load_task(plan, data, out)
     model = make_model(plan)
     optimizer = make_optimizer(plan, model)
     generator = torch.Generator().manual_seed(plan.seed)
@@ -291,7 +290,8 @@ def main(argv: list[str]) -> int:
         f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
     )
     if args.dry_run:
-        hours = sum(map(seconds_together, tqdm(groups, unit="run", leave=False))) / 3600 / args.jobs
+        at_once = 1 if args.fleet > 1 else args.jobs  # fleets share one GPU
+        hours = sum(map(seconds_together, tqdm(groups, leave=False))) / 3600 / at_once
         print(f"about {hours:.1f} hours with --jobs {args.jobs}, at the speed of this machine now")
         return 0
     make_output_folder("--out", args.out)

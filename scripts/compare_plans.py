@@ -3,9 +3,9 @@
     python scripts/compare_plans.py --data ../data --task c10-16 --updates 3600 --seeds 24 --methods adam \\
         nino:nino-base@period=250,snapshot_average=50,decay_power=0.15 nino:nino-base@period=500,snapshot_average=50
 
-The models of all seeds are trained side by side in one program, on the GPU if there is one: 24 CNNs for 3,600 updates
-and 14 nowcasts each take about half a minute there. Tasks and methods are those of evaluate_speedup.py (AdamW at
-a constant rate, with or without jumps), and so are initial weights; batches are drawn anew every time, not in epochs.
+The models of all seeds are trained side by side in one program, on the GPU if there is one. Tasks and initial weights
+are those of evaluate_speedup.py, without recurrent networks, batch norm and denoising; batches are drawn anew every
+time, not in epochs. Methods are AdamW at a constant rate (``adam``) and nowcasts of it by a network, without probation.
 It is for choosing: the result is measured with evaluate_speedup.py, on seeds that chose nothing. The table goes to
 standard output, the curve of every seed to ``plans.json``, a picture of the means to ``plans.png``.
 """
@@ -35,6 +35,9 @@ from tasks.speedup import TASKS
 from tasks.task import ImageTask, TextTask
 
 ADAM = "adam"
+ALONE = ("unet-8", "lstm-64", "digits-16-norm")
+"""Tasks whose models cannot be trained side by side."""
+RESULTS = "plans.json"
 Curves = list[list[tuple[int, float]]]
 """Of every seed: updates and metric."""
 
@@ -43,8 +46,8 @@ def train(method: Method, args: argparse.Namespace) -> Curves:
     """Train the models of all seeds with a method."""
     spec, device = TASKS[args.task], fleet_device()
     data = spec.data(args.data)
-    if not isinstance(data, (ImageTask, TextTask)):
-        raise NinoError(f"task {args.task} cannot be trained side by side; evaluate_speedup.py trains it alone")
+    if not isinstance(data, (ImageTask, TextTask)):  # said before, by name
+        raise NinoError(f"task {args.task} cannot be trained side by side")
     task, seeds = on_device(data, device), range(args.first_seed, args.first_seed + args.seeds)
     fleet = Fleet(seeded(spec.build, seeds), task.loss, device, args.learning_rate, spec.weight_decay)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -52,7 +55,8 @@ def train(method: Method, args: argparse.Namespace) -> Curves:
     if method.jump is not None:
         nowcaster = load_jump(method.jump)
         schedule = method.rhythm.schedule(nowcaster, args.budget)
-        jumps = Jumps(fleet, nowcaster, schedule, method.rhythm.snapshot_average)
+        (example, *_) = task.batch(2, torch.Generator())
+        jumps = Jumps(fleet, nowcaster, schedule, method.rhythm.snapshot_average, example_inputs=example)
     curves: Curves = [[] for _ in seeds]
     for step in tqdm(range(1, args.updates + 1), unit="update", leave=False, desc=method.name):
         fleet.update(draw_batches(task, spec.batch_size, generators))
@@ -71,8 +75,11 @@ def check(method: Method, args: argparse.Namespace) -> None:
         NinoError: saying what was expected.
     """
     plain = method.optimizer.kind == ADAM and method.slow is None and method.average is None
-    if not plain or method.rhythm.probation or method.rhythm.moments != "keep":
-        raise NinoError(f"method {method.name!r}: expected adam or its nowcasts, without probation, moments kept")
+    by_network = method.jump is None or method.jump.kind not in ("linear", "rre")
+    if not plain or not by_network or method.rhythm.probation or method.rhythm.moments != "keep":
+        raise NinoError(
+            f"method {method.name!r}: expected adam or nowcasts of it by a network, without probation, moments kept"
+        )
     check_method(method, args.budget)
 
 
@@ -96,7 +103,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="folder with the task's data")
-    add("--task", choices=list(TASKS), default="digits-16")
+    add("--task", choices=[name for name in TASKS if name not in ALONE], default="digits-16")
     add("--methods", nargs="+", required=True, help="as of evaluate_speedup.py")
     add("--seeds", type=positive_int, default=16, metavar="M", help="how many models")
     add("--first-seed", type=int, default=1000, help="seeds that choose a plan are not those that measure it")
@@ -112,6 +119,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         spec.check_data(args.task, args.data)
     except NinoError as error:
         fail(str(error))
+    if (args.out / RESULTS).exists():
+        fail(f"--out {args.out} holds a comparison already; choose another folder")
     args.updates = args.updates or spec.updates
     args.budget = args.budget or args.updates
     args.learning_rate = args.learning_rate or spec.learning_rate
@@ -135,7 +144,7 @@ def main(argv: list[str]) -> int:
         results[method.name] = train(method, args)
         seconds[method.name] = round(time.perf_counter() - began, 1)
         record = {"settings": settings, "machine": describe_machine(), "seconds": seconds, "curves": results}
-        (args.out / "plans.json").write_text(json.dumps(record) + "\n")
+        (args.out / RESULTS).write_text(json.dumps(record) + "\n")
     higher = spec.higher_is_better
     bests = [(max if higher else min)(v for _, v in curve) for curve in results[ADAM]] if ADAM in results else None
     print(format_table([row_of(name, curves, bests, higher) for name, curves in results.items()]))

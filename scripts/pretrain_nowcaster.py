@@ -93,7 +93,10 @@ def main(argv: list[str]) -> int:
     train_folders, held_out_folders = split_runs(args.runs)
     if not train_folders or not held_out_folders:
         found = len(train_folders) + len(held_out_folders)
-        fail(f"--runs {args.runs}: {found} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} of one family are needed")
+        fail(
+            f"--runs {args.runs}: {found} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} of one family are needed, "
+            "a fleet counting as one"
+        )
     start = None if args.start_from is None else Nowcaster.from_pretrained(args.start_from)
     if start is not None and args.trend and not start.config.trend:
         start = start.with_trend()

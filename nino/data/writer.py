@@ -45,6 +45,8 @@ class TrajectoryWriter:
         architecture: what :func:`nino.data.build_model` needs to rebuild the model; ``None`` if nothing does.
         training: anything JSON about the run (optimizer, learning rate, batch size, seed, data).
         dtype: number format on disk, ``"float32"`` or ``"float16"``.
+        forced: whether every state is forced to disk before it counts. If not, a program that is killed loses nothing,
+            and a machine that crashes may lose the run.
 
     Example:
         >>> writer = TrajectoryWriter(folder, [("weight", (2, 3))], architecture, {"lr": 1e-3})   # doctest: +SKIP
@@ -61,8 +63,10 @@ class TrajectoryWriter:
         architecture: Mapping[str, Any] | None,
         training: Mapping[str, Any],
         dtype: StateDtype = "float32",
+        forced: bool = True,
     ) -> None:
         check_dtype(dtype)
+        self._forced = forced
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -93,6 +97,7 @@ class TrajectoryWriter:
         header |= {key: header[key][:keep] for key in PER_STATE}
         header |= {"jumps": header["jumps"][: bisect_right(header["jumps"], step)], "complete": False}
         writer = cls.__new__(cls)
+        writer._forced = True
         writer._begin(folder, header)
         return writer
 
@@ -153,7 +158,8 @@ class TrajectoryWriter:
                 states.seek(self._end)
                 for name, _ in self.parameters:
                     self._write(states, name, step, state[name], finite_only)
-                os.fsync(states.fileno())
+                if self._forced:
+                    os.fsync(states.fileno())
             except BaseException:
                 with suppress(OSError):
                     states.truncate(self._end)
@@ -203,7 +209,8 @@ class TrajectoryWriter:
         temporary = self.folder / (HEADER_FILE + ".part")
         try:
             temporary.write_text(json.dumps(self._header))
-            sync_file(temporary)
+            if self._forced:
+                sync_file(temporary)
             os.replace(temporary, self.folder / HEADER_FILE)
         except BaseException:
             temporary.unlink(missing_ok=True)

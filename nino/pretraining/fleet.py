@@ -9,6 +9,7 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Fleet:
     """M models that are trained side by side by AdamW at a constant rate.
 
     Args:
-        models: of one architecture, with the weights to begin with; the first one is called, with all of them.
+        models: of one architecture, with the weights to begin with; they stay as they are.
         loss: of one model on one batch.
         device: where to train.
         lr: learning rate.
@@ -40,7 +41,8 @@ class Fleet:
             on the device.
 
     Raises:
-        NinoError: if a model keeps more than its parameters, as batch norm does.
+        NinoError: if a parameter is frozen, or buffers are not the same in all models and all the time, as those of
+            batch norm and of spectral norm.
     """
 
     def __init__(
@@ -52,11 +54,10 @@ class Fleet:
         weight_decay: float = 0.0,
         mapped: bool | None = None,
     ) -> None:
-        if changing := [name for name, module in models[0].named_modules() if _keeps_statistics(module)]:
-            raise NinoError(f"a fleet's models keep no running statistics, and {changing[0]} does; train it alone")
+        _check(models)
         self.size, self.loss, self.device = len(models), loss, device
         self._mapped = device.type == "cuda" if mapped is None else mapped
-        self._model = models[0].to(device)
+        self._model = deepcopy(models[0]).to(device)
         named = [dict(model.named_parameters()) for model in models]
         self.parameters: Stacked = {
             name: torch.stack([model[name].detach().to(device) for model in named]).requires_grad_()
@@ -73,7 +74,7 @@ class Fleet:
         """One update of every model on its own batch.
 
         Args:
-            batch: tensors of ``[M, ...]``, always of the same shapes.
+            batch: tensors of ``[M, ...]``, always of the same shapes, on the device.
 
         Returns:
             The losses before the update: ``[M]``, on a GPU overwritten by the next one.
@@ -123,7 +124,8 @@ class Fleet:
         if self._mapped:
             with sdpa_kernel(SDPBackend.MATH):  # the other kernels cannot be mapped
                 return vmap(loss, randomness="different")(self.parameters, batch)
-        return torch.stack([loss(self.weights(i), tuple(part[i] for part in batch)) for i in range(self.size)])
+        rows = [dict(zip(self.parameters, row, strict=True)) for row in zip(*self.parameters.values(), strict=True)]
+        return torch.stack([loss(row, part) for row, part in zip(rows, zip(*batch, strict=True), strict=True)])
 
     def _record(self, batch: Batch) -> torch.cuda.CUDAGraph:
         """Record the kernels of an update; the fleet is afterwards as it was before."""
@@ -145,5 +147,14 @@ class Fleet:
         return recorded
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
-    return getattr(module, "running_mean", None) is not None
+def _check(models: Sequence[nn.Module]) -> None:
+    """Refuse what the models have beside weights of their own that are trained."""
+    if frozen := [name for name, parameter in models[0].named_parameters() if not parameter.requires_grad]:
+        raise NinoError(f"a fleet trains all parameters, and {frozen[0]} is frozen; train such a model alone")
+    for name, module in models[0].named_modules():
+        if getattr(module, "running_mean", None) is not None or hasattr(module, "parametrizations"):
+            raise NinoError(f"a fleet's models have parameters alone, and {name} keeps statistics; train it alone")
+    others = [dict(model.named_buffers()) for model in models[1:]]
+    for name, buffer in models[0].named_buffers():
+        if not all(torch.equal(buffer, other[name]) for other in others):
+            raise NinoError(f"a fleet's models share their buffers, and {name} is not the same in all")

@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.graph.edge_list import EdgeList
 from nino.graph.ir import MAX_FEATURES
@@ -25,18 +26,23 @@ class FleetNowcaster:
         nowcaster: makes the predictions.
         graph: of the models.
         size: how many models, M.
-        device: where they are.
+        device: where they are. The network's hidden vectors of all edges of all models must fit there.
+
+    Raises:
+        NinoError: if the nowcaster does not fit the graph, or is no network (an extrapolation, for example).
     """
 
     def __init__(self, nowcaster: Nowcaster, graph: NeuralGraph, size: int, device: torch.device) -> None:
         nowcaster.check_fits(graph)
+        if type(nowcaster) is not Nowcaster:
+            raise NinoError(f"fleets are nowcast by a network, and {type(nowcaster).__name__} predicts in its own way")
         self.config, self.size = nowcaster.config, size
         self._network = deepcopy(nowcaster.network).to(device)
         self._edges = EdgeList(graph)
-        firsts = torch.arange(size)[:, None]
-        wanted = torch.arange(self._edges.num_parameter_edges)
-        self._index = (self._edges.index[:, None] + firsts * graph.num_nodes).flatten(1).to(device)
-        self._chosen = (wanted + firsts * self._edges.num_edges).flatten().to(device)
+        models = torch.arange(size)[:, None]
+        with_weights = torch.arange(self._edges.num_parameter_edges)
+        self._index = (self._edges.index[:, None] + models * graph.num_nodes).flatten(1).to(device)
+        self._chosen = (with_weights + models * self._edges.num_edges).flatten().to(device)
         self._type = self._edges.type.repeat(size).to(device)
         self._positions = graph.positions(self.config.num_positions).repeat(size, 1).to(device)
         self._words = graph.words().repeat(size).to(device)
@@ -51,7 +57,15 @@ class FleetNowcaster:
 
         Returns:
             By name ``[M, *shape]``. What is not finite is not refused.
+
+        Raises:
+            NinoError: if the horizon is out of range or there are too few or too many snapshots.
         """
+        if not 1 <= horizon <= self.config.max_horizon or len(snapshots) != self.config.context:
+            raise NinoError(
+                f"expected {self.config.context} snapshots and a horizon of 1 to {self.config.max_horizon}, "
+                f"got {len(snapshots)} and {horizon}"
+            )
         scalers, states = {}, {}
         for name in snapshots[0]:
             values = torch.stack([snapshot[name] for snapshot in snapshots])

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
 from nino.errors import TrajectoryError
 from nino.history.mean import RunningMean, is_added
-from nino.pretraining.fleet import Batch, Fleet, Stacked
+from nino.pretraining.fleet import Fleet, Stacked
 from nino.pretraining.fleet_nowcast import FleetNowcaster
-from nino.schedule import horizon_at, is_nowcast_step, is_snapshot_step
+from nino.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
 from tasks.nowcasters import load_nowcaster
 from tasks.rehearsal import seconds_of
-from tasks.run_plans import RunPlan, forward_format, load_task, notes_of
-from tasks.task import ImageTask, TextTask
+from tasks.run_plans import RunPlan, forward_format, jump_schedule, load_task, notes_of
+from tasks.task import Batch, ImageTask, TextTask
 
 
 def fleet_device() -> torch.device:
@@ -37,20 +38,22 @@ def record_fleet(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str, s
         data: folder of the data.
         out: folder that receives one folder per run.
     """
+    torch.set_num_threads(1)  # several fleets at once on a CPU share its cores
     plan, device = plans[0], fleet_device()
-    vocab_size = plan.architecture.get("config", {}).get("vocab_size", 0)
-    task = on_device(load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache"), device)
+    task = on_device(load_task(plan, data, out), device)
     fleet = make_fleet(plans, task, device)
     jumps = planned_jumps(plan, fleet)
-    writers = Writers(plans, out)
+    writers = Writers(plans, out, fleet)
     generators = [torch.Generator().manual_seed(one.seed) for one in plans]
-    writers.append(0, fleet)
+    writers.append(0)
     for step in range(1, plan.updates + 1):
         losses = fleet.update(draw_batches(task, plan.batch_size, generators))
         if jumps is not None and (jumped := jumps.after_update(step)) is not None:
             writers.note_jump(step, jumped)
         if step % plan.interval == 0:
-            writers.append(step, fleet, losses)
+            writers.append(step, losses)
+        if not writers.going_on:
+            break
     return writers.close()
 
 
@@ -107,8 +110,7 @@ def planned_jumps(plan: RunPlan, fleet: Fleet) -> Jumps | None:
     if plan.jump_with is None or plan.jump_period is None:
         return None
     nowcaster = load_nowcaster(plan.jump_with)
-    schedule = ScheduleConfig(period=plan.jump_period, context=nowcaster.config.context, max_steps=plan.updates)
-    return Jumps(fleet, nowcaster, schedule, plan.jump_average, plan.jump_until)
+    return Jumps(fleet, nowcaster, jump_schedule(plan, nowcaster), plan.jump_average, plan.jump_until)
 
 
 class Jumps:
@@ -119,21 +121,28 @@ class Jumps:
         nowcaster: with what.
         schedule: when, and how far ahead.
         average: updates that a snapshot is the mean of.
-        last: the last update after which it may happen; ``None`` for the schedule's.
+        until: the last update after which it may happen; ``None`` for the schedule's.
+        example_inputs: of the first model, by which one of no known family is wired.
     """
 
     def __init__(
-        self, fleet: Fleet, nowcaster: Nowcaster, schedule: ScheduleConfig, average: int, last: int | None = None
+        self,
+        fleet: Fleet,
+        nowcaster: Nowcaster,
+        schedule: ScheduleConfig,
+        average: int,
+        until: int | None = None,
+        example_inputs: Any = None,
     ) -> None:
-        graph = nowcaster.graph_of(fleet.as_model(0))
-        self.fleet, self.schedule, self.average, self.last = fleet, schedule, average, last
+        graph = nowcaster.graph_of(fleet.as_model(0), example_inputs)
+        self.fleet, self.schedule, self.average, self.until = fleet, schedule, average, until
         self.nowcaster = FleetNowcaster(nowcaster, graph, fleet.size, fleet.device)
         self.mean, self.snapshots = RunningMean(), list[Stacked]()
 
     @torch.no_grad()
     def after_update(self, step: int) -> Tensor | None:
         """Nowcast if that is due, and say whose weights have moved: bool ``[M]``, or ``None`` if it was not."""
-        if self.last is not None and step > self.last:
+        if is_over(step, self.schedule) or (self.until is not None and step > self.until):
             return None
         parameters = self.fleet.parameters
         if is_added(step, self.schedule.interval, self.average):
@@ -157,36 +166,39 @@ class Jumps:
 class Writers:
     """One recording per run. One that fails, for NaN for example, ends alone."""
 
-    def __init__(self, plans: Sequence[RunPlan], out: Path) -> None:
-        self.plans, self.out = plans, out
-        self.open: dict[int, TrajectoryWriter] = {}
+    def __init__(self, plans: Sequence[RunPlan], out: Path, fleet: Fleet) -> None:
+        self.plans, self.fleet = plans, fleet
         self.failed: dict[str, str] = {}
+        shapes = [(name, value.shape[1:]) for name, value in fleet.parameters.items()]
+        optimizer = type(fleet.optimizer).__name__
+        self.going_on = {
+            index: TrajectoryWriter(
+                out / plan.name, shapes, plan.architecture, {"optimizer": optimizer, **notes_of(plan)}, forced=False
+            )
+            for index, plan in enumerate(plans)
+        }
+        """By the index of the run."""
 
-    def append(self, step: int, fleet: Fleet, losses: Tensor | None = None) -> None:
+    def append(self, step: int, losses: Tensor | None = None) -> None:
         """Add the weights after ``step`` updates, with the training losses before the last one."""
-        weights = {name: value.detach().cpu() for name, value in fleet.parameters.items()}
-        metrics = [{"loss": loss} for loss in losses.tolist()] if losses is not None else [{}] * fleet.size
-        if not self.open and not self.failed:
-            shapes = [(name, value.shape[1:]) for name, value in weights.items()]
-            for index, plan in enumerate(self.plans):
-                notes = {"optimizer": type(fleet.optimizer).__name__, **notes_of(plan)}
-                self.open[index] = TrajectoryWriter(self.out / plan.name, shapes, plan.architecture, notes)
-        for index, writer in list(self.open.items()):
+        weights = {name: value.detach().cpu() for name, value in self.fleet.parameters.items()}
+        metrics = [{"loss": loss} for loss in losses.tolist()] if losses is not None else [{}] * len(self.plans)
+        for index, writer in list(self.going_on.items()):
             own = {name: value[index] for name, value in weights.items()}
             try:
                 writer.append(step, own, metrics[index], learning_rate=self.plans[index].lr, finite_only=True)
             except TrajectoryError as error:
                 self.failed[self.plans[index].name] = str(error)
-                del self.open[index]
+                del self.going_on[index]
 
     def note_jump(self, step: int, jumped: Tensor) -> None:
         """Say which models jumped: bool ``[M]``."""
-        for index, writer in self.open.items():
+        for index, writer in self.going_on.items():
             if jumped[index]:
                 writer.note_jump(step)
 
     def close(self) -> dict[str, str]:
         """Finish the recordings; why those that were not finished were not."""
-        for writer in self.open.values():
+        for writer in self.going_on.values():
             writer.close()
         return self.failed

@@ -13,13 +13,21 @@ HOLD_OUT_EVERY = 10
 def split_runs(folder: Path) -> tuple[list[str], list[str]]:
     """Folders of the finished runs to train on, and of every tenth of each family, held out.
 
+    A fleet's runs differ in their seeds alone, so it is held out as a whole or not at all.
+
     Raises:
         TrajectoryError: if one of the runs is damaged, foreign or of another version, finished or not.
     """
-    families: dict[str, list[str]] = defaultdict(list)
+    families: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob(f"*/{HEADER_FILE}")):
         header = read_header(path.parent)
         if header["complete"]:
-            families[str(header["training"].get("family", "unknown"))].append(str(path.parent))
-    held_out = [run for runs in families.values() for run in runs[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY]]
-    return [run for runs in families.values() for run in runs if run not in held_out], held_out
+            training = header["training"]
+            fleet = str(training.get("fleet") or path.parent.name)
+            families[str(training.get("family", "unknown"))][fleet].append(str(path.parent))
+    train: list[str] = []
+    held_out: list[str] = []
+    for fleets in families.values():
+        for index, runs in enumerate(fleets.values()):
+            (held_out if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2 else train).extend(runs)
+    return train, held_out

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nino import Nowcaster, ScheduleConfig
 from nino.data import build_model
 from tasks.images import convnet, load_parquet_images
 from tasks.task import ImageTask, TextTask
@@ -51,7 +52,7 @@ class RunPlan:
     updates: int
     interval: int
     bf16: bool = False
-    """Whether the model is trained under bfloat16 autocast, channels last."""
+    """Whether the model is trained under bfloat16 autocast; channels last, unless it is in a fleet."""
     jump_with: str | None = None
     """The nowcaster, if the run is nowcast."""
     jump_period: int | None = None
@@ -113,11 +114,32 @@ def plan_language_run(index: int, choose: random.Random, updates: int, interval:
 
 
 @lru_cache(maxsize=4)
-def load_task(data: str, image_size: int, vocab_size: int, folder: Path, cache: Path) -> ImageTask | TextTask:
-    """The task of a plan; kept, since consecutive runs of a process often share it."""
+def _load_task(data: str, image_size: int, vocab_size: int, folder: Path, cache: Path) -> ImageTask | TextTask:
     if vocab_size:
         return TextTask(load_text_files([folder / "text" / name for name in data.split(",")], vocab_size, cache))
     return ImageTask(load_parquet_images(data, folder, cache, size=image_size))
+
+
+def load_task(plan: RunPlan, data: Path, out: Path) -> ImageTask | TextTask:
+    """The task of a plan; kept, since consecutive runs of a process often share it.
+
+    Args:
+        plan: of the run.
+        data: folder of the data.
+        out: of all runs; what was decoded is kept in it.
+    """
+    vocab_size = plan.architecture.get("config", {}).get("vocab_size", 0)
+    return _load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache")
+
+
+def jump_schedule(plan: RunPlan, nowcaster: Nowcaster) -> ScheduleConfig:
+    """When a plan jumps, and how far, before ``jump_until``."""
+    return ScheduleConfig(
+        period=plan.jump_period or plan.updates,
+        context=nowcaster.config.context,
+        max_steps=plan.updates,
+        max_horizon=nowcaster.config.max_horizon,
+    )
 
 
 def make_model(plan: RunPlan) -> nn.Module:
