@@ -79,9 +79,8 @@ def main(argv: list[str]) -> int:
         fail(f"--start-from {args.start_from}: expected a nowcaster that reads movements and has no trend yet")
     folders, held_out = split_runs(args.runs)
     if not folders or not held_out:
-        fail(
-            f"--runs {args.runs}: {len(folders + held_out)} finished runs (a fleet counts as one), too few to hold one out"
-        )
+        found = len(folders + held_out)
+        fail(f"--runs {args.runs}: {found} finished runs (a fleet counts as one), too few to hold one out")
     make_output_folder("--out", args.out)
     if (args.out / CONFIG_FILE).exists():
         fail(f"--out {args.out} holds a nowcaster already; give another folder, or remove it")
