@@ -154,14 +154,14 @@ def test_a_fleet_is_nowcast_as_each_model_alone(name: str, inputs: Inputs, trend
             torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
 
 
-def fleet_arguments(data: Path, out: Path, *more: str) -> list[str]:
-    arguments = ["--data", data, "--out", out, "--family", "images", "--images", "cifar10", "--runs", 1]
+def fleet_arguments(data: Path, out: Path, *more: str, family: str = "images") -> list[str]:
+    arguments = ["--data", data, "--out", out, "--family", family, "--images", "cifar10", "--runs", 1]
     return [*map(str, arguments), "--updates", "30", "--interval", "1", "--fleet", "2", *more]
 
 
-@pytest.mark.parametrize("jumping", [False, True])
+@pytest.mark.parametrize(("family", "jumping"), [("images", False), ("images", True), ("language", True)])
 def test_a_fleet_is_recorded_as_each_run_alone(
-    jumping: bool, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, jumping: bool, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from collect_trajectories import parse_args, plan_runs, record_run
 
@@ -171,7 +171,7 @@ def test_a_fleet_is_recorded_as_each_run_alone(
     Nowcaster(build_network(NowcasterConfig(hidden=8, max_horizon=12))).save_pretrained(tmp_path / "nowcaster")
     jumps = ["--jump-with", str(tmp_path / "nowcaster"), "--jump-period", "10"]
     jumps += ["--jump-average", "2", "--jump-until", "20"]
-    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path, *(jumps if jumping else []))))
+    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path, *(jumps if jumping else []), family=family)))
     assert len(plans) == 2 and plans[0].seed != plans[1].seed and plans[0].jump_until == plans[1].jump_until
     assert record_fleet(plans, data_folder, tmp_path / "fleet") == {}
     for plan in plans:
