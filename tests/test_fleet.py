@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -218,16 +216,18 @@ def test_a_run_that_breaks_ends_alone(data_folder: Path, tmp_path: Path) -> None
     assert (whole.complete, whole.steps) == (True, [0, 1, 2]) and (part.complete, part.steps) == (False, [0])
 
 
-def test_fleets_from_the_command_line(data_folder: Path, tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "scripts" / "collect_trajectories.py"
-    command = [sys.executable, str(script), *fleet_arguments(data_folder, tmp_path / "out")]
-    planned = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
-    assert planned.stdout.startswith("2 runs planned") and not (tmp_path / "out").exists()
-    subprocess.run(command, capture_output=True, text=True, check=True)
+def test_fleets_from_the_command_line(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from collect_trajectories import main
+
+    arguments = fleet_arguments(data_folder, tmp_path / "out")
+    assert main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("2 runs planned") and not (tmp_path / "out").exists()
+    assert main(arguments) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir() and path.name[0] != ".")
     assert names == ["images-0000-000", "images-0000-001"]
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout.splitlines()[-1]) == {"recorded": 0, "skipped": 2, "failed": {}}
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"recorded": 0, "skipped": 2, "failed": {}}
 
 
 @pytest.mark.parametrize("shift", [0, 1])
