@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_every_model_is_trained_as_it_would_be_alone(
     tolerance = 1e-3 if device == "cuda" else 1e-4
     for index, model in enumerate(alone):
         for parameter_name, parameter in model.named_parameters():
-            found = fleet.weights(index)[parameter_name]
+            found = fleet.parameters[parameter_name][index]
             torch.testing.assert_close(found.cpu(), parameter, rtol=tolerance, atol=tolerance)
 
 
@@ -130,9 +131,12 @@ def test_what_cannot_be_nowcast_in_a_fleet_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("inputs", "trend"), [("weights", False), ("movements", False), ("movements", True)])
-def test_a_fleet_is_nowcast_as_each_model_alone(name: str, inputs: Inputs, trend: bool) -> None:
+@pytest.mark.parametrize("kind", ["nino", "wnn"])
+def test_a_fleet_is_nowcast_as_each_model_alone(
+    name: str, kind: Literal["nino", "wnn"], inputs: Inputs, trend: bool
+) -> None:
     torch.manual_seed(0)
-    network = build_network(NowcasterConfig(hidden=8, inputs=inputs, trend=trend))
+    network = build_network(NowcasterConfig(kind=kind, hidden=8, inputs=inputs, trend=trend))
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # a fresh trend adds nothing
     nowcaster = Nowcaster(network)

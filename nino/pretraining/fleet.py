@@ -88,10 +88,6 @@ class Fleet:
         self._recorded.replay()
         return self._losses
 
-    def weights(self, index: int) -> Stacked:
-        """The parameters of one model."""
-        return {name: stacked[index] for name, stacked in self.parameters.items()}
-
     @torch.no_grad()
     def as_model(self, index: int) -> nn.Module:
         """A module with a copy of the parameters of one model, until the next call."""

@@ -19,8 +19,8 @@ from nino.history.mean import RunningMean, is_added
 from nino.pretraining.fleet import Fleet, Stacked
 from nino.pretraining.fleet_nowcast import FleetNowcaster
 from nino.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
+from tasks.measuring import seconds_of
 from tasks.nowcasters import load_nowcaster
-from tasks.rehearsal import seconds_of
 from tasks.run_plans import RunPlan, forward_format, jump_schedule, load_task, notes_of
 from tasks.task import Batch, ImageTask, TextTask
 
@@ -64,10 +64,10 @@ def time_fleet(plans: Sequence[RunPlan], task: ImageTask | TextTask) -> float:
     generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]
 
     def update() -> None:
-        fleet.update(draw_batches(task, plans[0].batch_size, generators)).sum().item()  # waits for the device
+        fleet.update(draw_batches(task, plans[0].batch_size, generators))
 
     update()  # warms up
-    return median(seconds_of(update) for _ in range(5))
+    return median(seconds_of(update, device) for _ in range(5))
 
 
 def make_fleet(plans: Sequence[RunPlan], task: ImageTask | TextTask, device: torch.device) -> Fleet:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from statistics import median
 
@@ -11,9 +9,11 @@ import torch
 from torch import nn
 
 from tasks.images import ImageData
+from tasks.measuring import seconds_of
 from tasks.task import ImageTask, Task, TextTask
 from tasks.text import TextData
 
+CPU = torch.device("cpu")
 EVAL_IMAGES = 4500
 """About as many as are validated on; see ``TRAIN_IMAGES``."""
 
@@ -52,11 +52,4 @@ def time_training(
         optimizer.step()
 
     update()  # warms up
-    return median(seconds_of(update) for _ in range(5)), seconds_of(lambda: task.evaluate(model))
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """How long it takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    return median(seconds_of(update, CPU) for _ in range(5)), seconds_of(lambda: task.evaluate(model), CPU)
