@@ -48,8 +48,6 @@ from nino.trial import Trial, log_report
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 3
-MANY_OBSERVED = 256
-"""Losses observed without an update that are looked at (which waits for the device), and of which the last are kept."""
 MANY_SKIPPED = 25
 """Updates in a row that mixed precision skips only if gradients are infinite at any scale; else it takes one or two."""
 

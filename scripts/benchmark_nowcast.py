@@ -34,10 +34,11 @@ from nino.engine.hardware import product_dtype
 from nino.engine.tiling import TILE_EDGES
 from tasks.cli import check_output_folder, memory_size, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
-from tasks.measuring import BUSY_PERCENT, Memory, in_fresh_process
+from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
 from tasks.report import format_table
 from tasks.sizes import ARCHITECTURES
+from tasks.workers import in_fresh_process
 
 HORIZON = 20
 PRODUCTS = 3

@@ -37,12 +37,13 @@ from nino.history.mean import check_snapshot_average
 from nino.probation import default_probation
 from tasks.cli import fail, make_output_folder, positive_int, run_main, torch_device, whole_number
 from tasks.machine import describe_machine
-from tasks.measuring import BUSY_PERCENT, Memory, in_fresh_process
+from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
 from tasks.overhead import Costs, Stopwatch, Update, as_lists, difference, spent_in, spent_on
 from tasks.report import format_table
 from tasks.sizes import ARCHITECTURES
 from tasks.trainings import Training, adamw, classifying, predicting_tokens
+from tasks.workers import in_fresh_process
 
 MODELS = ("cnn-14k", "llama-25m", "llama-100m")
 PLACES = ("cpu", "device", "disk")

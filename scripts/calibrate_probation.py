@@ -31,7 +31,7 @@ from nino.probation import (
     longest_probation,
 )
 from tasks.cli import fail, positive_float, positive_int, run_main
-from tasks.comparing import ADAM
+from tasks.methods import ADAM, Rhythm, parse_method
 from tasks.report import format_table
 
 HARM = 0.01
@@ -153,8 +153,10 @@ def is_constant(result: dict[str, Any]) -> bool:
 
 
 def is_plain(result: dict[str, Any]) -> bool:
-    """Whether no jump of it was on probation."""
-    return not (result["cell"]["rhythm"] or {}).get("probation")
+    """Whether it is AdamW's, and nothing else, up to its first jump, which is not on probation."""
+    cell = result["cell"]
+    is_adams = parse_method(cell["method"], Rhythm()).is_adam_with_jumps
+    return is_adams and not (cell["rhythm"] or {}).get("probation")
 
 
 def same_beginning(result: dict[str, Any]) -> tuple[Any, ...]:

@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import random
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from nino.data import Trajectory, record
 from nino.errors import TrajectoryError
 from nino.history.mean import check_snapshot_average
 from tasks.cli import fail, make_output_folder, positive_int, run_main
-from tasks.fleets import record_fleet, time_fleet
+from tasks.fleets import fleet_device, record_fleet, time_fleet
 from tasks.nowcasters import load_nowcaster
 from tasks.rehearsal import random_images, random_text, time_training
 from tasks.run_plans import (
@@ -48,6 +47,7 @@ from tasks.run_plans import (
     state_bytes,
 )
 from tasks.task import ImageTask, TextTask
+from tasks.workers import Report, do_all
 
 EVALUATE_EVERY = 400
 """Updates, about; at the next recorded state."""
@@ -116,8 +116,8 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def record_run(plan: RunPlan, data: Path, out: Path) -> float:
-    """Train one model and record it; returns its last validation loss."""
+def record_run(plan: RunPlan, data: Path, out: Path) -> None:
+    """Train one model and record it."""
     torch.set_num_threads(1)
     torch.manual_seed(plan.seed)
     task = load_task(plan, data, out)
@@ -139,8 +139,8 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> float:
         with forward_format(plan):
             loss = task.loss(model, batch)
         loss.backward()
-        if isinstance(optimizer, NowcastOptimizer) and step > (plan.jump_until or plan.updates):
-            optimizer = optimizer.optimizer
+        if isinstance(optimizer, NowcastOptimizer) and step == first_update_without(plan):
+            optimizer = optimizer.detach()
         if isinstance(optimizer, NowcastOptimizer):
             optimizer.observe(loss)
         optimizer.step()
@@ -152,15 +152,32 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> float:
         if recorder.problem:
             raise TrajectoryError(recorder.problem)
     recorder.close()
-    return task.evaluate(model)["eval_loss"]
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run was recorded to its end."""
+def first_update_without(plan: RunPlan) -> int | None:
+    """The update that would jump if the run had not done with jumping, if it ever has."""
+    return None if plan.jump_until is None else plan.jump_until + (plan.jump_period or 0)
+
+
+def is_finished(plan: RunPlan, out: Path) -> bool:
+    """Whether the run was recorded to its end.
+
+    Raises:
+        TrajectoryError: if its folder holds a run of another plan, which would be replaced or taken for this one.
+    """
+    folder = out / plan.name
     try:
-        return Trajectory(folder).complete
+        run = Trajectory(folder)
     except TrajectoryError:
         return False
+    planned = notes_of(plan) | {"architecture": plan.architecture}
+    recorded = run.training | {"architecture": run.architecture}
+    for name in ("seed", *planned):
+        if name in recorded and recorded[name] != planned[name]:
+            raise TrajectoryError(
+                f"{folder} holds a run with {name} {recorded[name]}, planned is {planned[name]}: choose another --out"
+            )
+    return run.complete
 
 
 def in_fleets(plans: Sequence[RunPlan]) -> list[list[RunPlan]]:
@@ -171,15 +188,24 @@ def in_fleets(plans: Sequence[RunPlan]) -> list[list[RunPlan]]:
     return list(groups.values())
 
 
-def record_together(plans: list[RunPlan], data: Path, out: Path) -> dict[str, str]:
-    """Record a fleet, or a run that is of none; why the runs that failed did, by name."""
+def record_together(plans: list[RunPlan], report: Report, *, data: Path, out: Path) -> dict[str, str]:
+    """Record a fleet, or a run that is of none; why those runs of a fleet failed that did, by name."""
     if plans[0].fleet:
         return record_fleet(plans, data, out)
-    try:
-        record_run(plans[0], data, out)
-    except Exception as error:  # one failed run must not lose the others
-        return {plans[0].name: f"{type(error).__name__}: {error}"}
+    record_run(plans[0], data, out)
     return {}
+
+
+def record_all(groups: list[list[RunPlan]], args: argparse.Namespace) -> dict[str, str]:
+    """Record fleets and runs, several at once, with a bar; why those that failed did, by name."""
+    failed: dict[str, str] = {}
+    work = partial(record_together, data=args.data, out=args.out)
+    with tqdm(total=sum(map(len, groups)), unit="run") as bar:
+        for event in do_all(groups, work, args.jobs):
+            failed |= event.result if event.kind == "done" else {plan.name: event.text for plan in event.job}
+            bar.set_postfix_str(event.job[0].fleet or event.job[0].name)
+            bar.update(len(event.job))
+    return failed
 
 
 def rehearsal_task(plan: RunPlan) -> ImageTask | TextTask:
@@ -283,31 +309,19 @@ def check_jumps(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     plans = plan_runs(args)
-    todo = [plan for plan in plans if not is_finished(args.out / plan.name)]
+    todo = [plan for plan in plans if not is_finished(plan, args.out)]
     groups = in_fleets(todo)
     gigabytes = sum(map(state_bytes, todo)) / 1e9
     print(
         f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
     )
     if args.dry_run:
-        at_once = 1 if args.fleet > 1 else args.jobs  # fleets share one GPU
+        at_once = 1 if args.fleet > 1 and fleet_device().type == "cuda" else args.jobs  # fleets share the GPU
         hours = sum(map(seconds_together, tqdm(groups, leave=False))) / 3600 / at_once
-        print(f"about {hours:.1f} hours with --jobs {args.jobs}, at the speed of this machine now")
+        print(f"about {hours:.1f} hours with --jobs {at_once}, at the speed of this machine now")
         return 0
     make_output_folder("--out", args.out)
-    failed: dict[str, str] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        futures = {pool.submit(record_together, group, args.data, args.out): group for group in groups}
-        with tqdm(total=len(todo), unit="run") as progress:
-            for future in as_completed(futures):
-                group = futures[future]
-                try:
-                    failed |= future.result()
-                except Exception as error:  # of a fleet as a whole
-                    failed |= {plan.name: f"{type(error).__name__}: {error}" for plan in group}
-                progress.set_postfix_str(group[0].fleet or group[0].name)
-                progress.update(len(group))
+    failed = record_all(groups, args)
     summary = {"recorded": len(todo) - len(failed), "skipped": len(plans) - len(todo), "failed": failed}
     (args.out / "collection.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))

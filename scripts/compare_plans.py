@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,24 +25,23 @@ from tqdm import tqdm
 
 from nino.errors import NinoError
 from nino.pretraining.fleet import Fleet
+from tasks.cells import finite
 from tasks.cli import fail, make_output_folder, positive_float, positive_int, run_main
+from tasks.comparing import Goal, Result, best_value, final_value, first_update, mean_curve, spread
 from tasks.fleets import Jumps, draw_batches, fleet_device, on_device, seeded
 from tasks.machine import describe_machine
-from tasks.methods import Method, Rhythm, check_method, load_jump, parse_method
-from tasks.report import Panel, draw_panels, format_table, updates_to_reach
+from tasks.methods import ADAM, Method, Rhythm, check_method, load_jump, parse_method
+from tasks.report import Panel, draw_panels, format_table
 from tasks.speedup import TASKS
 from tasks.task import ImageTask, TextTask
 
-ADAM = "adam"
 ALONE = ("unet-8", "lstm-64", "digits-16-norm")
 """Tasks whose models cannot be trained side by side."""
 RESULTS = "plans.json"
-Curves = list[list[tuple[int, float]]]
-"""Of every seed: updates and metric."""
 
 
-def train(method: Method, args: argparse.Namespace) -> Curves:
-    """Train the models of all seeds with a method."""
+def train(method: Method, args: argparse.Namespace) -> list[Result]:
+    """Train the models of all seeds with a method; of each its curve, as in the results of evaluate_speedup.py."""
     spec, device = TASKS[args.task], fleet_device()
     data = spec.data(args.data)
     if not isinstance(data, (ImageTask, TextTask)):  # said before, by name
@@ -57,15 +55,16 @@ def train(method: Method, args: argparse.Namespace) -> Curves:
         schedule = method.rhythm.schedule(nowcaster, args.budget)
         (example, *_) = task.batch(2, torch.Generator())
         jumps = Jumps(fleet, nowcaster, schedule, method.rhythm.snapshot_average, example_inputs=example)
-    curves: Curves = [[] for _ in seeds]
+    curves: list[list[dict[str, float | None]]] = [[] for _ in seeds]
     for step in tqdm(range(1, args.updates + 1), unit="update", leave=False, desc=method.name):
         fleet.update(draw_batches(task, spec.batch_size, generators))
         if jumps is not None:
             jumps.after_update(step)
         if step % args.eval_every == 0 or step == args.updates:
             for index, curve in enumerate(curves):
-                curve.append((step, task.evaluate(fleet.as_model(index))[spec.metric]))
-    return curves
+                value = task.evaluate(fleet.as_model(index))[spec.metric]
+                curve.append({"step": step, spec.metric: finite(value)})
+    return [{"curve": curve, "diverged": curve[-1][spec.metric] is None} for curve in curves]
 
 
 def check(method: Method, args: argparse.Namespace) -> None:
@@ -74,29 +73,25 @@ def check(method: Method, args: argparse.Namespace) -> None:
     Raises:
         NinoError: saying what was expected.
     """
-    plain = method.optimizer.kind == ADAM and method.slow is None and method.average is None
     by_network = method.jump is None or method.jump.kind not in ("linear", "rre")
-    if not plain or not by_network or method.rhythm.probation or method.rhythm.moments != "keep":
+    if not method.is_adam_with_jumps or not by_network or method.rhythm.probation or method.rhythm.moments != "keep":
         raise NinoError(
             f"method {method.name!r}: expected adam or nowcasts of it by a network, without probation, moments kept"
         )
     check_method(method, args.budget)
 
 
-def row_of(name: str, curves: Curves, bests: Sequence[float] | None, higher: bool) -> dict[str, Any]:
-    """A method in the table."""
-    best = [(max if higher else min)(value for _, value in curve) for curve in curves]
-    row: dict[str, Any] = {"method": name, "best": fmean(best), "last": fmean(curve[-1][1] for curve in curves)}
-    if bests is not None:
-        pairs = zip(curves, bests, strict=True)
-        reached = [step for curve, goal in pairs if (step := updates_to_reach(curve, goal, higher)) is not None]
-        row |= {"reach adam's best": len(reached), "after": fmean(reached) if reached else None}
+def row_of(name: str, runs: Sequence[Result], adams: Sequence[Result], goal: Goal) -> dict[str, Any]:
+    """A method in the table: means over seeds, beside Adam's of the same seeds, if it was trained."""
+    row: dict[str, Any] = {
+        "method": name,
+        "best": spread([best_value(run, goal) for run in runs]),
+        "last": spread([final_value(run, goal.metric) for run in runs]),
+    }
+    if adams:
+        pairs = zip(runs, adams, strict=True)
+        row["to Adam's best"] = spread([first_update(run, goal, best_value(adam, goal)) for run, adam in pairs])
     return row
-
-
-def mean_curve(curves: Curves) -> list[tuple[int, float]]:
-    """The mean over seeds."""
-    return [(points[0][0], fmean(value for _, value in points)) for points in zip(*curves, strict=True)]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -137,20 +132,19 @@ def main(argv: list[str]) -> int:
         check(method, args)
     make_output_folder("--out", args.out)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    results: dict[str, Curves] = {}
+    results: dict[str, list[Result]] = {}
     seconds: dict[str, float] = {}
     for method in methods:
         began = time.perf_counter()
         results[method.name] = train(method, args)
         seconds[method.name] = round(time.perf_counter() - began, 1)
-        record = {"settings": settings, "machine": describe_machine(), "seconds": seconds, "curves": results}
-        (args.out / RESULTS).write_text(json.dumps(record) + "\n")
-    higher = spec.higher_is_better
-    bests = [(max if higher else min)(v for _, v in curve) for curve in results[ADAM]] if ADAM in results else None
-    print(format_table([row_of(name, curves, bests, higher) for name, curves in results.items()]))
-    means = {name: mean_curve(curves) for name, curves in results.items()}
-    quantity = spec.metric.removeprefix("eval_")
-    draw_panels(args.out / "plans.png", [Panel(args.task, means, quantity=quantity, is_loss=not higher)])
+        record = {"settings": settings, "machine": describe_machine(), "seconds": seconds, "runs": results}
+        (args.out / RESULTS).write_text(json.dumps(record, allow_nan=False) + "\n")
+    goal = Goal(spec.metric, spec.higher_is_better, ())
+    print(format_table([row_of(name, runs, results.get(ADAM, []), goal) for name, runs in results.items()]))
+    means = {name: mean_curve(runs, goal.metric) for name, runs in results.items()}
+    quantity = goal.metric.removeprefix("eval_")
+    draw_panels(args.out / "plans.png", [Panel(args.task, means, quantity=quantity, is_loss=not goal.higher_is_better)])
     return 0
 
 

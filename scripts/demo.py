@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import queue
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet, load_digits, shift_randomly
 from tasks.report import draw_curves, format_table, updates_to_reach
 from tasks.text import fixed_windows, llama, tokenize
+from tasks.workers import Report, do_all
 
 PERIOD = 500
 BATCH_SIZE = {"llama-pydoc": 16, "cnn-digits": 64}
@@ -99,8 +98,9 @@ TASKS = {"llama-pydoc": llama_pydoc, "cnn-digits": cnn_digits}
 METHODS = ("adam", "nowcast")
 
 
-def train(task: str, method: str, args: argparse.Namespace, progress: Any) -> dict[str, Any]:
-    """Train one model with the Trainer; ``method`` is ``adam`` or ``nowcast``. Evaluations are put on ``progress``."""
+def train(job: tuple[str, str], report: Report, *, args: argparse.Namespace) -> dict[str, Any]:
+    """Train the model of a task with the Trainer and a method, ``adam`` or ``nowcast``; evaluations are reported."""
+    task, method = job
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging as transformers_logging
 
@@ -115,7 +115,7 @@ def train(task: str, method: str, args: argparse.Namespace, progress: Any) -> di
         def on_evaluate(
             self, arguments: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
         ) -> None:
-            progress.put((task, method, state.global_step, metrics["eval_loss"]))
+            report(EVALUATE_EVERY, f"update {state.global_step}, validation loss {metrics['eval_loss']:.3f}")
 
     nowcast = NowcastCallback(args.nowcaster, period=PERIOD)
     callbacks = [Progress(), nowcast] if method == "nowcast" else [Progress()]
@@ -203,25 +203,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def run_all(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
     """Run every task with every method, several at once, and show how far each is."""
-    context = multiprocessing.get_context("spawn")
     jobs = [(task, method) for task in TASKS for method in METHODS]
-    with context.Manager() as manager, ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        messages = manager.Queue()
-        futures = {job: pool.submit(train, *job, args, messages) for job in jobs}
-        with tqdm(total=len(jobs) * args.updates, unit="update", mininterval=1, dynamic_ncols=True) as bar:
-            while not all(future.done() for future in futures.values()) or not messages.empty():
-                show_progress(bar, messages)
-        return {job: future.result() for job, future in futures.items()}
-
-
-def show_progress(bar: Any, messages: Any) -> None:
-    """Move the bar by what the trainings reported within a second."""
-    try:
-        task, method, step, loss = messages.get(timeout=1)
-    except queue.Empty:
-        return
-    bar.update(EVALUATE_EVERY)
-    bar.set_postfix_str(f"{task} {method}: update {step}, validation loss {loss:.3f}")
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    with tqdm(total=len(jobs) * args.updates, unit="update", mininterval=1, dynamic_ncols=True) as bar:
+        for event in do_all(jobs, partial(train, args=args), args.jobs):
+            name = " ".join(event.job)
+            if event.kind == "failed":
+                fail(f"{name}: {event.text}")
+            if event.kind == "done":
+                runs[event.job] = event.result
+            bar.update(event.amount)
+            bar.set_postfix_str(f"{name}: {event.text or event.kind}")
+    return {job: runs[job] for job in jobs}
 
 
 def verdicts(rows: list[dict[str, Any]], updates: int) -> list[str]:

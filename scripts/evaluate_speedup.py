@@ -28,7 +28,6 @@ from nino.moments import Moments
 from tasks.cells import SCHEDULES, Cell, make_cell, read_result, result_path, train_and_write
 from tasks.cli import fail, positive_float, positive_int, run_main
 from tasks.comparing import (
-    ADAM,
     Goal,
     Result,
     Row,
@@ -43,7 +42,7 @@ from tasks.comparing import (
     verdicts,
 )
 from tasks.machine import describe_machine
-from tasks.methods import Rhythm, check_method, parse_method
+from tasks.methods import ADAM, Rhythm, check_method, parse_method
 from tasks.report import Panel, draw_panels, format_markdown, format_table
 from tasks.speedup import TASKS
 from tasks.workers import do_all

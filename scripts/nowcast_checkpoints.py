@@ -11,7 +11,6 @@ evenly spaced; or one output folder of the Trainer, of which the newest are take
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import signal
@@ -26,35 +25,16 @@ from tqdm import tqdm
 
 from nino import Nowcaster
 from nino.checkpoints import CheckpointNowcast, model_from_config, model_from_factory, nowcast_checkpoints
-from nino.errors import NinoError
 from tasks.cli import fail, memory_size, positive_int, run_main, torch_device
+from tasks.own_model import import_function
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def import_model(name: str) -> nn.Module:
-    """Build the model by ``package.module:function``, also from the current folder."""
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise NinoError(f"--model must be package.module:function, got {name!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function: Any = importlib.import_module(module_name)
-    except Exception as error:  # code of the user
-        raise NinoError(f"--model: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
-    for part in function_name.split("."):
-        function = getattr(function, part, None)
-    if not callable(function):
-        raise NinoError(
-            f"--model: {module_name} has no function {function_name}; it takes no arguments, returns the model"
-        )
-    return model_from_factory(function, name)
 
 
 def load_model(args: argparse.Namespace) -> nn.Module | None:
     """The model of --model or --config; ``None`` leaves it to the checkpoints."""
     if args.model is not None:
-        return import_model(args.model)
+        return model_from_factory(import_function(args.model), args.model)
     if args.config is not None:
         return model_from_config(args.config)
     return None

@@ -160,7 +160,7 @@ def test_an_own_model_is_drawn(run: Run, folder: Path) -> None:
     [
         (["--only", "Lama"], ("no architecture 'Lama'", "expected some of Llama, ")),
         (["--model", "own_models"], ("'own_models': expected package.module:function",)),
-        (["--model", "no_such:build"], ("raised ModuleNotFoundError",)),
+        (["--model", "no_such:build"], ("no_such cannot be imported: ModuleNotFoundError",)),
         (["--model", "own_models:nothing"], ("own_models has no function nothing",)),
         (["--model", "own_models:only_a_model"], ("returned a Twins; expected a tuple (model, example_inputs)",)),
         (["--model", "own_models:broken"], ("raised KeyError: 'missing'",)),

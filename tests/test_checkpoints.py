@@ -844,7 +844,7 @@ def test_script_refuses_in_one_line(
     options = [*paths, "--out", "new.pt", "--nowcaster", "nowcaster"]
     before = listing(tmp_path)
     for arguments, part in [
-        (["--model", "mine"], "--model must be package.module:function, got 'mine'"),
+        (["--model", "mine"], "--model 'mine': expected package.module:function"),
         (["--model", "nowhere:build"], "nowhere cannot be imported"),
         (["--model", "mine:missing"], "mine has no function missing"),
         (["--model", "mine:broken"], "mine:broken() failed: RuntimeError: of its own"),

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Done, run_here
+from torch import nn
 
-from nino import Nowcaster, NowcasterConfig
+from nino import NeuralGraph, Nowcaster, NowcasterConfig
 from nino.model import build_network
+from tasks import branching
+from tasks.branching import JumpPlan
+from tasks.methods import Part
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_jumps.py"
 SMALL = ("--task", "digits-16", "--at", "20", "12", "--updates", "6", "--evaluate-every", "3")
 JUMPS = ("scaled:0:nino-tiny@horizon=40,interval=2", "linear@horizon=4,interval=2")
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120)
+def run(*arguments: str | Path) -> Done:
+    return run_here("compare_jumps.py", *arguments)
 
 
 def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
@@ -54,6 +56,19 @@ def test_weights_that_were_trained_on_are_branched_anew(tmp_path: Path) -> None:
         branches[seed] = json.loads((tmp_path / "out" / "jumps.json").read_text())["branches"]
     assert branches[0]["20 stay"] == branches[1]["20 stay"]
     assert branches[0][f"20 {jump}"] != branches[1][f"20 {jump}"]
+
+
+def test_models_of_no_known_family_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, example = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(2, 3)
+    inside = nn.ModuleDict({"inside": model})
+    inside.forward = lambda inputs: model(inputs)  # type: ignore[method-assign]
+    snapshots = {(at, 1): {name: p + at for name, p in inside.named_parameters()} for at in range(5)}
+    nowcaster = Nowcaster(build_network(NowcasterConfig(hidden=4)))
+    seen: list[NeuralGraph] = []
+    monkeypatch.setattr(nowcaster, "predict", lambda read, horizon, graph: seen.append(graph))
+    jump = JumpPlan(name="", part=Part("nino", ""), horizon=1, interval=1, average=1)
+    branching._nowcast(nowcaster, inside, snapshots, 4, jump, example)
+    assert seen[0].wiring == "exact"
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_the_benchmark_runs_in_processes_of_its_own(tmp_path: Path) -> None:
 WAITING = """
 import sys, time
 sys.path.insert(0, {scripts!r})
-from tasks.measuring import in_fresh_process
+from tasks.workers import in_fresh_process
 if __name__ == "__main__":
     in_fresh_process(time.sleep, 300)
 """

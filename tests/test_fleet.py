@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -255,11 +255,32 @@ def test_plans_are_compared_on_many_seeds(tmp_path: Path, capsys: pytest.Capture
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["adam", nowcast]
     found = json.loads((tmp_path / "plans.json").read_text())
-    assert (tmp_path / "plans.png").exists() and list(found["curves"]) == ["adam", nowcast]
-    adam, jumped = found["curves"].values()
-    assert [[step for step, _ in curve] for curve in adam] == [[20, 40, 60]] * 2
+    assert (tmp_path / "plans.png").exists() and list(found["runs"]) == ["adam", nowcast]
+    adam, jumped = found["runs"].values()
+    assert [[point["step"] for point in run["curve"]] for run in adam] == [[20, 40, 60]] * 2
     assert adam[0] != adam[1]
-    assert all(plain[-1] != other[-1] for plain, other in zip(adam, jumped, strict=True))
+    assert all(plain["curve"][-1] != other["curve"][-1] for plain, other in zip(adam, jumped, strict=True))
+
+
+def test_plans_that_diverge_are_told_apart() -> None:
+    from compare_plans import row_of
+
+    from tasks.comparing import Goal
+
+    def run(*values: float | None) -> dict[str, Any]:
+        curve = [{"step": 10 * number, "eval_loss": value} for number, value in enumerate(values, start=1)]
+        return {"curve": curve, "diverged": values[-1] is None}
+
+    goal = Goal("eval_loss", False, ())
+    row = row_of(
+        "nino", [run(3.0, 1.0), run(4.0, 3.0), run(2.0, 1.0)], [run(2.0, 2.0), run(5.0, None), run(None)], goal
+    )
+    assert {name: str(value) for name, value in row.items()} == {
+        "method": "nino",
+        "best": "1.667 ± 1.2",
+        "last": "1.667 ± 1.2",
+        "to Adam's best": "15 ± 7.1 (2 of 3)",
+    }
 
 
 @pytest.mark.parametrize(
@@ -299,3 +320,15 @@ def test_a_fleet_is_held_out_as_a_whole(tmp_path: Path) -> None:
     train, held_out = split_runs(tmp_path)
     assert [Path(folder).name for folder in held_out] == ["mlp-10", "mlp-11"]
     assert len(train) == 10
+
+
+def test_a_run_is_held_out_with_the_one_that_jumps(tmp_path: Path) -> None:
+    from recordings import MLP, record_walk
+
+    from tasks.recorded_runs import split_runs
+
+    for index in range(8):
+        record_walk(tmp_path / f"mlp-{index}", MLP, "mlp", num_states=2)
+        record_walk(tmp_path / f"mlp-{index}-jumps", MLP, "mlp", num_states=2)
+    train, held_out = split_runs(tmp_path)
+    assert [Path(folder).name for folder in held_out] == ["mlp-5", "mlp-5-jumps"] and len(train) == 14

@@ -45,6 +45,13 @@ def test_no_mean_reaches_over_a_jump(walk: Trajectory) -> None:
     torch.testing.assert_close(run.states([4])[0], walk.states(range(10, 14)).mean(0))
 
 
+def test_stretches_recorded_at_another_distance_are_left_out(walk: Trajectory) -> None:
+    interval = walk.steps[1] - walk.steps[0]
+    walk.steps = [*walk.steps[:10], *(walk.steps[9] + 2 * interval * (index + 1) for index in range(10))]
+    run = ResampledRun(walk, interval=2 * interval, average=2 * interval)
+    assert run.steps == walk.steps[1:10:2] and run.segments() == [range(5)]
+
+
 def test_windows_are_cut_from_them(tmp_path: Path) -> None:
     walks = [Trajectory(record_walk(tmp_path / f"run-{seed}", CNN, "cnn", 24, seed)) for seed in (0, 1)]
     interval = walks[0].steps[1] - walks[0].steps[0]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import SCRIPTS, run, run_here
 from recordings import record_collection
 from torch import Tensor, nn
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from nino import TrajectoryError
+from tasks.images import convnet
+from tasks.run_plans import make_model
+
 ALL_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
-
-
-def run(script: str, *arguments: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 def assert_refused(result: Any, *expected: str) -> None:
@@ -34,7 +32,7 @@ def assert_refused(result: Any, *expected: str) -> None:
 
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
 def test_help_says_what_it_does(script: str) -> None:
-    result = run(script, "--help")
+    result = run_here(script, "--help")
     assert result.returncode == 0
     assert "usage:" in result.stdout and f"python scripts/{script}" in result.stdout
 
@@ -57,37 +55,58 @@ def test_help_says_what_it_does(script: str) -> None:
     ],
 )
 def test_bad_input_is_one_line(script: str, arguments: list[str], expected: list[str], tmp_path: Path) -> None:
-    assert_refused(run(script, *arguments), *expected)
+    assert_refused(run_here(script, *arguments), *expected)
 
 
 def test_too_few_runs_is_one_line(tmp_path: Path) -> None:
     record_collection(tmp_path / "runs", runs=2)
-    assert_refused(
-        run("pretrain_nowcaster.py", "--runs", tmp_path / "runs", "--out", tmp_path / "out"), "4 finished runs"
-    )
+    done = run_here("pretrain_nowcaster.py", "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    assert_refused(done, "4 finished runs")
 
 
-def test_collect_then_pretrain(data_folder: Path, tmp_path: Path) -> None:
-    arguments = ["--data", data_folder, "--out", tmp_path / "runs", "--updates", 12, "--interval", 1, "--runs", 6]
-    planned = run("collect_trajectories.py", *arguments[:-1], 1, "--dry-run")
-    assert planned.returncode == 0 and "2 runs planned, 0 already recorded" in planned.stdout
-    assert re.search(r"^about [\d.]+ hours with --jobs 1", planned.stdout, re.M)
-    assert not (tmp_path / "runs" / "collection.json").exists()
-    collected = run("collect_trajectories.py", *arguments, "--jobs", 2)
-    assert collected.returncode == 0, collected.stderr
-    summary = json.loads((tmp_path / "runs" / "collection.json").read_text())
-    assert summary == {"recorded": 12, "skipped": 0, "failed": {}}
-    again = run("collect_trajectories.py", *arguments)
-    assert "12 already recorded" in again.stdout
+def test_collect_then_pretrain(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import collect_trajectories
+    import pretrain_nowcaster
 
-    options = ["--hidden", 8, "--steps", 2, "--strides", 1, "--evaluate-every", 1, "--validation-windows", 1]
-    trained = run("pretrain_nowcaster.py", "--runs", tmp_path / "runs", "--out", tmp_path / "nowcaster", *options)
-    assert trained.returncode == 0, trained.stderr
-    record = json.loads(trained.stdout.strip().splitlines()[-1])
-    assert {"images/nowcaster", "images/copy", "language/linear", "train"} <= set(record)
+    import tasks.rehearsal
     from nino import Nowcaster
 
+    monkeypatch.setattr(tasks.rehearsal, "EVAL_IMAGES", 200)
+    runs = tmp_path / "runs"
+    arguments = ["--data", data_folder, "--out", runs, "--updates", 12, "--interval", 1, "--jobs", 2, "--runs"]
+    assert collect_trajectories.main([*map(str, arguments), "1", "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "2 runs planned, 0 already recorded" in planned
+    assert re.search(r"^about [\d.]+ hours with --jobs 2", planned, re.M) and not runs.exists()
+    assert collect_trajectories.main([*map(str, arguments), "6"]) == 0
+    summary = json.loads((runs / "collection.json").read_text())
+    assert summary == {"recorded": 12, "skipped": 0, "failed": {}}
+    assert collect_trajectories.main([*map(str, arguments), "6"]) == 0
+    assert "12 already recorded" in capsys.readouterr().out
+    with pytest.raises(TrajectoryError, match=r"holds a run with seed .* choose another --out"):
+        collect_trajectories.main([*map(str, arguments), "6", "--seed", "1"])
+
+    options = ["--hidden", 8, "--steps", 2, "--strides", 1, "--evaluate-every", 1, "--validation-windows", 1]
+    options += ["--runs", runs, "--out", tmp_path / "nowcaster", "--workers", 0]
+    assert pretrain_nowcaster.main([*map(str, options)]) == 0
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {"images/nowcaster", "images/copy", "language/linear", "train"} <= set(record)
     assert Nowcaster.from_pretrained(tmp_path / "nowcaster").config.hidden == 8
+
+
+def test_a_run_of_another_plan_is_neither_skipped_nor_replaced(data_folder: Path, tmp_path: Path) -> None:
+    from collect_trajectories import is_finished, parse_args, plan_runs, record_run
+
+    options = ["--data", data_folder, "--out", tmp_path, "--family", "images", "--runs", 1, "--interval", 1]
+    (plan,) = plan_runs(parse_args([*map(str, options), "--updates", "2"]))
+    assert not is_finished(plan, tmp_path)
+    record_run(plan, data_folder, tmp_path)
+    assert is_finished(plan, tmp_path)
+    for changes in ({"updates": 3}, {"seed": 7}, {"jump_with": "nino-tiny"}):
+        with pytest.raises(TrajectoryError, match=rf"with {next(iter(changes))} .*planned is .*choose another --out"):
+            is_finished(dataclasses.replace(plan, **changes), tmp_path)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -142,6 +161,23 @@ def test_recorded_runs_that_jump(data_folder: Path, tmp_path: Path) -> None:
     assert run.complete and run.segments()[-1] == range(plan.jump_until // 2, 26)
     (plain,) = plan_runs(parse_args([*map(str, options)]))
     assert plain.name == "images-0000"  # the same run without jumps has a folder of its own
+
+
+def test_batch_norms_are_as_before_when_jumps_are_over(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import collect_trajectories
+
+    made = []
+    monkeypatch.setattr(collect_trajectories, "make_model", lambda plan: made.append(make_model(plan)) or made[-1])
+    options = ["--family", "images", "--images", "cifar10", "--runs", 1, "--updates", 24, "--interval", 2]
+    jumping = ["--jump-with", "hidden-8", "--jump-period", 10, "--jump-until", 10]
+    arguments = map(str, ["--data", data_folder, "--out", tmp_path, *options, *jumping])
+    (plan,) = collect_trajectories.plan_runs(collect_trajectories.parse_args([*arguments]))
+    plan = dataclasses.replace(plan, architecture=convnet(3, (4, 8, 8), norm=True))
+    collect_trajectories.record_run(plan, data_folder, tmp_path)
+    norms = [layer for layer in made[0].modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert norms and all((norm.momentum, int(norm.num_batches_tracked)) == (0.1, 24) for norm in norms)
 
 
 @pytest.mark.parametrize("option", ["--jump-until", "--jump-average"])

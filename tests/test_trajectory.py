@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -197,6 +199,27 @@ def test_less_than_one_state_is_refused(tmp_path: Path, size: int) -> None:
     with open(tmp_path / STATES_FILE, "r+b") as file:
         file.truncate(size)
     _refused(tmp_path, STATES_FILE, "truncated", ROW_BYTES, f"found {size}")
+
+
+def test_metrics_that_are_no_single_number_are_left_out(tmp_path: Path) -> None:
+    writer = TrajectoryWriter(tmp_path, PARAMETERS, ARCHITECTURE, {})
+    odd = {"vector": torch.zeros(2), "complex": torch.ones(1, dtype=torch.complex64), "text": "x", "none": None}
+    writer.append(0, _state(0), {**odd, "loss": np.float32(0.5), "rate": torch.tensor([0.25])})  # type: ignore[dict-item]
+    assert Trajectory(tmp_path).metrics == [{"loss": 0.5, "rate": 0.25}]
+
+
+def test_a_header_that_cannot_be_written_leaves_the_recording_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = TrajectoryWriter(tmp_path, PARAMETERS, ARCHITECTURE, {})
+    writer.append(0, _state(0), {"loss": 1.0})
+    with monkeypatch.context() as full, pytest.raises(OSError, match="no space"):
+        full.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no space")))
+        writer.append(1, _state(1), {"loss": 2.0})
+    writer.append(2, _state(2), {"loss": 3.0})
+    run = Trajectory(tmp_path)
+    assert (run.steps, run.metrics) == ([0, 2], [{"loss": 1.0}, {"loss": 3.0}])
+    torch.testing.assert_close(run.states([0, 1]), torch.stack([_flat(_state(0)), _flat(_state(2))]))
 
 
 def test_a_recording_without_states_is_refused(tmp_path: Path) -> None:

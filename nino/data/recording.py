@@ -153,7 +153,7 @@ class Recorder:
         return True
 
     def close(self, complete: bool = True) -> None:
-        """Finish the recording; ``complete`` says that the run reached its planned end. Never fails."""
+        """Finish the recording; ``complete`` says that the run ended as it was meant to, if early. Never fails."""
         writer, self._writer = self._writer, None
         if writer is None:
             return

@@ -19,7 +19,8 @@ class ResampledRun(RecordedStates):
     """Some states of a run, each averaged with those recorded before it; nothing is read before it is asked for.
 
     Args:
-        run: as it was recorded.
+        run: as it was recorded. Stretches whose states lie at another distance than the first two are left out: a run
+            that is resumed may go on with another interval.
         interval: optimizer updates between two states; a multiple of the run's.
         average: optimizer updates before a state over which the recorded states are averaged, its own among them: with
             states every 25 updates, 100 is the mean of four. No mean reaches over a jump or a gap in the recording.
@@ -46,7 +47,7 @@ class ResampledRun(RecordedStates):
         self._segments, self._ends = [], list[int]()
         for segment in run.segments():
             ends = list(segment[self._count - 1 :: interval // recorded])
-            if ends:
+            if ends and (len(segment) == 1 or run.steps[segment[1]] - run.steps[segment[0]] == recorded):
                 self._segments.append(range(len(self._ends), len(self._ends) + len(ends)))
                 self._ends += ends
         if not self._ends:

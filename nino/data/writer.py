@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +152,7 @@ class TrajectoryWriter:
                 raise TrajectoryError(
                     f"{self.folder}: the state at step {step} needs {name} of shape {shape}, got {found}"
                 )
+        row = {"steps": int(step), "learning_rates": learning_rate, "metrics": _finite(metrics or {})}
         with open(self.folder / STATES_FILE, "r+b", buffering=0) as states:
             if states.seek(0, os.SEEK_END) < self._end:
                 raise TrajectoryError(f"{self.folder}: {STATES_FILE} has lost states since it was written")
@@ -164,10 +166,13 @@ class TrajectoryWriter:
                 with suppress(OSError):
                     states.truncate(self._end)
                 raise
-        self._header["steps"].append(int(step))
-        self._header["learning_rates"].append(learning_rate)
-        self._header["metrics"].append(_finite(metrics or {}))
-        self._write_header()
+        before = self._header
+        self._header = before | {key: [*before[key], row[key]] for key in PER_STATE}
+        try:
+            self._write_header()
+        except BaseException:
+            self._header = before
+            raise
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """Add to the metrics of the last state what became known after it was written."""
@@ -186,7 +191,7 @@ class TrajectoryWriter:
         return self._header["steps"][-1] if self._header["steps"] else None
 
     def close(self, complete: bool = True) -> None:
-        """Finish the recording; ``complete`` says that the run reached its planned end."""
+        """Finish the recording; ``complete`` says that the run ended as it was meant to, early stopping included."""
         self._header["complete"] = complete
         self._write_header()
 
@@ -229,5 +234,11 @@ def check_dtype(dtype: str) -> None:
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
     """What is one finite number: JSON knows no other."""
-    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float, Tensor))}
+    numbers = {name: float(value) for name, value in metrics.items() if _is_number(value)}
     return {name: value for name, value in numbers.items() if isfinite(value)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real)

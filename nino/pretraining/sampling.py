@@ -23,8 +23,8 @@ class Sampling:
     max_horizons: int = 0
     """Horizons that the head predicts, the same for all windows of a batch."""
     balanced: bool = False
-    """Whether every parameter has the same chance to be looked at, however many edges it has. Otherwise every edge has,
-    and what is learned of a language model is learned of its embeddings."""
+    """Whether every parameter has the same chance to be looked at, however many edges it has or were kept. Otherwise
+    every edge has, and what is learned of a language model is learned of its embeddings."""
 
     def __post_init__(self) -> None:
         for name in ("max_outputs", "max_words", "max_horizons"):
@@ -40,12 +40,10 @@ class Sampling:
             kept: bool ``[E]``, the edges that were kept by :meth:`keep`, or ``None`` for all.
             generator: of random numbers.
         """
-        weight = torch.ones(edges.num_parameter_edges)
+        weight = torch.ones(edges.num_parameter_edges) if kept is None else kept[: edges.num_parameter_edges].float()
         if self.balanced:
             for part in edges.slices.values():
-                weight[part] /= part.stop - part.start
-        if kept is not None:
-            weight *= kept[: edges.num_parameter_edges]
+                weight[part] /= weight[part].sum().clamp(min=1)
         possible = int(weight.count_nonzero())
         if not 0 < self.max_outputs < possible:
             return weight.nonzero()[:, 0]

@@ -9,6 +9,7 @@ training leads from its inputs.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,14 @@ class WindowSource:
             self.by_family.setdefault(run.family, []).append(index)
 
     def describe(self) -> dict[str, Any]:
-        """What windows are cut from, for the log of a training: strides, and the states of every run by its name."""
-        runs = {Path(run.trajectory.folder).name: run.trajectory.describe() for run in self.runs}
+        """What windows are cut from, for the log of a training: strides, and the states of every run.
+
+        Runs are named by their paths below the folder that holds them all.
+        """
+        folders = [os.path.abspath(run.trajectory.folder) for run in self.runs]
+        common = os.path.commonpath(list(map(os.path.dirname, folders)))
+        names = [Path(os.path.relpath(folder, common)).as_posix() for folder in folders]
+        runs = {name: run.trajectory.describe() for name, run in zip(names, self.runs, strict=True)}
         return {"strides": list(self.strides), "runs": runs}
 
     def draw(self, family: str, generator: torch.Generator) -> WindowPlace:

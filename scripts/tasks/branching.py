@@ -114,7 +114,8 @@ class Trunk:
         renewal = BatchNormRenewal(model)
         if jump is not None:
             nowcaster = load_jump(jump.part)
-            new = _nowcast(nowcaster, model, state["snapshots"], at, jump)
+            (example, *_) = task.batch(2, torch.Generator())
+            new = _nowcast(nowcaster, model, state["snapshots"], at, jump, example)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(new[name])
@@ -136,11 +137,11 @@ class Trunk:
 
 
 def _nowcast(
-    nowcaster: Nowcaster, model: nn.Module, snapshots: Snapshots, at: int, jump: JumpPlan
+    nowcaster: Nowcaster, model: nn.Module, snapshots: Snapshots, at: int, jump: JumpPlan, example: Tensor
 ) -> dict[str, Tensor]:
     context = nowcaster.config.context
     read = [snapshots[at - jump.interval * i, jump.average] for i in reversed(range(context))]
-    return nowcaster.predict(read, horizon=jump.horizon, graph=nowcaster.graph_of(model))
+    return nowcaster.predict(read, horizon=jump.horizon, graph=nowcaster.graph_of(model, example))
 
 
 def _update(task: Task, model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:

@@ -13,9 +13,9 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
+from tasks.methods import ADAM
 from tasks.report import Curve, updates_to_reach
 
-ADAM = "adam"
 Result = Mapping[str, Any]
 """The content of a cell's file."""
 Row = dict[str, Any]

@@ -59,6 +59,7 @@ def record_fleet(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str, s
 
 def time_fleet(plans: Sequence[RunPlan], task: ImageTask | TextTask) -> float:
     """About how many seconds an update of all runs takes, on this machine as busy as it is now."""
+    torch.set_num_threads(1)  # as it is recorded
     device = fleet_device()
     task, fleet = on_device(task, device), make_fleet(plans, task, device)
     generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]

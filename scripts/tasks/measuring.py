@@ -1,21 +1,14 @@
-"""How benchmarks measure time and memory, and how their processes end."""
+"""How benchmarks measure time and memory."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing.connection import wait
-from typing import Any, TypeVar
 
 import psutil
 import torch
-
-Result = TypeVar("Result")
 
 BUSY_PERCENT = 15.0
 """If others use more of the cores than this, a measurement is marked as disturbed."""
@@ -71,26 +64,3 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
-
-
-def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function in a process of its own, which ends with this one.
-
-    Raises:
-        BrokenProcessPool: if the process dies.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as fresh:
-        return fresh.submit(function, *arguments).result()
-
-
-def end_with_parent() -> None:
-    """From now on, end this process as soon as the one that started it is gone, killed ones included."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_after(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)

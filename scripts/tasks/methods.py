@@ -30,6 +30,7 @@ from nino.history.mean import check_snapshot_average
 from nino.model import NowcasterConfig, build_network
 from nino.moments import Moments, check_moments
 from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
+from tasks.nowcasters import load_weights
 from tasks.rivals import (
     ExponentialAverage,
     Follower,
@@ -41,6 +42,7 @@ from tasks.rivals import (
     find_schedule_free,
 )
 
+ADAM = "adam"
 SNAPSHOTS_PER_PERIOD = 5
 
 
@@ -125,6 +127,11 @@ class Method:
         """Whether it depends on the period."""
         return self.jump is not None or (self.average is not None and self.average.kind == "lawa")
 
+    @property
+    def is_adam_with_jumps(self) -> bool:
+        """Whether it is AdamW, jumps or not, and nothing else."""
+        return self.optimizer.kind == ADAM and self.slow is None and self.average is None
+
 
 def _nothing(text: str) -> None:
     if text:
@@ -168,7 +175,7 @@ def _factor_and_name(text: str) -> tuple[float, str]:
 
 
 KINDS: dict[str, Kind] = {
-    "adam": Kind("optimizer", _nothing),
+    ADAM: Kind("optimizer", _nothing),
     "muon": Kind("optimizer", _nothing),
     "schedulefree": Kind("optimizer", _nothing),
     "lookahead": Kind("slow", _count(5)),
@@ -207,7 +214,7 @@ def parse_method(name: str, rhythm: Rhythm) -> Method:
             parts[slot] = Part(kind, KINDS[kind].read(argument))
         except ValueError as error:
             _refuse(name, f"{kind} expects {error}, got {piece!r}")
-    parts.setdefault("optimizer", Part("adam", None))
+    parts.setdefault("optimizer", Part(ADAM, None))
     slots = {slot: parts.get(slot) for slot in ("slow", "average", "jump")}
     return Method(name=name, optimizer=parts["optimizer"], rhythm=_read_settings(name, settings, rhythm), **slots)
 
@@ -256,16 +263,12 @@ def load_jump(part: Part) -> Nowcaster:
             return Nowcaster(build_network(NowcasterConfig(hidden=part.value)))
     if part.kind == "scaled":
         factor, name = part.value
-        return _load_weights(name).stretched(factor)
-    nowcaster = Nowcaster.from_official(part.value) if part.kind == "official" else _load_weights(part.value)
+        return load_weights(name).stretched(factor)
+    nowcaster = Nowcaster.from_official(part.value) if part.kind == "official" else load_weights(part.value)
     expected = {"nino": "nino", "wnn": "wnn"}.get(part.kind, nowcaster.config.kind)
     if nowcaster.config.kind != expected:
         raise NinoError(f"{part.kind}:{part.value} holds the weights of a {nowcaster.config.kind}")
     return nowcaster
-
-
-def _load_weights(name: str) -> Nowcaster:
-    return Nowcaster.from_official(name) if name.endswith(".pt") else Nowcaster.from_pretrained(name)
 
 
 def check_method(method: Method, updates: int) -> str | None:

@@ -50,10 +50,9 @@ def logits_of(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """Classify images; half of the training images may be mirrored, and each be shifted by up to some pixels."""
+    """Classify images; training images may be shifted by up to some pixels, each by others."""
 
     data: ImageData
-    mirror: bool = False
     shift: int = 0
     eval_images: int | None = None
     """The first ones only, where evaluating on all takes too long."""
@@ -69,10 +68,10 @@ class ImageTask:
     @property
     def is_augmented(self) -> bool:
         """Whether a batch is more than the images drawn."""
-        return self.mirror or self.shift > 0
+        return self.shift > 0
 
     def take(self, indices: Tensor) -> Batch:
-        """Those training images, neither mirrored nor shifted."""
+        """Those training images, not shifted."""
         return self.data.train_images[indices], self.data.train_labels[indices]
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -83,9 +82,6 @@ class ImageTask:
 
     def _take(self, indices: Tensor, generator: torch.Generator) -> Batch:
         images, labels = self.take(indices)
-        if self.mirror:
-            flips = (torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5).to(images.device)
-            images = torch.where(flips, images.flip(-1), images)
         if self.shift:
             images = shift_randomly(images, self.shift, generator)
         return images, labels

@@ -1,18 +1,27 @@
-"""Do many long jobs on a few processes: one that fails, or that takes its process with it, costs only itself."""
+"""Work in other processes, which end with this one: many long jobs on a few, or one job in a fresh one.
+
+Of many, one that fails, or that takes its process with it, costs only itself.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Literal, TypeVar
 
 Job = TypeVar("Job")
-Work = Callable[[Any, Callable[[int, str], None]], None]
-"""Called in a worker process with a job, and a function to report progress with: an amount, and what to say."""
+Result = TypeVar("Result")
+Report = Callable[[int, str], None]
+"""Called with an amount of progress, and what to say."""
+Work = Callable[[Any, Report], Any]
+"""Called in a worker process with a job, and a function to report progress with; what it returns is picklable."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Event(Generic[Job]):
     amount: int = 0
     text: str = ""
     """What a job in progress says, or why it failed."""
+    result: Any = None
+    """What the work returned for a job that is done."""
 
 
 def do_all(jobs: Sequence[Job], work: Work, processes: int) -> Iterator[Event[Job]]:
@@ -99,6 +110,7 @@ class Worker:
 
 def serve(work: Work, connection: Connection) -> None:
     """The worker's side: do what comes until nothing comes any more."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of an interrupt, the parent decides
     while True:
         try:
@@ -106,10 +118,33 @@ def serve(work: Work, connection: Connection) -> None:
         except (EOFError, OSError):
             return
         try:
-            work(job, lambda amount, text: connection.send(("progress", amount, text)))
-            connection.send(("done", 0, ""))
+            result = work(job, lambda amount, text: connection.send(("progress", amount, text)))
+            connection.send(("done", 0, "", result))
         except BrokenPipeError:  # the parent is gone
             return
         except Exception as error:  # one failed job must not lose the others
             reason = " ".join(str(error).split())
             connection.send(("failed", 0, f"{type(error).__name__}: {reason}"[:500]))
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a process of its own, which ends with this one.
+
+    Raises:
+        BrokenProcessPool: if the process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as fresh:
+        return fresh.submit(function, *arguments).result()
+
+
+def end_with_parent() -> None:
+    """From now on, end this process as soon as the one that started it is gone, killed ones included."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
