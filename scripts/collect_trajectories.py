@@ -60,7 +60,8 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
     for index in range(args.runs):
         choose = random.Random(f"{args.seed}-{index}")
         if args.family in ("all", "images"):
-            options = {"bf16": args.bf16, "batch_norm": args.fleet == 1}  # fleets keep no running statistics
+            norm = args.fleet == 1  # fleets keep no running statistics
+            options = {"depths": args.depths, "bf16": args.bf16, "batch_norm": norm}
             plans.append(plan_image_run(index, choose, args.updates, args.interval, args.images, **options))
         if args.family in ("all", "language"):
             plans.append(plan_language_run(index, choose, args.updates, args.interval, texts))
@@ -238,6 +239,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--family", choices=["all", "images", "language"], default="all")
     parser.add_argument(
         "--images", nargs="+", choices=list(IMAGE_SETS), default=list(IMAGE_SETS), help="what image runs are trained on"
+    )
+    parser.add_argument(
+        "--depths", type=positive_int, nargs="+", default=[2, 3, 4], help="convolutions of an image run, one drawn"
     )
     parser.add_argument("--runs", type=positive_int, default=20, help="runs per family")
     parser.add_argument("--updates", type=positive_int, default=4000, help="optimizer updates per run")

@@ -79,6 +79,8 @@ def check(method: Method, args: argparse.Namespace) -> None:
             f"method {method.name!r}: expected adam or nowcasts of it by a network, without probation, moments kept"
         )
     check_method(method, args.budget)
+    if method.jump is not None and method.rhythm.period > args.updates:
+        raise NinoError(f"method {method.name!r} never jumps: its period is longer than --updates {args.updates}")
 
 
 def row_of(name: str, runs: Sequence[Result], adams: Sequence[Result], goal: Goal) -> dict[str, Any]:
@@ -133,19 +135,28 @@ def main(argv: list[str]) -> int:
     make_output_folder("--out", args.out)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     results: dict[str, list[Result]] = {}
+    failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for method in methods:
         began = time.perf_counter()
-        results[method.name] = train(method, args)
+        try:
+            results[method.name] = train(method, args)
+        except Exception as error:  # one method must not lose the others
+            failed[method.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            continue
         seconds[method.name] = round(time.perf_counter() - began, 1)
         record = {"settings": settings, "machine": describe_machine(), "seconds": seconds, "runs": results}
         (args.out / RESULTS).write_text(json.dumps(record, allow_nan=False) + "\n")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    if not results:
+        return 1
     goal = Goal(spec.metric, spec.higher_is_better, ())
     print(format_table([row_of(name, runs, results.get(ADAM, []), goal) for name, runs in results.items()]))
     means = {name: mean_curve(runs, goal.metric) for name, runs in results.items()}
     quantity = goal.metric.removeprefix("eval_")
     draw_panels(args.out / "plans.png", [Panel(args.task, means, quantity=quantity, is_loss=not goal.higher_is_better)])
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

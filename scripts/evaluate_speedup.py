@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nino.moments import Moments
 from tasks.cells import SCHEDULES, Cell, make_cell, read_result, result_path, train_and_write
-from tasks.cli import fail, positive_float, positive_int, run_main
+from tasks.cli import fail, make_output_folder, positive_float, positive_int, run_main
 from tasks.comparing import (
     Goal,
     Result,
@@ -260,7 +260,7 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         list_cells(cells, results, args.jobs)
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder("--out", args.out)
     try:
         failed = train_all(todo, args) if todo else {}
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from nino.pretraining.loop import pretrain
 from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
-from tasks.cli import fail, positive_int, run_main, whole_number
+from tasks.cli import fail, make_output_folder, positive_int, run_main, whole_number
 from tasks.recorded_runs import HOLD_OUT_EVERY, split_runs
 
 
@@ -105,6 +105,7 @@ def main(argv: list[str]) -> int:
         WindowSource(read_runs(folders, args), config, args.strides) for folders in (train_folders, held_out_folders)
     )
     settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
+    make_output_folder("--out", args.out)
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
     result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, train, held_out, args.out, start)
     for record in result["history"][-1:]:  # the main process has them

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from nino import Nowcaster
-from nino.data import ResampledRun, Trajectory, build_model
-from nino.errors import NinoError, TrajectoryError
+from nino.data import ResampledRun, Trajectory
+from nino.errors import NinoError
 from tasks.cli import fail, make_output_folder, positive_int, run_main
 from tasks.nowcasters import load_nowcaster
 from tasks.recorded_runs import split_runs
@@ -87,9 +87,7 @@ def score_run(
     run: ResampledRun, nowcasters: Mapping[str, Nowcaster], args: argparse.Namespace
 ) -> Iterator[tuple[str, int, Score]]:
     """Nowcaster, horizon and score of every window of the last stretch of a run."""
-    if run.architecture is None:
-        raise TrajectoryError(f"{run.folder} does not say how to build its model; record it with an architecture")
-    model, context = build_model(run.architecture, device="meta"), _context(nowcasters)
+    model, context = run.model(), _context(nowcasters)
     graphs = {name: nowcaster.graph_of(model) for name, nowcaster in nowcasters.items()}
     stretch, furthest = run.segments()[-1], max(args.horizons)
     within = None if args.within is None else args.within // args.interval
@@ -150,10 +148,10 @@ def main(argv: list[str]) -> int:
             run = ResampledRun(Trajectory(folder), interval=args.interval, average=args.average)
             found = list(score_run(run, nowcasters, args))
         except NinoError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
         if not found:
-            print(f"left out: {folder} is too short after its last jump for these horizons", file=sys.stderr)
+            tqdm.write(f"left out: {folder} is too short after its last jump for these horizons", file=sys.stderr)
         for name, horizon, values in found:
             scores[str(run.training.get("family", "unknown")), name, horizon].append(values)
     if not scores:

@@ -38,11 +38,13 @@ from tasks.comparing import (
     verdicts,
 )
 from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
+from tasks.images import load_parquet_images
 from tasks.methods import Rhythm, Setup, check_method, load_jump, parse_method
 from tasks.report import format_markdown
 from tasks.rivals import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, hidden_matrices
 from tasks.speedup import TASKS
-from tasks.task import DenoisingTask
+from tasks.task import DenoisingTask, TextTask
+from tasks.text import TextData
 from tasks.workers import do_all
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_speedup.py"
@@ -148,7 +150,9 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
     code = main(["--tasks", "mnist-16", "digits-16", "--methods", "adam", "--jobs", "1", *options])
     output = capsys.readouterr()
     assert code == 1
-    assert output.err.strip().splitlines()[-1].startswith("failed: mnist-16 adam seed 0 lr 0.003 constant 4: Arrow")
+    assert (
+        output.err.strip().splitlines()[-1].startswith("failed: mnist-16 adam seed 0 lr 0.003 constant 4: NinoError: ")
+    )
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [cell["cell"]["task"] for cell in content["cells"]] == ["digits-16"] and len(content["failed"]) == 1
 
@@ -724,6 +728,35 @@ def test_sentences_compare_with_adam_and_between_weights() -> None:
     assert "with 1 of 2 seeds, after 20" in verdicts(by_setting(two_seeds), {"t": ACCURACY})[0]
     apart = verdicts(by_setting([runs[0], result("linear", [1.0], seed=5)]), {"t": ACCURACY})
     assert "no seed in common" in apart[0]
+
+
+def test_a_verdict_says_that_no_jump_was_kept() -> None:
+    adam, nino = result("adam", [0.4, 0.5]), result("nino:x", [0.4, 0.5])
+    assert "without a jump" not in verdicts(by_setting([adam, nino]), {"t": ACCURACY})[0]
+    nino["nowcasts"] = [{"nowcast/accepted": 0.0}] * 2
+    (sentence,) = verdicts(by_setting([adam, nino]), {"t": ACCURACY})
+    assert "(100%), without a jump, since every nowcast failed or was undone; final" in sentence
+
+
+@pytest.mark.parametrize("content", ["no parquet", None])
+def test_foreign_data_are_one_line(content: str | None, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "mnist-train.parquet"
+    if content is None:
+        parquet.write_table(pyarrow.table({"image": [{"bytes": b"x", "path": None}], "label": [1]}), path)
+    else:
+        path.write_text(content)
+    with pytest.raises(NinoError, match=r"mnist-train.parquet cannot be read: expected JPEG or PNG bytes") as error:
+        load_parquet_images("mnist", tmp_path, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_shorter_than_a_window_is_one_line() -> None:
+    tokens = torch.zeros(64, dtype=torch.int64)
+    with pytest.raises(NinoError, match="the text is too short: 64 tokens, a window has 64"):
+        TextTask(TextData(train_tokens=tokens, eval_tokens=tokens, vocab_size=2))
 
 
 def test_mean_curves_and_spreads() -> None:

@@ -19,6 +19,7 @@ from nino.model.config import Inputs
 from nino.pretraining.fleet import Fleet
 from nino.pretraining.fleet_nowcast import FleetNowcaster
 from tasks.images import convnet
+from tasks.methods import Method
 from tasks.task import ImageTask, TextTask
 from tasks.text import TextData, gpt2, llama
 
@@ -262,6 +263,26 @@ def test_plans_are_compared_on_many_seeds(tmp_path: Path, capsys: pytest.Capture
     assert all(plain["curve"][-1] != other["curve"][-1] for plain, other in zip(adam, jumped, strict=True))
 
 
+def test_a_method_that_fails_costs_only_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import compare_plans
+
+    train = compare_plans.train
+
+    def fail_with_jumps(method: Method, args: Any) -> Any:
+        if method.jump is not None:
+            raise RuntimeError("out of\nmemory")
+        return train(method, args)
+
+    monkeypatch.setattr(compare_plans, "train", fail_with_jumps)
+    settings = ["--seeds", "2", "--updates", "20", "--eval-every", "20", "--out", str(tmp_path)]
+    assert compare_plans.main(["--methods", "nino:nino-tiny@period=20", "adam", *settings]) == 1
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()[2:]] == ["adam"]
+    assert "failed: nino:nino-tiny@period=20: RuntimeError: out of memory\n" in printed.err
+
+
 def test_plans_that_diverge_are_told_apart() -> None:
     from compare_plans import row_of
 
@@ -290,6 +311,7 @@ def test_plans_that_diverge_are_told_apart() -> None:
         (["--methods", "linear"], "nowcasts of it by a network"),
         (["--methods", "adam", "--task", "c10-16", "--data", "nowhere"], "does not exist"),
         (["--methods", "nino:nino-tiny@period=41", "--updates", "60"], "period=41 must be a multiple of context=5"),
+        (["--methods", "nino:nino-tiny@period=50", "--updates", "40"], "never jumps: its period is longer"),
         (["--methods", "adam", "--updates", "30", "--budget", "20"], "--budget 20 is less than --updates 30"),
     ],
 )

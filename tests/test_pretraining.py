@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,61 @@ def test_settings_out_of_range_are_one_line() -> None:
             PretrainingConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": -1.0}, "lr must be a number of at least 0, got -1.0"),
+        ({"lr": math.nan}, "lr must be"),
+        ({"clip": 0.0}, "clip must be a positive number"),
+        ({"weight_decay": -1.0}, "weight_decay must be a number of at least 0"),
+        ({"workers": -2}, "workers must be a whole number"),
+        ({"mixed_precision": "fp16"}, "mixed_precision must be 'no' or 'bf16'"),
+    ],
+)
+def test_more_settings_out_of_range_are_one_line(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(NinoError, match=words):
+        PretrainingConfig(**settings)
+
+
+@pytest.mark.parametrize("content", [b"junk", {"step": 3}], ids=["damaged", "foreign"])
+def test_a_damaged_or_foreign_state_is_one_line(
+    content: bytes | dict[str, int], tmp_path: Path, sources: tuple[WindowSource, WindowSource]
+) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "training.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "training.pt")
+    with pytest.raises(CheckpointError, match=r"training\.pt (cannot be read|is no state of a training)") as error:
+        pretrain(PretrainingConfig(steps=1, workers=0), CONFIG, *sources, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def fresh_accelerators() -> Iterator[None]:
+    """Accelerate keeps one precision for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_bf16_autocast_trains_about_as_float32(
+    tmp_path: Path, sources: tuple[WindowSource, WindowSource], fresh_accelerators: None
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    losses = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state()
+        config = PretrainingConfig(steps=3, evaluate_every=3, workers=0, mixed_precision=precision)
+        result = pretrain(config, CONFIG, *sources, tmp_path / precision)
+        losses[precision] = result["history"][-1]["train"]
+        assert result["history"][-1]["skipped"] == 0
+        saved = Nowcaster.from_pretrained(tmp_path / precision)
+        assert {parameter.dtype for parameter in saved.network.parameters()} == {torch.float32}
+    assert losses["bf16"] != losses["no"] and losses["bf16"] == pytest.approx(losses["no"], rel=0.02)
+
+
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, sources: tuple[WindowSource, WindowSource]) -> None:
     config = PretrainingConfig(steps=2, evaluate_every=1, validation_windows=1, workers=0)
     pretrain(config, CONFIG, *sources, tmp_path / "out")
@@ -409,12 +465,16 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
         WindowSource([str(tmp_path / "foreign")], CONFIG)
     content["architecture"] = None
     header.write_text(json.dumps(content))
-    with pytest.raises(TrajectoryError, match="does not say how to build its model"):
+    with pytest.raises(TrajectoryError, match="foreign does not say how to build its model"):
+        WindowSource([str(tmp_path / "foreign")], CONFIG)
+    content["architecture"] = {"library": "jax"}
+    header.write_text(json.dumps(content))
+    with pytest.raises(TrajectoryError, match="foreign: unknown architecture library 'jax'"):
         WindowSource([str(tmp_path / "foreign")], CONFIG)
     record_walk(tmp_path / "diverged", MLP, "mlp", num_states=10)
     with open(tmp_path / "diverged" / "states.bin", "r+b") as states:
-        states.seek(-4, os.SEEK_END)
-        states.write(b"\x00\x00\xc0\x7f")  # the last weight of the last state becomes NaN
+        states.seek(4)
+        states.write(b"\x00\x00\xc0\x7f")  # the second weight of the first state becomes NaN
     with pytest.raises(TrajectoryError, match="diverged: a state holds NaN or infinity; leave this run out"):
         WindowSource([str(tmp_path / "diverged")], CONFIG)
 

@@ -195,10 +195,18 @@ def test_a_half_written_header_does_not_replace_the_last_one(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("size", [0, 1, ROW_BYTES - 1])
 def test_less_than_one_state_is_refused(tmp_path: Path, size: int) -> None:
-    _write(tmp_path)
+    _write(tmp_path, killed=True)
     with open(tmp_path / STATES_FILE, "r+b") as file:
         file.truncate(size)
     _refused(tmp_path, STATES_FILE, "truncated", ROW_BYTES, f"found {size}")
+
+
+@pytest.mark.parametrize("change", [-1, 4], ids=["shorter", "longer"])
+def test_a_finished_run_that_is_not_as_long_as_it_was_is_refused(tmp_path: Path, change: int) -> None:
+    _write(tmp_path, num_states=3)
+    size = 3 * ROW_BYTES + change
+    os.truncate(tmp_path / STATES_FILE, size)
+    _refused(tmp_path, STATES_FILE, f"expected 3 states of {ROW_BYTES} bytes, found {size} bytes")
 
 
 def test_metrics_that_are_no_single_number_are_left_out(tmp_path: Path) -> None:
@@ -274,7 +282,7 @@ def _header(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (_header(parameters=[["0.weight"]]), ["parameters", "name and a shape"]),
         (_header(parameters=[["0.weight", 6]]), ["parameters", "name and a shape"]),
         (_header(parameters=[["0.weight", [-6]]]), ["parameters", "name and a shape"]),
-        (_header(parameters=[]), [STATES_FILE]),
+        (_header(parameters=[]), ["parameters"]),
     ],
 )
 def test_foreign_and_damaged_headers_are_refused(

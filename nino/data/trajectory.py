@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nino.data.architecture import build_model
 from nino.errors import TrajectoryError
 
 FORMAT = "nino-trajectory"
@@ -42,6 +43,8 @@ HEADER_FILE = "trajectory.json"
 STATES_FILE = "states.bin"
 PER_STATE = ("steps", "learning_rates", "metrics")
 """Lists of the header with one entry per state."""
+READ_AT_ONCE = 2**24
+"""Numbers."""
 Parameters = list[tuple[str, tuple[int, ...]]]
 
 
@@ -92,6 +95,29 @@ class RecordedStates:
             for (name, shape), part in zip(self.parameters, parts, strict=True)
         }
 
+    def model(self) -> nn.Module:
+        """The model that was trained, without weights (on the meta device).
+
+        Raises:
+            TrajectoryError: if the run does not say how to build it, or says it wrong.
+        """
+        if self.architecture is None:
+            raise TrajectoryError(f"{self.folder} does not say how to build its model; record it with an architecture")
+        try:
+            return build_model(self.architecture, device="meta")
+        except TrajectoryError as error:
+            raise TrajectoryError(f"{self.folder}: {error}") from error
+
+    def check_finite(self) -> None:
+        """Read all states once.
+
+        Raises:
+            TrajectoryError: if one of them holds NaN or infinity.
+        """
+        at_once = max(1, READ_AT_ONCE // max(1, self.num_elements))
+        for first in range(0, len(self), at_once):
+            self.states(range(first, min(first + at_once, len(self))))
+
     def describe(self) -> str:
         """One line that tells this run's states from those of a longer, shorter or differently read one.
 
@@ -124,8 +150,8 @@ class Trajectory(RecordedStates):
         folder: what a :class:`TrajectoryWriter` wrote.
 
     Raises:
-        TrajectoryError: if the folder holds no trajectory, one of another format or version, or one whose
-            states file is shorter than a single state.
+        TrajectoryError: if the folder holds no trajectory, one of another format or version, or one whose states file
+            is shorter than a single state or, of a finished run, not as long as it was.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -144,8 +170,13 @@ class Trajectory(RecordedStates):
     def _map_states(self, header: dict[str, Any]) -> np.ndarray[Any, Any]:
         path = self.folder / STATES_FILE
         num_states = whole_states(self.folder, header)
+        size = path.stat().st_size if path.exists() else 0
+        if header["complete"] and size != len(header["steps"]) * row_bytes(header):
+            raise TrajectoryError(
+                f"{path} is not what was recorded: expected {len(header['steps'])} states of {row_bytes(header)} "
+                f"bytes, found {size} bytes; record the run again"
+            )
         if num_states == 0:
-            size = path.stat().st_size if path.exists() else 0
             raise TrajectoryError(
                 f"{path} is truncated: expected a state of {row_bytes(header)} bytes, found {size}; "
                 "record the run again"
@@ -204,7 +235,7 @@ def _check_types(path: Path, header: dict[str, Any]) -> None:
     for key in {"parameters", "jumps", *PER_STATE} & set(header):
         if not isinstance(header[key], list):
             raise TrajectoryError(f"{path}: {key} must be a list, got {header[key]!r}; record the run again")
-    if not all(_is_parameter(entry) for entry in header["parameters"]):
+    if not header["parameters"] or not all(_is_parameter(entry) for entry in header["parameters"]):
         raise TrajectoryError(f"{path}: parameters must be pairs of a name and a shape; record the run again")
     for key in {"steps", "jumps"} & set(header):
         if not all(type(step) is int for step in header[key]) or sorted(set(header[key])) != header[key]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 from nino.errors import NinoError
 from nino.pretraining.objective import LOSSES, Loss
@@ -46,6 +47,15 @@ class PretrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise NinoError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(self.workers, int) or self.workers < 0:
+            raise NinoError(f"workers must be a whole number, 0 for none; got {self.workers!r}")
+        for name in ("lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < inf:
+                raise NinoError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
+        if not 0 < self.clip < inf:
+            raise NinoError(f"clip must be a positive number, got {self.clip!r}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise NinoError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}")
         if self.loss not in LOSSES:
             raise NinoError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not 0 <= self.ema < 1:

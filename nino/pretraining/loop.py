@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training.pt"
 LOG_FILE = "training.json"
+STATE_KEYS = {"settings", "network", "average", "optimizer", "step", "skipped", "seconds", "history"}
 WARMUP_STEPS = 100
 
 
@@ -227,7 +228,7 @@ class _Pretraining:
         path = self.out / STATE_FILE
         if not path.exists():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _load_state(path)
         if state["settings"] != self.settings:
             difference = first_difference(state["settings"], self.settings)
             raise CheckpointError(
@@ -241,6 +242,17 @@ class _Pretraining:
         self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
         self.history = state["history"]
         logger.info("resumed after step %d", self.step)
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = STATE_KEYS - set(state)
+    except Exception as error:  # a damaged file may fail anywhere inside PyTorch
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); delete it to start anew") from error
+    if missing:
+        raise CheckpointError(f"{path} is no state of a training: it lacks {sorted(missing)}; choose another --out")
+    return state  # type: ignore[no-any-return]
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nino.data import Trajectory, build_model
+from nino.data import Trajectory
 from nino.data.trajectory import RecordedStates
 from nino.engine import graph_inputs
 from nino.errors import TrajectoryError
@@ -82,17 +82,12 @@ class RecordedRun:
         self.trajectory = trajectory
         self.family = str(trajectory.training.get("family", "unknown"))
         self.segments = trajectory.segments()
-        if trajectory.architecture is None:
-            raise TrajectoryError(
-                f"{trajectory.folder} does not say how to build its model; record it with an architecture"
-            )
-        trajectory.states([len(trajectory) - 1])  # a run that diverged ends in NaN: better said now than in its midst
-        model = build_model(trajectory.architecture, device="meta")
-        graph = NeuralGraph.from_model(model, wiring=config.wiring)
+        graph = NeuralGraph.from_model(trajectory.model(), wiring=config.wiring)
         recorded = dict(trajectory.parameters)
         if recorded != graph.shapes:
             different = sorted(set(recorded.items()) ^ set(graph.shapes.items()))[:3]
             raise TrajectoryError(f"{trajectory.folder}: recorded parameters differ from its architecture: {different}")
+        trajectory.check_finite()  # better said now than in the midst of a training
         self.edges = EdgeList(graph)
         self.positions = graph.positions(config.num_positions)
         self.words = graph.words()

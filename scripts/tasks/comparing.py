@@ -271,7 +271,15 @@ def compare(runs: Runs, method: str, reference: str, goal: Goal) -> str:
     else:
         share = fmean(100 * own / other for own, other in zip(reached, needed, strict=True) if own and other)
         text += f"after {spread(reached)} ({share:.0f}%)"
+    if all(never_jumped(runs[method][seed]) for seed in seeds):
+        text += ", without a jump, since every nowcast failed or was undone"
     return f"{text}; final {finals[method] or 'diverged'} against {finals[reference] or 'diverged'}"
+
+
+def never_jumped(result: Result) -> bool:
+    """Whether nowcasts were due and no jump was kept."""
+    nowcasts = result["nowcasts"]
+    return bool(nowcasts) and all(nowcast.get("nowcast/accepted") == 0.0 for nowcast in nowcasts)
 
 
 def mean_curve(results: Iterable[Result], metric: str) -> Curve:

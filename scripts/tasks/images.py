@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nino.data.architecture import Architecture, describe_sequential, describe_transformers
+from nino.errors import NinoError
 
 # Columns of the parquet files as `datasets` writes them.
 IMAGE_COLUMNS = ("img", "image")
@@ -37,12 +38,12 @@ class ImageData:
 
 
 def convnet(
-    channels: int, hidden: tuple[int, int, int], num_classes: int = 10, norm: bool = False, first_padding: int = 1
+    channels: int, hidden: tuple[int, ...], num_classes: int = 10, norm: bool = False, first_padding: int = 1
 ) -> Architecture:
-    """Three 3x3 convolutions (the first with stride 2), global average pooling and a linear head.
+    """3x3 convolutions (the first with stride 2), global average pooling and a linear head.
 
-    With ``first_padding=0`` this is the network of the published NiNo experiments; ``norm`` adds batch normalisation to
-    each convolution.
+    With three and ``first_padding=0`` this is the network of the published NiNo experiments; ``norm`` adds batch
+    normalisation to each convolution.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     for index, (width_in, width_out) in enumerate(zip((channels, *hidden[:-1]), hidden, strict=True)):
@@ -145,12 +146,19 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import pyarrow.parquet as pq
     from PIL import Image
 
-    table = pq.read_table(path)
-    column = next(name for name in IMAGE_COLUMNS if name in table.column_names)
-    decoded = [np.asarray(Image.open(io.BytesIO(cell["bytes"]))) for cell in table[column].to_pylist()]
-    images = np.stack(decoded)
+    try:
+        table = pq.read_table(path)
+        column = next(name for name in IMAGE_COLUMNS if name in table.column_names)
+        decoded = [np.asarray(Image.open(io.BytesIO(cell["bytes"]))) for cell in table[column].to_pylist()]
+        images, labels = np.stack(decoded), np.asarray(table["label"].to_pylist(), dtype=np.int64)
+    except Exception as error:  # a foreign file may fail anywhere inside the two libraries
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise NinoError(
+            f"{path} cannot be read: expected JPEG or PNG bytes in a column {' or '.join(IMAGE_COLUMNS)}, "
+            f"and a column label ({reason})"
+        ) from error
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2).copy()
-    return images, np.asarray(table["label"].to_pylist(), dtype=np.int64)
+    return images, labels
 
 
 def shift_randomly(images: Tensor, pixels: int = 1, generator: torch.Generator | None = None) -> Tensor:

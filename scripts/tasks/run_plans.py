@@ -65,19 +65,27 @@ class RunPlan:
 
 
 def plan_image_run(
-    index: int, choose: random.Random, updates: int, interval: int, sets: list[str], *, bf16: bool, batch_norm: bool
+    index: int,
+    choose: random.Random,
+    updates: int,
+    interval: int,
+    sets: list[str],
+    *,
+    depths: list[int],
+    bf16: bool,
+    batch_norm: bool,
 ) -> RunPlan:
-    """A CNN of varied width on small images, since the smaller the image, the more runs an hour records."""
+    """A CNN of varied width and depth on small images, since the smaller the image, the more runs an hour records."""
     data = choose.choices(sets, weights=[IMAGE_SETS[name].share for name in sets])[0]
     size = choose.choice(IMAGE_SETS[data].sizes)
     hidden = choose.choice([(8, 16, 16), (16, 32, 32), (16, 32, 32), (16, 32, 32), (12, 24, 24), (24, 24, 48)])
     norm, first_padding = choose.random() < 0.1 and batch_norm, choose.choice([0, 0, 1])
-    return RunPlan(
+    plan = RunPlan(
         name=f"images-{index:04d}",
         family="images",
         data=data,
         image_size=size,
-        architecture=convnet(IMAGE_SETS[data].channels, hidden, norm=norm, first_padding=first_padding),
+        architecture={},
         lr=choose.choice([1e-3, 2e-3, 3e-3, 3e-3, 3e-3, 5e-3]),
         weight_decay=choose.choice([0.0, 0.0, 1e-2]),
         batch_size=choose.choice([64, 128, 128]),
@@ -86,6 +94,10 @@ def plan_image_run(
         interval=interval,
         bf16=bf16,
     )
+    depth = choose.choice(depths)  # last: whatever else is drawn does not depend on it
+    widths = (hidden + depth * hidden[-1:])[:depth]
+    architecture = convnet(IMAGE_SETS[data].channels, widths, norm=norm, first_padding=first_padding)
+    return dataclasses.replace(plan, architecture=architecture)
 
 
 def plan_language_run(index: int, choose: random.Random, updates: int, interval: int, texts: list[str]) -> RunPlan:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nino.errors import NinoError
 from tasks.images import ImageData, shift_randomly
 from tasks.text import TextData, fixed_windows, random_starts, windows_at
 
@@ -144,6 +145,11 @@ class TextTask:
     data: TextData
     length: int = 64
     eval_windows: int = 128
+
+    def __post_init__(self) -> None:
+        shortest = min(len(self.data.train_tokens), len(self.data.eval_tokens))
+        if shortest <= self.length:
+            raise NinoError(f"the text is too short: {shortest} tokens, a window has {self.length}")
 
     def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Draw windows of the training text at random."""
