@@ -516,8 +516,7 @@ def test_a_bad_run_among_good_ones_is_one_line(
     assert words in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(tmp_path: Path, accumulate: int) -> None:
     record_collection(tmp_path / "runs")
     arguments = [str(SCRIPT), "--runs", str(tmp_path / "runs"), "--hidden", "8", "--steps", "6", "--ema", "0.5"]

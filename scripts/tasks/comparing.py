@@ -117,6 +117,7 @@ def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
         **{f"to {value:g}": first_update(result, goal, value) for value in goal.targets},
         "final": final_value(result, goal.metric),
         "best": best_value(result, goal),
+        "wall s": result["seconds"],
         "CPU s": result["cpu_seconds"],
         "% undone": percent_undone(result),
         "nowcasting s": sum(nowcast.get("nowcast/seconds", 0.0) for nowcast in result["nowcasts"]),
