@@ -88,15 +88,18 @@ def test_the_benchmark_runs_in_processes_of_its_own(tmp_path: Path) -> None:
 WAITING = """
 import sys, time
 sys.path.insert(0, {scripts!r})
-from tasks.workers import in_fresh_process
+from tasks.workers import do_all, in_fresh_process
+def wait(job, report):
+    time.sleep(300)
 if __name__ == "__main__":
-    in_fresh_process(time.sleep, 300)
+    {call}
 """
 
 
-def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["in_fresh_process(time.sleep, 300)", "list(do_all([1, 2], wait, 1))"])
+def test_processes_end_when_the_one_that_started_them_is_killed(call: str, tmp_path: Path) -> None:
     script = tmp_path / "waiting.py"
-    script.write_text(WAITING.format(scripts=str(SCRIPTS)))
+    script.write_text(WAITING.format(scripts=str(SCRIPTS), call=call))
     with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL) as parent:
         children: list[psutil.Process] = []
         deadline = time.monotonic() + 60
