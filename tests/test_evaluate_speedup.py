@@ -731,6 +731,18 @@ def test_sentences_compare_with_adam_and_between_weights() -> None:
     assert "no seed in common" in apart[0]
 
 
+def test_what_is_reached_for_a_moment_is_told_from_what_lasts() -> None:
+    adam = result("adam", [0.1, 0.1, 0.5, 0.4, 0.4], updates=50)
+    adam["curve"][2]["step"], adam["curve"][3]["step"], adam["curve"][4]["step"] = 200, 250, 300
+    nino = result("nino:x", [0.6, 0.2, 0.2, 0.5, 0.6], updates=50)
+    for point, step in zip(nino["curve"], (50, 100, 149, 150, 200), strict=True):
+        point["step"] = step
+    row = summary_of([adam, nino], ACCURACY)["nino:x"]
+    assert (row["to Adam's best"], row["again"], row["again, %"]) == ("50", "150", "75")
+    nino["curve"] = nino["curve"][:3]
+    assert summary_of([adam, nino], ACCURACY)["nino:x"]["again"] in (None, "None")
+
+
 def test_a_verdict_says_that_no_jump_was_kept() -> None:
     adam, nino = result("adam", [0.4, 0.5]), result("nino:x", [0.4, 0.5])
     assert "without a jump" not in verdicts(by_setting([adam, nino]), {"t": ACCURACY})[0]

@@ -16,6 +16,8 @@ from typing import Any
 from tasks.methods import ADAM
 from tasks.report import Curve, updates_to_reach
 
+LASTING = 100
+"""Updates after which Adam's noise is back, if a jump landed on a mean of the weights."""
 Result = Mapping[str, Any]
 """The content of a cell's file."""
 Row = dict[str, Any]
@@ -113,7 +115,9 @@ def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
     own, adams = (None if run is None else first_update(run, goal, target) for run in (result, adam))
     return {
         "to Adam's best": own,
-        "% of Adam's updates": 100 * own / adams if own is not None and adams else None,
+        "% of Adam's updates": percent(own, adams),
+        "again": (again := first_update(result, goal, target, own + LASTING) if own is not None else None),
+        "again, %": percent(again, adams),
         **{f"to {value:g}": first_update(result, goal, value) for value in goal.targets},
         "final": final_value(result, goal.metric),
         "best": best_value(result, goal),
@@ -124,6 +128,11 @@ def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
     }
 
 
+def percent(own: int | None, other: int | None) -> float | None:
+    """A number of updates in percent of another, if both are known."""
+    return 100 * own / other if own is not None and other else None
+
+
 def percent_undone(result: Result) -> float | None:
     """Part of the updates that probations took back, in percent; ``None`` if none could be."""
     probation = (result["cell"].get("rhythm") or {}).get("probation", 0)
@@ -131,11 +140,12 @@ def percent_undone(result: Result) -> float | None:
     return 100 * undone / result["cell"]["updates"] if probation else None
 
 
-def first_update(result: Result, goal: Goal, target: float | None) -> int | None:
-    """When a training first reached a target."""
+def first_update(result: Result, goal: Goal, target: float | None, since: int = 0) -> int | None:
+    """When a training first reached a target, from an update on."""
     if target is None:
         return None
-    return updates_to_reach(curve_of(result, goal.metric), target, goal.higher_is_better)
+    curve = [point for point in curve_of(result, goal.metric) if point[0] >= since]
+    return updates_to_reach(curve, target, goal.higher_is_better)
 
 
 def over_seeds(rows: Sequence[Row]) -> dict[str, Spread | None]:
