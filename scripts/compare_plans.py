@@ -5,7 +5,8 @@
 
 The models of all seeds are trained side by side in one program, on the GPU if there is one. Tasks and initial weights
 are those of evaluate_speedup.py, without recurrent networks, batch norm and denoising; batches are drawn anew every
-time, not in epochs. Methods are AdamW at a constant rate (``adam``) and nowcasts of it by a network, without probation.
+time, not in epochs. Methods are AdamW at a constant rate (``adam``), nowcasts of it by a network, without probation,
+and either with an average that is evaluated (``ema``, ``lawa+nino:nino-base``).
 It is for choosing: the result is measured with evaluate_speedup.py, on seeds that chose nothing. The table goes to
 standard output, the curve of every seed to ``plans.json``, a picture of the means to ``plans.png``.
 """
@@ -30,8 +31,9 @@ from tasks.cli import fail, make_output_folder, positive_float, positive_int, ru
 from tasks.comparing import Goal, Result, best_value, final_value, first_update, mean_curve, spread
 from tasks.fleets import Jumps, draw_batches, fleet_device, on_device, seeded
 from tasks.machine import describe_machine
-from tasks.methods import ADAM, Method, Rhythm, check_method, load_jump, parse_method
+from tasks.methods import ADAM, Method, Rhythm, average_of, check_method, load_jump, parse_method
 from tasks.report import Panel, draw_panels, format_table
+from tasks.rivals import Follower
 from tasks.speedup import TASKS
 from tasks.task import ImageTask, TextTask
 
@@ -55,14 +57,19 @@ def train(method: Method, args: argparse.Namespace) -> list[Result]:
         schedule = method.rhythm.schedule(nowcaster, args.budget)
         (example, *_) = task.batch(2, torch.Generator())
         jumps = Jumps(fleet, nowcaster, schedule, method.rhythm.snapshot_average, example_inputs=example)
+    average = Follower()
+    if method.average is not None:
+        average = average_of(method.average, list(fleet.parameters.values()), method.rhythm)
     curves: list[list[dict[str, float | None]]] = [[] for _ in seeds]
     for step in tqdm(range(1, args.updates + 1), unit="update", leave=False, desc=method.name):
         fleet.update(draw_batches(task, spec.batch_size, generators))
-        if jumps is not None:
-            jumps.after_update(step)
+        average.after_update()
+        if jumps is not None and jumps.after_update(step) is not None:
+            average.restart()
         if step % args.eval_every == 0 or step == args.updates:
-            for index, curve in enumerate(curves):
-                value = task.evaluate(fleet.as_model(index))[spec.metric]
+            with average.evaluated():
+                values = [task.evaluate(fleet.as_model(index))[spec.metric] for index in range(fleet.size)]
+            for curve, value in zip(curves, values, strict=True):
                 curve.append({"step": step, spec.metric: finite(value)})
     return [{"curve": curve, "diverged": curve[-1][spec.metric] is None} for curve in curves]
 
@@ -74,9 +81,11 @@ def check(method: Method, args: argparse.Namespace) -> None:
         NinoError: saying what was expected.
     """
     by_network = method.jump is None or method.jump.kind not in ("linear", "rre")
-    if not method.is_adam_with_jumps or not by_network or method.rhythm.probation or method.rhythm.moments != "keep":
+    is_adam = method.optimizer.kind == ADAM and method.slow is None
+    if not is_adam or not by_network or method.rhythm.probation or method.rhythm.moments != "keep":
         raise NinoError(
-            f"method {method.name!r}: expected adam or nowcasts of it by a network, without probation, moments kept"
+            f"method {method.name!r}: expected adam or nowcasts of it by a network, without probation, moments kept; "
+            "or either with an average, as ema+nino:nino-base"
         )
     check_method(method, args.budget)
     if method.jump is not None and method.rhythm.period > args.updates:

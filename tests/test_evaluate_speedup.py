@@ -521,7 +521,7 @@ def test_lookahead_goes_back_half_of_the_way() -> None:
 def test_averages_are_evaluated_and_forgotten_at_a_jump() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    average, latest = ExponentialAverage(model, 0.2), LatestAverage(model, count=2, interval=1)
+    average, latest = ExponentialAverage([model.weight], 0.2), LatestAverage([model.weight], count=2, interval=1)
     for value in (1.0, 2.0, 4.0):
         with torch.no_grad():
             model.weight.fill_(value)

@@ -263,6 +263,19 @@ def test_plans_are_compared_on_many_seeds(tmp_path: Path, capsys: pytest.Capture
     assert all(plain["curve"][-1] != other["curve"][-1] for plain, other in zip(adam, jumped, strict=True))
 
 
+def test_plans_are_compared_with_an_average_on_both_sides(tmp_path: Path) -> None:
+    from compare_plans import main
+
+    nowcast = "nino:nino-tiny@period=20"
+    settings = ["--seeds", "2", "--updates", "50", "--eval-every", "10", "--learning-rate", "0.01"]
+    assert main(["--methods", "adam", "ema", nowcast, f"ema+{nowcast}", *settings, "--out", str(tmp_path)]) == 0
+    runs = json.loads((tmp_path / "plans.json").read_text())["runs"]
+    adam, ema, jumped, both = ([point["eval_accuracy"] for point in curves[0]["curve"]] for curves in runs.values())
+    assert adam[:1] == jumped[:1] != ema[:1] == both[:1]
+    assert both[1] == jumped[1] and both[3] == jumped[3]  # an average begins anew where a jump lands
+    assert both[4] != jumped[4]
+
+
 def test_a_method_that_fails_costs_only_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

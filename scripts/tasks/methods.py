@@ -389,9 +389,13 @@ def _followers(method: Method, optimizer: Optimizer, model: nn.Module) -> list[F
         followers.append(ScheduleFreeAverage(optimizer))
     if method.slow is not None:
         followers.append(Lookahead(optimizer, model, method.slow.value))
-    if method.average is not None and method.average.kind == "ema":
-        followers.append(ExponentialAverage(model, method.average.value))
-    if method.average is not None and method.average.kind == "lawa":
-        interval = max(method.rhythm.period // SNAPSHOTS_PER_PERIOD, 1)
-        followers.append(LatestAverage(model, method.average.value, interval))
+    if method.average is not None:
+        followers.append(average_of(method.average, list(model.parameters()), method.rhythm))
     return followers
+
+
+def average_of(part: Part, parameters: list[torch.Tensor], rhythm: Rhythm) -> Follower:
+    """The average of the weights that a method evaluates."""
+    if part.kind == "ema":
+        return ExponentialAverage(parameters, part.value)
+    return LatestAverage(parameters, part.value, max(rhythm.period // SNAPSHOTS_PER_PERIOD, 1))

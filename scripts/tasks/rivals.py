@@ -85,9 +85,8 @@ class Lookahead(Follower):
 class ExponentialAverage(Follower):
     """Evaluates an exponential moving average; the decay rises to its value as ``(1 + n) / (10 + n)``."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters: Tensors = list(model.parameters())
-        self.decay = decay
+    def __init__(self, parameters: Tensors, decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
         self.restart()
 
     @torch.no_grad()
@@ -106,9 +105,8 @@ class ExponentialAverage(Follower):
 class LatestAverage(Follower):
     """Evaluates the average of the last few snapshots, the weights themselves before the first (LAWA, 2209.14981)."""
 
-    def __init__(self, model: nn.Module, count: int, interval: int) -> None:
-        self.parameters: Tensors = list(model.parameters())
-        self.interval = interval
+    def __init__(self, parameters: Tensors, count: int, interval: int) -> None:
+        self.parameters, self.interval = parameters, interval
         self.snapshots: deque[Tensors] = deque(maxlen=count)
         self.updates = 0
 
