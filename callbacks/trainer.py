@@ -66,6 +66,9 @@ class NowcastCallback(TrainerCallback):
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
             by default a tenth of the period, 0 for never.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
+        keep_norms: whether matrices keep their norms in a jump. Predicted norms grow, and Adam's steps become smaller
+            beside them, like a lower learning rate: where that is not wanted, as when an average of the weights is what
+            you evaluate.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
@@ -95,6 +98,7 @@ class NowcastCallback(TrainerCallback):
         snapshot_average: int = 1,
         probation: int | None = None,
         moments: Moments = "keep",
+        keep_norms: bool = False,
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
         graph: NeuralGraph | None = None,
@@ -111,6 +115,7 @@ class NowcastCallback(TrainerCallback):
         self.snapshot_average = snapshot_average
         self.probation = probation
         self.moments: Moments = moments
+        self.keep_norms = keep_norms
         self.batch_norm = batch_norm
         self.nowcast_in_warmup = nowcast_in_warmup
         self.graph = graph
@@ -152,6 +157,7 @@ class NowcastCallback(TrainerCallback):
             snapshot_average=self.snapshot_average,
             probation=self.probation,
             moments=self.moments,
+            keep_norms=self.keep_norms,
             batch_norm=self.batch_norm,
             nowcast_in_warmup=self.nowcast_in_warmup,
             optimizer=optimizer,

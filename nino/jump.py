@@ -43,6 +43,7 @@ def attempt_jump(
     *,
     refusal: str = "",
     averaged: bool = False,
+    keep_norms: bool = False,
     step: int,
     restore_point: RestorePoint | None,
     complete: Callable[[Attempt], R],
@@ -56,6 +57,7 @@ def attempt_jump(
         refusal: why this process must not jump; none does then.
         averaged: whether snapshots are means over some updates, the newest one too; else the live weights are the
             newest one.
+        keep_norms: whether matrices keep the norms of the newest snapshot.
         step: optimizer updates done.
         restore_point: if given, takes a copy of all that training changes before the jump.
         complete: is told how it went. An interrupt before that puts the weights back, a later one waits for it.
@@ -81,7 +83,7 @@ def attempt_jump(
                 if restore_point is not None:
                     restore_point.take(step, live.module, parameters, live.optimizer)
                 before.update(restore_point.weights if restore_point is not None else _backup(parameters, store))
-                jump = _predict(live, store, horizon, parameters, before, channel, averaged)
+                jump = _predict(live, store, horizon, parameters, before, channel, averaged, keep_norms)
         except LostProcessError:  # it cannot go on; whoever catches this finds the weights whole
             raise
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
@@ -111,6 +113,7 @@ def _predict(
     newest: Mapping[str, Tensor],
     channel: Channel,
     averaged: bool,
+    keep_norms: bool,
 ) -> Jump:
     everything = live.wired()
     fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
@@ -124,6 +127,7 @@ def _predict(
         live.graph,
         positions=live.positions,
         device=channel.device,
+        keep_norms=keep_norms,
         backup=newest,
         share=plan_share(live.graph, everything, parameters, snapshots, channel, same),
     )

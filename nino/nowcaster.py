@@ -185,6 +185,7 @@ class Nowcaster:
         memory_budget: int | None = None,
         fuse: bool | None = None,
         progress: Progress | None = None,
+        keep_norms: bool = False,
     ) -> dict[str, Tensor]:
         """Predict the weights ``horizon`` snapshot intervals after the last snapshot.
 
@@ -202,6 +203,8 @@ class Nowcaster:
                 100 MB on a GPU).
             fuse: whether the blockwise engine compiles its inner loop (``torch.compile``); ``None`` where it pays.
             progress: called by the blockwise engine with the work done and the total.
+            keep_norms: whether every parameter of two or more axes is scaled to the norm that it has in the last
+                snapshot (one that is zero there is not).
 
         Returns:
             Per parameter name the predicted tensor, with the dtype, device and memory format of the last snapshot.
@@ -213,7 +216,7 @@ class Nowcaster:
         self._check_arguments(horizon, graph, positions, engine, dtype, memory_budget)
         check_snapshots(snapshots, graph.shapes, self.config.context)
         out = {name: torch.empty_like(snapshots[-1][name]) for name in graph.shapes}
-        how = _Computation(engine, dtype, _device(snapshots, device), memory_budget, fuse, progress)
+        how = _Computation(engine, dtype, _device(snapshots, device), memory_budget, fuse, progress, keep_norms)
         self._predict_into(out, snapshots, horizon, graph, positions, how)
         return out
 
@@ -231,6 +234,7 @@ class Nowcaster:
         memory_budget: int | None = None,
         fuse: bool | None = None,
         progress: Progress | None = None,
+        keep_norms: bool = False,
         backup: Mapping[str, Tensor] | None = None,
         share: Share = WHOLE,
     ) -> Jump:
@@ -251,6 +255,7 @@ class Nowcaster:
             memory_budget: as in :meth:`predict`.
             fuse: as in :meth:`predict`.
             progress: as in :meth:`predict`.
+            keep_norms: as in :meth:`predict`.
             backup: holds what ``parameters`` hold now, bit for bit, in memory of its own; by default the last snapshot.
             share: this process's, if several work together; sessions plan it with
                 :func:`nino.shared_work.plan_share` and call this within :meth:`nino.distributed.Channel.together`. Of
@@ -269,7 +274,9 @@ class Nowcaster:
         live = _live(parameters, graph)
         backup = snapshots[-1] if backup is None else backup
         _check_backup(live, backup)
-        how = _Computation("blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress, share)
+        how = _Computation(
+            "blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress, keep_norms, share
+        )
 
         def put_back() -> None:
             for name, parameter in live.items():
@@ -297,7 +304,7 @@ class Nowcaster:
         sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, held)
         scalers = measure_snapshots(snapshots, graph.shapes, device, share, self.config.inputs)
         node_features = graph.positions(self.config.num_positions) if positions is None else positions
-        writer = PredictionWriter(graph, tensors, scalers, share)
+        writer = PredictionWriter(graph, tensors, scalers, share, how.keep_norms)
         with _full_precision(device):
             if how.engine == "edges":
                 predict_edgewise(network, graph, snapshots, scalers, writer, node_features, horizon)
@@ -316,7 +323,6 @@ class Nowcaster:
                     share=share,
                 )
         jump = writer.finish()
-        share.exchange(tensors)
         return jump if share is WHOLE else jump.over_processes(share, device)
 
     def _network(self, device: torch.device, dtype: torch.dtype) -> Network:
@@ -363,7 +369,7 @@ class Nowcaster:
 
 @dataclass(frozen=True)
 class _Computation:
-    """How a nowcast is computed; the arguments of :meth:`Nowcaster.predict` that do not change its meaning."""
+    """How a nowcast is computed: arguments of :meth:`Nowcaster.predict`."""
 
     engine: Engine
     dtype: torch.dtype
@@ -371,6 +377,7 @@ class _Computation:
     memory_budget: int | None
     fuse: bool | None
     progress: Progress | None
+    keep_norms: bool
     share: Share = WHOLE
 
 

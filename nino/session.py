@@ -73,6 +73,9 @@ class NowcastSession:
             by default a tenth of the period, 0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``; see
             :func:`nino.moments.settle_moments`.
+        keep_norms: whether matrices keep their norms in a jump. Predicted norms grow, and Adam's steps become smaller
+            beside them, like a lower learning rate: where that is not wanted, as when an average of the weights is what
+            you evaluate.
         batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
@@ -102,14 +105,16 @@ class NowcastSession:
         snapshot_average: int = 1,
         probation: int | None = None,
         moments: Moments = "keep",
+        keep_norms: bool = False,
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
         optimizer: Optimizer | None = None,
         graph: NeuralGraph | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
-        if not isinstance(batch_norm, bool):
-            raise NinoError(f"batch_norm must be True or False, got {batch_norm!r}")
+        for name, value in (("batch_norm", batch_norm), ("keep_norms", keep_norms)):
+            if not isinstance(value, bool):
+                raise NinoError(f"{name} must be True or False, got {value!r}")
         if on_report is not None and not callable(on_report):
             raise NinoError(f"on_report must be a function that takes a report, got {type(on_report).__name__}")
         self.optimizer = optimizer
@@ -144,6 +149,7 @@ class NowcastSession:
         self.restore_point = RestorePoint(snapshots_on, snapshot_folder)
         self.trial = Trial(self.probation, self.live, on_report)
         self.moments = check_moments(moments)
+        self.keep_norms = keep_norms
         self.batch_norm = BatchNormRenewal(self.model, RENEWAL_UPDATES if batch_norm else 0)
         self.nowcast_in_warmup = nowcast_in_warmup
         self.step = 0
@@ -475,6 +481,7 @@ class NowcastSession:
             horizon,
             refusal=self._refusal(losses),
             averaged=self.snapshot_average > 1,
+            keep_norms=self.keep_norms,
             step=self.step,
             restore_point=self.restore_point if on_probation else None,
             complete=lambda attempt: self._after_attempt(report, attempt, losses if on_probation else None),

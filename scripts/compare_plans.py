@@ -54,9 +54,16 @@ def train(method: Method, args: argparse.Namespace) -> list[Result]:
     jumps = None
     if method.jump is not None:
         nowcaster = load_jump(method.jump)
-        schedule = method.rhythm.schedule(nowcaster, args.budget)
-        (example, *_) = task.batch(2, torch.Generator())
-        jumps = Jumps(fleet, nowcaster, schedule, method.rhythm.snapshot_average, example_inputs=example)
+        rhythm, (example, *_) = method.rhythm, task.batch(2, torch.Generator())
+        schedule = rhythm.schedule(nowcaster, args.budget)
+        jumps = Jumps(
+            fleet,
+            nowcaster,
+            schedule,
+            rhythm.snapshot_average,
+            keep_norms=rhythm.keep_norms,
+            example_inputs=example,
+        )
     average = Follower()
     if method.average is not None:
         average = average_of(method.average, list(fleet.parameters.values()), method.rhythm)

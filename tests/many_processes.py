@@ -87,7 +87,12 @@ def shard_of(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def nowcast_together(
-    nowcaster: nino.Nowcaster, model: nn.Module, snapshots: list[Weights], graph: nino.NeuralGraph, wanted: list[str]
+    nowcaster: nino.Nowcaster,
+    model: nn.Module,
+    snapshots: list[Weights],
+    graph: nino.NeuralGraph,
+    wanted: list[str],
+    keep_norms: bool = False,
 ) -> Result:
     """Predict ``wanted`` in place; returns the distance, the bytes sent and this process's share of the work."""
     parameters = dict(model.named_parameters())
@@ -96,14 +101,19 @@ def nowcast_together(
     with channel.together():
         share = plan_share(graph, parameters, wanted, local, channel)
         live = {name: parameters[name] for name in wanted}
-        jump = nowcaster.predict_(live, local, 2, graph, share=share, progress=lambda *told_: told.append(told_))
+        jump = nowcaster.predict_(
+            live, local, 2, graph, share=share, keep_norms=keep_norms, progress=lambda *told_: told.append(told_)
+        )
     done, total = told[-1]
     assert done == total
     return {"distance": jump.distance, "bytes": channel.bytes_sent, "work": total}
 
 
 def compare(
-    build: Callable[[], nn.Module], distribute: Callable[[nn.Module], nn.Module], nowcaster: nino.Nowcaster
+    build: Callable[[], nn.Module],
+    distribute: Callable[[nn.Module], nn.Module],
+    nowcaster: nino.Nowcaster,
+    keep_norms: bool = False,
 ) -> Result:
     """Nowcast alone and together; every fourth parameter is frozen."""
     alone = build().to(DEVICE)
@@ -111,8 +121,9 @@ def compare(
     together = distribute(copy.deepcopy(alone))
     graph = nino.NeuralGraph.from_model(together)
     wanted = [name for index, name in enumerate(graph.shapes) if index % 4 != 3]
-    jump = nowcaster.predict_({n: p for n, p in alone.named_parameters() if n in wanted}, snapshots, 2, graph)
-    result = nowcast_together(nowcaster, together, snapshots, graph, wanted)
+    live = {n: p for n, p in alone.named_parameters() if n in wanted}
+    jump = nowcaster.predict_(live, snapshots, 2, graph, keep_norms=keep_norms)
+    result = nowcast_together(nowcaster, together, snapshots, graph, wanted, keep_norms)
     new, expected = whole_weights(together), whole_weights(alone)
     error = sum(float((new[name] - expected[name]).double().square().sum()) for name in expected) ** 0.5
     edges = sum(block.num_edges for block in graph.parameter_blocks if block.parameter in wanted)
@@ -145,6 +156,7 @@ def table(distribute: Callable[[nn.Module], nn.Module], names: Collection[str] =
     wnn = nino.Nowcaster(build_network(tiny_config(kind="wnn")))
     results["wnn"] = compare(lambda: CASES[0].model(3), distribute, wnn)
     results["trend"] = compare(lambda: CASES[0].model(3), distribute, with_a_trend())
+    results["norms kept"] = compare(lambda: CASES[3].model(3), distribute, nowcaster, keep_norms=True)
     results["bfloat16"] = compare(lambda: CASES[0].model(3).bfloat16(), distribute, nowcaster)
     with mock.patch.object(nino.shared_work, "BUCKET_BYTES", 512):  # many exchanges per round
         results["small buckets"] = compare(lambda: CASES[3].model(3), distribute, nowcaster)

@@ -59,7 +59,7 @@ def launch(launcher: str, number: int, folder: Path, *scenarios: str, device: st
 def assert_table(results: Results, names: set[str]) -> None:
     """Several processes predict what one predicts, and end with the same weights."""
     first = results[0]
-    assert first.keys() == names | {"wnn", "trend", "bfloat16", "small buckets"}
+    assert first.keys() == names | {"wnn", "trend", "norms kept", "bfloat16", "small buckets"}
     far = {name: row["error"] for name, row in first.items() if not row["error"] < EQUAL + row["rounding"]}
     assert far.keys() <= {"bfloat16"}
     assert far.get("bfloat16", 0) < 0.02  # where a last bit flips

@@ -172,9 +172,13 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         (["--methods", "lookahead:0"], ["lookahead expects a whole number of at least 1"]),
         (["--methods", "ema:2"], ["ema expects a number between 0 and 1"]),
         (["--methods", "linear:3"], ["linear expects nothing"]),
-        (["--methods", "linear@horizon=3"], ["setting 'horizon' is none of batch_norm, decay_power, max_horizon"]),
+        (
+            ["--methods", "linear@horizon=3"],
+            ["setting 'horizon' is none of batch_norm, decay_power, keep_norms, max_horizon"],
+        ),
         (["--methods", "linear@max_horizon=x"], ["max_horizon expects a number"]),
         (["--methods", "linear@batch_norm=1"], ["batch_norm expects yes or no"]),
+        (["--methods", "linear@keep_norms=yes"], ["linear extrapolates all weights at once and keeps no norms"]),
         (["--methods", "linear@moments=forget"], ["moments must be one of"]),
         (
             ["--methods", "linear@until=1000"],

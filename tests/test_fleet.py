@@ -148,13 +148,15 @@ def test_a_fleet_is_nowcast_as_each_model_alone(
         moved = [[p + 0.01 * age * torch.randn_like(p) for p in model.parameters()] for model in models]
         names = [name for name, _ in models[0].named_parameters()]
         snapshots.append({n: torch.stack(ps).detach() for n, ps in zip(names, zip(*moved, strict=True), strict=True)})
-    found = FleetNowcaster(nowcaster, graph, SIZE, CPU).predict(snapshots, horizon=7)
-    for index in range(SIZE):
-        own = [{n: value[index] for n, value in snapshot.items()} for snapshot in snapshots]
-        expected = nowcaster.predict(own, 7, graph, engine="edges")
-        assert any((expected[n] - own[-1][n]).abs().max() > 1e-3 for n in expected)
-        for n, value in expected.items():
-            torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
+    fleet = FleetNowcaster(nowcaster, graph, SIZE, CPU)
+    for keep_norms in (False, True):
+        found = fleet.predict(snapshots, horizon=7, keep_norms=keep_norms)
+        for index in range(SIZE):
+            own = [{n: value[index] for n, value in snapshot.items()} for snapshot in snapshots]
+            expected = nowcaster.predict(own, 7, graph, engine="edges", keep_norms=keep_norms)
+            assert any((expected[n] - own[-1][n]).abs().max() > 1e-3 for n in expected)
+            for n, value in expected.items():
+                torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
 
 
 def fleet_arguments(data: Path, out: Path, *more: str, family: str = "images") -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import CASES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -74,6 +75,29 @@ def test_a_stretched_nowcaster_goes_the_same_way_further(config: NowcasterConfig
     with pytest.raises(NinoError, match="finite") as error:
         nowcaster.stretched(float("nan"))
     _one_line(error, "nan")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "wide_kernel_cnn"])  # fused layers, tied words, kernels
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_norms_are_kept_if_asked_for(name: str, engine: Any) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    graph, nowcaster = NeuralGraph.from_model(case.model(0)), _nowcaster(replace(CONFIG, num_words=0))
+    snapshots = _snapshots(graph, dtype=torch.float64)
+    zero = next(n for n, shape in graph.shapes.items() if len(shape) >= 2)
+    snapshots[-1][zero] = torch.zeros_like(snapshots[-1][zero])
+    free = nowcaster.predict(snapshots, 4, graph, engine=engine)
+    kept = nowcaster.predict(snapshots, 4, graph, engine=engine, keep_norms=True)
+    for n, last in snapshots[-1].items():
+        factor = last.norm() / free[n].norm() if last.ndim >= 2 and n != zero else 1.0
+        torch.testing.assert_close(kept[n], factor * free[n])
+
+    live = {n: last.clone() for n, last in snapshots[-1].items()}
+    jump = nowcaster.predict_(live, snapshots, 4, graph, keep_norms=True)
+    if engine == "blockwise":
+        assert _equal(live, kept)
+    squares = sum(float((live[n] - last).square().sum()) for n, last in snapshots[-1].items())
+    assert jump.distance**2 == pytest.approx(squares, rel=1e-4)
+    assert jump.distance**2 == pytest.approx(sum(part.distance**2 for part in jump.by_kind.values()))
 
 
 # Saving and loading

@@ -640,3 +640,29 @@ def test_a_detached_session_only_counts() -> None:
     assert session.step == 3 * PERIOD
     assert [report.step for report in session.reports] == [PERIOD]
     assert torch.equal(session.model[0].weight, weight + 2 * PERIOD)
+
+
+@pytest.mark.parametrize("average", [1, 2])
+@pytest.mark.parametrize("keep_norms", [True, False])
+def test_matrices_keep_the_norms_of_the_newest_snapshot(keep_norms: bool, average: int) -> None:
+    model = mlp()
+    session = NowcastSession(
+        model, tiny_nowcaster(), period=PERIOD, snapshot_average=average, batch_norm=False, keep_norms=keep_norms
+    )
+    walked: list[dict[str, torch.Tensor]] = []
+    for _ in range(PERIOD):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.02).add_(0.01)
+        walked.append(weights_of(model))
+        session.after_update()
+    newest = {name: torch.stack([each[name] for each in walked[-average:]]).mean(0) for name in walked[-1]}
+    moved = {name: parameter.norm() / newest[name].norm() - 1 for name, parameter in model.named_parameters()}
+    assert all(abs(moved[name]) > 1e-5 for name in moved if not keep_norms or newest[name].ndim == 1)
+    assert all(abs(moved[name]) < 1e-5 for name in moved if keep_norms and newest[name].ndim == 2)
+
+
+@pytest.mark.parametrize("setting", ["keep_norms", "batch_norm"])
+def test_switches_are_true_or_false(setting: str) -> None:
+    with pytest.raises(NinoError, match=f"{setting} must be True or False, got 'yes'"):
+        NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD, **{setting: "yes"})  # type: ignore[arg-type]

@@ -22,6 +22,19 @@ from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_row
 from nino.share import WHOLE, Share
 from nino.standardise import Standardiser
 
+MATRIX_AXES = 2
+"""Weights with as many axes or more are matrices: embeddings and kernels of convolutions too."""
+
+
+def factor_to_keep(old: Tensor, new: Tensor) -> Tensor:
+    """By which matrices are multiplied to keep their norms; 1 for one that was zero but for rounding.
+
+    Args:
+        old: squared norms before.
+        new: squared norms of what was predicted.
+    """
+    return (old / new).sqrt().where(old > 1e-10 * new, 1.0)
+
 
 def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> Tensor:
     """The tensor itself, or a contiguous copy if its strides do not allow the blocks' views."""
@@ -165,6 +178,7 @@ class PredictionWriter:
         tensors: what to write into, by parameter name; parameters of the graph that are left out stay as they are.
         scalers: of every parameter.
         share: says which rows of the parameters the tensors hold.
+        keep_norms: whether :meth:`finish` gives matrices the norms that they had.
     """
 
     def __init__(
@@ -173,9 +187,13 @@ class PredictionWriter:
         tensors: Mapping[str, Tensor],
         scalers: Mapping[str, Standardiser],
         share: Share = WHOLE,
+        keep_norms: bool = False,
     ) -> None:
         blocks = _blocks_by_parameter(graph)
         self.tensors = tensors
+        self._share = share
+        self._kept = [name for name in tensors if keep_norms and len(graph.shapes[name]) >= MATRIX_AXES]
+        """Parameters whose norms are kept."""
         self._rows = {name: share.held_rows(name, graph.shapes[name]) for name in tensors}
         self._views = {name: viewable(blocks[name], tensor, self._rows[name]) for name, tensor in tensors.items()}
         self.scalers = scalers
@@ -202,12 +220,12 @@ class PredictionWriter:
         # Of what arrived in the target: a value that overflows its dtype is infinite only there.
         arrived = target.to(new)
         old = scaler.unapply(last)
-        sums = torch.stack([(arrived - old).square().sum(), old.square().sum()]).double()
+        sums = torch.stack([part.square().sum() for part in (arrived - old, old, arrived)]).double()
         key = (name, block.type)  # a fused layer's parts are of several types
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def finish(self) -> Jump:
-        """Complete what was written.
+        """Complete what was written, and give it to the processes that wait for it.
 
         Raises:
             SnapshotError: if any prediction is NaN or infinite in its tensor's dtype.
@@ -215,15 +233,36 @@ class PredictionWriter:
         for name, view in self._views.items():
             if view is not self.tensors[name]:
                 self.tensors[name].copy_(view)
-        squares: dict[str, tuple[float, float]] = {}
-        for (name, edge_type), sums in self._sums.items():
-            moved_here, total_here = sums.tolist()
-            if not math.isfinite(moved_here):
+        written = {key: tuple(sums.tolist()) for key, sums in self._sums.items()}
+        for (name, _), sums in written.items():
+            if not all(map(math.isfinite, sums)):
                 raise SnapshotError(
                     f"the nowcast of {name} is NaN or infinite in {self.tensors[name].dtype}; it was refused"
                 )
+        self._share.exchange(self.tensors)
+        factors = self._scale(written)
+        squares: dict[str, tuple[float, float]] = {}
+        for (name, edge_type), (moved_here, total_here, new) in written.items():
+            if (factor := factors.get(name, 1.0)) != 1.0:
+                product = (new + total_here - moved_here) / 2  # of the old and the new weights
+                moved_here = max(factor**2 * new + total_here - 2 * factor * product, 0.0)
             moved, total = squares.get(edge_type.name.lower(), (0.0, 0.0))
             squares[edge_type.name.lower()] = (moved + moved_here, total + total_here)
         by_kind = {kind: Jump(math.sqrt(moved), math.sqrt(total)) for kind, (moved, total) in squares.items()}
         all_moved, all_total = (math.fsum(part[index] for part in squares.values()) for index in (0, 1))
         return Jump(math.sqrt(all_moved), math.sqrt(all_total), by_kind)
+
+    def _scale(self, written: Mapping[tuple[str, EdgeType], tuple[float, ...]]) -> dict[str, float]:
+        """Give matrices the norms that they had, and say by which factors; one that was zero stays as it is."""
+        if not self._kept:
+            return {}
+        squares = {name: [0.0, 0.0] for name in self._kept}  # a process may have rows of some of them only
+        for (name, _), (_, old, new) in written.items():
+            if name in squares:
+                squares[name] = [squares[name][0] + old, squares[name][1] + new]
+        device = self.scalers[self._kept[0]].mean.device
+        table = self._share.add_(torch.tensor([*squares.values()], dtype=torch.float64, device=device))
+        factors = dict(zip(squares, factor_to_keep(*table.unbind(1)).tolist(), strict=True))
+        for name, factor in factors.items():
+            self.tensors[name].mul_(factor)
+        return factors

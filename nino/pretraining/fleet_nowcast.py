@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from nino.engine.weights import MATRIX_AXES, factor_to_keep
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.graph.edge_list import EdgeList
@@ -48,12 +49,13 @@ class FleetNowcaster:
         self._words = graph.words().repeat(size).to(device)
 
     @torch.no_grad()
-    def predict(self, snapshots: Sequence[Mapping[str, Tensor]], horizon: int) -> Stacked:
+    def predict(self, snapshots: Sequence[Mapping[str, Tensor]], horizon: int, *, keep_norms: bool = False) -> Stacked:
         """Where the weights of all models will be.
 
         Args:
             snapshots: by name ``[M, *shape]``, oldest first.
             horizon: snapshot intervals ahead.
+            keep_norms: whether matrices keep the norms of the last snapshot.
 
         Returns:
             By name ``[M, *shape]``. What is not finite is not refused.
@@ -73,10 +75,13 @@ class FleetNowcaster:
             states[name] = scalers[name].encode_(values)
         moved = self._network(self._inputs(states, scalers), horizon).unflatten(0, (self.size, -1))
         each = [self._edges.parameters(movement) for movement in moved]
-        return {
+        predicted = {
             name: scaler.decode(states[name][-1], torch.stack([movement[name] for movement in each]))
             for name, scaler in scalers.items()
         }
+        if keep_norms:
+            predicted = {name: _with_norms_of(snapshots[-1][name], value) for name, value in predicted.items()}
+        return predicted
 
     def _inputs(self, states: Mapping[str, Tensor], scalers: Mapping[str, Standardiser]) -> EdgeInputs:
         by_edge = self._edges.features({name: state.flatten(0, 1) for name, state in states.items()})
@@ -92,6 +97,14 @@ class FleetNowcaster:
             chosen=self._chosen,
             products=self._edges.per_parameter(products).movedim(1, 0).flatten(0, 1) if products else None,
         )
+
+
+def _with_norms_of(last: Tensor, predicted: Tensor) -> Tensor:
+    """Matrices ``[M, *shape]`` with the norms that they had."""
+    if last.ndim <= MATRIX_AXES:
+        return predicted
+    old, new = (weights.double().flatten(1).square().sum(1) for weights in (last, predicted))
+    return predicted * factor_to_keep(old, new).to(predicted).view(-1, *[1] * (predicted.ndim - 1))
 
 
 def measure_fleet(values: Tensor, inputs: Inputs) -> Standardiser:

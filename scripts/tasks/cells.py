@@ -60,10 +60,11 @@ class Cell:
         return f"{self.task} {self.method} seed {self.seed} lr {self.learning_rate:g} {self.schedule} {self.updates:,}"
 
     def as_record(self) -> dict[str, Any]:
-        """Plain values, for JSON; without ``until`` where nobody set it, so that older cells keep their names."""
+        """Plain values, for JSON; later settings only where somebody set them, so that older cells keep their names."""
         record = asdict(self)
-        if self.rhythm is not None and self.rhythm.until is None:
-            del record["rhythm"]["until"]
+        for name in ("until", "keep_norms") if self.rhythm is not None else ():
+            if not record["rhythm"][name]:
+                del record["rhythm"][name]
         return record
 
     @property

@@ -123,6 +123,7 @@ class Jumps:
         schedule: when, and how far ahead.
         average: updates that a snapshot is the mean of.
         until: the last update after which it may happen; ``None`` for the schedule's.
+        keep_norms: whether matrices keep their norms.
         example_inputs: of the first model, by which one of no known family is wired.
     """
 
@@ -133,10 +134,12 @@ class Jumps:
         schedule: ScheduleConfig,
         average: int,
         until: int | None = None,
+        keep_norms: bool = False,
         example_inputs: Any = None,
     ) -> None:
         graph = nowcaster.graph_of(fleet.as_model(0), example_inputs)
         self.fleet, self.schedule, self.average, self.until = fleet, schedule, average, until
+        self.keep_norms = keep_norms
         self.nowcaster = FleetNowcaster(nowcaster, graph, fleet.size, fleet.device)
         self.mean, self.snapshots = RunningMean(), list[Stacked]()
 
@@ -152,7 +155,8 @@ class Jumps:
             self.snapshots.append(self.mean.take(parameters))
         if not is_nowcast_step(step, self.schedule):
             return None
-        predicted = self.nowcaster.predict(self.snapshots, horizon_at(step, self.schedule))
+        horizon = horizon_at(step, self.schedule)
+        predicted = self.nowcaster.predict(self.snapshots, horizon, keep_norms=self.keep_norms)
         self.snapshots = []
         sound = torch.stack([value.isfinite().flatten(1).all(1) for value in predicted.values()]).all(0)
         self.fleet.move_to(

@@ -60,6 +60,8 @@ class Rhythm:
     """Updates in which the training loss must recover, else the jump is undone; 0 for never."""
     moments: Moments = "keep"
     """What becomes of the optimizer's moments after a jump."""
+    keep_norms: bool = False
+    """Whether matrices keep their norms in a jump."""
     batch_norm: bool = True
     """Whether batch norms estimate their running statistics anew after a jump."""
     snapshot_average: int = 1
@@ -225,7 +227,12 @@ def _yes_or_no(text: str) -> bool:
     return text == "yes"
 
 
-SETTINGS: dict[str, Callable[[str], Any]] = {"decay_power": float, "moments": str, "batch_norm": _yes_or_no}
+YES_OR_NO = ("batch_norm", "keep_norms")
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "decay_power": float,
+    "moments": str,
+    **dict.fromkeys(YES_OR_NO, _yes_or_no),
+}
 """How settings are read that are no whole numbers."""
 
 
@@ -239,7 +246,7 @@ def _read_settings(name: str, text: str, rhythm: Rhythm) -> Rhythm:
         try:
             values[key] = SETTINGS.get(key, int)(value)
         except ValueError:
-            _refuse(name, f"{key} expects {'yes or no' if key == 'batch_norm' else 'a number'}, got {value!r}")
+            _refuse(name, f"{key} expects {'yes or no' if key in YES_OR_NO else 'a number'}, got {value!r}")
     return replace(rhythm, **values)
 
 
@@ -289,6 +296,8 @@ def check_method(method: Method, updates: int) -> str | None:
     nowcaster = load_jump(method.jump)
     try:
         method.rhythm.schedule(nowcaster, updates)
+        if method.rhythm.keep_norms and method.jump.kind in ("linear", "rre"):
+            raise NinoError(f"{method.jump.kind} extrapolates all weights at once and keeps no norms")
         if not 0 <= method.rhythm.probation < method.rhythm.period:
             raise NinoError(f"probation={method.rhythm.probation} must be shorter than the period")
     except NinoError as error:
@@ -338,6 +347,7 @@ class Setup:
                 until=rhythm.until,
                 probation=rhythm.probation,
                 moments=rhythm.moments,
+                keep_norms=rhythm.keep_norms,
                 batch_norm=rhythm.batch_norm,
                 snapshot_average=rhythm.snapshot_average,
             )
