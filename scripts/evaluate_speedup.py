@@ -42,7 +42,7 @@ from tasks.comparing import (
     verdicts,
 )
 from tasks.machine import describe_machine
-from tasks.methods import ADAM, Rhythm, check_method, parse_method
+from tasks.methods import ADAM, YES_OR_NO, Rhythm, check_method, parse_method
 from tasks.report import Panel, draw_panels, format_markdown, format_table
 from tasks.speedup import TASKS
 from tasks.workers import do_all
@@ -57,7 +57,7 @@ def plan(args: argparse.Namespace) -> list[Cell]:
         NinoError: if a method is unknown, or something that it needs is missing.
     """
     settings = {name: getattr(args, name) for name in Rhythm.__dataclass_fields__}
-    rhythm = Rhythm(**{**settings, "batch_norm": args.batch_norm == "yes"})
+    rhythm = Rhythm(**settings | {name: settings[name] == "yes" for name in YES_OR_NO})
     methods = [parse_method(name, rhythm) for name in dict.fromkeys(args.methods)]
     budgets = {task: args.updates or [TASKS[task].updates] for task in args.tasks}
     longest = max(budget for of_task in budgets.values() for budget in of_task)
@@ -234,6 +234,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="updates before a snapshot over which the weights are averaged",
     )
     add("--moments", choices=get_args(Moments), default="keep", help="what becomes of Adam's moments after a jump")
+    add("--keep-norms", choices=["yes", "no"], default="no", help="matrices keep their norms in a jump")
     add("--batch-norm", choices=["yes", "no"], default="yes", help="estimate running statistics anew after a jump")
     add("--eval-every", type=positive_int, default=50, help="updates between evaluations")
     add("--targets", type=targets_of_task, nargs="+", default=[], help="TASK=VALUE,VALUE,...: other values to reach")
