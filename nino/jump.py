@@ -119,7 +119,8 @@ def _predict(
     fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
     read = store.snapshots if averaged else [*store.snapshots[:-1], newest]
     snapshots = [{**fixed, **snapshot} for snapshot in read]
-    same = [horizon, fingerprint(list(live.nowcaster.network.parameters()))] if channel.size > 1 else []
+    weights = list(live.nowcaster.network.parameters())
+    same = [horizon, int(keep_norms), fingerprint(weights)] if channel.size > 1 else []
     return live.nowcaster.predict_(
         parameters,
         snapshots,

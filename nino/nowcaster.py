@@ -204,7 +204,7 @@ class Nowcaster:
             fuse: whether the blockwise engine compiles its inner loop (``torch.compile``); ``None`` where it pays.
             progress: called by the blockwise engine with the work done and the total.
             keep_norms: whether every parameter of two or more axes is scaled to the norm that it has in the last
-                snapshot (one that is zero there is not).
+                snapshot, up to rounding in its dtype (one that is zero there, or predicted so, is not).
 
         Returns:
             Per parameter name the predicted tensor, with the dtype, device and memory format of the last snapshot.

@@ -54,9 +54,9 @@ class NowcastOptimizer(Optimizer):
         probation: updates in which the training loss must recover from a jump, else the jump is undone;
             by default a tenth of the period, 0 for never. Only with losses, see :meth:`observe`.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
-        keep_norms: whether matrices keep their norms in a jump. Predicted norms grow, and Adam's steps become smaller
-            beside them, like a lower learning rate: where that is not wanted, as when an average of the weights is what
-            you evaluate.
+        keep_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted norms
+            grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
+            as when an average of the weights is what you evaluate.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known

@@ -73,9 +73,9 @@ class NowcastSession:
             by default a tenth of the period, 0 for never. Needs losses (:meth:`observe`) and ``optimizer``.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``; see
             :func:`nino.moments.settle_moments`.
-        keep_norms: whether matrices keep their norms in a jump. Predicted norms grow, and Adam's steps become smaller
-            beside them, like a lower learning rate: where that is not wanted, as when an average of the weights is what
-            you evaluate.
+        keep_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted norms
+            grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
+            as when an average of the weights is what you evaluate.
         batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.

@@ -146,7 +146,8 @@ def plan_share(
         wanted: names of those that will be predicted.
         snapshots: local ones, oldest first.
         channel: to the other processes.
-        same: numbers that must be the same in all of them: the horizon, the :func:`fingerprint` of a nowcaster.
+        same: numbers that must be the same in all of them: the horizon, a setting, the :func:`fingerprint` of a
+            nowcaster.
 
     Raises:
         NinoError: if parameters are sharded, and replicas of others, or of shards, are not alike; or if other
@@ -168,8 +169,8 @@ def plan_share(
         return WHOLE
     if not same_settings:
         raise NinoError(
-            "processes train different parameters of one model, or have different graphs, nowcasters or horizons; "
-            "freeze the same parameters, load the same nowcaster and pass the same graph= in all of them"
+            "processes train different parameters of one model, or have different graphs, nowcasters, horizons or "
+            "settings; freeze the same parameters, load the same nowcaster and pass the same graph= in all of them"
         )
     workers = channel.size if history_alike else 1
     costs = _costs(graph, wanted)

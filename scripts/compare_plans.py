@@ -99,16 +99,18 @@ def check(method: Method, args: argparse.Namespace) -> None:
         raise NinoError(f"method {method.name!r} never jumps: its period is longer than --updates {args.updates}")
 
 
-def row_of(name: str, runs: Sequence[Result], adams: Sequence[Result], goal: Goal) -> dict[str, Any]:
-    """A method in the table: means over seeds, beside Adam's of the same seeds, if it was trained."""
+def row_of(name: str, runs: Sequence[Result], plain: Sequence[Result], goal: Goal) -> dict[str, Any]:
+    """A method in the table: means over seeds, beside those of the same without jumps, if it was trained."""
     row: dict[str, Any] = {
         "method": name,
         "best": spread([best_value(run, goal) for run in runs]),
         "last": spread([final_value(run, goal.metric) for run in runs]),
     }
-    if adams:
-        pairs = zip(runs, adams, strict=True)
-        row["to Adam's best"] = spread([first_update(run, goal, best_value(adam, goal)) for run, adam in pairs])
+    if plain:
+        pairs = zip(runs, plain, strict=True)
+        row["to the best without jumps"] = spread(
+            [first_update(run, goal, best_value(other, goal)) for run, other in pairs]
+        )
     return row
 
 
@@ -168,7 +170,9 @@ def main(argv: list[str]) -> int:
     if not results:
         return 1
     goal = Goal(spec.metric, spec.higher_is_better, ())
-    print(format_table([row_of(name, runs, results.get(ADAM, []), goal) for name, runs in results.items()]))
+    averages = {method.name: method.average for method in methods}
+    plain = {method.average: results.get(method.name, []) for method in methods if method.jump is None}
+    print(format_table([row_of(name, runs, plain.get(averages[name], []), goal) for name, runs in results.items()]))
     means = {name: mean_curve(runs, goal.metric) for name, runs in results.items()}
     quantity = goal.metric.removeprefix("eval_")
     draw_panels(args.out / "plans.png", [Panel(args.task, means, quantity=quantity, is_loss=not goal.higher_is_better)])

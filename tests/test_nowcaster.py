@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 import nino
 from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, NowcasterConfig, SnapshotError
+from nino.engine.weights import PredictionWriter, factor_to_keep
 from nino.model import build_network
 from nino.nowcaster import CONFIG_FILE, WEIGHTS_FILE, shipped_nowcasters
+from nino.standardise import measure_snapshots
 
 Snapshots = list[dict[str, Tensor]]
 CONFIG = NowcasterConfig(hidden=8, context=3, num_words=7)
@@ -98,6 +100,34 @@ def test_norms_are_kept_if_asked_for(name: str, engine: Any) -> None:
     squares = sum(float((live[n] - last).square().sum()) for n, last in snapshots[-1].items())
     assert jump.distance**2 == pytest.approx(squares, rel=1e-4)
     assert jump.distance**2 == pytest.approx(sum(part.distance**2 for part in jump.by_kind.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_are_kept_up_to_rounding(dtype: torch.dtype) -> None:
+    graph, nowcaster = _graph(), _nowcaster(CONFIG)
+    snapshots = _snapshots(graph, dtype=dtype)
+    kept = nowcaster.predict(snapshots, 4, graph, keep_norms=True)
+    for name, last in snapshots[-1].items():
+        if last.ndim >= 2:
+            assert float(kept[name].float().norm() / last.float().norm()) == pytest.approx(1, abs=4e-3)
+
+
+def test_what_is_predicted_to_be_zero_stays_zero() -> None:
+    old, new = torch.tensor([4.0, 0.0, 4.0, 1e-12]).double(), torch.tensor([1.0, 4.0, 0.0, 1.0]).double()
+    assert factor_to_keep(old, new).tolist() == [2.0, 1.0, 1.0, 1.0]
+
+
+def test_norms_that_overflow_are_refused() -> None:
+    graph = _graph()
+    scalers = measure_snapshots(_snapshots(graph), graph.shapes)
+    name = next(n for n, shape in graph.shapes.items() if len(shape) >= 2)
+    tensors = {name: torch.full(graph.shapes[name], 3e4, dtype=torch.float16)}
+    writer = PredictionWriter(graph, tensors, scalers, keep_norms=True)
+    block = next(block for block in graph.parameter_blocks if block.parameter == name)
+    writer._sums[name, block.type] = torch.tensor([1.0, 16.0, 1.0], dtype=torch.float64)
+    with pytest.raises(SnapshotError, match=r"is NaN or infinite in torch\.float16") as error:
+        writer.finish()
+    _one_line(error, name)
 
 
 # Saving and loading

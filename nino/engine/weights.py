@@ -20,20 +20,20 @@ from nino.errors import NinoError, SnapshotError
 from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph
 from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
 from nino.share import WHOLE, Share
-from nino.standardise import Standardiser
+from nino.standardise import Standardiser, is_finite
 
 MATRIX_AXES = 2
 """Weights with as many axes or more are matrices: embeddings and kernels of convolutions too."""
 
 
 def factor_to_keep(old: Tensor, new: Tensor) -> Tensor:
-    """By which matrices are multiplied to keep their norms; 1 for one that was zero but for rounding.
+    """By which matrices are multiplied to keep their norms; 1 for one that was or is to be zero but for rounding.
 
     Args:
         old: squared norms before.
         new: squared norms of what was predicted.
     """
-    return (old / new).sqrt().where(old > 1e-10 * new, 1.0)
+    return (old / new).sqrt().where((old > 1e-10 * new) & (new > 1e-10 * old), 1.0)
 
 
 def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> Tensor:
@@ -234,18 +234,14 @@ class PredictionWriter:
             if view is not self.tensors[name]:
                 self.tensors[name].copy_(view)
         written = {key: tuple(sums.tolist()) for key, sums in self._sums.items()}
-        for (name, _), sums in written.items():
-            if not all(map(math.isfinite, sums)):
-                raise SnapshotError(
-                    f"the nowcast of {name} is NaN or infinite in {self.tensors[name].dtype}; it was refused"
-                )
+        for (name, _), (moved_here, *_) in written.items():
+            self._refuse_unless(math.isfinite(moved_here), name)
         self._share.exchange(self.tensors)
         factors = self._scale(written)
         squares: dict[str, tuple[float, float]] = {}
         for (name, edge_type), (moved_here, total_here, new) in written.items():
-            if (factor := factors.get(name, 1.0)) != 1.0:
-                product = (new + total_here - moved_here) / 2  # of the old and the new weights
-                moved_here = max(factor**2 * new + total_here - 2 * factor * product, 0.0)
+            if (factor := factors.get(name, 1.0)) != 1.0:  # |f new - old|^2 from |new - old|^2
+                moved_here = max(factor * moved_here + (factor - 1) * (factor * new - total_here), 0.0)
             moved, total = squares.get(edge_type.name.lower(), (0.0, 0.0))
             squares[edge_type.name.lower()] = (moved + moved_here, total + total_here)
         by_kind = {kind: Jump(math.sqrt(moved), math.sqrt(total)) for kind, (moved, total) in squares.items()}
@@ -264,5 +260,13 @@ class PredictionWriter:
         table = self._share.add_(torch.tensor([*squares.values()], dtype=torch.float64, device=device))
         factors = dict(zip(squares, factor_to_keep(*table.unbind(1)).tolist(), strict=True))
         for name, factor in factors.items():
-            self.tensors[name].mul_(factor)
+            tensor = self.tensors[name].mul_(factor)
+            overflows = factor > 1 and tensor.dtype == torch.float16 and not is_finite(tensor)
+            self._refuse_unless(not overflows, name)
         return factors
+
+    def _refuse_unless(self, is_sound: bool, name: str) -> None:
+        if not is_sound:
+            raise SnapshotError(
+                f"the nowcast of {name} is NaN or infinite in {self.tensors[name].dtype}; it was refused"
+            )
