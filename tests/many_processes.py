@@ -711,6 +711,13 @@ def unlike_settings() -> Result:
     return {"messages": messages}
 
 
+def unlike_norms() -> Result:
+    """Only process 1 keeps norms."""
+    model = mlp()
+    optimizer = adam(model, keep_norms=dist.get_rank() == 1)
+    return {"weights": train(model, optimizer, 0, PERIOD + 1), "reports": reports_of(optimizer)}
+
+
 def averaged_replicas() -> Result:
     """Weights averaged right before a nowcast, of replicas with pasts of their own: the first one predicts."""
     model = mlp(seed=dist.get_rank())

@@ -235,13 +235,21 @@ def assert_resumed_by_one_process(folder: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    named = ("unlike_settings", "traced_replicas", "accelerated_resume", "trainer")
+    named = ("unlike_settings", "unlike_norms", "traced_replicas", "accelerated_resume", "trainer")
     found = launch("accelerate", 2, tmp_path, *scenarios, *named)
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
     refused = "processes train different parameters"
     for run in found["unlike_settings"]:
         assert [message[: len(refused)] for message in run["messages"]] == [refused, refused, refused, ""]
+    plain = mlp()
+    unmoved = train_alone(plain, optimizer_of(plain, tiny_nowcaster(), period=2 * PERIOD), PERIOD + 1)
+    for run in found["unlike_norms"]:
+        assert [(step, accepted, reason[: len(refused)]) for step, accepted, _, reason in run["reports"]] == [
+            (PERIOD, False, refused)
+        ]
+        for weights, expected in zip(run["weights"], unmoved, strict=True):
+            assert_same(weights, expected)
     for run in found["traced_replicas"]:
         assert run["graph"] == found["traced_replicas"][0]["graph"]
         assert run["family"] == "traced"
