@@ -58,6 +58,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         type=positive_int,
         help="intervals between checkpoints to look ahead (default: what the callback would choose at this update)",
     )
+    parser.add_argument("--keep-norms", action="store_true", help="matrices keep the norms of the last checkpoint")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="package.module:function that returns the model, if there is no config.json")
     source.add_argument("--config", type=Path, help="folder with the config.json of the transformers model")
@@ -82,6 +83,7 @@ def nowcast(args: argparse.Namespace) -> CheckpointNowcast:
             dtype=DTYPES[args.dtype],
             device=args.device,
             memory_budget=args.memory_budget,
+            keep_norms=args.keep_norms,
             progress=progress_of(bar),
         )
 

@@ -89,10 +89,12 @@ def read(path: Path) -> dict[str, Tensor]:
     return {name: value for file in files for name, value in read(file).items()}
 
 
-def expected(paths: Sequence[Path], model: nn.Module, horizon: int = 3) -> dict[str, Tensor]:
+def expected(
+    paths: Sequence[Path], model: nn.Module, horizon: int = 3, *, keep_norms: bool = False
+) -> dict[str, Tensor]:
     """What :meth:`Nowcaster.predict` says of the same checkpoints."""
     engine = nowcaster()
-    return engine.predict([read(path) for path in paths], horizon, engine.graph_of(model))
+    return engine.predict([read(path) for path in paths], horizon, engine.graph_of(model), keep_norms=keep_norms)
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -818,14 +820,15 @@ def nothing():
 """
 
 
-def test_script_with_a_model_of_the_current_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--keep-norms"]])
+def test_script_with_a_model_of_the_current_folder(tmp_path: Path, flags: list[str]) -> None:
     paths = write_files(tmp_path, ".pt")
     (tmp_path / "mine.py").write_text(MODULE)
     nowcaster().save_pretrained(tmp_path / "nowcaster")
     options = ["--out", "new.pt", "--nowcaster", tmp_path / "nowcaster", "--horizon", 3, "--dtype", "float32"]
-    result = run(*paths, *options, "--model", "mine:build", folder=tmp_path)
+    result = run(*paths, *options, *flags, "--model", "mine:build", folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    prediction = expected(paths, convnet())
+    prediction = expected(paths, convnet(), keep_norms=bool(flags))
     assert_same({name: read(tmp_path / "new.pt")[name] for name in prediction}, prediction)
 
 

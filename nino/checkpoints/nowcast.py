@@ -59,6 +59,7 @@ def nowcast_checkpoints(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     memory_budget: int | None = None,
+    keep_norms: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckpointNowcast:
     """Predict from saved checkpoints and write the prediction as a new checkpoint.
@@ -78,6 +79,7 @@ def nowcast_checkpoints(
         dtype: in which the network computes.
         device: where it computes; by default on the CPU.
         memory_budget: bytes, as in :meth:`Nowcaster.predict_`.
+        keep_norms: whether matrices keep the norms that they have in the last checkpoint, as there.
         progress: called with the work done and the total.
 
     Raises:
@@ -117,6 +119,7 @@ def nowcast_checkpoints(
                 dtype=dtype,
                 device=device,
                 memory_budget=memory_budget,
+                keep_norms=keep_norms,
                 progress=progress,
             )
             _write_ties(new.tensors, {name: entries[name] for name in moving})
