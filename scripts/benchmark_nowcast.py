@@ -32,7 +32,7 @@ from nino import NeuralGraph, Nowcaster
 from nino.data import build_model
 from nino.engine.hardware import product_dtype
 from nino.engine.tiling import TILE_EDGES
-from tasks.cli import check_output_folder, memory_size, positive_int, run_main, torch_device
+from tasks.cli import ArgumentParser, check_output_folder, memory_size, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
@@ -228,7 +228,7 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES)[:-1])
     parser.add_argument(
         "--nowcaster",

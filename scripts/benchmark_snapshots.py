@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nino.data import build_model
 from nino.history import Place, SnapshotStore
-from tasks.cli import fail, make_output_folder, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet
 from tasks.machine import describe_machine
 from tasks.measuring import seconds_of
@@ -120,7 +120,7 @@ def file_system(folder: Path) -> str:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--repeats", type=positive_int, default=15, help="measured updates and snapshots")
     parser.add_argument("--interval", type=positive_int, default=200, help="updates from one snapshot to the next")

@@ -35,7 +35,7 @@ from nino.data import build_model
 from nino.errors import NinoError
 from nino.history.mean import check_snapshot_average
 from nino.probation import default_probation
-from tasks.cli import fail, make_output_folder, positive_int, run_main, torch_device, whole_number
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, torch_device, whole_number
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
@@ -262,7 +262,7 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]], period: int) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["cnn-14k"])
     parser.add_argument("--places", nargs="+", choices=PLACES, default=["cpu", "disk"], help="where snapshots are kept")
     parser.add_argument("--nowcaster", default="nino-tiny", help="a name, or hidden-H for random weights of width H")

@@ -30,7 +30,7 @@ from nino.probation import (
     is_in_doubt,
     longest_probation,
 )
-from tasks.cli import fail, positive_float, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, positive_float, positive_int, run_main
 from tasks.methods import ADAM, Rhythm, parse_method
 from tasks.report import format_table
 
@@ -201,7 +201,7 @@ def verdict(jump: FirstJump, config: ProbationConfig) -> dict[str, Any]:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, help="--out of scripts/evaluate_speedup.py")
     lengths = "lengths of probation; by default those of 25 50 100 that fit into a period"
     parser.add_argument("--updates", type=positive_int, nargs="+", help=lengths)

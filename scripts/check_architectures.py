@@ -31,7 +31,7 @@ from nino.check import WiringReport
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from tasks.architectures import SPECIMENS
-from tasks.cli import check_output_file, check_output_folder, fail, make_output_folder, run_main
+from tasks.cli import ArgumentParser, check_output_file, check_output_folder, fail, make_output_folder, run_main
 from tasks.machine import describe_machine
 from tasks.own_model import load_own_model
 from tasks.report import format_markdown
@@ -155,7 +155,7 @@ def check_specimens(names: list[str]) -> list[dict[str, Any]]:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--only", nargs="+", metavar="NAME", help="check these and write nothing")
     what.add_argument("--model", metavar="MODULE:FUNCTION", help="a function that returns (model, example_inputs)")

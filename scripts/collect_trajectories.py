@@ -30,7 +30,7 @@ from nino import NowcastOptimizer, ScheduleConfig
 from nino.data import Trajectory, record
 from nino.errors import TrajectoryError
 from nino.history.mean import check_snapshot_average
-from tasks.cli import fail, make_output_folder, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
 from tasks.fleets import fleet_device, record_fleet, time_fleet
 from tasks.nowcasters import load_nowcaster
 from tasks.rehearsal import random_images, random_text, time_training
@@ -231,7 +231,7 @@ def run_seconds(plan: RunPlan) -> float:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with cifar10-train.parquet, mnist-train.parquet and text/"
     )

@@ -25,7 +25,7 @@ import torch
 from nino.errors import NinoError
 from tasks.branching import STAY, JumpPlan, Trunk, parse_jump
 from tasks.cells import finite
-from tasks.cli import fail, make_output_folder, positive_float, positive_int, run_main, whole_number
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
 from tasks.methods import fingerprint, load_jump
 from tasks.report import format_table
 from tasks.speedup import TASKS
@@ -37,7 +37,7 @@ Results = dict[str, Curve]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--task", choices=list(TASKS), required=True)
     add("--data", type=Path, help="as for scripts/evaluate_speedup.py")

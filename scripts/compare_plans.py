@@ -27,11 +27,11 @@ from tqdm import tqdm
 from nino.errors import NinoError
 from nino.pretraining.fleet import Fleet
 from tasks.cells import finite
-from tasks.cli import fail, make_output_folder, positive_float, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, settings_of
 from tasks.comparing import Goal, Result, best_value, final_value, first_update, mean_curve, spread
 from tasks.fleets import Jumps, draw_batches, fleet_device, on_device, seeded
 from tasks.machine import describe_machine
-from tasks.methods import ADAM, Method, Rhythm, average_of, check_method, load_jump, parse_method
+from tasks.methods import ADAM, Method, Rhythm, average_of, check_jumps, check_method, load_jump, parse_method
 from tasks.report import Panel, draw_panels, format_table
 from tasks.rivals import Follower
 from tasks.speedup import TASKS
@@ -95,8 +95,7 @@ def check(method: Method, args: argparse.Namespace) -> None:
             "or either with an average, as ema+nino:nino-base"
         )
     check_method(method, args.budget)
-    if method.jump is not None and method.rhythm.period > args.updates:
-        raise NinoError(f"method {method.name!r} never jumps: its period is longer than --updates {args.updates}")
+    check_jumps(method, args.updates)
 
 
 def row_of(name: str, runs: Sequence[Result], plain: Sequence[Result], goal: Goal) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def row_of(name: str, runs: Sequence[Result], plain: Sequence[Result], goal: Goa
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, help="folder with the task's data")
     add("--task", choices=[name for name in TASKS if name not in ALONE], default="digits-16")
@@ -151,7 +150,6 @@ def main(argv: list[str]) -> int:
     for method in methods:
         check(method, args)
     make_output_folder("--out", args.out)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     results: dict[str, list[Result]] = {}
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
@@ -163,7 +161,7 @@ def main(argv: list[str]) -> int:
             failed[method.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             continue
         seconds[method.name] = round(time.perf_counter() - began, 1)
-        record = {"settings": settings, "machine": describe_machine(), "seconds": seconds, "runs": results}
+        record = {"settings": settings_of(args), "machine": describe_machine(), "seconds": seconds, "runs": results}
         (args.out / RESULTS).write_text(json.dumps(record, allow_nan=False) + "\n")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)

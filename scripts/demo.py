@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nino import Nowcaster
 from nino.data import build_model
-from tasks.cli import fail, make_output_folder, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.images import convnet, load_digits, shift_randomly
 from tasks.report import draw_curves, format_table, updates_to_reach
 from tasks.text import fixed_windows, llama, tokenize
@@ -186,7 +186,7 @@ def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--nowcaster", default="nino-base", help="shipped name, folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     parser.add_argument("--seed", type=int, default=0)
@@ -244,7 +244,7 @@ def main(argv: list[str]) -> int:
     jumps = {task: [int(report["nowcast/step"]) for report in runs[task, "nowcast"]["nowcasts"]] for task in TASKS}
     draw_curves(args.out / "curves.png", panels, jumps)
     result = {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "arguments": settings_of(args),
         "summary": rows,
         "verdicts": sentences,
         "runs": list(runs.values()),

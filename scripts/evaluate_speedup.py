@@ -26,7 +26,16 @@ from tqdm import tqdm
 
 from nino.moments import Moments
 from tasks.cells import SCHEDULES, Cell, make_cell, read_result, result_path, train_and_write
-from tasks.cli import fail, make_output_folder, positive_float, positive_int, run_main
+from tasks.cli import (
+    ArgumentParser,
+    fail,
+    make_output_folder,
+    positive_float,
+    positive_int,
+    run_main,
+    settings_of,
+    whole_number,
+)
 from tasks.comparing import (
     Goal,
     Result,
@@ -42,7 +51,7 @@ from tasks.comparing import (
     verdicts,
 )
 from tasks.machine import describe_machine
-from tasks.methods import ADAM, YES_OR_NO, Rhythm, check_method, parse_method
+from tasks.methods import ADAM, YES_OR_NO, Rhythm, check_jumps, check_method, parse_method, update_or_part
 from tasks.report import Panel, draw_panels, format_markdown, format_table
 from tasks.speedup import TASKS
 from tasks.workers import do_all
@@ -60,7 +69,9 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     rhythm = Rhythm(**settings | {name: settings[name] == "yes" for name in YES_OR_NO})
     methods = [parse_method(name, rhythm) for name in dict.fromkeys(args.methods)]
     budgets = {task: args.updates or [TASKS[task].updates] for task in args.tasks}
-    longest = max(budget for of_task in budgets.values() for budget in of_task)
+    shortest, longest = (of(of(of_task) for of_task in budgets.values()) for of in (min, max))
+    for method in methods:
+        check_jumps(method, shortest)
     weights = {method.name: check_method(method, longest) for method in methods}
     return [
         make_cell(
@@ -72,6 +83,7 @@ def plan(args: argparse.Namespace) -> list[Cell]:
             schedule=schedule,
             updates=updates,
             evaluate_every=args.eval_every,
+            warmup=args.warmup,
         )
         for task in dict.fromkeys(args.tasks)
         for updates in dict.fromkeys(budgets[task])
@@ -134,7 +146,7 @@ def report(results: Mapping[Cell, Result], failed: Mapping[Cell, str], args: arg
     }
     sentences = verdicts(settings, goals)
     content = {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "arguments": settings_of(args),
         "machine": describe_machine(),
         "goals": {task: asdict(goal) for task, goal in goals.items()},
         "tables": map_numbers(tables, asdict),
@@ -208,7 +220,7 @@ def targets_of_task(text: str) -> tuple[str, list[float]]:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--tasks", nargs="+", choices=list(TASKS), default=["digits-16"], metavar="TASK", help=", ".join(TASKS))
     add("--methods", nargs="+", default=["adam", "nino:nino-tiny"], metavar="METHOD", help="see docs/evaluation.md")
@@ -216,11 +228,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0])
     add("--learning-rates", type=positive_float, nargs="+", help="by default each task's own")
     add("--schedules", nargs="+", choices=SCHEDULES, default=["constant"], help="of the learning rate")
+    add("--warmup", type=whole_number, default=0, metavar="U", help="updates over which the rate rises from zero")
     add("--updates", type=positive_int, nargs="+", help="one or several budgets; by default each task's own")
     add("--period", type=positive_int, default=1000, help="updates between jumps")
     add("--max-horizon", type=positive_int, help="of the first jump, in fifths of a period; by default the nowcaster's")
     add("--decay-power", type=positive_float, default=2.0, help="how fast horizons shrink; 1 is linear")
-    add("--until", type=positive_int, help="update by which horizons have shrunk to one interval and jumps have ended")
+    add(
+        "--until",
+        type=update_or_part,
+        help="update by which horizons have shrunk to one interval and jumps have ended, or a part of the run, as 0.67",
+    )
     add(
         "--probation",
         type=int,
@@ -248,6 +265,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         for updates in args.updates or [TASKS[task].updates]:
             if updates < args.eval_every:
                 fail(f"--eval-every {args.eval_every} is more than the {updates} updates of a training")
+            if updates <= args.warmup:
+                fail(f"--warmup {args.warmup} leaves nothing of the {updates} updates of a training")
     return args
 
 

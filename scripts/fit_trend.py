@@ -27,7 +27,7 @@ from nino.model.networks import Trend
 from nino.nowcaster import CONFIG_FILE
 from nino.pretraining.trend import Rows, draw_rows, errors, fit
 from nino.pretraining.windows import WindowSource
-from tasks.cli import fail, make_output_folder, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.nowcasters import load_nowcaster
 from tasks.recorded_runs import split_runs
 
@@ -40,7 +40,7 @@ HELD_OUT_PART = 5
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="folder of trajectories (scripts/collect_trajectories.py)")
     add("--start-from", metavar="NOWCASTER", required=True, help="a name or a folder; reads movements, has no trend")
@@ -106,9 +106,13 @@ def main(argv: list[str]) -> int:
                 shown = {h: ratios[h - 1].item() for h in SHOWN if h <= len(ratios)}
                 report[f"{family}, {which}"] = {str(h): ratio for h, ratio in shown.items() if math.isfinite(ratio)}
     start.with_trend(trend).save_pretrained(args.out)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     names = {"trained on": [Path(f).name for f in folders], "held out": [Path(f).name for f in held_out]}
-    result = {"arguments": settings, "runs": names, "weights": len(rows), "error as a part of the network's": report}
+    result = {
+        "arguments": settings_of(args),
+        "runs": names,
+        "weights": len(rows),
+        "error as a part of the network's": report,
+    }
     (args.out / "training.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     return 0

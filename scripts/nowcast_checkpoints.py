@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nino import Nowcaster
 from nino.checkpoints import CheckpointNowcast, model_from_config, model_from_factory, nowcast_checkpoints
-from tasks.cli import fail, memory_size, positive_int, run_main, torch_device
+from tasks.cli import ArgumentParser, fail, memory_size, positive_int, run_main, torch_device
 from tasks.own_model import import_function
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,7 +49,7 @@ def set_up_process() -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="oldest first, or one output folder of the Trainer")
     parser.add_argument("--out", type=Path, required=True, help="the new checkpoint; must not exist")
     parser.add_argument("--nowcaster", default="nino-base", help="shipped name, folder or hub id")

@@ -28,7 +28,17 @@ from nino.errors import NinoError
 from nino.planning import Rates, Settings, default_rates, estimate_update_seconds
 from nino.probation import default_probation
 from nino.schedule import ScheduleConfig
-from tasks.cli import amount, check_output_file, fail, memory_size, per_second, positive_float, positive_int, run_main
+from tasks.cli import (
+    ArgumentParser,
+    amount,
+    check_output_file,
+    fail,
+    memory_size,
+    per_second,
+    positive_float,
+    positive_int,
+    run_main,
+)
 from tasks.nowcasters import load_nowcaster
 from tasks.sizes import PLANNED
 
@@ -45,7 +55,7 @@ def load_model(name: str) -> nn.Module:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("model", help=f"{', '.join(PLANNED)}, or a config.json or its folder")
     parser.add_argument("--nowcaster", default="nino-tiny", help="a name, or hidden-H for one of width H")
     parser.add_argument("--world-size", type=int, default=1, help="processes of the run")

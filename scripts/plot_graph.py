@@ -22,7 +22,7 @@ from typing import Any
 from nino.data import build_model
 from nino.data.architecture import LAYER_COUNTS, Architecture, describe_transformers
 from nino.graph import NeuralGraph
-from tasks.cli import fail, make_output_folder, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
 from tasks.graph_layout import Layout, lay_out, number_of_edges, number_of_weights
 from tasks.own_model import is_own, load_own_model
 from tasks.sizes import ARCHITECTURES
@@ -133,7 +133,7 @@ def dots_per_inch(text: str) -> int:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add(
         "--model",

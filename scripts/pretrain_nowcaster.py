@@ -25,12 +25,12 @@ from nino.pretraining.loop import pretrain
 from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
-from tasks.cli import fail, make_output_folder, positive_int, run_main, whole_number
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, whole_number
 from tasks.recorded_runs import HOLD_OUT_EVERY, split_runs
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="folder of trajectories (scripts/collect_trajectories.py)")
     add("--out", type=Path, required=True, help="folder for the nowcaster")

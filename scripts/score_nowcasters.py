@@ -30,7 +30,7 @@ from torch import Tensor
 from nino import Nowcaster
 from nino.data import ResampledRun, Trajectory
 from nino.errors import NinoError
-from tasks.cli import fail, make_output_folder, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.nowcasters import load_nowcaster
 from tasks.recorded_runs import split_runs
 from tasks.report import format_table
@@ -44,7 +44,7 @@ Score = tuple[float, float, float]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="folder of trajectories (scripts/collect_trajectories.py)")
     add("--nowcasters", nargs="+", required=True, help="names, folders or published .pt files")
@@ -158,9 +158,8 @@ def main(argv: list[str]) -> int:
         fail(f"--runs {args.runs}: no run could be scored")
     rows = rows_of(scores)
     if args.out is not None:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         single = [{"family": f, "nowcaster": n, "intervals": h, "scores": found} for (f, n, h), found in scores.items()]
-        result = {"arguments": settings, "runs": [Path(folder).name for folder in folders], "rows": rows}
+        result = {"arguments": settings_of(args), "runs": [Path(folder).name for folder in folders], "rows": rows}
         (args.out / "scores.json").write_text(json.dumps(result | {"single": single}, indent=1) + "\n")
     print(format_table(rows))
     return 0

@@ -186,9 +186,12 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         ),
         (["--methods", "linear@snapshot_average=201"], ["snapshot_average must be 1 to 200 updates"]),
         (["--methods", "scaled:nino-tiny"], ["scaled expects a number and a name"]),
+        (["--methods", "linear@until=1.5"], ["until expects a number, got '1.5'"]),
         (["--methods", "linear@max_horizon=41"], ["max_horizon=41 is beyond"]),
         (["--methods", "linear@period=13"], ["period=13 must be a multiple of context=5"]),
         (["--methods", "linear@probation=1000"], ["probation=1000 must be shorter than the period"]),
+        (["--methods", "linear", "--updates", "1000", "5000"], ["'linear': never jumps in 1000 updates"]),
+        (["--updates", "100", "--warmup", "100"], ["--warmup 100 leaves nothing of the 100 updates"]),
         (["--updates", "40"], ["--eval-every 50 is more than the 40 updates"]),
         (["--learning-rates", "-1"], ["expected a positive number"]),
         (["--targets", "c10-16=high"], ["expected TASK=VALUE,VALUE"]),
@@ -201,7 +204,7 @@ def test_bad_input_is_one_line(
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--out", str(tmp_path / "out")])
         assert stopped.value.code == 2
-        message = capsys.readouterr().err.strip().splitlines()[-1]
+        message = capsys.readouterr().err.strip()
     except NinoError as error:  # what run_main turns into a line
         message = str(error)
     for part in expected:
@@ -216,11 +219,11 @@ def test_schedule_free_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_cells_are_every_combination() -> None:
-    options = ["--methods", "adam", "linear", "--seeds", "0", "1", "--learning-rates", "1e-3", "3e-3"]
+    options = ["--methods", "adam", "linear@period=50", "--seeds", "0", "1", "--learning-rates", "1e-3", "3e-3"]
     arguments = parse_args([*options, "--schedules", "linear", "wsd", "--updates", "100", "200"])
     cells = plan(arguments)
     assert len(cells) == len(set(cells)) == len({cell.file_name for cell in cells}) == 32
-    assert [cell.method for cell in cells[:4]] == ["adam", "linear", "adam", "linear"]
+    assert [cell.method for cell in cells[:4]] == ["adam", "linear@period=50"] * 2
 
 
 def test_file_names_change_with_what_matters() -> None:
@@ -494,6 +497,20 @@ def test_jumps_end_before_the_run_does() -> None:
     assert shorter["curve"][-1]["step"] == 50 and shorter["cell"]["rhythm"]["until"] == 31
     unused = run_cell("linear@until=99", updates=40, evaluate_every=40)["nowcasts"]
     assert [n["nowcast/horizon"] for n in unused] == [40, 21, 8], "as if it were not set"
+
+
+def test_jumps_end_after_a_part_of_the_run() -> None:
+    part, update = (run_cell(f"linear@until={until}", updates=50, evaluate_every=25) for until in ("0.62", "31"))
+    assert [n["nowcast/horizon"] for n in part["nowcasts"]] == [n["nowcast/horizon"] for n in update["nowcasts"]]
+    assert part["training_losses"] == update["training_losses"]
+
+
+def test_a_warm_up_is_of_the_rate_alone() -> None:
+    warm, cold = (run_cell("adam", updates=20, evaluate_every=20, warmup=warmup) for warmup in (10, 0))
+    assert warm["cell"]["warmup"] == 10 and "warmup" not in cold["cell"], "older cells keep their names"
+    assert warm["training_losses"][0] == cold["training_losses"][0], "the same weights and batch"
+    assert warm["training_losses"][5] > cold["training_losses"][5] > 0
+    assert cell_of("adam", warmup=10).file_name != cell_of("adam").file_name
 
 
 def test_cells_from_before_there_was_an_end_of_jumps_keep_their_names() -> None:

@@ -1,8 +1,8 @@
 """One training of a comparison: what it is, where its result lies, and the training itself.
 
 The same seed gives every method the same initial weights and the same batches. A result is one JSON file that appears
-when the training has ended; its name holds a hash of everything that the result depends on, so that a file of that
-name *is* the result.
+when the training has ended; its name holds a hash of all settings and of the nowcaster's weights, not of the data:
+other data need another folder.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Cell:
     """``None`` for methods without one."""
     weights: str | None
     """Fingerprint of the nowcaster's weights."""
+    warmup: int = 0
+    """Updates over which the learning rate rises from zero."""
 
     @property
     def label(self) -> str:
@@ -62,6 +64,8 @@ class Cell:
     def as_record(self) -> dict[str, Any]:
         """Plain values, for JSON; later settings only where somebody set them, so that older cells keep their names."""
         record = asdict(self)
+        if not self.warmup:
+            del record["warmup"]
         for name in ("until", "keep_norms") if self.rhythm is not None else ():
             if not record["rhythm"][name]:
                 del record["rhythm"][name]
@@ -86,6 +90,7 @@ def make_cell(
     schedule: str,
     updates: int,
     evaluate_every: int,
+    warmup: int = 0,
 ) -> Cell:
     """The cell of a method, which depends on its rhythm only if it has one."""
     return Cell(
@@ -98,18 +103,23 @@ def make_cell(
         evaluate_every=evaluate_every,
         rhythm=method.rhythm if method.has_rhythm else None,
         weights=weights,
+        warmup=warmup,
     )
 
 
-def learning_rate_factor(schedule: str, step: int, updates: int) -> float:
-    """What the learning rate of update ``step`` (from 0) is multiplied by; no schedule warms up.
+def learning_rate_factor(schedule: str, step: int, updates: int, warmup: int = 0) -> float:
+    """What the learning rate of update ``step`` (from 0) is multiplied by; during a warm-up it rises from zero.
 
     Example:
         >>> [learning_rate_factor("linear", step, 4) for step in range(4)]
         [1.0, 0.75, 0.5, 0.25]
         >>> [round(learning_rate_factor("wsd", step, 10), 6) for step in (0, 7, 8, 9)]
         [1.0, 1.0, 1.0, 0.5]
+        >>> [learning_rate_factor("constant", step, 10, warmup=4) for step in range(5)]
+        [0.25, 0.5, 0.75, 1.0, 1.0]
     """
+    if step < warmup:
+        return (step + 1) / warmup
     done = step / updates
     if schedule == "linear":
         return 1 - done
@@ -135,7 +145,7 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
     curve: list[dict[str, float | None]] = []
     reported = 0
     for step in range(1, cell.updates + 1):
-        setup.set_learning_rate(learning_rate_factor(cell.schedule, step - 1, cell.updates))
+        setup.set_learning_rate(learning_rate_factor(cell.schedule, step - 1, cell.updates, cell.warmup))
         setup.optimizer.zero_grad()
         loss = task.loss(model, next(batches))
         loss.backward()

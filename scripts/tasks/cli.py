@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,6 +25,27 @@ def fail(message: str) -> NoReturn:
     """Stop with one line on standard error and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Shows a script's docstring as it is written, and bad options in one line.
+
+    Args:
+        description: the docstring.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Stop, without the list of all options."""
+        fail(f"{message} (--help lists the options)")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said on the command line, for JSON: paths and whatever else is no plain value as text."""
+    settings: dict[str, Any] = json.loads(json.dumps(vars(args), default=str))
+    return settings
 
 
 def positive_int(text: str) -> int:

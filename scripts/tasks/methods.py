@@ -66,13 +66,18 @@ class Rhythm:
     """Whether batch norms estimate their running statistics anew after a jump."""
     snapshot_average: int = 1
     """Updates before a snapshot over which the weights are averaged."""
-    until: int | None = None
-    """The update by which horizons have shrunk to one interval and jumps have ended; ``None`` for the last."""
+    until: int | float | None = None
+    """The update by which horizons have shrunk to one interval and jumps have ended, or if less than 1 the part of the
+    run after which they have; ``None`` for the last."""
 
     def __post_init__(self) -> None:
         check_moments(self.moments)
-        if self.until is not None and self.until <= self.period:
+        if self.until is not None and 1 <= self.until <= self.period:
             raise NinoError(f"until={self.until} leaves no jump: expected more than the period, {self.period} updates")
+
+    def last_update(self, updates: int) -> int | None:
+        """``until`` in a run of so many updates."""
+        return round(self.until * updates) if isinstance(self.until, float) else self.until
 
     def schedule(self, nowcaster: Nowcaster, updates: int) -> ScheduleConfig:
         """The schedule of a run.
@@ -89,7 +94,7 @@ class Rhythm:
             max_steps=updates,
             max_horizon=longest if self.max_horizon is None else self.max_horizon,
             decay_power=self.decay_power,
-            until=self.until,
+            until=self.last_update(updates),
         )
         check_snapshot_average(self.snapshot_average, schedule.interval)
         return schedule
@@ -227,9 +232,18 @@ def _yes_or_no(text: str) -> bool:
     return text == "yes"
 
 
+def update_or_part(text: str) -> int | float:
+    """Reads an update's number, or a part of a run such as 0.67."""
+    value = float(text) if "." in text else int(text)
+    if not (0 < value < 1 if isinstance(value, float) else value >= 1):
+        raise ValueError
+    return value
+
+
 YES_OR_NO = ("batch_norm", "keep_norms")
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "decay_power": float,
+    "until": update_or_part,
     "moments": str,
     **dict.fromkeys(YES_OR_NO, _yes_or_no),
 }
@@ -305,6 +319,16 @@ def check_method(method: Method, updates: int) -> str | None:
     return fingerprint(method.jump, nowcaster)
 
 
+def check_jumps(method: Method, updates: int) -> None:
+    """Refuse a method that would be called nowcasting and is not.
+
+    Raises:
+        NinoError: if a run of so many updates ends before its first jump.
+    """
+    if method.jump is not None and method.rhythm.period >= updates:
+        _refuse(method.name, f"never jumps in {updates} updates: its period of {method.rhythm.period} is no shorter")
+
+
 def fingerprint(jump: Part, nowcaster: Nowcaster) -> str | None:
     """What tells a jump's weights from others of the same name; ``None`` of a jump that has none."""
     if jump.kind in ("linear", "rre"):
@@ -344,7 +368,7 @@ class Setup:
                 max_steps=updates,
                 max_horizon=rhythm.max_horizon,
                 decay_power=rhythm.decay_power,
-                until=rhythm.until,
+                until=rhythm.last_update(updates),
                 probation=rhythm.probation,
                 moments=rhythm.moments,
                 keep_norms=rhythm.keep_norms,
