@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from nino import NowcastOptimizer, ScheduleConfig
 from nino.data import Trajectory, record
+from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
 from nino.history.mean import check_snapshot_average
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
@@ -164,21 +165,26 @@ def is_finished(plan: RunPlan, out: Path) -> bool:
     """Whether the run was recorded to its end.
 
     Raises:
-        TrajectoryError: if its folder holds a run of another plan, which would be replaced or taken for this one.
+        TrajectoryError: if its folder holds a damaged run, or one of another plan, which would be replaced or taken for
+            this one.
     """
     folder = out / plan.name
-    try:
-        run = Trajectory(folder)
-    except TrajectoryError:
+    if not (folder / HEADER_FILE).exists():
         return False
+    try:
+        run = read_header(folder)
+        if run["complete"]:
+            Trajectory(folder)
+    except TrajectoryError as error:
+        raise TrajectoryError(f"{error} (remove {folder}, and the same command does)") from error
     planned = notes_of(plan) | {"architecture": plan.architecture}
-    recorded = run.training | {"architecture": run.architecture}
+    recorded = run["training"] | {"architecture": run["architecture"]}
     for name in ("seed", *planned):
         if name in recorded and recorded[name] != planned[name]:
             raise TrajectoryError(
                 f"{folder} holds a run with {name} {recorded[name]}, planned is {planned[name]}: choose another --out"
             )
-    return run.complete
+    return bool(run["complete"])
 
 
 def in_fleets(plans: Sequence[RunPlan]) -> list[list[RunPlan]]:

@@ -29,7 +29,7 @@ from nino.pretraining.trend import Rows, draw_rows, errors, fit
 from nino.pretraining.windows import WindowSource
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.nowcasters import load_nowcaster
-from tasks.recorded_runs import split_runs
+from tasks.recorded_runs import find_runs
 
 SHOWN = (1, 3, 10, 20, 40)
 """Horizons in the report."""
@@ -54,8 +54,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--lr", type=float, default=1e-2)
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if not args.runs.is_dir():
-        fail(f"--runs {args.runs} is not a folder; record runs with scripts/collect_trajectories.py")
     if not 0 < args.lr < math.inf:
         fail(f"--lr {args.lr:g}: expected a positive number")
     return args
@@ -77,10 +75,8 @@ def main(argv: list[str]) -> int:
     start = load_nowcaster(args.start_from)
     if start.config.trend or start.config.inputs != "movements":
         fail(f"--start-from {args.start_from}: expected a nowcaster that reads movements and has no trend yet")
-    folders, held_out = split_runs(args.runs)
-    if not folders or not held_out:
-        found = len(folders + held_out)
-        fail(f"--runs {args.runs}: {found} finished runs (a fleet counts as one), too few to hold one out")
+    split = find_runs(args.runs)
+    split.check(args.runs)
     make_output_folder("--out", args.out)
     if (args.out / CONFIG_FILE).exists():
         fail(f"--out {args.out} holds a nowcaster already; give another folder, or remove it")
@@ -90,10 +86,10 @@ def main(argv: list[str]) -> int:
     nothing, trend = Trend(config), Trend(config)
     tables = {
         which: list(draw_table(start, some, -(-args.windows // part), args, generator))
-        for which, some, part in (("trained on", folders, 1), ("held out", held_out, HELD_OUT_PART))
+        for which, some, part in (("trained on", split.train, 1), ("held out", split.held_out, HELD_OUT_PART))
     }
     rows = Rows.join([rows for _, rows in tables["trained on"]])
-    print(f"{len(rows):,} weights of {len(folders)} runs", file=sys.stderr)
+    print(f"{len(rows):,} weights of {len(split.train)} runs", file=sys.stderr)
     fit(trend, rows, steps=args.steps, batch=args.batch, lr=args.lr, generator=generator)
 
     report: dict[str, Any] = {}
@@ -106,7 +102,7 @@ def main(argv: list[str]) -> int:
                 shown = {h: ratios[h - 1].item() for h in SHOWN if h <= len(ratios)}
                 report[f"{family}, {which}"] = {str(h): ratio for h, ratio in shown.items() if math.isfinite(ratio)}
     start.with_trend(trend).save_pretrained(args.out)
-    names = {"trained on": [Path(f).name for f in folders], "held out": [Path(f).name for f in held_out]}
+    names = {"trained on": [Path(f).name for f in split.train], "held out": [Path(f).name for f in split.held_out]}
     result = {
         "arguments": settings_of(args),
         "runs": names,

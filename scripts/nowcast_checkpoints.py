@@ -11,7 +11,6 @@ evenly spaced; or one output folder of the Trainer, of which the newest are take
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from nino import Nowcaster
 from nino.checkpoints import CheckpointNowcast, model_from_config, model_from_factory, nowcast_checkpoints
-from tasks.cli import ArgumentParser, fail, memory_size, positive_int, run_main, torch_device
+from tasks.cli import ArgumentParser, fail, memory_size, positive_int, run_main, show_log, torch_device
 from tasks.own_model import import_function
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,8 +41,7 @@ def load_model(args: argparse.Namespace) -> nn.Module | None:
 
 def set_up_process() -> None:
     """Show our own log lines and no remarks of transformers, and clean up when asked to end."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("nino").setLevel(logging.INFO)
+    show_log()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, stop)
 

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from nino import Nowcaster, NowcasterConfig
 from nino.data import ResampledRun, Trajectory
 from nino.data.trajectory import RecordedStates
@@ -25,8 +27,8 @@ from nino.pretraining.loop import pretrain
 from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
-from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, whole_number
-from tasks.recorded_runs import HOLD_OUT_EVERY, split_runs
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, show_log, whole_number
+from tasks.recorded_runs import find_runs
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -66,8 +68,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--mixed-precision", choices=["no", "bf16"], default="no")
     add("--wandb", action="store_true", help="log to Weights & Biases")
     args = parser.parse_args(argv)
-    if not args.runs.is_dir():
-        fail(f"--runs {args.runs} is not a folder; record runs with scripts/collect_trajectories.py")
     if args.start_from is not None and network_settings(args):
         fail(f"--start-from {args.start_from} says what the network is; leave out --kind, --hidden and --inputs")
     if (args.interval is None) != (args.average is None):
@@ -90,28 +90,25 @@ def network_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    train_folders, held_out_folders = split_runs(args.runs)
-    if not train_folders or not held_out_folders:
-        found = len(train_folders) + len(held_out_folders)
-        fail(
-            f"--runs {args.runs}: {found} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} of one family are needed, "
-            "a fleet counting as one"
-        )
+    split = find_runs(args.runs)
+    split.check(args.runs)
     start = None if args.start_from is None else Nowcaster.from_pretrained(args.start_from)
     if start is not None and args.trend and not start.config.trend:
         start = start.with_trend()
     config = NowcasterConfig(**network_settings(args), trend=args.trend) if start is None else start.config
     train, held_out = (
-        WindowSource(read_runs(folders, args), config, args.strides) for folders in (train_folders, held_out_folders)
+        WindowSource(read_runs(folders, args), config, args.strides) for folders in (split.train, split.held_out)
     )
     settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
     make_output_folder("--out", args.out)
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
-    result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, train, held_out, args.out, start)
+    with logging_redirect_tqdm():
+        result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, train, held_out, args.out, start)
     for record in result["history"][-1:]:  # the main process has them
         print(json.dumps(record))
     return 0
 
 
 if __name__ == "__main__":
+    show_log()
     run_main(main, sys.argv[1:])

@@ -32,7 +32,7 @@ from nino.data import ResampledRun, Trajectory
 from nino.errors import NinoError
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.nowcasters import load_nowcaster
-from tasks.recorded_runs import split_runs
+from tasks.recorded_runs import find_runs
 from tasks.report import format_table
 
 LINEAR = "linear"
@@ -56,8 +56,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--within", type=positive_int, help="updates after the start of a stretch in which windows begin")
     add("--out", type=Path, help="folder for scores.json, with every single score")
     args = parser.parse_args(argv)
-    if not args.runs.is_dir():
-        fail(f"--runs {args.runs} is not a folder; record runs with scripts/collect_trajectories.py")
     return args
 
 
@@ -135,10 +133,10 @@ def main(argv: list[str]) -> int:
     for name, nowcaster in nowcasters.items():
         if max(args.horizons) > nowcaster.config.max_horizon:
             fail(f"--horizons {max(args.horizons)}: {name} looks at most {nowcaster.config.max_horizon} ahead")
-    trained_on, held_out = split_runs(args.runs)
-    folders = sorted(trained_on + held_out) if args.all else held_out
+    split = find_runs(args.runs)
+    folders = sorted(split.train + split.held_out) if args.all else split.held_out
     if not folders:
-        fail(f"--runs {args.runs}: no finished run is held out of {len(trained_on)}; --all scores all")
+        fail(f"--runs {args.runs}: no finished run is held out of {len(split.train)}; --all scores all")
     if args.out is not None:
         make_output_folder("--out", args.out)
     torch.set_num_threads(1)  # models are small

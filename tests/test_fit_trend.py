@@ -139,4 +139,4 @@ def test_too_few_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     with pytest.raises(SystemExit):
         run_main(fit_trend.main, options)
-    assert "too few to hold one out" in capsys.readouterr().err
+    assert "at least 6 of one family are needed" in capsys.readouterr().err

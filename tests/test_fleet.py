@@ -358,9 +358,9 @@ def test_a_fleet_is_held_out_as_a_whole(tmp_path: Path) -> None:
         header = json.loads((folder / "trajectory.json").read_text())
         header["training"]["fleet"] = f"mlp-{index // 2}"
         (folder / "trajectory.json").write_text(json.dumps(header))
-    train, held_out = split_runs(tmp_path)
-    assert [Path(folder).name for folder in held_out] == ["mlp-10", "mlp-11"]
-    assert len(train) == 10
+    split = split_runs(tmp_path)
+    assert [Path(folder).name for folder in split.held_out] == ["mlp-10", "mlp-11"]
+    assert len(split.train) == 10
 
 
 def test_a_run_is_held_out_with_the_one_that_jumps(tmp_path: Path) -> None:
@@ -371,5 +371,5 @@ def test_a_run_is_held_out_with_the_one_that_jumps(tmp_path: Path) -> None:
     for index in range(8):
         record_walk(tmp_path / f"mlp-{index}", MLP, "mlp", num_states=2)
         record_walk(tmp_path / f"mlp-{index}-jumps", MLP, "mlp", num_states=2)
-    train, held_out = split_runs(tmp_path)
-    assert [Path(folder).name for folder in held_out] == ["mlp-5", "mlp-5-jumps"] and len(train) == 14
+    split = split_runs(tmp_path)
+    assert [Path(folder).name for folder in split.held_out] == ["mlp-5", "mlp-5-jumps"] and len(split.train) == 14

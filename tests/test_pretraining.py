@@ -334,6 +334,13 @@ def test_wandb_gets_every_report(
     assert expected <= set(logged[0])
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
+    monkeypatch.setattr(wandb, "init", lambda **settings: (_ for _ in ()).throw(wandb.errors.UsageError("no\nkey")))
+    with pytest.raises(NinoError, match="does not begin: no key; log in with 'wandb login', or set WANDB_MODE=offline"):
+        pretrain(config, CONFIG, *sources, tmp_path / "refused")
+    monkeypatch.setattr("nino.pretraining.loop.find_spec", lambda name: None)
+    with pytest.raises(NinoError, match="wandb is not installed: pip install wandb"):
+        pretrain(config, CONFIG, *sources, tmp_path / "absent")
+
 
 def test_settings_out_of_range_are_one_line() -> None:
     for settings, words in (
@@ -416,7 +423,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, sources: tuple[
             pretrain(config, CONFIG, others, held_out, tmp_path / "out")
     with pytest.raises(CheckpointError, match="held out, strides"):
         pretrain(config, CONFIG, source, WindowSource(runs, CONFIG, (2,)), tmp_path / "out")
-    resumed = pretrain(config, CONFIG, *sources, tmp_path / "out")
+    resumed = pretrain(replace(config, workers=1), CONFIG, *sources, tmp_path / "out")  # which changes no number
     assert set(resumed["data"]["runs"]) == {run.folder.name for run in runs}
 
 
@@ -463,6 +470,12 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
     header.write_text(json.dumps(content))
     with pytest.raises(TrajectoryError, match="differ from its architecture"):
         WindowSource([str(tmp_path / "foreign")], CONFIG)
+    content["architecture"] = MLP
+    content["parameters"] = content["parameters"][1:]
+    content["complete"] = False
+    header.write_text(json.dumps(content))
+    with pytest.raises(TrajectoryError, match="a nowcaster is trained on runs that train all of their parameters"):
+        WindowSource([str(tmp_path / "foreign")], CONFIG)
     content["architecture"] = None
     header.write_text(json.dumps(content))
     with pytest.raises(TrajectoryError, match="foreign does not say how to build its model"):
@@ -491,9 +504,10 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
 def test_a_bad_run_among_good_ones_is_one_line(
     tmp_path: Path, change: dict[str, int] | None, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pretrain_nowcaster import main, split_runs
+    from pretrain_nowcaster import main
 
     from tasks.cli import run_main
+    from tasks.recorded_runs import split_runs
 
     folder = tmp_path / "runs"
     for index in range(6):
@@ -503,9 +517,9 @@ def test_a_bad_run_among_good_ones_is_one_line(
     headers[1].write_text(
         json.dumps({n: v for n, v in old.items() if n not in ("learning_rates", "jumps")} | {"version": 1})
     )
-    train, held_out = split_runs(folder)
-    assert (len(train), len(held_out)) == (5, 1)
-    WindowSource(train, CONFIG)
+    split = split_runs(folder)
+    assert (len(split.train), len(split.held_out)) == (5, 1)
+    WindowSource(split.train, CONFIG)
 
     content = json.loads(headers[3].read_text())
     headers[3].write_text("{" if change is None else json.dumps(content | change))
@@ -514,6 +528,24 @@ def test_a_bad_run_among_good_ones_is_one_line(
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line
+
+
+def test_runs_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tasks.recorded_runs import find_runs
+
+    for family, count in (("mlp", 7), ("other", 2)):
+        for index in range(count):
+            record_walk(tmp_path / f"{family}-{index}", MLP, family, num_states=7)
+    header = tmp_path / "mlp-3" / "trajectory.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"complete": False}))  # as a killed recording is
+    split = find_runs(tmp_path)
+    assert [Path(run).name for run in split.held_out] == ["mlp-6"] and len(split.train) == 7
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "left out, since their recording is not finished: mlp-3"
+    assert said[1] == "no run is held out of other: fewer than 6 runs, no validation"
+    header.unlink()
+    with pytest.raises(TrajectoryError, match=r"mlp-3 has states and no trajectory\.json"):
+        find_runs(tmp_path)
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(3, marks=pytest.mark.slow)])

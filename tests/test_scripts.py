@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,12 @@ def test_a_run_of_another_plan_is_neither_skipped_nor_replaced(data_folder: Path
     for changes in ({"updates": 3}, {"seed": 7}, {"jump_with": "nino-tiny"}):
         with pytest.raises(TrajectoryError, match=rf"with {next(iter(changes))} .*planned is .*choose another --out"):
             is_finished(dataclasses.replace(plan, **changes), tmp_path)
+    states = tmp_path / plan.name / "states.bin"
+    states.write_bytes(states.read_bytes()[:-4])
+    with pytest.raises(TrajectoryError, match=r"record the run again \(remove .*, and the same command does\)"):
+        is_finished(plan, tmp_path)
+    shutil.rmtree(states.parent)
+    assert not is_finished(plan, tmp_path)
 
 
 @pytest.mark.parametrize("bf16", [True, False])

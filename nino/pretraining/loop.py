@@ -6,9 +6,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nino.errors import CheckpointError
+from nino.errors import CheckpointError, NinoError
 from nino.files import save_whole
 from nino.model.config import NowcasterConfig
 from nino.model.networks import Network, build_network
@@ -36,6 +37,9 @@ STATE_FILE = "training.pt"
 LOG_FILE = "training.json"
 STATE_KEYS = {"settings", "network", "average", "optimizer", "step", "skipped", "seconds", "history"}
 WARMUP_STEPS = 100
+RIVALS = ("copy", "linear")
+CHANGEABLE = ("workers", "wandb")
+"""Settings of a training that change no number of it: it may go on with others."""
 
 
 def pretrain(
@@ -61,6 +65,7 @@ def pretrain(
 
     Raises:
         CheckpointError: if the state in ``out`` is of another training.
+        NinoError: if Weights & Biases was asked for and is not there.
     """
     return _Pretraining(config, nowcaster_config, source, held_out, out, start).run()
 
@@ -79,6 +84,8 @@ class _Pretraining:
     ) -> None:
         from accelerate import Accelerator
 
+        if config.wandb and find_spec("wandb") is None:
+            raise NinoError("wandb is not installed: pip install wandb, or leave it out")
         self.config, self.out, self.held_out = config, out, held_out
         self.settings = {
             "training": json.loads(json.dumps(asdict(config))),
@@ -90,7 +97,7 @@ class _Pretraining:
             mixed_precision=config.mixed_precision, log_with="wandb" if config.wandb else None
         )
         if config.wandb:
-            self.accelerator.init_trackers("nino-pretraining", config=self.settings)
+            self._begin_to_log()
         torch.manual_seed(config.seed)
         self.network: Network = build_network(nowcaster_config)
         if start is not None:
@@ -108,6 +115,15 @@ class _Pretraining:
         self.batches = Batches(source, config, rank, num_ranks)
         self.least_seconds_per_edge = 0.0
         self._start_measuring()
+
+    def _begin_to_log(self) -> None:
+        try:
+            self.accelerator.init_trackers("nino-pretraining", config=self.settings)
+        except Exception as error:  # wandb raises its own, of many kinds
+            raise NinoError(
+                f"Weights & Biases does not begin: {' '.join(str(error).split())}; log in with 'wandb login', or set "
+                "WANDB_MODE=offline, or leave it out"
+            ) from error
 
     @property
     def result(self) -> Network:
@@ -195,7 +211,7 @@ class _Pretraining:
             record = {"step": self.step, **record, "skipped": self.skipped}
             record |= validate(self.result, self.held_out, self.config.validation_windows, self.accelerator.device)
             self.history.append(record)
-            logger.info("%s", record)
+            logger.info("%s", one_line(record))
             self._save()
         if self.config.wandb:
             self.accelerator.log(record, step=self.step)
@@ -229,8 +245,9 @@ class _Pretraining:
         if not path.exists():
             return
         state = _load_state(path)
-        if state["settings"] != self.settings:
-            difference = first_difference(state["settings"], self.settings)
+        theirs, ours = (_without(settings, CHANGEABLE) for settings in (state["settings"], self.settings))
+        if theirs != ours:
+            difference = first_difference(theirs, ours)
             raise CheckpointError(
                 f"{path} belongs to a training with other settings ({difference}); "
                 "choose another --out, or delete it to start anew"
@@ -255,6 +272,11 @@ def _load_state(path: Path) -> dict[str, Any]:
     return state  # type: ignore[no-any-return]
 
 
+def _without(settings: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The settings but for some of the training's."""
+    return settings | {"training": {k: v for k, v in settings["training"].items() if k not in names}}
+
+
 def learning_rate_factor(step: int, num_steps: int) -> float:
     """Linear warm-up over 100 steps, then a cosine to zero."""
     return min((step + 1) / WARMUP_STEPS, 1.0) * 0.5 * (1 + math.cos(math.pi * min(step / num_steps, 1.0)))
@@ -273,3 +295,21 @@ def first_difference(theirs: Any, ours: Any, where: str = "") -> str:
                 return first_difference(theirs.get(key), ours.get(key), f"{where}, {key}" if where else str(key))
     theirs, ours = ("nothing" if value is None else value for value in (theirs, ours))
     return f"{where}: {theirs} there, {ours} here"
+
+
+def one_line(record: Mapping[str, float]) -> str:
+    """A record for people: the loss, each family's error beside that of standing still, and the throughput.
+
+    Example:
+        >>> one_line({"step": 250, "train": 0.51, "cnn/nowcaster": 0.42, "cnn/copy": 0.6, "edges_per_s": 1234567.0})
+        'step 250: loss 0.51, cnn 0.42 (copy 0.6), 1.23e+06 edges/s'
+    """
+    parts = [f"loss {record['train']:.4g}"] if "train" in record else []
+    for name, error in record.items():
+        family, _, rest = name.partition("/")
+        if rest == "nowcaster":
+            rivals = [f"{rival} {record[key]:.4g}" for rival in RIVALS if (key := f"{family}/{rival}") in record]
+            parts.append(f"{family} {error:.4g} ({', '.join(rivals)})")
+    if record.get("skipped"):
+        parts.append(f"{record['skipped']:g} updates skipped")
+    return f"step {record['step']:g}: {', '.join(parts)}, {record['edges_per_s']:.3g} edges/s"

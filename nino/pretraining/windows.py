@@ -86,7 +86,11 @@ class RecordedRun:
         recorded = dict(trajectory.parameters)
         if recorded != graph.shapes:
             different = sorted(set(recorded.items()) ^ set(graph.shapes.items()))[:3]
-            raise TrajectoryError(f"{trajectory.folder}: recorded parameters differ from its architecture: {different}")
+            frozen = set(recorded.items()) < set(graph.shapes.items())
+            raise TrajectoryError(
+                f"{trajectory.folder}: recorded parameters differ from its architecture: {different}"
+                + ("; a nowcaster is trained on runs that train all of their parameters, none frozen" if frozen else "")
+            )
         trajectory.check_finite()  # better said now than in the midst of a training
         self.edges = EdgeList(graph)
         self.positions = graph.positions(config.num_positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import re
@@ -46,6 +47,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What was said on the command line, for JSON: paths and whatever else is no plain value as text."""
     settings: dict[str, Any] = json.loads(json.dumps(vars(args), default=str))
     return settings
+
+
+def show_log() -> None:
+    """Show what the library says on the way."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("nino").setLevel(logging.INFO)
 
 
 def positive_int(text: str) -> int:

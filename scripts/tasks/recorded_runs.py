@@ -2,16 +2,59 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from nino.data.trajectory import HEADER_FILE, read_header
+from nino.data.trajectory import HEADER_FILE, STATES_FILE, read_header
+from nino.errors import TrajectoryError
+from tasks.cli import fail
 
 HOLD_OUT_EVERY = 10
 
 
-def split_runs(folder: Path) -> tuple[list[str], list[str]]:
-    """Folders of the finished runs to train on, and of every tenth of each family, held out.
+@dataclass
+class Split:
+    """Folders of runs, by what becomes of them."""
+
+    train: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    """Every tenth of each family."""
+    unfinished: list[str] = field(default_factory=list)
+    """Runs whose recording is still going on, or was killed, or ended with a full disk or NaN: left out."""
+    not_judged: list[str] = field(default_factory=list)
+    """Families of too few runs to hold one out."""
+
+    def check(self, folder: Path) -> None:
+        """Stop if there is nothing to train on, or nothing to judge by."""
+        if not self.train or not self.held_out:
+            fail(
+                f"--runs {folder}: {len(self.train + self.held_out)} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} "
+                "of one family are needed, a fleet counting as one"
+            )
+
+
+def find_runs(folder: Path) -> Split:
+    """The runs of ``--runs``; what of it is not used is said on standard error."""
+    if not folder.is_dir():
+        fail(f"--runs {folder} is not a folder; record runs with scripts/collect_trajectories.py")
+    split = split_runs(folder)
+    if split.unfinished:
+        names = ", ".join(Path(run).name for run in split.unfinished[:5])
+        more = f" and {len(split.unfinished) - 5} more" if len(split.unfinished) > 5 else ""
+        print(f"left out, since their recording is not finished: {names}{more}", file=sys.stderr)
+    if split.train and split.held_out and split.not_judged:
+        families = ", ".join(split.not_judged)
+        print(
+            f"no run is held out of {families}: fewer than {HOLD_OUT_EVERY // 2 + 1} runs, no validation",
+            file=sys.stderr,
+        )
+    return split
+
+
+def split_runs(folder: Path) -> Split:
+    """Deal the finished runs of a folder.
 
     A fleet's runs differ in their seeds alone, and a run that jumps (``...-jumps``) is up to its first jump the run of
     that name that does not: they are held out together or not at all.
@@ -19,17 +62,22 @@ def split_runs(folder: Path) -> tuple[list[str], list[str]]:
     Raises:
         TrajectoryError: if one of the runs is damaged, foreign or of another version, finished or not.
     """
+    split = Split()
     families: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     """By family, and by what is held out together."""
-    for path in sorted(folder.glob(f"*/{HEADER_FILE}")):
-        header = read_header(path.parent)
-        if header["complete"]:
-            training = header["training"]
-            together = str(training.get("fleet") or path.parent.name).removesuffix("-jumps")
-            families[str(training.get("family", "unknown"))][together].append(str(path.parent))
-    train: list[str] = []
-    held_out: list[str] = []
-    for groups in families.values():
+    for path in sorted({file.parent for name in (HEADER_FILE, STATES_FILE) for file in folder.glob(f"*/{name}")}):
+        if not (path / HEADER_FILE).exists():
+            raise TrajectoryError(f"{path} has states and no {HEADER_FILE}; put it back, or remove the folder")
+        header = read_header(path)
+        if not header["complete"]:
+            split.unfinished.append(str(path))
+            continue
+        training = header["training"]
+        together = str(training.get("fleet") or path.name).removesuffix("-jumps")
+        families[str(training.get("family", "unknown"))][together].append(str(path))
+    for family, groups in families.items():
+        if len(groups) <= HOLD_OUT_EVERY // 2:
+            split.not_judged.append(family)
         for index, runs in enumerate(groups.values()):
-            (held_out if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2 else train).extend(runs)
-    return train, held_out
+            (split.held_out if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2 else split.train).extend(runs)
+    return split
