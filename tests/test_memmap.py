@@ -11,6 +11,8 @@ from recordings import CNN, record_walk
 
 from nino import NowcasterConfig, TrajectoryError
 from nino.data import Trajectory, read_memmap
+from nino.pretraining.config import PretrainingConfig
+from nino.pretraining.loop import pretrain
 from nino.pretraining.windows import WindowPlace, WindowSource
 
 
@@ -31,6 +33,10 @@ def test_a_bare_matrix_reads_like_recorded_runs(tmp_path: Path) -> None:
     expected_window = WindowSource([str(run.folder) for run in recorded], config).load(place)
     torch.testing.assert_close(window.targets, expected_window.targets, rtol=0.05, atol=0.05)  # float16
     assert torch.equal(window.mask, expected_window.mask)
+    source, held_out = (WindowSource(some, config) for some in (runs[:-1], runs[-1:]))
+    settings = PretrainingConfig(steps=1, validation_windows=1, workers=0)
+    result = pretrain(settings, config, source, held_out, tmp_path / "nowcaster")
+    assert "cnn/nowcaster" in result["history"][-1]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,6 @@ def union(windows: Sequence[Window]) -> Window:
         mask=torch.cat([w.mask for w in windows]),
         last_steps=torch.cat([w.last_steps for w in windows]),
         movement=torch.cat([w.movement for w in windows]),
-        families=tuple(family for w in windows for family in w.families),
     )
 
 

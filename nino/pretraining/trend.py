@@ -115,9 +115,11 @@ def fit(trend: Trend, rows: Rows, *, steps: int, batch: int, lr: float, generato
         lr: highest learning rate.
         generator: of random numbers.
     """
+    from tqdm import tqdm
+
     optimizer = torch.optim.AdamW(trend.requires_grad_(True).parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), unit="step", leave=False):
         chosen = torch.randint(len(rows), (batch,), generator=generator)
         optimizer.zero_grad()
         errors(trend, rows[chosen]).sum().backward()

@@ -63,8 +63,6 @@ class Window:
     movement: Tensor
     """``[O, K]``: how far the weights of the edge's parameter move from the last snapshot, root mean square; 1 where
     no target exists."""
-    families: tuple[str, ...]
-    """What each graph of the window is of, for reports."""
 
     def to(self, device: torch.device) -> Window:
         """The window on a device."""
@@ -235,7 +233,6 @@ class WindowSource:
             last_steps=run.edges.values(steps)[chosen],
             movement=F.pad(movement, (0, beyond), value=1.0),
             horizons=horizons,
-            families=(run.family,),
         )
 
 
