@@ -7,7 +7,8 @@ The models of all seeds are trained side by side in one program, on the GPU if t
 are those of evaluate_speedup.py, without recurrent networks, batch norm and denoising; batches are drawn anew every
 time, not in epochs. Methods are AdamW at a constant rate (``adam``), nowcasts of it by a network, without probation,
 and either with an average that is evaluated (``ema``, ``lawa+nino:nino-base``).
-It is for choosing: the result is measured with evaluate_speedup.py, on seeds that chose nothing. The table goes to
+It is for choosing, so it evaluates on validation data; the result is measured with evaluate_speedup.py on the test
+data, with seeds that chose nothing. The table goes to
 standard output, the curve of every seed to ``plans.json``, a picture of the means to ``plans.png``.
 """
 
@@ -45,7 +46,7 @@ RESULTS = "plans.json"
 def train(method: Method, args: argparse.Namespace) -> list[Result]:
     """Train the models of all seeds with a method; of each its curve, as in the results of evaluate_speedup.py."""
     spec, device = TASKS[args.task], fleet_device()
-    data = spec.data(args.data)
+    data = spec.data(args.data, "validation")
     if not isinstance(data, (ImageTask, TextTask)):  # said before, by name
         raise NinoError(f"task {args.task} cannot be trained side by side")
     task, seeds = on_device(data, device), range(args.first_seed, args.first_seed + args.seeds)

@@ -344,19 +344,40 @@ def test_published_networks() -> None:
 
 
 def test_batches_are_epochs(data_folder: Path) -> None:
-    task = TASKS["c10-16"].data(data_folder)
-    assert len(task.data.train_images) == 20 and len(task.data.eval_images) == 8  # type: ignore[attr-defined]
+    task = TASKS["c10-16"].data(data_folder, "test")
+    assert len(task.data.train_images) == 19 and len(task.data.eval_images) == 8  # type: ignore[attr-defined]
+    choosing = TASKS["c10-16"].data(data_folder, "validation")
+    assert torch.equal(choosing.data.train_images, task.data.train_images)  # type: ignore[attr-defined]
+    assert len(choosing.data.eval_images) == 1  # type: ignore[attr-defined]
     stream = task.batches(8, torch.Generator().manual_seed(0))
     epoch = [next(stream)[0] for _ in range(3)]
-    assert [len(images) for images in epoch] == [8, 8, 4]
+    assert [len(images) for images in epoch] == [8, 8, 3]
     sums = torch.cat(epoch).sum((1, 2, 3)).sort().values
     assert torch.allclose(sums, task.data.train_images.sum((1, 2, 3)).sort().values)  # type: ignore[attr-defined]
+
+
+def test_text_for_choosing_is_not_that_for_measuring() -> None:
+    data = TextData(train_tokens=torch.arange(1000), eval_tokens=torch.arange(1000), vocab_size=1000)
+    seen: dict[str, list[int]] = {}
+    for held_out in ("test", "validation"):
+        task = TextTask(data, length=16, eval_windows=10, held_out=held_out)
+        windows: list[torch.Tensor] = []
+
+        class Watching(nn.Module):
+            def forward(self, input_ids: torch.Tensor, into: list[torch.Tensor] = windows) -> torch.Tensor:
+                into.append(input_ids)
+                return torch.zeros(*input_ids.shape, 1000)
+
+        task.evaluate(Watching())
+        seen[held_out] = torch.cat(windows).flatten().tolist()
+    assert len(seen["test"]) == 160 and len(seen["validation"]) == 144
+    assert not set(seen["test"]) & set(seen["validation"])
 
 
 @pytest.mark.parametrize("task", ["convnext-16", "unet-8", "lstm-64"])
 def test_models_of_no_known_family_are_traced(task: str, data_folder: Path) -> None:
     spec = TASKS[task]
-    model, data = spec.build(), spec.data(data_folder)
+    model, data = spec.build(), spec.data(data_folder, "test")
     assert not is_known(model)
     setup = Setup(parse_method("nino:nino-tiny@period=5", RHYTHM), model, 1e-3, 0.0, 10)
     batches = data.batches(4, torch.Generator().manual_seed(0))
@@ -370,7 +391,7 @@ def test_models_of_no_known_family_are_traced(task: str, data_folder: Path) -> N
 
 
 def test_noise_is_new_in_training_and_the_same_in_evaluation(data_folder: Path) -> None:
-    task: DenoisingTask = TASKS["unet-8"].data(data_folder)  # type: ignore[assignment]
+    task: DenoisingTask = TASKS["unet-8"].data(data_folder, "test")  # type: ignore[assignment]
     few = replace(task, images=replace(task.images, eval_images=5), noise=0.5)
     first, second = (few.evaluate(nn.Identity())["eval_loss"] for _ in range(2))
     assert first == second == pytest.approx(0.25, rel=0.05)  # who does nothing leaves the noise

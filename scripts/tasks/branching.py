@@ -130,7 +130,7 @@ class Trunk:
 
     def _begin(self, data: Path) -> tuple[SpeedupTask, Task, nn.Module, Optimizer]:
         spec = TASKS[self.task]
-        task = spec.data(data)
+        task = spec.data(data, "validation")
         torch.manual_seed(self.seed)
         model = spec.build()
         return spec, task, model, AdamW(model.parameters(), lr=self.learning_rate, weight_decay=spec.weight_decay)

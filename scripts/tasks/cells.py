@@ -133,7 +133,7 @@ def learning_rate_factor(schedule: str, step: int, updates: int, warmup: int = 0
 def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
     """Train a cell to its end, or until it has diverged."""
     spec = TASKS[cell.task]
-    task = spec.data(data)
+    task = spec.data(data, "test")
     torch.manual_seed(cell.seed)
     model = spec.build()
     # After the model: building a nowcaster draws random numbers.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +19,10 @@ from nino.errors import NinoError
 
 # Columns of the parquet files as `datasets` writes them.
 IMAGE_COLUMNS = ("img", "image")
-# The first images of a training file; the rest are for validation.
-TRAIN_IMAGES = {"cifar10": 45_834, "mnist": 55_000}
+HeldOut = Literal["test", "validation"]
+"""What is evaluated on: methods are measured on the one, settings chosen on the other."""
+TRAIN_PART = Fraction(11, 12)
+"""Of the training file: 45,834 of CIFAR-10 and 55,000 of MNIST, as published; the rest is for validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ def convnext(channels: int, hidden: tuple[int, ...], depths: tuple[int, ...], nu
 
 
 def load_parquet_images(name: str, folder: Path, cache: Path, size: int | None = None) -> ImageData:
-    """Read ``<name>-train.parquet`` (``cifar10`` or ``mnist``); its last images become the validation set.
+    """Read ``<name>-train.parquet`` (``cifar10`` or ``mnist``); its last twelfth becomes the validation set.
 
     Args:
         name: ``"cifar10"`` or ``"mnist"``.
@@ -89,21 +93,28 @@ def load_parquet_images(name: str, folder: Path, cache: Path, size: int | None =
     pixels = torch.from_numpy(images).float().div_(255)
     if size is not None:
         pixels = torch.nn.functional.interpolate(pixels, size=(size, size), mode="area")
-    return _standardised(pixels, torch.from_numpy(labels), TRAIN_IMAGES[name])
+    return _standardised(pixels, torch.from_numpy(labels), train_images(labels))
 
 
-def load_train_and_test(name: str, folder: Path) -> ImageData:
-    """The training images that :func:`load_parquet_images` trains on, and the test set to evaluate on.
+def load_images(name: str, folder: Path, held_out: HeldOut) -> ImageData:
+    """The training images that :func:`load_parquet_images` trains on, and others to evaluate on.
 
     Args:
         name: ``"cifar10"`` or ``"mnist"``; ``<name>-train.parquet`` and ``<name>-test.parquet`` are read.
         folder: where they lie.
+        held_out: whether to evaluate on the test set or on the validation set.
     """
     images, labels = _read_parquet(folder / f"{name}-train.parquet")
-    test_images, test_labels = _read_parquet(folder / f"{name}-test.parquet")
-    split = min(TRAIN_IMAGES[name], len(labels))
-    pixels = torch.from_numpy(np.concatenate([images[:split], test_images])).float().div_(255)
-    return _standardised(pixels, torch.from_numpy(np.concatenate([labels[:split], test_labels])), split)
+    split = train_images(labels)
+    if held_out == "test":
+        test_images, test_labels = _read_parquet(folder / f"{name}-test.parquet")
+        images, labels = np.concatenate([images[:split], test_images]), np.concatenate([labels[:split], test_labels])
+    return _standardised(torch.from_numpy(images).float().div_(255), torch.from_numpy(labels), split)
+
+
+def train_images(labels: np.ndarray) -> int:
+    """How many images of a training file are trained on."""
+    return math.ceil(len(labels) * TRAIN_PART)
 
 
 def load_digits() -> ImageData:

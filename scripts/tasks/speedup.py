@@ -17,7 +17,7 @@ from torch import nn
 
 from nino.data import build_model
 from nino.errors import NinoError
-from tasks.images import convnet, convnext, load_digits, load_train_and_test
+from tasks.images import HeldOut, convnet, convnext, load_digits, load_images
 from tasks.modules import LstmLanguageModel, UNet
 from tasks.task import DenoisingTask, ImageTask, Task, TextTask
 from tasks.text import gpt2, llama, read_text_files
@@ -34,8 +34,9 @@ class SpeedupTask:
 
     build: Callable[[], nn.Module]
     """Makes a freshly initialised model."""
-    data: Callable[[Path], Task]
-    """Reads the data from a folder; kept, since consecutive runs of a process often share it."""
+    data: Callable[[Path, HeldOut], Task]
+    """Reads the data from a folder; kept, since consecutive runs of a process often share it. Digits are so few that
+    they are held out once, for both."""
     files: tuple[str, ...] = ()
     """What the folder must hold."""
     metric: str
@@ -65,34 +66,34 @@ class SpeedupTask:
 
 
 @lru_cache(maxsize=1)
-def _images(name: str, folder: Path) -> Task:
-    return ImageTask(load_train_and_test(name, folder))
+def _images(name: str, folder: Path, held_out: HeldOut) -> Task:
+    return ImageTask(load_images(name, folder, held_out))
 
 
 @lru_cache(maxsize=1)
-def _fewer_images(folder: Path) -> Task:
-    return ImageTask(load_train_and_test("cifar10", folder), eval_images=2_000)
+def _fewer_images(folder: Path, held_out: HeldOut) -> Task:
+    return ImageTask(load_images("cifar10", folder, held_out), eval_images=2_000)
 
 
 @lru_cache(maxsize=1)
-def _noisy_images(folder: Path) -> Task:
-    return DenoisingTask(ImageTask(load_train_and_test("cifar10", folder), eval_images=500), noise=1.0)
+def _noisy_images(folder: Path, held_out: HeldOut) -> Task:
+    return DenoisingTask(ImageTask(load_images("cifar10", folder, held_out), eval_images=500), noise=1.0)
 
 
 @lru_cache(maxsize=1)
-def _digits(folder: Path) -> Task:
+def _digits(folder: Path, held_out: HeldOut) -> Task:
     return ImageTask(load_digits(), shift=1)
 
 
 @lru_cache(maxsize=1)
-def _wikitext(folder: Path) -> Task:
+def _wikitext(folder: Path, held_out: HeldOut) -> Task:
     data = read_text_files([folder / file for file in TEXT_FILES], VOCAB_SIZE)
-    return TextTask(data, SEQUENCE_LENGTH, eval_windows=256)
+    return TextTask(data, SEQUENCE_LENGTH, eval_windows=256, held_out=held_out)
 
 
 def _image_task(
     build: Callable[[], nn.Module],
-    data: Callable[[Path], Task],
+    data: Callable[[Path, HeldOut], Task],
     seconds_per_update: float,
     seconds_per_evaluation: float,
     *,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nino.errors import NinoError
-from tasks.images import ImageData, shift_randomly
+from tasks.images import HeldOut, ImageData, shift_randomly
 from tasks.text import TextData, fixed_windows, random_starts, windows_at
 
 EVAL_BATCH = 250
@@ -145,6 +145,8 @@ class TextTask:
     data: TextData
     length: int = 64
     eval_windows: int = 128
+    held_out: HeldOut = "test"
+    """The text for validation lies between those windows of the held-out text that are for the test."""
 
     def __post_init__(self) -> None:
         shortest = min(len(self.data.train_tokens), len(self.data.eval_tokens))
@@ -174,7 +176,8 @@ class TextTask:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        windows = fixed_windows(self.data.eval_tokens, self.eval_windows, self.length)
+        between = self.held_out == "validation"
+        windows = fixed_windows(self.data.eval_tokens, self.eval_windows, self.length, between)
         with evaluation_mode(model):
             losses = [self.loss(model, (part,)) * len(part) for part in windows.split(32)]
         return {"eval_loss": (sum(losses) / len(windows)).item()}  # type: ignore[union-attr]

@@ -104,6 +104,7 @@ def windows_at(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
     return tokens[starts[:, None] + torch.arange(length, device=starts.device)]
 
 
-def fixed_windows(tokens: Tensor, count: int, length: int) -> Tensor:
-    """Return ``[count, length]`` evenly spread windows, the same at every call."""
-    return windows_at(tokens, torch.linspace(0, len(tokens) - length - 1, count).long(), length)
+def fixed_windows(tokens: Tensor, count: int, length: int, between: bool = False) -> Tensor:
+    """Return ``[count, length]`` evenly spread windows, the same at every call; or those half-way ``between`` them."""
+    starts = torch.linspace(0, len(tokens) - length - 1, count).long()
+    return windows_at(tokens, (starts[1:] + starts[:-1]) // 2 if between else starts, length)
