@@ -246,6 +246,9 @@ class NowcastCallback(TrainerCallback):
         if self._loss_hook is not None:
             self._loss_hook.remove()
         self._loss_hook = self._training = None
+        if self.session is not None:  # detached already, unless its training was interrupted
+            self.session.batch_norm.end(counts=False)  # the Trainer may have loaded a checkpoint's buffers by now
+            self.session.detach()
         self._losses.clear()
         self._log.detach()
 

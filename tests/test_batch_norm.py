@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,6 +71,24 @@ def test_a_second_jump_in_the_middle_keeps_the_momentum_of_the_beginning() -> No
     assert (model[0].momentum, int(model[0].num_batches_tracked)) == (0.1, 8)
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), lambda model: model])
+@pytest.mark.parametrize("updates", [0, 3])
+def test_what_is_left_in_the_middle_gets_its_momentum_back(clone: Callable[[Any], Any], updates: int) -> None:
+    model = _layer()
+    interrupted = BatchNormRenewal(model, updates=3)
+    interrupted.begin()
+    _see(model, 1.0)
+    other = clone(model)
+
+    BatchNormRenewal(other, updates)
+
+    assert (other[0].momentum, int(other[0].num_batches_tracked)) == (0.1, 1)
+    assert vars(other[0]).keys() == vars(_layer()[0]).keys()
+    interrupted.end()  # changes nothing that has ended
+    assert int(other[0].num_batches_tracked) == 1
+    assert (model[0].momentum, vars(model[0]).keys()) == (0.1, vars(_layer()[0]).keys())
+
+
 class Run:
     """Training of a model with batch norm whose weights jump far after every sixth update."""
 
@@ -127,3 +147,24 @@ def test_a_jump_that_is_undone_leaves_statistics_and_momentum_as_they_were() -> 
     assert run.model[3].momentum == 0.1
     for name, value in run.model[3].named_buffers():
         assert torch.equal(value, plain.model[3].get_buffer(name)), name
+
+
+@pytest.mark.parametrize("at", [2, PERIOD + 1])
+def test_an_interrupted_loop_goes_on_from_a_checkpoint_over_the_same_model(at: int) -> None:
+    whole = Run(_far).train(0, at)
+    saved = copy.deepcopy((whole.model.state_dict(), whole.optimizer.state_dict()))
+    whole.train(at, 3 * PERIOD)
+    interrupted, again = Run(_far).train(0, PERIOD + 2), Run(_far)
+    assert interrupted.model[3].momentum is None
+
+    again.model = interrupted.model
+    again.model.load_state_dict(saved[0])
+    base = torch.optim.AdamW(again.model.parameters(), lr=1e-3)
+    again.optimizer = NowcastOptimizer(base, again.model, ScriptedNowcaster(_far), period=PERIOD)
+    again.optimizer.load_state_dict(saved[1])
+    again.train(at, 3 * PERIOD)
+
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    again.optimizer.detach()
+    assert again.model[3].momentum == 0.1

@@ -519,12 +519,13 @@ def test_two_trainings_in_a_row(tmp_path: Path) -> None:
     assert hooks_of(first.model) == hooks_of(second.model) == 0
 
 
-def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path) -> None:
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 7:
-                raise KeyboardInterrupt
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 7:
+            raise KeyboardInterrupt
 
+
+def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path) -> None:
     nowcast, interrupt = callback(), Interrupt()
     run = trainer(tmp_path, nowcast, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -536,3 +537,49 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [report.step for report in nowcast.reports] == [6, 12]
     assert set(numbers(run.state.log_history)) == {7, 13}
     assert hooks_of(run.model) == 0
+
+
+class Normed(nn.Module):
+    """Has a batch norm, whose statistics are estimated anew after a jump."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Embedding(32, 8), nn.Flatten(0, 1), nn.BatchNorm1d(8), nn.Linear(8, 32))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": nn.functional.cross_entropy(self.layers(input_ids), labels.flatten())}
+
+
+@pytest.mark.parametrize("same", ["trainer", "model", "callback"])
+def test_after_an_interrupted_training_batch_norms_have_their_momentum(tmp_path: Path, same: str) -> None:
+    model, nowcast, interrupt = Normed(), callback(), Interrupt()
+    run = trainer(tmp_path, nowcast, interrupt, model=model)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert model.layers[2].momentum is None
+    run.pop_callback(interrupt)
+    if same == "model":
+        run = trainer(tmp_path, callback(), model=model)
+    if same == "callback":
+        run = trainer(tmp_path, nowcast, model=Normed())
+
+    run.train()
+
+    assert model.layers[2].momentum == run.model.layers[2].momentum == 0.1
+    assert hooks_of(model) == 0
+
+
+def test_an_interrupted_training_resumes_exactly_over_the_same_model(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 7}
+    whole = trainer(tmp_path, callback(), model=Normed(), **settings)
+    whole.train()
+    run = trainer(tmp_path, callback(), interrupt := Interrupt(), model=Normed())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.pop_callback(interrupt)
+
+    run.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-7"))
+
+    assert_same(run.model.state_dict(), whole.model.state_dict())
