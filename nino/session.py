@@ -296,6 +296,7 @@ class NowcastSession:
             "context": self.schedule.context,
             "history": self.store.state_dict(),
             "mean": self.mean.state_dict(),
+            "snapshot_average": self.snapshot_average,
             "learning_rates": list(self._rates),
             **self.trial.state_dict(),
             "restore_point": self.restore_point.state_dict() if self.trial.is_on_probation else None,
@@ -334,7 +335,8 @@ class NowcastSession:
                 restore_point.load_state_dict(state["restore_point"], self.model, everything)
                 unfrozen |= parameters.keys() - restore_point.weights.keys()
             batch_norm = BatchNormRenewal.read(state["batch_norm"])
-            mean = RunningMean.read(state.get("mean"), local_tensors(parameters))
+            goes_on = state.get("snapshot_average", self.snapshot_average) == self.snapshot_average > 1
+            mean = RunningMean.read(state.get("mean") if goes_on else None, local_tensors(parameters))
             unfrozen |= self.store.load_state_dict(state["history"], parameters, everything)  # last: it may refuse
         except NinoError:
             raise
