@@ -19,6 +19,10 @@ RENEWAL_UPDATES = 5
 weights that are gone (docs/lab-notes.md, 2026-11-24)."""
 
 
+BEFORE = "_before_a_jump"
+"""Attribute of a layer that is switched: its momentum, and the batches that it had seen. It goes with copies of it."""
+
+
 class BatchNormRenewal:
     """Switches a model's batch norms to plain averages for a while.
 
@@ -33,8 +37,7 @@ class BatchNormRenewal:
         self.model = model
         self.updates = updates
         self._updates_left = 0
-        self._changed: dict[str, tuple[float, int]] = {}
-        """By name of the layer: its momentum, and the batches that it had seen."""
+        self.end()  # what an interrupted training has begun, or that of which the model is a copy
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -42,12 +45,11 @@ class BatchNormRenewal:
         self.end()
         if not self.updates:
             return
-        for name, layer in self._layers():
+        for _, layer in self._layers():
             if layer.training and layer.momentum is not None and layer.num_batches_tracked is not None:
-                self._changed[name] = (layer.momentum, int(layer.num_batches_tracked))
-                layer.momentum = None
+                _change(layer, (layer.momentum, int(layer.num_batches_tracked)))
                 layer.num_batches_tracked.zero_()
-        self._updates_left = self.updates if self._changed else 0
+                self._updates_left = self.updates
 
     def after_update(self) -> None:
         """Count an optimizer update; after the last one the layers are as they were."""
@@ -63,17 +65,17 @@ class BatchNormRenewal:
         Args:
             counts: also add the batches that they had seen before; ``False`` if those were restored already.
         """
-        for name, layer in self._layers():
-            if name in self._changed:
-                layer.momentum, seen = self._changed[name]
+        for _, layer in self._layers():
+            if BEFORE in vars(layer):
+                layer.momentum, seen = vars(layer).pop(BEFORE)
                 if counts and layer.num_batches_tracked is not None:
                     layer.num_batches_tracked += seen
-        self._changed.clear()
         self._updates_left = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists only; running statistics are the model's."""
-        return {"updates_left": self._updates_left, "changed": {k: list(v) for k, v in self._changed.items()}}
+        changed = {name: list(vars(layer)[BEFORE]) for name, layer in self._layers() if BEFORE in vars(layer)}
+        return {"updates_left": self._updates_left, "changed": changed}
 
     @staticmethod
     def read(state: Mapping[str, Any]) -> tuple[int, dict[str, tuple[float, int]]]:
@@ -88,12 +90,17 @@ class BatchNormRenewal:
     def resume(self, saved: tuple[int, dict[str, tuple[float, int]]]) -> None:
         """Go on where a saved renewal was; the model's buffers must be, or will be, those of the same checkpoint."""
         self.end(counts=False)
-        self._updates_left, self._changed = saved
+        self._updates_left, changed = saved
         for name, layer in self._layers():
-            if name in self._changed:
-                layer.momentum = None
+            if name in changed:
+                _change(layer, changed[name])
 
     def _layers(self) -> Iterator[tuple[str, _BatchNorm]]:
         for name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 yield name, module
+
+
+def _change(layer: _BatchNorm, before: tuple[float, int]) -> None:
+    vars(layer)[BEFORE] = before
+    layer.momentum = None

@@ -41,6 +41,18 @@ def test_the_mean_of_the_coming_batches_replaces_what_was_known() -> None:
     torch.testing.assert_close(model[0].running_mean, torch.tensor([4.0, 4.0]))  # 0.9 * 3 + 0.1 * 13
 
 
+@pytest.mark.parametrize("of_a_copy", [False, True])
+def test_what_an_interrupted_training_began_is_ended_by_the_next(of_a_copy: bool) -> None:
+    model = _layer()
+    BatchNormRenewal(model, updates=3).begin()
+    _see(model, 1.0)
+    assert model[0].momentum is None
+    model = copy.deepcopy(model) if of_a_copy else model
+    BatchNormRenewal(model, updates=3)
+    assert (model[0].momentum, int(model[0].num_batches_tracked)) == (0.1, 7 + 1)
+    assert not [name for name in vars(model[0]) if "jump" in name]
+
+
 def test_until_the_first_batch_the_old_statistics_stay() -> None:
     model = _layer()
     BatchNormRenewal(model, updates=3).begin()
