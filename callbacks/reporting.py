@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
+from nino.callbacks.call_stack import calling_handler
 from nino.report import NowcastReport
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class ReportLog:
 
     def attach(self, callback: TrainerCallback) -> None:
         """Log before every other callback but wandb's; to be called from an event of ``callback``."""
-        self._handler = _calling_handler(callback)
+        self._handler = calling_handler(callback)
         if self._handler is None:
             logger.warning("the Trainer's callbacks were not found: integrations before this one do not see nowcasts")
             return
@@ -103,19 +102,3 @@ class _LogFirst(TrainerCallback):
     ) -> None:
         """Before all others."""
         self.log.write(args, state, logs)
-
-
-def _calling_handler(callback: TrainerCallback) -> CallbackHandler | None:
-    """The handler that is calling ``callback``: it passes on everything but itself, so the call stack is asked."""
-    for caller in _callers():
-        if isinstance(caller, CallbackHandler) and any(one is callback for one in caller.callbacks):
-            return caller
-    return None
-
-
-def _callers() -> Iterator[Any]:
-    """The objects whose methods are running, innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame.f_locals.get("self")
-        frame = frame.f_back

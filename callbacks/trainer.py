@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from nino.callbacks.call_stack import resumed_checkpoint, saving_folder
 from nino.callbacks.reporting import ReportLog
 from nino.distributed import PeerFailureError
 from nino.errors import CheckpointError, NinoError
@@ -38,12 +39,14 @@ from nino.saving import (
     with_own_numbers,
 )
 from nino.session import NowcastSession
+from nino.shared_work import fingerprint
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "nowcast.pt"
 OWN_FILE = "nowcast-{}.pt"
 """What replicas other than the first have of their own: losses."""
+WEIGHTS = "fingerprint of the weights"
 SHARDS_FOLDER = "nowcast"
 """Takes the place of these files if parameters are sharded."""
 
@@ -74,8 +77,8 @@ class NowcastCallback(TrainerCallback):
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
             family that is sharded). By default it is wired when training starts, and a model of no known family by
             tracing it on the first batch.
-        resume_from: checkpoint folder whose snapshots to go on from, if the Trainer resumes from one that is neither
-            in its output folder nor named by ``args.resume_from_checkpoint``.
+        resume_from: checkpoint folder whose snapshots to go on from; by default that from which the Trainer resumes.
+            Snapshots of other weights than those that are trained further are left out, with a warning.
 
     Raises:
         NinoError: when training starts, if the model cannot be wired or a setting is out of range.
@@ -212,9 +215,9 @@ class NowcastCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
-        folder = _checkpoint_folder(args, state)
         if self.session is None or args.save_only_model:
             return
+        folder = _checkpoint_folder(args, state)
         sharded = has_shards(self.session)
         if not folder.is_dir() and not sharded:
             if args.should_save:
@@ -228,7 +231,7 @@ class NowcastCallback(TrainerCallback):
             if sharded:
                 save_session(self.session, folder / SHARDS_FOLDER)
             else:
-                content = self.session.state_dict()
+                content = self.session.state_dict() | {WEIGHTS: _fingerprint(self.session.model)}
                 save_whole(content if args.should_save else own_numbers(content), path)
         except (OSError, CheckpointError, PeerFailureError) as error:  # the rest of the checkpoint is whole
             logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, error)
@@ -259,14 +262,17 @@ class NowcastCallback(TrainerCallback):
         shards = path.with_name(SHARDS_FOLDER)
         is_sharded = not path.exists() and find_saved(shards) is not None
         if not (path.exists() or is_sharded):
-            logger.warning("%s does not exist: nowcasting goes on with a fresh history", path)
-            self.session.step = state.global_step
+            self._begin_afresh(state, f"{path} does not exist")
             return
         try:
             if is_sharded:
                 load_session(self.session, shards)
             else:
                 content, own = load_whole(path), path.with_name(OWN_FILE.format(args.process_index))
+                saved = content.get(WEIGHTS) if isinstance(content, dict) else None
+                if saved is not None and saved != _fingerprint(self.session.model):
+                    self._begin_afresh(state, f"{path} is of other weights than those that are trained further")
+                    return
                 self.session.load_state_dict(with_own_numbers(content, load_whole(own)) if own.exists() else content)
         except NinoError as error:
             raise CheckpointError(
@@ -276,10 +282,12 @@ class NowcastCallback(TrainerCallback):
     def _folder_to_resume(self, args: TrainingArguments, state: TrainerState) -> Path:
         if self.resume_from is not None:
             return Path(self.resume_from)
-        named = args.resume_from_checkpoint  # set by scripts that pass it on to Trainer.train
-        if isinstance(named, str) and Path(named).name == _checkpoint_folder(args, state).name:
-            return Path(named)
-        return _checkpoint_folder(args, state)
+        return resumed_checkpoint() or _checkpoint_folder(args, state)
+
+    def _begin_afresh(self, state: TrainerState, reason: str) -> None:
+        logger.warning("%s: nowcasting goes on with a fresh history", reason)
+        if self.session is not None:
+            self.session.step = state.global_step
 
     # Of a compiled model the hook runs outside of the graph: there is nothing to compile.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -300,7 +308,12 @@ class NowcastCallback(TrainerCallback):
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return saving_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """Tells a run's weights from another run's."""
+    return fingerprint([parameter for parameter in model.parameters() if parameter.is_floating_point()])
 
 
 def _make_way(model: nn.Module, training: TrainerState) -> None:

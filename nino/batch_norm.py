@@ -3,9 +3,6 @@
 For the next few training batches the layers average what they see with equal weights instead of exponentially, the
 first batch replacing what they knew (PyTorch's ``momentum=None``). The training's own forward passes do it: no batch is
 read twice, no random number is drawn, and where the training stands is part of the session's state.
-
-Meanwhile a layer carries its own momentum as an attribute, which copies and pickles of the model carry as well: if the
-training is interrupted, or goes on with a copy, the next renewal of these layers gives it back.
 """
 
 from __future__ import annotations
@@ -20,15 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 RENEWAL_UPDATES = 5
 """Optimizer updates over which statistics are estimated anew. Weights move fast after a jump: a longer average is of
 weights that are gone (docs/lab-notes.md, 2026-11-24)."""
-MOMENTUM = "_nino_momentum"
-"""The attribute of a layer in renewal that holds its own momentum."""
+
+
+BEFORE = "_before_a_jump"
+"""Attribute of a layer that is switched: its momentum, and the batches that it had seen. It goes with copies of it."""
 
 
 class BatchNormRenewal:
     """Switches a model's batch norms to plain averages for a while.
 
-    Layers in evaluation mode (frozen), without running statistics or that average plainly anyway are left alone. Layers
-    that a training left in renewal get their momentum back at once.
+    Layers in evaluation mode (frozen), without running statistics or that average plainly anyway are left alone.
 
     Args:
         model: the model in training.
@@ -39,12 +37,9 @@ class BatchNormRenewal:
         self.model = model
         self.updates = updates
         self._updates_left = 0
-        self._changed: dict[str, tuple[float, int]] = {}
-        """By name of the layer: its momentum, and the batches that it had seen."""
-        for _, layer in self._layers():
-            if hasattr(layer, MOMENTUM):
-                # Not the count of batches: buffers of a checkpoint may be loaded already, and momentum needs no count.
-                _end(layer, getattr(layer, MOMENTUM))
+        # What an interrupted training has begun, or that of which the model is a copy. Buffers of a checkpoint may have
+        # been loaded since, to whose counts nothing must be added; with a momentum nothing reads them.
+        self.end(counts=False)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -52,12 +47,11 @@ class BatchNormRenewal:
         self.end()
         if not self.updates:
             return
-        for name, layer in self._layers():
+        for _, layer in self._layers():
             if layer.training and layer.momentum is not None and layer.num_batches_tracked is not None:
-                self._changed[name] = (layer.momentum, int(layer.num_batches_tracked))
-                _begin(layer, layer.momentum)
+                _change(layer, (layer.momentum, int(layer.num_batches_tracked)))
                 layer.num_batches_tracked.zero_()
-        self._updates_left = self.updates if self._changed else 0
+                self._updates_left = self.updates
 
     def after_update(self) -> None:
         """Count an optimizer update; after the last one the layers are as they were."""
@@ -73,18 +67,17 @@ class BatchNormRenewal:
         Args:
             counts: also add the batches that they had seen before; ``False`` if those were restored already.
         """
-        for name, layer in self._layers():
-            if name in self._changed and layer.momentum is None:  # else someone has ended it already
-                momentum, seen = self._changed[name]
-                _end(layer, momentum)
+        for _, layer in self._layers():
+            if BEFORE in vars(layer):
+                layer.momentum, seen = vars(layer).pop(BEFORE)
                 if counts and layer.num_batches_tracked is not None:
                     layer.num_batches_tracked += seen
-        self._changed.clear()
         self._updates_left = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists only; running statistics are the model's."""
-        return {"updates_left": self._updates_left, "changed": {k: list(v) for k, v in self._changed.items()}}
+        changed = {name: list(vars(layer)[BEFORE]) for name, layer in self._layers() if BEFORE in vars(layer)}
+        return {"updates_left": self._updates_left, "changed": changed}
 
     @staticmethod
     def read(state: Mapping[str, Any]) -> tuple[int, dict[str, tuple[float, int]]]:
@@ -99,10 +92,10 @@ class BatchNormRenewal:
     def resume(self, saved: tuple[int, dict[str, tuple[float, int]]]) -> None:
         """Go on where a saved renewal was; the model's buffers must be, or will be, those of the same checkpoint."""
         self.end(counts=False)
-        self._updates_left, self._changed = saved
+        self._updates_left, changed = saved
         for name, layer in self._layers():
-            if name in self._changed:
-                _begin(layer, self._changed[name][0])
+            if name in changed:
+                _change(layer, changed[name])
 
     def _layers(self) -> Iterator[tuple[str, _BatchNorm]]:
         for name, module in self.model.named_modules():
@@ -110,12 +103,6 @@ class BatchNormRenewal:
                 yield name, module
 
 
-def _begin(layer: _BatchNorm, momentum: float) -> None:
-    """Average plainly; ``momentum`` is for the end."""
-    setattr(layer, MOMENTUM, momentum)
+def _change(layer: _BatchNorm, before: tuple[float, int]) -> None:
+    vars(layer)[BEFORE] = before
     layer.momentum = None
-
-
-def _end(layer: _BatchNorm, momentum: float) -> None:
-    layer.momentum = momentum
-    vars(layer).pop(MOMENTUM, None)

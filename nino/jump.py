@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -81,8 +81,11 @@ def attempt_jump(
                 if refusal:
                     raise SnapshotError(refusal)
                 if restore_point is not None:
-                    restore_point.take(step, live.module, parameters, live.optimizer)
-                before.update(restore_point.weights if restore_point is not None else _backup(parameters, store))
+                    restore_point.take(step, live.module, live.trained(), live.optimizer)
+                    weights = restore_point.weights
+                    before.update({name: weights[name] for name in parameters})
+                else:
+                    before.update(_backup(parameters, store))
                 jump = _predict(live, store, horizon, parameters, before, channel, averaged, keep_norms)
         except LostProcessError:  # it cannot go on; whoever catches this finds the weights whole
             raise
@@ -92,7 +95,18 @@ def attempt_jump(
             return Attempt(None, str(error) or repr(error), time.perf_counter() - began, channel.bytes_sent, is_own)
         return Attempt(jump, "", time.perf_counter() - began, channel.bytes_sent)
 
-    return or_undone(attempt, put_back, complete)
+    def completed(attempt: Attempt) -> R:
+        try:
+            return complete(attempt)
+        except Exception as error:
+            if attempt.jump is None or channel.size > 1:  # others have jumped: alone it must not go back
+                raise
+            if restore_point is not None:
+                restore_point.restore(live.module, live.trained(), live.optimizer)
+            put_back()
+            return complete(replace(attempt, jump=None, reason=str(error) or repr(error)))
+
+    return or_undone(attempt, put_back, completed)
 
 
 def _backup(parameters: Mapping[str, nn.Parameter], store: SnapshotStore) -> dict[str, Tensor]:

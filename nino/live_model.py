@@ -55,6 +55,7 @@ class LiveModel:
         self.graph = graph or self._wire()
         if graph is not None:
             check_graph(graph, self.module)
+            self._say_what_is_missing()
         nowcaster.check_fits(self.graph)
         self._check()
         self.positions = self.graph.positions(nowcaster.config.num_positions)
@@ -64,11 +65,15 @@ class LiveModel:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
+        return {name: parameter for name, parameter in self.trained().items() if name in self.graph.shapes}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that the optimizer updates, by name; some may not be in the graph."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         updated = {id(parameter) for group in groups for parameter in group["params"]}
         return {
             name: parameter
-            for name, parameter in self.wired().items()
+            for name, parameter in self.module.named_parameters()
             if parameter.requires_grad and (self.optimizer is None or id(parameter) in updated)
         }
 
@@ -111,6 +116,12 @@ class LiveModel:
     def remember(self) -> None:
         """Take the parameters as they are now for what they should be."""
         self._shapes, self._trained = graph_parameters(self.module), self.trainable()
+
+    def _say_what_is_missing(self) -> None:
+        missing = sorted(n for n, p in self.trained().items() if n not in self.graph.shapes and p.is_floating_point())
+        if missing:
+            message = "%d trained parameters are not in the graph that was given and are never nowcast: %s"
+            logger.warning(message, len(missing), ", ".join(missing[:3]))
 
     def _wire(self) -> NeuralGraph:
         """A model that has to be run to be wired waits for its first batch, each parameter alone until then."""

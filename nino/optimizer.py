@@ -283,7 +283,8 @@ def _updates_of(optimizer: Optimizer) -> int:
 
 def _check_parameters(param_groups: list[dict[str, Any]], model: nn.Module) -> None:
     known = {id(parameter) for parameter in model.parameters()}
-    foreign = sum(id(parameter) not in known for group in param_groups for parameter in group["params"])
+    entries = [entry for group in param_groups for entry in group["params"]]  # PyTorch takes pairs with names as well
+    foreign = sum(id(entry[1] if isinstance(entry, tuple) else entry) not in known for entry in entries)
     if foreign:
         raise NinoError(
             f"{foreign} of the optimizer's parameters are not the model's; build the optimizer on model.parameters()"

@@ -25,7 +25,7 @@ WEIGHT, BUFFER, OPTIMIZER, HIDDEN = "weight", "buffer", "optimizer", "hidden"
 
 
 class RestorePoint:
-    """A copy of everything that training changes in a model and its optimizer.
+    """A copy of everything that training changes in a model and its optimizer, but for sparse and quantized buffers.
 
     Learning rates and whatever else lives in parameter groups are the scheduler's and are not part of it. Of an
     optimizer whose ``state`` is empty, but whose ``state_dict`` holds tensors, all that it saves is part of it.
@@ -134,7 +134,7 @@ class RestorePoint:
         Args:
             state: what :meth:`state_dict` returned.
             model: for the places of its buffers.
-            parameters: all that the model's graph has: the copies may be of some of them.
+            parameters: all that the model has: the copies may be of some of them.
 
         Raises:
             SnapshotError: if it is damaged or of another model.
@@ -157,7 +157,8 @@ class RestorePoint:
 
 def _live_tensors(model: nn.Module, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> dict[str, Tensor]:
     weights = {f"{WEIGHT}/{name}": parameter for name, parameter in parameters.items()}
-    buffers = {f"{BUFFER}/{name}": buffer for name, buffer in model.named_buffers()}
+    dense = {name: b for name, b in model.named_buffers() if b.layout == torch.strided and not b.is_quantized}
+    buffers = {f"{BUFFER}/{name}": buffer for name, buffer in dense.items()}
     state = {key: value for key, value in _optimizer_state(parameters, optimizer).items() if isinstance(value, Tensor)}
     return local_tensors({**weights, **buffers, **state})
 

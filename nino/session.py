@@ -29,6 +29,7 @@ from nino.history.mean import RunningMean, check_snapshot_average, is_added
 from nino.interrupts import held_back
 from nino.jump import Attempt, attempt_jump
 from nino.live_model import LiveModel
+from nino.masters import find_masters, write_masters
 from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
 from nino.probation import (
@@ -150,6 +151,8 @@ class NowcastSession:
         self.trial = Trial(self.probation, self.live, on_report)
         self.moments = check_moments(moments)
         self.keep_norms = keep_norms
+        self._masters: dict[str, Tensor] = {}
+        """Of the weights, before the last jump, if the optimizer keeps any."""
         self.batch_norm = BatchNormRenewal(self.model, RENEWAL_UPDATES if batch_norm else 0)
         self.nowcast_in_warmup = nowcast_in_warmup
         self.step = 0
@@ -296,6 +299,7 @@ class NowcastSession:
             "context": self.schedule.context,
             "history": self.store.state_dict(),
             "mean": self.mean.state_dict(),
+            "snapshot_average": self.snapshot_average,
             "learning_rates": list(self._rates),
             **self.trial.state_dict(),
             "restore_point": self.restore_point.state_dict() if self.trial.is_on_probation else None,
@@ -331,10 +335,11 @@ class NowcastSession:
             parameters, everything, unfrozen = self.trainable_parameters(), self.live.wired(), set[str]()
             restore_point = RestorePoint(self.store.place, self.store.folder)
             if state["restore_point"] is not None:
-                restore_point.load_state_dict(state["restore_point"], self.model, everything)
+                restore_point.load_state_dict(state["restore_point"], self.model, dict(self.model.named_parameters()))
                 unfrozen |= parameters.keys() - restore_point.weights.keys()
             batch_norm = BatchNormRenewal.read(state["batch_norm"])
-            mean = RunningMean.read(state.get("mean"), local_tensors(parameters))
+            goes_on = state.get("snapshot_average", self.snapshot_average) == self.snapshot_average > 1
+            mean = RunningMean.read(state.get("mean") if goes_on else None, local_tensors(parameters))
             unfrozen |= self.store.load_state_dict(state["history"], parameters, everything)  # last: it may refuse
         except NinoError:
             raise
@@ -474,6 +479,7 @@ class NowcastSession:
             if is_main_process():
                 log_report(report)
             return self.trial.begin(report)
+        self._masters = find_masters(self.optimizer, self.trainable_parameters())
         on_probation = self._judges and self.trial.can_judge(losses, is_due=self.store.is_full)
         return attempt_jump(
             self.live,
@@ -531,7 +537,9 @@ class NowcastSession:
         report = replace(report, reason=attempt.reason, seconds=attempt.seconds, bytes_sent=attempt.bytes_sent)
         if attempt.jump is None:
             return report
-        settle_moments(self.moments, self.optimizer, self.trainable_parameters(), report.horizon)
+        parameters = self.trainable_parameters()
+        write_masters(self._masters, parameters)
+        settle_moments(self.moments, self.optimizer, parameters, report.horizon)
         self.batch_norm.begin()
         logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
         return replace(

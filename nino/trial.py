@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Trial:
                 raise NinoError(f"a loss is one number, got a tensor of shape {tuple(loss.shape)}; observe its mean")
             # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
             self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
-        elif isinstance(loss, (int, float)):
+        elif isinstance(loss, Real):
             self._observed.append(float(loss))
         else:
             raise NinoError(f"a loss is one number or a tensor of one element, got {type(loss).__name__}")

@@ -153,7 +153,7 @@ def test_a_jump_that_is_undone_leaves_statistics_and_momentum_as_they_were() -> 
 def test_an_interrupted_loop_goes_on_from_a_checkpoint_over_the_same_model(at: int) -> None:
     whole = Run(_far).train(0, at)
     saved = copy.deepcopy((whole.model.state_dict(), whole.optimizer.state_dict()))
-    whole.train(at, 3 * PERIOD)
+    whole.train(at, 2 * PERIOD - 1)
     interrupted, again = Run(_far).train(0, PERIOD + 2), Run(_far)
     assert interrupted.model[3].momentum is None
 
@@ -162,7 +162,7 @@ def test_an_interrupted_loop_goes_on_from_a_checkpoint_over_the_same_model(at: i
     base = torch.optim.AdamW(again.model.parameters(), lr=1e-3)
     again.optimizer = NowcastOptimizer(base, again.model, ScriptedNowcaster(_far), period=PERIOD)
     again.optimizer.load_state_dict(saved[1])
-    again.train(at, 3 * PERIOD)
+    again.train(at, 2 * PERIOD - 1)
 
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name

@@ -401,16 +401,55 @@ def test_a_resumed_training_logs_what_an_uninterrupted_one_does(
     assert hooks_of(run.model) == 0
 
 
-@pytest.mark.parametrize("how", ["resume_from", "arguments"])
-def test_resume_into_another_folder(tmp_path: Path, whole: Any, how: str) -> None:
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of another run, with checkpoints after 3, 6 and 9 updates."""
+    folder = tmp_path_factory.mktemp("other")
+    trainer(folder, callback(), model=llama(seed=5), save_strategy="steps", save_steps=3, max_steps=9).train()
+    return folder / "out"
+
+
+@pytest.mark.parametrize("how", ["resume_from", "train"])
+def test_resume_in_the_folder_of_another_run(tmp_path: Path, whole: Any, other: Path, how: str) -> None:
+    shutil.copytree(other, tmp_path / "out")  # with a checkpoint-9 of its own
     checkpoint = str(whole[0] / "checkpoint-9")
-    nowcast = callback(resume_from=checkpoint) if how == "resume_from" else callback()
-    settings = {"resume_from_checkpoint": checkpoint} if how == "arguments" else {}
-    run = trainer(tmp_path, nowcast, model=llama(seed=1), **settings)
+    run = trainer(
+        tmp_path, callback(resume_from=checkpoint) if how == "resume_from" else callback(), model=llama(seed=1)
+    )
 
     run.train(resume_from_checkpoint=checkpoint)
 
     assert_same(weights_of(run.model), whole[1])
+
+
+def test_snapshots_of_other_weights_are_left_out(
+    tmp_path: Path, whole: Any, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowcast = callback(resume_from=other / "checkpoint-6")
+    run = trainer(tmp_path, nowcast, model=llama(seed=1))
+
+    run.train(resume_from_checkpoint=str(whole[0] / "checkpoint-6"))
+
+    assert logged(caplog)[0].endswith(
+        "nowcast.pt is of other weights than those that are trained further: nowcasting goes on with a fresh history"
+    )
+    assert [report.step for report in nowcast.reports] == [12], "one period later"
+
+
+def test_a_trial_of_a_search_keeps_to_its_own_folder(tmp_path: Path, other: Path) -> None:
+    class Trial(Trainer):
+        def _get_output_dir(self, trial: Any) -> str:
+            return str(tmp_path / "out" / "run-0")
+
+    shutil.copytree(other, tmp_path / "out")
+    earlier = (tmp_path / "out" / "checkpoint-3" / "nowcast.pt").read_bytes()
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    run = Trial(model=llama(), args=arguments(tmp_path, **settings), train_dataset=tokens(), callbacks=[callback()])
+
+    run.train()
+
+    assert (tmp_path / "out" / "run-0" / "checkpoint-3" / "nowcast.pt").exists()
+    assert (tmp_path / "out" / "checkpoint-3" / "nowcast.pt").read_bytes() == earlier
 
 
 def test_resume_from_the_folder_that_a_killed_run_was_about_to_replace(tmp_path: Path, whole: Any) -> None:

@@ -170,6 +170,17 @@ def test_zero_grad_and_add_param_group_reach_the_base() -> None:
     assert len(wrapper.param_groups) == 2
 
 
+def test_parameters_may_be_added_with_their_names() -> None:
+    model = mlp()
+    base = torch.optim.AdamW(model[0].named_parameters())
+    wrapper = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD)
+    wrapper.add_param_group({"params": list(model[2].named_parameters())})
+    assert wrapper.param_groups[1]["param_names"] == ["weight", "bias"]
+    assert set(wrapper.session.trainable_parameters()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    with pytest.raises(NinoError, match="2 of the optimizer's parameters are not the model's"):
+        wrapper.add_param_group({"params": list(mlp()[2].named_parameters())})
+
+
 def test_what_is_not_an_optimizer_of_the_model_is_refused() -> None:
     other = torch.optim.SGD(mlp().parameters(), lr=1)
     with pytest.raises(

@@ -165,6 +165,76 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
     assert [r.horizon for r in optimizer.reports] == [3, 2]  # round(3 * 0.5) = 2
 
 
+class Odd(nn.Module):
+    """Holds what few models do: a sparse buffer, a complex one that changes in training, a complex parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+        self.turned = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        self.register_buffer("graph", torch.eye(8).to_sparse())
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.arange(3.0)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.turn.mul_(1j)  # type: ignore[operator]
+        return torch.sparse.mm(self.graph, self.layers(inputs)) + self.turned.abs()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["cpu", "device", "disk"])
+def test_whatever_a_model_holds_is_put_back(place: Any, tmp_path: Path) -> None:
+    model, plain = Odd(), Odd()
+    settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = NowcastOptimizer(adam, model, ScriptedNowcaster(add(3)), period=PERIOD, probation=R, **settings)
+    _train(model, optimizer, 0, PERIOD + R)
+    assert [report.outcome for report in optimizer.reports] == ["rolled back"]
+    base = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    _train(plain, base, 0, PERIOD)
+    state, expected = model.state_dict(), plain.state_dict()
+    for name in ("turned", "turn", "layers.0.weight"):
+        assert torch.equal(state[name], expected[name]), name
+    assert adam.state[model.turned]["step"] == base.state[plain.turned]["step"] == PERIOD
+    assert torch.equal(adam.state[model.turned]["exp_avg"], base.state[plain.turned]["exp_avg"])
+
+
+def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCaptureFixture) -> None:
+    body = mlp()
+    graph = nino.NeuralGraph.from_model(body)
+    model, plain = nn.Sequential(*body, nn.Linear(2, 2)), None
+    plain = copy.deepcopy(model)
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = NowcastOptimizer(base, model, ScriptedNowcaster(add(3)), period=PERIOD, probation=R, graph=graph)
+    said = "2 trained parameters are not in the graph that was given and are never nowcast: 3.bias, 3.weight"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    _train(model, optimizer, 0, PERIOD + 2)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)  # a saved one knows them too
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    _train(model, optimizer, PERIOD + 2, PERIOD + R)
+    assert optimizer.reports[-1].rolled_back
+    _train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3), 0, PERIOD)
+    assert_same(model.state_dict(), plain.state_dict())
+    assert base.state[model[3].weight]["step"] == PERIOD
+
+
+@pytest.mark.parametrize("probation", [0, R])
+def test_a_jump_that_cannot_be_completed_is_taken_back(
+    probation: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such moments")
+
+    monkeypatch.setattr(nino.session, "settle_moments", fail)
+    model, plain = mlp(), mlp()
+    optimizer = _optimizer(model, add(3), probation=probation)
+    _train(model, optimizer, 0, PERIOD + 2)
+    _train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3), 0, PERIOD + 2)
+    assert_same(model.state_dict(), plain.state_dict())
+    assert [(report.accepted, report.reason) for report in optimizer.reports] == [(False, "no such moments")]
+    assert "no such moments" in caplog.text
+
+
 class Private(torch.optim.Optimizer):
     """Trains matrices with one optimizer and vectors with another, and shows their state in ``state_dict`` only."""
 

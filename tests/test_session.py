@@ -422,7 +422,12 @@ def test_loss_before_is_the_mean_of_twenty_updates() -> None:
 def test_losses_of_micro_batches_are_averaged() -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
     for _ in range(PERIOD + 1):
-        for loss in (1.0, torch.tensor(2.0, requires_grad=True), torch.tensor([6.0], dtype=torch.bfloat16)):
+        for loss in (
+            1,
+            np.float32(1),
+            torch.tensor(4.0, requires_grad=True),
+            torch.tensor([6.0], dtype=torch.bfloat16),
+        ):
             session.observe(loss)
         update(session)
 

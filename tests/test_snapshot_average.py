@@ -166,6 +166,20 @@ def test_a_state_without_means_resumes() -> None:
     assert other_optimizer.session.reports or other_optimizer.session.step == 14
 
 
+@pytest.mark.parametrize("average", [1, 2])
+def test_a_mean_over_other_updates_is_not_gone_on_with(average: int) -> None:
+    model, optimizer = begin()
+    train(range(3), model, optimizer)  # one of three updates that the snapshot after four is the mean of
+    other = mlp()
+    adam = torch.optim.Adam(other.parameters(), lr=1e-2)
+    changed = NowcastOptimizer(adam, other, tiny_nowcaster(), period=PERIOD, probation=2, snapshot_average=average)
+    other.load_state_dict(model.state_dict())
+    changed.load_state_dict(optimizer.state_dict())
+    assert changed.session.mean.count == 0
+    train(range(3, 4), other, changed)
+    assert_same(changed.session.store.snapshots[-1], weights_of(other))
+
+
 def test_a_damaged_mean_is_refused() -> None:
     model, optimizer = begin()
     train(range(3), model, optimizer)

@@ -74,8 +74,15 @@ class DiskKeeper:
         weakref.finalize(self, self._writer.wait)
 
     def keep(self, parameters: Mapping[str, Tensor]) -> Kept:
-        """Write a file and map it, or begin to."""
+        """Write a file and map it, or begin to. Formats that a file does not know are in it as bytes."""
         self.finish()
+        unknown = {name: tensor for name, tensor in parameters.items() if (self.dtype or tensor.dtype) not in FORMATS}
+        kept = self._keep({**parameters, **{name: _as_bytes(tensor) for name, tensor in unknown.items()}})
+        for name, tensor in unknown.items():
+            kept.tensors[name] = kept.tensors[name].view(tensor.dtype).view(tensor.shape)
+        return kept
+
+    def _keep(self, parameters: Mapping[str, Tensor]) -> Kept:
         if not self._folder.path.is_dir():  # deleted, as cleaners of temporary folders do
             self._folder.close()
             self._folder = OwnFolder(self._parent)
@@ -192,6 +199,10 @@ def _header(entries: list[tuple[str, torch.Size, torch.dtype]]) -> bytes:
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _order(tensor: Tensor) -> list[int]:
