@@ -15,6 +15,7 @@ from nino.errors import SnapshotError
 from nino.history import SnapshotStore
 from nino.interrupts import or_undone
 from nino.live_model import LiveModel, write_parameters
+from nino.masters import Masters, find_masters, write_masters
 from nino.rollback import RestorePoint
 from nino.shards import local_tensor
 from nino.shared_work import fingerprint, plan_share
@@ -50,6 +51,8 @@ def attempt_jump(
 ) -> R:
     """Predict from the snapshots into the live weights; whatever goes wrong, they are as they were.
 
+    What the optimizer has of the weights themselves jumps along: see :mod:`nino.masters`.
+
     Args:
         live: the model.
         store: its snapshots, the newest of this very update.
@@ -69,7 +72,7 @@ def attempt_jump(
         LostProcessError: if another process is gone; the weights are whole.
     """
     began, parameters = time.perf_counter(), live.trainable()
-    channel, before = Channel(live.device), dict[str, Tensor]()
+    channel, before, masters = Channel(live.device), dict[str, Tensor](), Masters()
 
     def put_back() -> None:
         if before:
@@ -86,6 +89,7 @@ def attempt_jump(
                     before.update({name: weights[name] for name in parameters})
                 else:
                     before.update(_backup(parameters, store))
+                masters.extend(find_masters(live.optimizer, parameters))
                 jump = _predict(live, store, horizon, parameters, before, channel, averaged, keep_norms)
         except LostProcessError:  # it cannot go on; whoever catches this finds the weights whole
             raise
@@ -97,6 +101,8 @@ def attempt_jump(
 
     def completed(attempt: Attempt) -> R:
         try:
+            if attempt.jump is not None:
+                write_masters(masters)
             return complete(attempt)
         except Exception as error:
             if attempt.jump is None or channel.size > 1:  # others have jumped: alone it must not go back
@@ -104,6 +110,8 @@ def attempt_jump(
             if restore_point is not None:
                 restore_point.restore(live.module, live.trained(), live.optimizer)
             put_back()
+            if restore_point is None:
+                write_masters(masters)  # of which there is no copy: they are the weights, rounded
             return complete(replace(attempt, jump=None, reason=str(error) or repr(error)))
 
     return or_undone(attempt, put_back, completed)

@@ -29,7 +29,6 @@ from nino.history.mean import RunningMean, check_snapshot_average, is_added
 from nino.interrupts import held_back
 from nino.jump import Attempt, attempt_jump
 from nino.live_model import LiveModel
-from nino.masters import find_masters, write_masters
 from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
 from nino.probation import (
@@ -151,8 +150,6 @@ class NowcastSession:
         self.trial = Trial(self.probation, self.live, on_report)
         self.moments = check_moments(moments)
         self.keep_norms = keep_norms
-        self._masters: dict[str, Tensor] = {}
-        """Of the weights, before the last jump, if the optimizer keeps any."""
         self.batch_norm = BatchNormRenewal(self.model, RENEWAL_UPDATES if batch_norm else 0)
         self.nowcast_in_warmup = nowcast_in_warmup
         self.step = 0
@@ -479,7 +476,6 @@ class NowcastSession:
             if is_main_process():
                 log_report(report)
             return self.trial.begin(report)
-        self._masters = find_masters(self.optimizer, self.trainable_parameters())
         on_probation = self._judges and self.trial.can_judge(losses, is_due=self.store.is_full)
         return attempt_jump(
             self.live,
@@ -537,9 +533,7 @@ class NowcastSession:
         report = replace(report, reason=attempt.reason, seconds=attempt.seconds, bytes_sent=attempt.bytes_sent)
         if attempt.jump is None:
             return report
-        parameters = self.trainable_parameters()
-        write_masters(self._masters, parameters)
-        settle_moments(self.moments, self.optimizer, parameters, report.horizon)
+        settle_moments(self.moments, self.optimizer, self.trainable_parameters(), report.horizon)
         self.batch_norm.begin()
         logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
         return replace(
