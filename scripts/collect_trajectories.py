@@ -31,12 +31,14 @@ from nino.data import Trajectory, record
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
 from nino.history.mean import check_snapshot_average
-from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main
 from tasks.fleets import fleet_device, record_fleet, time_fleet
 from tasks.nowcasters import load_nowcaster
 from tasks.rehearsal import random_images, random_text, time_training
 from tasks.run_plans import (
+    IMAGE_RATES,
     IMAGE_SETS,
+    LANGUAGE_RATES,
     TRAINING_TEXTS,
     RunPlan,
     forward_format,
@@ -62,10 +64,12 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
         choose = random.Random(f"{args.seed}-{index}")
         if args.family in ("all", "images"):
             norm = args.fleet == 1  # fleets keep no running statistics
-            options = {"depths": args.depths, "bf16": args.bf16, "batch_norm": norm}
+            rates = args.learning_rates or IMAGE_RATES
+            options = {"rates": rates, "depths": args.depths, "bf16": args.bf16, "batch_norm": norm}
             plans.append(plan_image_run(index, choose, args.updates, args.interval, args.images, **options))
         if args.family in ("all", "language"):
-            plans.append(plan_language_run(index, choose, args.updates, args.interval, texts))
+            rates = args.learning_rates or LANGUAGE_RATES
+            plans.append(plan_language_run(index, choose, args.updates, args.interval, texts, rates=rates))
     if args.jump_with is not None:
         plans = [with_jumps(plan, args) for plan in plans]
     return [run for plan in plans for run in runs_of(plan, args.fleet)]
@@ -80,6 +84,7 @@ def with_jumps(plan: RunPlan, args: argparse.Namespace) -> RunPlan:
         jump_period=args.jump_period,
         jump_average=args.jump_average,
         jump_until=last_jump(plan, args),
+        jump_keep_norms=args.jump_keep_norms,
     )
 
 
@@ -115,6 +120,7 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
         max_steps=plan.updates,
         probation=0,  # what follows a bad jump is worth knowing
         snapshot_average=plan.jump_average,
+        keep_norms=plan.jump_keep_norms,
     )
 
 
@@ -250,6 +256,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--depths", type=positive_int, nargs="+", default=[2, 3, 4], help="convolutions of an image run, one drawn"
     )
     parser.add_argument("--runs", type=positive_int, default=20, help="runs per family")
+    parser.add_argument(
+        "--learning-rates",
+        type=positive_float,
+        nargs="+",
+        metavar="RATE",
+        help="constant, one drawn per run; by default 1e-3 to 5e-3 for images, 2e-4 to 2e-3 for language",
+    )
     parser.add_argument("--updates", type=positive_int, default=4000, help="optimizer updates per run")
     parser.add_argument("--interval", type=positive_int, default=25, help="optimizer updates between recorded states")
     parser.add_argument(
@@ -267,6 +280,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         type=positive_int,
         metavar="U",
         help="every run jumps for the last time at an update up to U, drawn at random, and goes on undisturbed",
+    )
+    parser.add_argument(
+        "--jump-keep-norms", action="store_true", help="matrices keep their norms in a jump, as where rates are high"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -295,8 +311,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         fail(f"--interval {args.interval} is larger than --updates {args.updates}: no window could be read")
     if args.jump_with is not None:
         check_jumps(args)
-    elif args.jump_until is not None or args.jump_average > 1:
-        fail("--jump-until and --jump-average: say with --jump-with NOWCASTER what makes the jumps")
+    elif args.jump_until is not None or args.jump_average > 1 or args.jump_keep_norms:
+        fail("--jump-until, --jump-average, --jump-keep-norms: say with --jump-with NOWCASTER what makes the jumps")
     return args
 
 

@@ -175,7 +175,7 @@ def test_a_fleet_is_recorded_as_each_run_alone(
     monkeypatch.setattr("tasks.fleets.fleet_device", lambda: CPU)
     Nowcaster(build_network(NowcasterConfig(hidden=8, max_horizon=12))).save_pretrained(tmp_path / "nowcaster")
     jumps = ["--jump-with", str(tmp_path / "nowcaster"), "--jump-period", "10"]
-    jumps += ["--jump-average", "2", "--jump-until", "20"]
+    jumps += ["--jump-average", "2", "--jump-until", "20"] + ["--jump-keep-norms"] * (family == "language")
     plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path, *(jumps if jumping else []), family=family)))
     assert len(plans) == 2 and plans[0].seed != plans[1].seed and plans[0].jump_until == plans[1].jump_until
     assert record_fleet(plans, data_folder, tmp_path / "fleet") == {}

@@ -116,6 +116,20 @@ def test_a_run_of_another_plan_is_neither_skipped_nor_replaced(data_folder: Path
     assert not is_finished(plan, tmp_path)
 
 
+def test_learning_rates_are_those_asked_for(data_folder: Path) -> None:
+    from collect_trajectories import parse_args, plan_runs
+
+    arguments = ["--data", str(data_folder), "--out", "x", "--runs", "12"]
+    usual, asked = (
+        plan_runs(parse_args([*arguments, *more]))
+        for more in ([], ["--learning-rates", "1e-4", "2e-4", "4e-4", "1e-2"])
+    )
+    for family in ("images", "language"):
+        assert len({run.lr for run in asked if run.family == family} & {1e-4, 2e-4, 4e-4, 1e-2}) > 1
+    assert {run.lr for run in usual}.isdisjoint({1e-4, 4e-4, 1e-2})
+    assert [(run.name, run.data, run.image_size) for run in usual] == [(r.name, r.data, r.image_size) for r in asked]
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_times_are_of_the_format_that_is_trained_in(
     bf16: bool, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -111,7 +111,9 @@ def planned_jumps(plan: RunPlan, fleet: Fleet) -> Jumps | None:
     if plan.jump_with is None or plan.jump_period is None:
         return None
     nowcaster = load_nowcaster(plan.jump_with)
-    return Jumps(fleet, nowcaster, jump_schedule(plan, nowcaster), plan.jump_average, plan.jump_until)
+    return Jumps(
+        fleet, nowcaster, jump_schedule(plan, nowcaster), plan.jump_average, plan.jump_until, plan.jump_keep_norms
+    )
 
 
 class Jumps:

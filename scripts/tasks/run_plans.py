@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -33,6 +34,9 @@ class ImageSet:
     """How often it is drawn, relative to the others."""
 
 
+IMAGE_RATES = (1e-3, 2e-3, 3e-3, 3e-3, 3e-3, 5e-3)
+LANGUAGE_RATES = (2e-4, 5e-4, 1e-3, 1e-3, 1e-3, 2e-3)
+"""Learning rates, one drawn per run."""
 IMAGE_SETS = {"cifar10": ImageSet(3, (16, 24, 32, 32), 3), "mnist": ImageSet(1, (14,), 1)}
 
 
@@ -60,6 +64,8 @@ class RunPlan:
     """Updates before a snapshot over which the weights are averaged."""
     jump_until: int | None = None
     """The last update that may jump; ``None`` for no end."""
+    jump_keep_norms: bool = False
+    """Whether matrices keep their norms in a jump."""
     fleet: str = ""
     """Of the runs beside which it is trained; they differ in name and seed alone."""
 
@@ -71,6 +77,7 @@ def plan_image_run(
     interval: int,
     sets: list[str],
     *,
+    rates: Sequence[float],
     depths: list[int],
     bf16: bool,
     batch_norm: bool,
@@ -86,7 +93,7 @@ def plan_image_run(
         data=data,
         image_size=size,
         architecture={},
-        lr=choose.choice([1e-3, 2e-3, 3e-3, 3e-3, 3e-3, 5e-3]),
+        lr=choose.choice(rates),
         weight_decay=choose.choice([0.0, 0.0, 1e-2]),
         batch_size=choose.choice([64, 128, 128]),
         seed=choose.randrange(2**31),
@@ -100,7 +107,9 @@ def plan_image_run(
     return dataclasses.replace(plan, architecture=architecture)
 
 
-def plan_language_run(index: int, choose: random.Random, updates: int, interval: int, texts: list[str]) -> RunPlan:
+def plan_language_run(
+    index: int, choose: random.Random, updates: int, interval: int, texts: list[str], *, rates: Sequence[float]
+) -> RunPlan:
     """A Llama (most often) or GPT-2 of 1 to 3 layers on one or several texts."""
     vocab_size = choose.choice([256, 512])
     layers, width = choose.choice([(1, 32), (2, 24), (2, 32), (2, 32), (3, 24), (3, 32)])
@@ -116,7 +125,7 @@ def plan_language_run(index: int, choose: random.Random, updates: int, interval:
         data=",".join(sorted(choose.sample(texts, k=choose.choice([1, 2, 4])))),
         image_size=0,
         architecture=architecture,
-        lr=choose.choice([2e-4, 5e-4, 1e-3, 1e-3, 1e-3, 2e-3]),
+        lr=choose.choice(rates),
         weight_decay=choose.choice([0.0, 0.0, 1e-2, 1e-1]),
         batch_size=choose.choice([16, 16, 16, 32]),
         seed=choose.randrange(2**31),
