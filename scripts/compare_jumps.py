@@ -8,7 +8,9 @@ on for ``--updates`` on the same batches. Whole trainings (scripts/evaluate_spee
 this is how to find a promising one, or a good horizon, in minutes. Use seeds that no evaluation uses.
 
 *gain* is the mean of the evaluations in the last third of a branch, minus that of the branch that stays: positive is
-better, for losses too. Results so far lie in ``OUT/jumps.json``; the same command goes on.
+better, for losses too. With ``--anneal`` the learning rate falls to zero over the last updates of every branch, which
+takes noise off branches that jump and that do not, and *gain* is of the last evaluation alone.
+Results so far lie in ``OUT/jumps.json``; the same command goes on.
 """
 
 from __future__ import annotations
@@ -49,12 +51,25 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="JUMP",
-        help="a jump of docs/evaluation.md and @horizon=K,interval=U,average=A",
+        help="a jump of docs/evaluation.md and @horizon=K,interval=U,average=A,keep_norms=yes",
     )
     add("--updates", type=positive_int, default=600, help="how far branches go on")
+    add("--warmup", type=whole_number, default=0, metavar="U", help="updates over which the rate rises from zero")
+    add(
+        "--anneal",
+        type=whole_number,
+        default=0,
+        metavar="U",
+        help="last updates of a branch, over which it falls to it",
+    )
     add("--evaluate-every", type=positive_int, default=50)
     add("--out", type=Path, default=Path("jumps"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.anneal > args.updates:
+        fail(f"--anneal {args.anneal} is more than the {args.updates} updates of a branch")
+    if args.warmup > min(args.at):
+        fail(f"--warmup {args.warmup} is not over after update {min(args.at)}, where a branch begins")
+    return args
 
 
 def check_jumps(jumps: list[JumpPlan], first: int) -> tuple[int, dict[str, str | None]]:
@@ -95,14 +110,17 @@ def read_results(path: Path, settings: dict[str, Any], weights: dict[str, str | 
     return {"settings": settings, "weights": before | weights, "branches": kept}
 
 
-def gain(branch: Curve, stay: Curve, higher_is_better: bool) -> float | None:
-    """By how much the last third of a branch is better than that of the one that stays; ``None`` if it diverged.
+def gain(branch: Curve, stay: Curve, higher_is_better: bool, annealed: bool) -> float | None:
+    """By how much a branch ends better than the one that stays; ``None`` if it diverged.
+
+    Its end is its last evaluation if the rate was annealed, else the mean of the last third.
 
     Example:
-        >>> gain([(0, 5.0), (50, 3.0), (100, 2.0)], [(0, 3.0), (50, 2.8), (100, 2.5)], higher_is_better=False)
+        >>> gain([(0, 5.0), (50, 3.0), (100, 2.0)], [(0, 3.0), (50, 2.8), (100, 2.5)], False, annealed=False)
         0.5
     """
-    late = [[value for _, value in curve[-max(len(curve) // 3, 1) :]] for curve in (branch, stay)]
+    count = 1 if annealed else max(len(branch) // 3, 1)
+    late = [[value for _, value in curve[-count:]] for curve in (branch, stay)]
     known = [[value for value in values if value is not None] for values in late]
     if [len(values) for values in known] != [len(values) for values in late]:
         return None
@@ -114,14 +132,14 @@ def rounded(value: float | None) -> float | str:
     return "-" if value is None else round(value, 4)
 
 
-def rows_of(results: Results, higher_is_better: bool) -> list[dict[str, Any]]:
+def rows_of(results: Results, higher_is_better: bool, annealed: bool) -> list[dict[str, Any]]:
     """A row per branch."""
     rows = []
     for name, curve in results.items():
         at, _, jump = name.partition(" ")
         stay = results.get(f"{at} {STAY}")
         columns = {f"+{step}": rounded(value) for step, value in curve}
-        won = gain(curve, stay, higher_is_better) if stay is not None and jump != STAY else None
+        won = gain(curve, stay, higher_is_better, annealed) if stay is not None and jump != STAY else None
         rows.append({"after": int(at), "jump": jump, "gain": rounded(won), **columns})
     return rows
 
@@ -136,6 +154,7 @@ def main(argv: list[str]) -> int:
     rate = args.learning_rate or spec.learning_rate
     settings = {"task": args.task, "learning_rate": rate, "seed": args.seed, "updates": args.updates}
     settings["evaluate_every"] = args.evaluate_every
+    settings |= {name: value for name in ("warmup", "anneal") if (value := getattr(args, name))}
     make_output_folder("--out", args.out)
     path = args.out / "jumps.json"
     known = read_results(path, settings, weights)
@@ -144,21 +163,21 @@ def main(argv: list[str]) -> int:
     todo = [(at, jump) for at, jump in branches if _name(at, jump) not in results]
     if todo:
         torch.set_num_threads(1)
-        trunk, last = Trunk(args.task, args.seed, rate), max(at for at, _ in todo)
+        trunk, last = Trunk(args.task, args.seed, rate, args.warmup), max(at for at, _ in todo)
         with tqdm(total=last + len(todo) * args.updates, unit="update", mininterval=1) as bar:
             for _ in trunk.grow(args.data, sorted({at for at, _ in todo}), jumps, context):
                 bar.update()
             for at, jump in todo:
                 bar.set_postfix_str(_name(at, jump))
                 curve: Curve = []
-                for step, metrics in trunk.branch(args.data, at, jump, args.updates, args.evaluate_every):
+                for step, metrics in trunk.branch(args.data, at, jump, args.updates, args.evaluate_every, args.anneal):
                     bar.update(step - (curve[-1][0] if curve else 0))
                     curve.append((step, finite(metrics[spec.metric])))
                 results[_name(at, jump)] = curve
                 temporary = path.with_suffix(".part")
                 temporary.write_text(json.dumps(known, indent=1))
                 temporary.replace(path)
-    print(format_table(rows_of(results, spec.higher_is_better)))
+    print(format_table(rows_of(results, spec.higher_is_better, args.anneal > 0)))
     return 0
 
 

@@ -45,6 +45,36 @@ def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
     assert JUMPS[1] in again.stdout and "gain" in again.stdout
 
 
+def test_annealed_branches(tmp_path: Path) -> None:
+    settings = (*SMALL[:-4], "--updates", "8", "--evaluate-every", "2", "--warmup", "5", "--anneal", "4")
+    kept = f"{JUMPS[0].replace(':0:', ':5:')},keep_norms=yes"
+    done = run(*settings, "--jumps", kept, kept.removesuffix(",keep_norms=yes"), "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    branches = json.loads((tmp_path / "jumps.json").read_text())["branches"]
+    assert branches[f"20 {kept}"][0] != branches[f"20 {kept.removesuffix(',keep_norms=yes')}"][0]
+
+    steady = run(*settings[:-2], "--jumps", kept, "--out", tmp_path / "steady")
+    assert steady.returncode == 0, steady.stderr
+    constant = json.loads((tmp_path / "steady" / "jumps.json").read_text())["branches"]
+    for name, curve in constant.items():
+        assert curve[:3] == branches[name][:3], "the rate falls after update 4"
+
+
+def test_a_falling_rate_is_zero_after_the_last_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(branching, "_update", lambda task, model, optimizer, batch: rates.append(_rate(optimizer)))
+    trunk = branching.Trunk("digits-16", 0, 1.0, warmup=4)
+    assert list(trunk.grow(Path(), [6], [], 0)) == [1, 2, 3, 4, 5, 6]
+    assert rates == [0.25, 0.5, 0.75, 1, 1, 1]
+    rates.clear()
+    assert len(list(trunk.branch(Path(), 6, None, 6, 6, anneal=4))) == 2
+    assert rates == [1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    return float(optimizer.param_groups[0]["lr"])
+
+
 def test_weights_that_were_trained_on_are_branched_anew(tmp_path: Path) -> None:
     branches = {}
     for seed in (0, 1):
@@ -65,7 +95,7 @@ def test_models_of_no_known_family_are_traced(monkeypatch: pytest.MonkeyPatch) -
     snapshots = {(at, 1): {name: p + at for name, p in inside.named_parameters()} for at in range(5)}
     nowcaster = Nowcaster(build_network(NowcasterConfig(hidden=4)))
     seen: list[NeuralGraph] = []
-    monkeypatch.setattr(nowcaster, "predict", lambda read, horizon, graph: seen.append(graph))
+    monkeypatch.setattr(nowcaster, "predict", lambda read, horizon, graph, keep_norms: seen.append(graph))
     jump = JumpPlan(name="", part=Part("nino", ""), horizon=1, interval=1, average=1)
     branching._nowcast(nowcaster, inside, snapshots, 4, jump, example)
     assert seen[0].wiring == "exact"
@@ -89,6 +119,9 @@ def test_foreign_results_are_refused_and_kept(tmp_path: Path, text: str, expecte
         (("--jumps", "adam@horizon=1"), "expected a jump such as linear@horizon=4"),
         (("--jumps", "linear@horizon=0"), "expected horizon=K, interval=U or average=A"),
         (("--jumps", "linear@horizon=1,interval=2,average=3"), "snapshot_average must be 1 to 2 updates"),
+        (("--jumps", "linear@horizon=1,interval=2,keep_norms=yes"), "linear extrapolates all weights at once"),
+        (("--jumps", JUMPS[1], "--anneal", "7"), "--anneal 7 is more than the 6 updates of a branch"),
+        (("--jumps", JUMPS[1], "--warmup", "13"), "--warmup 13 is not over after update 12"),
         (("--jumps", "linear@horizon=1,interval=5"), "do not fit before update 12"),
         (("--jumps", "nino:nino-tiny@horizon=41,interval=2"), "at most 40 intervals ahead"),
         (("--task", "c10-16", "--jumps", JUMPS[1]), "task c10-16 needs --data FOLDER"),

@@ -20,7 +20,7 @@ from nino import Nowcaster
 from nino.batch_norm import BatchNormRenewal
 from nino.errors import NinoError
 from nino.history.mean import RunningMean, check_snapshot_average, counts
-from tasks.methods import Part, Rhythm, load_jump, parse_method
+from tasks.methods import Part, Rhythm, check_keeps_norms, load_jump, parse_method
 from tasks.speedup import TASKS, SpeedupTask
 from tasks.task import Batch, Task
 
@@ -42,10 +42,12 @@ class JumpPlan:
     """Updates between snapshots."""
     average: int
     """Updates over which each of them is averaged."""
+    keep_norms: bool = False
+    """Whether matrices keep their norms."""
 
 
 def parse_jump(name: str) -> JumpPlan:
-    """Read a jump's name: a jump of :mod:`tasks.methods`, ``@``, ``horizon``, maybe ``interval`` (200) and ``average``.
+    """Read a jump's name: a jump of :mod:`tasks.methods`, ``@``, ``horizon``, maybe other settings.
 
     Raises:
         NinoError: saying what was expected.
@@ -55,16 +57,21 @@ def parse_jump(name: str) -> JumpPlan:
     if part is None or "+" in text:
         raise NinoError(f"jump {name!r}: expected a jump such as linear@horizon=4, and nothing else")
     values = {"interval": 200, "average": 1}
+    keep_norms = False
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
+        if setting == "keep_norms=yes":
+            keep_norms = True
+            continue
         if key not in ("horizon", "interval", "average") or not value.isdigit() or int(value) < 1:
-            expected = "horizon=K, interval=U or average=A, whole numbers"
+            expected = "horizon=K, interval=U or average=A, whole numbers, or keep_norms=yes"
             raise NinoError(f"jump {name!r}: expected {expected}, got {setting!r}")
         values[key] = int(value)
     if "horizon" not in values:
         raise NinoError(f"jump {name!r}: say how far, for example {text}@horizon=10")
     check_snapshot_average(values["average"], values["interval"])
-    return JumpPlan(name=name, part=part, **values)
+    check_keeps_norms(part, keep_norms)
+    return JumpPlan(name=name, part=part, keep_norms=keep_norms, **values)
 
 
 @dataclass
@@ -74,12 +81,14 @@ class Trunk:
     Args:
         task: by name.
         seed: of the initial weights and the batches.
-        learning_rate: constant.
+        learning_rate: after a warm-up, constant.
+        warmup: updates over which it rises from zero.
     """
 
     task: str
     seed: int
     learning_rate: float
+    warmup: int = 0
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By update: ``model`` and ``optimizer``, state dicts; ``snapshots``, by update and average."""
 
@@ -91,6 +100,7 @@ class Trunk:
         batches = task.batches(spec.batch_size, torch.Generator().manual_seed(self.seed))
         snapshots: Snapshots = {}
         for step in range(1, max(at) + 1):
+            self._set_rate(optimizer, min(step / self.warmup, 1.0) if self.warmup else 1.0)
             _update(task, model, optimizer, next(batches))
             parameters = dict(model.named_parameters())
             for (taken, average), mean in means.items():
@@ -104,9 +114,12 @@ class Trunk:
             yield step
 
     def branch(
-        self, data: Path, at: int, jump: JumpPlan | None, updates: int, evaluate_every: int
+        self, data: Path, at: int, jump: JumpPlan | None, updates: int, evaluate_every: int, anneal: int = 0
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Jump (or not) after update ``at`` and train on; yields updates since and metrics, the jump itself first."""
+        """Jump (or not) after update ``at`` and train on; yields updates since and metrics, the jump itself first.
+
+        Over the last ``anneal`` updates the learning rate falls to zero.
+        """
         spec, task, model, optimizer = self._begin(data)
         state = copy.deepcopy(self.states[at])
         model.load_state_dict(state["model"])
@@ -123,10 +136,15 @@ class Trunk:
         yield 0, task.evaluate(model)
         batches = task.batches(spec.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + at))
         for step in range(1, updates + 1):
+            self._set_rate(optimizer, min((updates - step + 1) / anneal, 1.0) if anneal else 1.0)
             _update(task, model, optimizer, next(batches))
             renewal.after_update()
             if step % evaluate_every == 0 or step == updates:
                 yield step, task.evaluate(model)
+
+    def _set_rate(self, optimizer: Optimizer, factor: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate * factor
 
     def _begin(self, data: Path) -> tuple[SpeedupTask, Task, nn.Module, Optimizer]:
         spec = TASKS[self.task]
@@ -141,7 +159,8 @@ def _nowcast(
 ) -> dict[str, Tensor]:
     context = nowcaster.config.context
     read = [snapshots[at - jump.interval * i, jump.average] for i in reversed(range(context))]
-    return nowcaster.predict(read, horizon=jump.horizon, graph=nowcaster.graph_of(model, example))
+    graph = nowcaster.graph_of(model, example)
+    return nowcaster.predict(read, horizon=jump.horizon, graph=graph, keep_norms=jump.keep_norms)
 
 
 def _update(task: Task, model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:

@@ -310,13 +310,22 @@ def check_method(method: Method, updates: int) -> str | None:
     nowcaster = load_jump(method.jump)
     try:
         method.rhythm.schedule(nowcaster, updates)
-        if method.rhythm.keep_norms and method.jump.kind in ("linear", "rre"):
-            raise NinoError(f"{method.jump.kind} extrapolates all weights at once and keeps no norms")
+        check_keeps_norms(method.jump, method.rhythm.keep_norms)
         if not 0 <= method.rhythm.probation < method.rhythm.period:
             raise NinoError(f"probation={method.rhythm.probation} must be shorter than the period")
     except NinoError as error:
         _refuse(method.name, str(error))
     return fingerprint(method.jump, nowcaster)
+
+
+def check_keeps_norms(jump: Part, keep_norms: bool) -> None:
+    """Refuse what a jump cannot do.
+
+    Raises:
+        NinoError: if it is to keep norms and has no parameters to keep them of.
+    """
+    if keep_norms and jump.kind in ("linear", "rre"):
+        raise NinoError(f"{jump.kind} extrapolates all weights at once and keeps no norms")
 
 
 def check_jumps(method: Method, updates: int) -> None:
