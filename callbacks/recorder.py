@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nino.callbacks.loss_hook import readers_of
 from nino.callbacks.trainer import NowcastCallback
 from nino.data import Recorder, record
 from nino.data.architecture import Architecture
 from nino.data.writer import StateDtype
 from nino.errors import TrajectoryError
-from nino.live_model import unwrap
 from nino.rates import learning_rate_of
 
 
@@ -132,5 +132,4 @@ class TrajectoryRecorder(TrainerCallback):
 
 def _nowcasts_of(model: nn.Module) -> NowcastCallback | None:
     """The callback that nowcasts this model, found by the hook that it keeps there while training runs."""
-    owners = [getattr(hook, "__self__", None) for hook in unwrap(model)._forward_hooks.values()]
-    return next((owner for owner in owners if isinstance(owner, NowcastCallback)), None)
+    return next((reader for reader in readers_of(model) if isinstance(reader, NowcastCallback)), None)

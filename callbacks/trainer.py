@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nino.callbacks.call_stack import resumed_checkpoint, saving_folder
+from nino.callbacks.loss_hook import LossHook, readers_of, remove_idle_hooks
 from nino.callbacks.reporting import ReportLog
 from nino.distributed import PeerFailureError
 from nino.errors import CheckpointError, NinoError
@@ -171,7 +172,7 @@ class NowcastCallback(TrainerCallback):
         if state.global_step > 0:
             self._resume(args, state)
         self._training = state
-        self._loss_hook = unwrap(model).register_forward_hook(self._observe_output, with_kwargs=True)
+        self._loss_hook = unwrap(model).register_forward_hook(LossHook(self), with_kwargs=True)
         self._reads_losses = args.n_gpu <= 1  # replicas of DataParallel call it from their own threads and devices
 
     def on_optimizer_step(
@@ -250,7 +251,6 @@ class NowcastCallback(TrainerCallback):
             self._loss_hook.remove()
         self._loss_hook = self._training = None
         if self.session is not None:  # detached already, unless its training was interrupted
-            self.session.batch_norm.end(counts=False)  # the Trainer may have loaded a checkpoint's buffers by now
             self.session.detach()
         self._losses.clear()
         self._log.detach()
@@ -289,10 +289,8 @@ class NowcastCallback(TrainerCallback):
         if self.session is not None:
             self.session.step = state.global_step
 
-    # Of a compiled model the hook runs outside of the graph: there is nothing to compile.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _observe_output(self, module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
-        """Note the training loss that the model returns, if it does (a forward hook)."""
+    def read_output(self, module: nn.Module, keywords: dict[str, Any], output: Any) -> None:
+        """Note the training loss that the model returns, if it does."""
         if not (self._reads_losses and module.training and torch.is_grad_enabled()):
             return
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
@@ -318,8 +316,8 @@ def _fingerprint(model: nn.Module) -> int:
 
 def _make_way(model: nn.Module, training: TrainerState) -> None:
     """Detach what an interrupted training left on the model; refuse what is already attached in this very training."""
-    owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
-    for other in [owner for owner in owners if isinstance(owner, NowcastCallback)]:
+    remove_idle_hooks(model)
+    for other in [reader for reader in readers_of(model) if isinstance(reader, NowcastCallback)]:
         is_of_this_training = other._training is training
         other._detach()
         if is_of_this_training:

@@ -134,6 +134,17 @@ def mean_over_processes(values: Sequence[float], device: torch.device) -> list[f
     return [sum(each) / len(everyone) for each in zip(*everyone, strict=True)]
 
 
+def mean_over_processes_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors on one device by their means over all processes; every one must call this."""
+    if num_processes() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.float().flatten() for tensor in tensors])
+    _run(dist.all_reduce, flat)
+    flat /= num_processes()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 def _gather(values: Sequence[float], device: torch.device) -> list[list[float]]:
     """The numbers of every process; exact."""
     if num_processes() == 1:

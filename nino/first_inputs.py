@@ -68,14 +68,14 @@ class FirstInputs:
             self._hook.remove()
         self._hook, self._is_watching = None, False
 
+    # Of a model that is compiled in place this runs outside of the graph: there is nothing to compile. The public
+    # torch.compiler.disable would import the compiler, and with it half of what is installed, with this file.
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
         if self._is_watching and torch.is_grad_enabled():
             self._keep(args, kwargs)
 
-    # In a model that is compiled later this runs outside of the graph: there is nothing to compile. The public
-    # torch.compiler.disable would import the compiler, and with it half of what is installed, with this file.
-    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end_watch()
         try:

@@ -47,7 +47,7 @@ from nino.trial import Trial, log_report
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 MANY_SKIPPED = 25
 """Updates in a row that mixed precision skips only if gradients are infinite at any scale; else it takes one or two."""
 
@@ -452,7 +452,7 @@ class NowcastSession:
         with held_back():  # once the weights are put back, there is a report of it
             self.restore_point.restore(self.model, moved, self.optimizer)
             self.restore_point.clear()
-            self.batch_norm.end(counts=False)
+            self.batch_norm.end()
             self._forget_history()  # snapshots of the undone weights, if there are any
             self.trial.fail(report)
         self.trial.tell(report)

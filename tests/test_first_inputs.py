@@ -153,23 +153,50 @@ def test_every_door_traces(door: str, tmp_path: Path, quick_collections: None) -
     assert_same(trained.weights, expected.weights)
 
 
-@pytest.mark.parametrize("when", ["before", "after", "in place"])
-def test_a_compiled_model_is_traced(when: str) -> None:
+class Compiler:
+    """A backend of ``torch.compile`` that counts how often what it compiled is called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, graph: Any, example_inputs: Any) -> Any:
+        del example_inputs
+
+        def called(*args: Any) -> Any:
+            self.calls += 1
+            return graph(*args)
+
+        return called
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("when", ["before", "after", "in place before", "in place after", "in parts"])
+def test_a_compiled_model_is_traced_and_stays_compiled(when: str, whole: bool) -> None:
     torch._dynamo.reset()
-    model = branched()
+    compiler, model = Compiler(), branched()
+    how: dict[str, Any] = {"backend": compiler, "fullgraph": whole}
     called: Any = model
-    if when == "before":  # in one piece: nothing of the hook may end up in it
-        called = torch.compile(model, backend="eager", fullgraph=True)
-    if when == "in place":
-        model.compile(backend="eager")
+    if when == "before":
+        called = torch.compile(model, **how)
+    if when == "in place before":
+        model.compile(**how)
+    if when == "in parts":
+        for name, part in model.named_children():
+            setattr(model, name, torch.compile(part, **how))
     optimizer = wrap(called)
     if when == "after":
-        called = torch.compile(model, backend="eager")
-    for index in range(PERIOD):
+        called = torch.compile(model, **how)
+    if when == "in place after":
+        model.compile(**how)
+    counts = []
+    for index in range(PERIOD + 1):
         update(called, optimizer, index)
+        counts.append(compiler.calls - sum(counts))
     assert optimizer.session.graph.family == "traced"
     assert [report.accepted for report in optimizer.reports] == [True]
     assert hooks_of(called) == hooks_of(model) == 0
+    assert counts[0] > 0 and set(counts) == {counts[0]}, "what is compiled stays compiled"
     torch._dynamo.reset()
 
 

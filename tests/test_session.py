@@ -505,7 +505,7 @@ def _damage(**changes: Any) -> Callable[[State], State]:
         (lambda state: {}, "damaged: KeyError"),
         (lambda state: [], "damaged: TypeError"),
         (lambda state: {k: v for k, v in state.items() if k != "step"}, "damaged: KeyError"),
-        (_damage(version=99), "has version 99, expected 3"),
+        (_damage(version=99), "has version 99, expected 4"),
         (_damage(period=12), "the saved run had period=12, this one has 6; resume with the same period"),
         (_damage(context=2), "the saved run had context=2, this one has 3"),
         (_damage(step="soon"), "damaged: ValueError"),
