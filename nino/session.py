@@ -211,7 +211,9 @@ class NowcastSession:
             return None
         self.trial.forget_observed()
         self._skipped = 0
-        return self._roll_back(nowcast.with_losses(), "losses are NaN or infinite, so that every update was skipped")
+        report = self._roll_back(nowcast.with_losses(), "losses are NaN or infinite, so that every update was skipped")
+        self.trial.tell(report)
+        return report
 
     @property
     def snapshot_is_next(self) -> bool:
@@ -240,6 +242,15 @@ class NowcastSession:
         self.step += 1
         self._skipped = 0
         completed = self._judge() if self.trial.book() else None
+        try:
+            self._go_on(learning_rate)
+        finally:
+            if completed is not None:  # last: whoever is told may save this session, or detach it
+                self.trial.tell(completed)
+        return completed
+
+    def _go_on(self, learning_rate: float | None) -> None:
+        """What is due after an update, once the last nowcast is judged."""
         self.batch_norm.after_update()
         self._average()
         if is_snapshot_step(self.step, self.schedule):
@@ -249,7 +260,6 @@ class NowcastSession:
             self._forget_history()
             if is_over(self.step + 1, self.schedule):
                 self.store.forget()
-        return completed
 
     def finish(self) -> NowcastReport | None:
         """Close the report that still waits for losses, with those that came: the run is over.
@@ -259,7 +269,11 @@ class NowcastSession:
         """
         self.restore_point.clear()
         nowcast = self.trial.open
-        return self.trial.complete(nowcast.with_losses()) if nowcast is not None else None
+        if nowcast is None:
+            return None
+        self.trial.close(nowcast.with_losses())
+        self.trial.tell(self.reports[-1])
+        return self.reports[-1]
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
@@ -434,7 +448,7 @@ class NowcastSession:
         self.trial.losses.clear()
 
     def _judge(self) -> NowcastReport | None:
-        """Do what the losses say of the open report; the report if that ends it."""
+        """Do what the losses say of the open report; the report if that ends it, to be told."""
         if self.trial.is_on_probation:
             self._notice_changes()
         verdict = self.trial.judge(self.step)
@@ -443,9 +457,11 @@ class NowcastSession:
         if verdict.why_undo:
             return self._roll_back(verdict.report, verdict.why_undo)
         self.restore_point.clear()
-        return self.trial.complete(verdict.report)
+        self.trial.close(verdict.report)
+        return verdict.report
 
     def _roll_back(self, report: NowcastReport, reason: str) -> NowcastReport:
+        """Put back what a jump has changed; returns the report, to be told."""
         report = replace(report, rolled_back=True, updates_undone=self.step - report.step, reason=reason)
         saved = self.restore_point.weights
         moved = {name: p for name, p in self.model.named_parameters() if name in saved}  # some may be frozen by now
@@ -455,7 +471,6 @@ class NowcastSession:
             self.batch_norm.end()
             self._forget_history()  # snapshots of the undone weights, if there are any
             self.trial.fail(report)
-        self.trial.tell(report)
         return report
 
     def _nowcast(self) -> OpenReport:
@@ -543,3 +558,24 @@ class NowcastSession:
             relative_jump=attempt.jump.relative,
             relative_jump_by_kind={kind: part.relative for kind, part in attempt.jump.by_kind.items()},
         )
+
+
+def without_history(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved state of a session whose weights are changed from outside, as a nowcast of checkpoints does.
+
+    Args:
+        state: of :meth:`NowcastSession.state_dict`.
+
+    Returns:
+        The same with nothing of the weights before: no snapshots and no mean of them, no losses, no jump on probation.
+    """
+    return {
+        **state,
+        "history": {part: [] for part in state["history"]},
+        "mean": None,
+        "learning_rates": [],
+        "losses": [],
+        "open_report": None,
+        "restore_point": None,
+        "batch_norm": {"updates_left": 0, "known": {}},
+    }

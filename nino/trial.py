@@ -187,12 +187,6 @@ class Trial:
             message = "on_report failed for the nowcast after update %d, training goes on: %s"
             logger.warning(message, report.step, str(error) or repr(error), exc_info=True)
 
-    def complete(self, report: NowcastReport) -> NowcastReport:
-        """Close a report and tell it."""
-        self.close(report)
-        self.tell(report)
-        return report
-
     def fail(self, report: NowcastReport) -> None:
         """Close the report of a nowcast that was undone, and trust the next ones less."""
         self.trust = self.trust.after_failure(self.config)

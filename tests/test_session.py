@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 import nino
 from nino import NinoError, NowcastReport, NowcastSession
+from nino.session import without_history
 
 State = dict[str, Any]
 
@@ -409,6 +411,52 @@ def test_without_losses_a_report_comes_at_the_same_time() -> None:
     assert math.isnan(reports[0].loss_before)
     assert math.isnan(reports[0].loss_at)
     assert not {"nowcast/loss/before", "nowcast/loss/at"} & set(reports[0].as_log())
+
+
+def test_who_is_told_sees_the_session_after_the_update() -> None:
+    seen: list[tuple[int, list[int], int]] = []
+
+    def look(report: NowcastReport) -> None:
+        state = session.state_dict()
+        seen.append((report.step, state["history"]["steps"], state["step"]))
+
+    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=3, probation=0, on_report=look)
+    update(session, 4)
+    assert seen == [(3, [4], 4)], "the snapshot of this update is there"
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_detached_by_who_is_told(place: Any, tmp_path: Path) -> None:
+    def stop(report: NowcastReport) -> None:
+        session.detach()
+
+    session = NowcastSession(
+        one_layer(),
+        ScriptedNowcaster(add(0)),
+        period=PERIOD,
+        probation=0,
+        snapshots_on=place,
+        snapshot_folder=tmp_path if place == "disk" else None,
+        on_report=stop,
+    )
+    update(session, 2 * PERIOD)
+    assert len(session.store) == 0 and not list(tmp_path.iterdir())
+    assert [report.step for report in session.reports] == [PERIOD]
+
+
+def test_a_state_without_history_knows_nothing_of_the_weights_before() -> None:
+    model = one_layer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    settings: dict[str, Any] = {"period": 12, "probation": 8, "snapshot_average": 2, "optimizer": optimizer}
+    session = NowcastSession(model, ScriptedNowcaster(add(9)), **settings)
+    update(session, 19, losses=float)
+    assert session.trial.is_on_probation and session.mean.count == 1 and len(session.store) == 1
+    resumed = NowcastSession(model, ScriptedNowcaster(add(9)), **settings)
+    resumed.load_state_dict(without_history(session.state_dict()))
+    assert (resumed.step, resumed.mean.count, len(resumed.store), resumed.reports) == (19, 0, 0, [])
+    assert not resumed.trial.is_on_probation and not resumed.trial.losses
+    update(resumed, 18, losses=float)
+    assert [report.accepted for report in resumed.reports] == [False, True], "the first has too few snapshots"
 
 
 def test_loss_before_is_the_mean_of_twenty_updates() -> None:

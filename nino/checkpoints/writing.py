@@ -31,6 +31,7 @@ from nino.checkpoints.reading import (
 )
 from nino.errors import NinoError
 from nino.files import save, save_whole, sync_file, sync_folder
+from nino.session import without_history
 
 logger = logging.getLogger(__name__)
 
@@ -215,14 +216,10 @@ def map_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, Tensor]]:
 
 
 def _forget_history(path: Path) -> None:
-    """Empty the snapshots that a :class:`nino.NowcastOptimizer` keeps in its state: a jump makes them stale."""
+    """Empty what a :class:`nino.NowcastOptimizer` keeps in its state of earlier weights: a jump makes it stale."""
     try:
         state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
-        history = state["nowcast"]["history"]
-        if not history["steps"]:
-            return
-        state["nowcast"]["history"] = {part: [] for part in history}
-        state["nowcast"]["learning_rates"] = []
+        state["nowcast"] = without_history(state["nowcast"])
     except Exception:  # no such state, or an optimizer that saves more than tensors: nothing of ours is in it
         return
     save_whole(state, path)
