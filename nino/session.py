@@ -251,6 +251,8 @@ class NowcastSession:
 
     def _go_on(self, learning_rate: float | None) -> None:
         """What is due after an update, once the last nowcast is judged."""
+        if self.step - 1 == self.schedule.max_steps and is_main_process():
+            logger.warning("the run goes on beyond max_steps=%d: nothing is nowcast any more", self.step - 1)
         self.batch_norm.after_update()
         self._average()
         if is_snapshot_step(self.step, self.schedule):

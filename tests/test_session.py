@@ -134,6 +134,15 @@ def test_a_run_that_ends_before_its_first_nowcast_gets_a_warning(caplog: pytest.
     assert "ends before its first nowcast (period=6): nothing will be nowcast" in warnings_in(caplog)[0]
 
 
+def test_a_run_that_goes_on_beyond_its_end_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD, max_steps=8, probation=0)
+    update(session, 8)
+    assert not warnings_in(caplog)
+    update(session, 8)
+    assert warnings_in(caplog) == ["the run goes on beyond max_steps=8: nothing is nowcast any more"]
+    assert [report.step for report in session.reports] == [PERIOD]
+
+
 def test_a_history_that_starts_late_skips_one_nowcast_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     nowcaster = ScriptedNowcaster(add(0))
     session = NowcastSession(one_layer(), nowcaster, period=PERIOD)
