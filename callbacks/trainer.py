@@ -31,6 +31,9 @@ from nino.optimizer import NowcastOptimizer
 from nino.rates import learning_rate_of
 from nino.report import NowcastReport
 from nino.saving import (
+    HISTORY_FILE,
+    HISTORY_FOLDER,
+    OWN_HISTORY_FILE,
     discard_saved,
     find_saved,
     has_shards,
@@ -44,12 +47,7 @@ from nino.shared_work import fingerprint
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "nowcast.pt"
-OWN_FILE = "nowcast-{}.pt"
-"""What replicas other than the first have of their own: losses."""
 WEIGHTS = "fingerprint of the weights"
-SHARDS_FOLDER = "nowcast"
-"""Takes the place of these files if parameters are sharded."""
 
 
 class NowcastCallback(TrainerCallback):
@@ -224,13 +222,13 @@ class NowcastCallback(TrainerCallback):
             if args.should_save:
                 logger.warning("%s does not exist: snapshots are not saved with this checkpoint", folder)
             return
-        path = folder / (STATE_FILE if args.should_save else OWN_FILE.format(args.process_index))
+        path = folder / (HISTORY_FILE if args.should_save else OWN_HISTORY_FILE.format(args.process_index))
         path.unlink(missing_ok=True)  # of an earlier run, whose snapshots are not of these weights
         if args.should_save:
-            discard_saved(folder / SHARDS_FOLDER)
+            discard_saved(folder / HISTORY_FOLDER)
         try:
             if sharded:
-                save_session(self.session, folder / SHARDS_FOLDER)
+                save_session(self.session, folder / HISTORY_FOLDER)
             else:
                 content = self.session.state_dict() | {WEIGHTS: _fingerprint(self.session.model)}
                 save_whole(content if args.should_save else own_numbers(content), path)
@@ -258,8 +256,8 @@ class NowcastCallback(TrainerCallback):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.session is None:
             return
-        path = self._folder_to_resume(args, state) / STATE_FILE
-        shards = path.with_name(SHARDS_FOLDER)
+        path = self._folder_to_resume(args, state) / HISTORY_FILE
+        shards = path.with_name(HISTORY_FOLDER)
         is_sharded = not path.exists() and find_saved(shards) is not None
         if not (path.exists() or is_sharded):
             self._begin_afresh(state, f"{path} does not exist")
@@ -268,7 +266,7 @@ class NowcastCallback(TrainerCallback):
             if is_sharded:
                 load_session(self.session, shards)
             else:
-                content, own = load_whole(path), path.with_name(OWN_FILE.format(args.process_index))
+                content, own = load_whole(path), path.with_name(OWN_HISTORY_FILE.format(args.process_index))
                 saved = content.get(WEIGHTS) if isinstance(content, dict) else None
                 if saved is not None and saved != _fingerprint(self.session.model):
                     self._begin_afresh(state, f"{path} is of other weights than those that are trained further")

@@ -29,6 +29,12 @@ from nino.shards import as_sharded, compute_device, is_dtensor, local_tensor
 
 logger = logging.getLogger(__name__)
 
+HISTORY_FILE = "nowcast.pt"
+"""In the checkpoint of a Trainer: what the first replica, or the only process, saves."""
+OWN_HISTORY_FILE = "nowcast-{}.pt"
+"""What other replicas have of their own: losses."""
+HISTORY_FOLDER = "nowcast"
+"""Takes the place of these files if parameters are sharded."""
 NUMBERS_FILE = "numbers.pt"
 TENSORS_FOLDER = "tensors"
 TENSOR = "__tensor__"

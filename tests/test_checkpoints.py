@@ -796,10 +796,24 @@ def test_script_on_a_trainer_folder(tmp_path: Path, run_folder: Path) -> None:
     result = run(*checkpoints_of(run_folder), "--out", "new", *options, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "update 10, 3 intervals of 2 updates ahead" in result.stdout and "resume training from it" in result.stdout
-    assert "nowcast.pt stays behind" in result.stderr
+    assert "snapshots of" in result.stderr and "stay behind" in result.stderr
     assert json.loads((tmp_path / "new" / "nowcast.json").read_text())["horizon"] == 3
     for name, value in expected(checkpoints_of(run_folder), llama()).items():
         torch.testing.assert_close(read(tmp_path / "new")[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_other_processes_saved_stays_behind_too(
+    tmp_path: Path, run_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    last = checkpoints_of(tmp_path / "run")[-1]
+    (last / "nowcast.pt").rename(last / "nowcast-1.pt")
+    for name in ("nowcast", "nowcast.old"):
+        (last / name).mkdir()
+        torch.save([{"open_report": {"report": {"step": 9, "accepted": True}}}], last / name / "numbers.pt")
+    nowcast_checkpoints([tmp_path / "run"], tmp_path / "new", nowcaster(), 3)
+    assert "a nowcast after update 9 lies between" in caplog.text
+    assert [path.name for path in (tmp_path / "new").glob("nowcast*")] == ["nowcast.json"]
 
 
 MODULE = """

@@ -31,8 +31,6 @@ WEIGHTS_FILES = (
 )
 CONFIG_FILE = "config.json"
 TRAINER_FILE = "trainer_state.json"
-HISTORY_FILE = "nowcast.pt"
-"""Counters and snapshots of :class:`nino.callbacks.NowcastCallback`."""
 # What stands in a folder whose weights, or their master copies, are somewhere else than in the files above.
 FOREIGN = (
     (

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nino.checkpoints.reading import HISTORY_FILE, Checkpoint
+from nino.checkpoints.reading import Checkpoint
 from nino.errors import CheckpointError, NinoError, SnapshotError
+from nino.files import load_whole
+from nino.saving import HISTORY_FILE, HISTORY_FOLDER, NUMBERS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -182,9 +184,14 @@ def _jumps_between(first: Checkpoint, last: Checkpoint, steps: list[int]) -> lis
 
 def _jump_to_be_logged(checkpoint: Checkpoint) -> set[int]:
     """The callback logs a nowcast when its report is complete; until then it is in the callback's own file."""
+    path = checkpoint.path / HISTORY_FILE
+    shards = checkpoint.path / HISTORY_FOLDER / NUMBERS_FILE
     try:
-        path = str(checkpoint.path / HISTORY_FILE)
-        report = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["open_report"]["report"]
+        if path.exists():
+            state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+        else:
+            state = load_whole(shards)[0]
+        report = state["open_report"]["report"]
         return {int(report["step"])} if report["accepted"] else set()
     except Exception:  # there is none, or the file is damaged, which is none of our business
         return set()

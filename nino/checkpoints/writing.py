@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from nino.checkpoints.reading import (
-    HISTORY_FILE,
     SAFETENSORS,
     TORCH_SUFFIXES,
     TRAINER_FILE,
@@ -31,11 +30,15 @@ from nino.checkpoints.reading import (
 )
 from nino.errors import NinoError
 from nino.files import save, save_whole, sync_file, sync_folder
+from nino.saving import HISTORY_FILE, HISTORY_FOLDER, OWN_HISTORY_FILE
 from nino.session import without_history
 
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "nowcast.json"
+HISTORIES = [HISTORY_FILE, OWN_HISTORY_FILE.format("*"), HISTORY_FOLDER]
+"""What :class:`nino.callbacks.NowcastCallback` saves, as patterns; a killed run may have left parts of it."""
+HISTORIES += [name + ending for name in HISTORIES for ending in (".part", ".old")]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -137,14 +140,12 @@ class NewCheckpoint:
         shutil.copytree(
             self.last.path,
             self._temporary,
-            ignore=shutil.ignore_patterns(HISTORY_FILE, HISTORY_FILE + ".part", RESULT_FILE, *rewritten),
+            ignore=shutil.ignore_patterns(*HISTORIES, RESULT_FILE, *rewritten),
             copy_function=shutil.copyfile,  # contents alone: a read-only original must not make a read-only copy
         )
         self._temporary.chmod(self._temporary.stat().st_mode | stat.S_IRWXU)  # nor must a read-only folder
-        if (self.last.path / HISTORY_FILE).exists():
-            logger.info(
-                "%s stays behind: the callback's snapshots of %s end with the jump", HISTORY_FILE, self.last.path
-            )
+        if any((self.last.path / name).exists() for name in (HISTORY_FILE, HISTORY_FOLDER)):
+            logger.info("the callback's snapshots of %s stay behind: they end with the jump", self.last.path)
         for file in self._temporary.glob("optimizer*"):
             _forget_history(file)
 
