@@ -22,7 +22,7 @@ from nino.engine import predict_blockwise, predict_edgewise
 from nino.engine.blockwise import MESSAGE_VECTORS, Progress
 from nino.engine.hardware import fusing_pays, product_dtype
 from nino.engine.tiling import Sizes
-from nino.engine.weights import Jump, PredictionWriter, SnapshotReader, bytes_of_copies
+from nino.engine.weights import Jump, PredictionWriter, SnapshotReader, StoredSnapshots, bytes_of_copies
 from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.graph.ir import NeuralGraph
 from nino.interrupts import or_undone
@@ -189,6 +189,9 @@ class Nowcaster:
     ) -> dict[str, Tensor]:
         """Predict the weights ``horizon`` snapshot intervals after the last snapshot.
 
+        An element that is the same in all snapshots (the row of a padding token, a masked weight) stays as it is, to
+        the last bit.
+
         Args:
             snapshots: ``config.context`` dicts of parameter name to tensor, oldest first; every parameter of the graph.
             horizon: snapshot intervals ahead, 1 to ``config.max_horizon``.
@@ -204,7 +207,8 @@ class Nowcaster:
             fuse: whether the blockwise engine compiles its inner loop (``torch.compile``); ``None`` where it pays.
             progress: called by the blockwise engine with the work done and the total.
             keep_norms: whether every parameter of two or more axes is scaled to the norm that it has in the last
-                snapshot, up to rounding in its dtype (one that is zero there, or predicted so, is not).
+                snapshot, up to rounding in its dtype (one that is zero there, or predicted so, is not). Elements that
+                stay as they are are not scaled: the others get the norm that they have there, and so does the whole.
 
         Returns:
             Per parameter name the predicted tensor, with the dtype, device and memory format of the last snapshot.
@@ -215,7 +219,7 @@ class Nowcaster:
         """
         self._check_arguments(horizon, graph, positions, engine, dtype, memory_budget)
         check_snapshots(snapshots, graph.shapes, self.config.context)
-        out = {name: torch.empty_like(snapshots[-1][name]) for name in graph.shapes}
+        out = {name: snapshots[-1][name].detach().clone() for name in graph.shapes}
         how = _Computation(engine, dtype, _device(snapshots, device), memory_budget, fuse, progress, keep_norms)
         self._predict_into(out, snapshots, horizon, graph, positions, how)
         return out
@@ -245,7 +249,8 @@ class Nowcaster:
 
         Args:
             parameters: what to overwrite, by name; parameters of the graph that are left out stay as they are, and so
-                do those that no graph holds (empty, or not floating point).
+                do those that no graph holds (empty, or not floating point), and elements that are the same in all
+                snapshots.
             snapshots: as in :meth:`predict`.
             horizon: as in :meth:`predict`.
             graph: as in :meth:`predict`.
@@ -304,7 +309,8 @@ class Nowcaster:
         sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, held)
         scalers = measure_snapshots(snapshots, graph.shapes, device, share, self.config.inputs)
         node_features = graph.positions(self.config.num_positions) if positions is None else positions
-        writer = PredictionWriter(graph, tensors, scalers, share, how.keep_norms)
+        stored = StoredSnapshots(graph, snapshots, share)
+        writer = PredictionWriter(graph, tensors, scalers, stored, share, how.keep_norms)
         with _full_precision(device):
             if how.engine == "edges":
                 predict_edgewise(network, graph, snapshots, scalers, writer, node_features, horizon)
@@ -312,7 +318,7 @@ class Nowcaster:
                 predict_blockwise(
                     network,
                     graph,
-                    SnapshotReader(graph, snapshots, scalers, device, exact, share),
+                    SnapshotReader(stored, scalers, device, exact),
                     writer,
                     node_features,
                     horizon,

@@ -408,19 +408,22 @@ def test_plain_files_of_a_transformers_model(tmp_path: Path, run_folder: Path) -
     assert_same(read(tmp_path / "new.safetensors"), expected(paths, llama()))
 
 
-def test_frozen_parameters_stay(tmp_path: Path) -> None:
+def test_frozen_parameters_and_elements_stay(tmp_path: Path) -> None:
     model = convnet()
-    frozen = model[4].weight.detach().clone()
+    frozen, masked = model[4].weight.detach().clone(), model[0].weight.detach()[::2].clone()
 
     def write_with_frozen(state: dict[str, Tensor], path: Path) -> None:
-        write({**state, "4.weight": frozen}, path)
+        first = state["0.weight"].clone()
+        first[::2] = masked
+        write({**state, "4.weight": frozen, "0.weight": first}, path)
 
     paths = write_files(tmp_path, ".safetensors", model, write_with_frozen)
     result = nowcast_checkpoints(paths, tmp_path / "new.safetensors", nowcaster(), 3, model=convnet())
     new, prediction = read(tmp_path / "new.safetensors"), expected(paths, convnet())
     assert torch.equal(new["4.weight"], frozen) and result.unchanged == 1
     assert torch.equal(new["4.bias"], prediction["4.bias"])
-    assert not torch.equal(prediction["4.weight"], frozen)  # which it would not have been otherwise
+    assert torch.equal(new["0.weight"], prediction["0.weight"]) and torch.equal(new["0.weight"][::2], masked)
+    assert not torch.equal(new["0.weight"][1::2], read(paths[-1])["0.weight"][1::2])
 
 
 def write_by_last_name(state: dict[str, Tensor], path: Path) -> None:

@@ -18,7 +18,7 @@ from wired import WIRED
 from nino import NeuralGraph, Nowcaster
 from nino.engine import fusion, hardware, kernels, predict_blockwise, predict_edgewise
 from nino.engine.tiling import Sizes, places
-from nino.engine.weights import Place, PredictionWriter, SnapshotReader, piece_of
+from nino.engine.weights import Place, PredictionWriter, SnapshotReader, StoredSnapshots, piece_of
 from nino.graph.ir import EdgeBlock
 from nino.model import NowcasterConfig, build_network
 from nino.standardise import measure_snapshots
@@ -171,9 +171,8 @@ class Movements(PredictionWriter):
     """Keeps what an engine predicts as it is: standardised movements, not yet weights."""
 
     def __init__(self, graph: NeuralGraph, dtype: torch.dtype) -> None:
-        super().__init__(
-            graph, {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in graph.shapes.items()}, {}
-        )
+        empty = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in graph.shapes.items()}
+        super().__init__(graph, empty, {}, StoredSnapshots(graph, []))
 
     def write(self, block: EdgeBlock, place: Place, last: Tensor, movement: Tensor) -> None:
         piece_of(block, self.tensors[str(block.parameter)], place).copy_(movement)
@@ -185,7 +184,7 @@ def _blockwise(
     """Standardised movements by the blockwise engine."""
     dtype = network.head.weight.dtype
     scalers = measure_snapshots(snapshots, graph.shapes, inputs=network.config.inputs)
-    reader = SnapshotReader(graph, snapshots, scalers, torch.device("cpu"), dtype)
+    reader = SnapshotReader(StoredSnapshots(graph, snapshots), scalers, torch.device("cpu"), dtype)
     found = Movements(graph, dtype)
     positions = graph.positions(network.config.num_positions)
     predict_blockwise(network, graph, reader, found, positions, horizon, sizes, **options)

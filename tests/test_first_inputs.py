@@ -7,8 +7,10 @@ import importlib.util
 import io
 import logging
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,6 +343,112 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
         assert_same(model.state_dict(), values)
         assert [module.training for module in model.modules()] == modes
         assert torch.equal(torch.get_rng_state(), state)
+
+
+class Meter:
+    """A plain object in which a model counts, as people write them; it holds another one, itself and one of slots."""
+
+    class Slots:
+        __slots__ = ("inner",)
+
+    def __init__(self, depth: int = 1) -> None:
+        self.sum, self.number = 0.0, 0
+        self.seen: list[int] = []
+        self.recent: deque[int] = deque(maxlen=2)
+        self.lengths: set[int] = set()
+        self.inner = Meter(depth - 1) if depth else None
+        self.itself, self.slots = self, self.Slots()
+
+    def update(self, hidden: Tensor) -> None:
+        self.sum += hidden.detach().abs().mean().item()
+        self.number += 1
+        self.seen.append(hidden.shape[0])
+        self.recent.append(self.number)
+        self.lengths.add(self.number)
+        if self.inner is not None:
+            self.inner.update(hidden)
+
+    def read(self) -> list[Any]:
+        own = [self.sum, self.number, *self.seen, *self.recent, *self.lengths]
+        return own if self.inner is None else own + self.inner.read()
+
+
+class Measured(nn.Module):
+    """Follows its activations with objects that it holds directly, in a list and in a tuple of a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.meter, self.listed, self.named = Meter(), [Meter(0)], {"of": (Meter(0), SimpleNamespace(calls=0))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        for meter in (self.meter, *self.listed, self.named["of"][0]):
+            meter.update(hidden)  # type: ignore[union-attr]
+        self.named["of"][1].calls += 1  # type: ignore[union-attr]
+        return self.last(hidden)
+
+    def read(self) -> list[Any]:
+        objects = self.meter, self.listed[0], self.named["of"][0]
+        return [number for meter in objects for number in meter.read()] + [self.named["of"][1].calls]  # type: ignore[union-attr]
+
+
+def test_objects_that_a_model_holds_count_only_what_is_trained() -> None:
+    """Not when layers are followed as it is wrapped, nor on its first batch."""
+    plain, model = Measured(), Measured()
+    model.load_state_dict(plain.state_dict())
+    optimizer = wrap(model)
+    assert model.read() == Measured().read()
+    adam = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for index in range(3):
+        update(plain, adam, index)
+        update(model, optimizer, index)
+    assert model.read() == plain.read() and model.meter.number == 3
+    assert optimizer.session.graph.family == "traced"
+
+
+def test_what_a_model_holds_never_keeps_it_from_being_traced() -> None:
+    class Odd(dict[str, int]):
+        def items(self) -> Any:
+            raise RuntimeError("not to be read")
+
+    class Closed:
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError("not to be looked at")
+
+    class Stiff(list[int]):
+        def clear(self) -> None:
+            raise RuntimeError("not to be changed")
+
+    class Holds(Branched):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            self.stiff.append(1)
+            return super().forward(x)
+
+    model = branched(Holds)
+    deep: list[Any] = []
+    for _ in range(3000):
+        deep = [deep]
+    model.odd, model.closed, model.stiff, model.deep = Odd(), [Closed()], Stiff(), deep
+    model.many = [(str(number), [number]) for number in range(200_000)]
+    assert nino.NeuralGraph.from_model(model, example_inputs=inputs_of(0)).family == "traced"
+    assert model.sizes == [] and model.last is None
+
+
+def test_forward_hooks_see_only_what_is_trained() -> None:
+    """One that keeps activations would keep those of stand-ins; hooks before a call compute weights, and are needed."""
+    model, seen, prepared = branched(), dict[str, Tensor](), list[bool]()
+    kept = model.inner.register_forward_hook(lambda module, inputs, output: seen.update(act=output.detach()))
+    model.other.register_forward_hook(lambda module, inputs, kwargs, output: seen.update(k=output), with_kwargs=True)
+    model.head.register_forward_pre_hook(lambda module, inputs: prepared.append(module.weight.is_meta))
+    before = [list(module._forward_hooks.items()) for module in model.modules()]
+    optimizer = wrap(model)
+    update(model, optimizer, 0)
+    assert optimizer.session.graph.family == "traced" and prepared == [False, True]
+    assert seen["act"].shape == (BATCH, 6) and seen["act"].mean().item() and not seen["k"].is_meta
+    assert [list(module._forward_hooks.items()) for module in model.modules()] == before
+    kept.remove()
+    assert not model.inner._forward_hooks
 
 
 def test_weights_are_looked_at_only_if_they_must_be() -> None:

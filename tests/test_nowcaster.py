@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import nino
 from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, NowcasterConfig, SnapshotError
-from nino.engine.weights import PredictionWriter, factor_to_keep
+from nino.engine.weights import PredictionWriter, StoredSnapshots, factor_to_keep
 from nino.model import build_network
 from nino.nowcaster import CONFIG_FILE, WEIGHTS_FILE, shipped_nowcasters
 from nino.standardise import measure_snapshots
@@ -119,12 +119,13 @@ def test_what_is_predicted_to_be_zero_stays_zero() -> None:
 
 def test_norms_that_overflow_are_refused() -> None:
     graph = _graph()
-    scalers = measure_snapshots(_snapshots(graph), graph.shapes)
+    snapshots = _snapshots(graph)
+    scalers = measure_snapshots(snapshots, graph.shapes)
     name = next(n for n, shape in graph.shapes.items() if len(shape) >= 2)
     tensors = {name: torch.full(graph.shapes[name], 3e4, dtype=torch.float16)}
-    writer = PredictionWriter(graph, tensors, scalers, keep_norms=True)
+    writer = PredictionWriter(graph, tensors, scalers, StoredSnapshots(graph, snapshots), keep_norms=True)
     block = next(block for block in graph.parameter_blocks if block.parameter == name)
-    writer._sums[name, block.type] = torch.tensor([1.0, 16.0, 1.0], dtype=torch.float64)
+    writer._sums[name, block.type] = torch.tensor([1.0, 16.0, 1.0, 0.0], dtype=torch.float64)
     with pytest.raises(SnapshotError, match=r"is NaN or infinite in torch\.float16") as error:
         writer.finish()
     _one_line(error, name)

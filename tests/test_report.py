@@ -14,7 +14,7 @@ from torch import nn
 
 import nino
 from nino import NowcastOptimizer, NowcastReport, NowcastSession
-from nino.engine.weights import Jump, PredictionWriter, SnapshotReader
+from nino.engine.weights import Jump, PredictionWriter, SnapshotReader, StoredSnapshots
 from nino.graph.ir import NeuralGraph
 from nino.standardise import measure_snapshots
 
@@ -120,15 +120,16 @@ def test_a_jump_is_measured_per_kind_of_weight() -> None:
 def test_the_measurement_reads_no_weight_again() -> None:
     # Only what was written is summed up, at the moment of writing: the end costs nothing of the model's size.
     model = mlp()
-    graph, snapshot = NeuralGraph.from_model(model), weights_of(model)
-    scalers = measure_snapshots([snapshot] * 3, graph.shapes)
-    writer = PredictionWriter(graph, {name: value.clone() for name, value in snapshot.items()}, scalers)
-    reader = SnapshotReader(graph, [snapshot] * 3, scalers, torch.device("cpu"), torch.float32)
+    graph, last = NeuralGraph.from_model(model), weights_of(model)
+    snapshots = [{name: value + age * 0.1 for name, value in last.items()} for age in (2, 1, 0)]
+    scalers, stored = measure_snapshots(snapshots, graph.shapes), StoredSnapshots(graph, snapshots)
+    writer = PredictionWriter(graph, {name: value.clone() for name, value in last.items()}, scalers, stored)
+    reader = SnapshotReader(stored, scalers, torch.device("cpu"), torch.float32)
     for block in graph.parameter_blocks:
         dense = block.kind.value == "dense"
         place = (slice(0, block.target.size), slice(0, block.source.size if dense else 1))
-        last = reader.read(block, place)[2::3]
-        writer.write(block, place, last, torch.zeros_like(last))
+        standardised = reader.read(block, place)[2::3]
+        writer.write(block, place, standardised, torch.zeros_like(standardised))
     for tensor in writer.tensors.values():
         tensor.fill_(1e6)
 

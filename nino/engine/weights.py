@@ -20,7 +20,8 @@ from nino.errors import NinoError, SnapshotError
 from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph
 from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
 from nino.share import WHOLE, Share
-from nino.standardise import Standardiser, is_finite
+from nino.standardise import Standardiser, is_finite, piece_size, pieces_of
+from nino.still import keep_still, where_still
 
 MATRIX_AXES = 2
 """Weights with as many axes or more are matrices: embeddings and kernels of convolutions too."""
@@ -116,47 +117,64 @@ class Jump:
         return replace(whole, by_kind=present)
 
 
-class SnapshotReader:
-    """Reads standardised snapshots.
+class StoredSnapshots:
+    """The snapshots as they are stored, piece by piece.
 
     Args:
         graph: of the model.
         snapshots: oldest first, per parameter name a tensor of any floating dtype on any device.
-        scalers: of every parameter.
-        device: where pieces are wanted.
-        dtype: in which they are wanted.
-        share: says which rows of the parameters the snapshots hold.
+        share: says which rows of the parameters they hold.
     """
 
-    def __init__(
-        self,
-        graph: NeuralGraph,
-        snapshots: Sequence[Mapping[str, Tensor]],
-        scalers: Mapping[str, Standardiser],
-        device: torch.device,
-        dtype: torch.dtype,
-        share: Share = WHOLE,
-    ) -> None:
+    def __init__(self, graph: NeuralGraph, snapshots: Sequence[Mapping[str, Tensor]], share: Share = WHOLE) -> None:
         blocks = _blocks_by_parameter(graph)
+        self.context = len(snapshots)
+        self._share = share
+        self._shapes = graph.shapes
         self._rows = {name: share.held_rows(name, shape) for name, shape in graph.shapes.items()}
-        self._snapshots = {
+        self._tensors = {
             name: [viewable(blocks[name], snapshot[name], rows) for snapshot in snapshots]
             for name, rows in self._rows.items()
         }
+
+    def pieces(self, block: EdgeBlock, place: Place) -> list[Tensor]:
+        """A piece of every snapshot, ``[F, t, s]``."""
+        name = str(block.parameter)
+        return [piece_of(block, snapshot, place, self._rows[name]) for snapshot in self._tensors[name]]
+
+    def own_rows(self, name: str) -> list[Tensor]:
+        """This process's own rows of a parameter, of every snapshot."""
+        own = self._share.own_rows(name, self._shapes[name])
+        return [own.of(self._rows[name], snapshot) for snapshot in self._tensors[name]]
+
+
+class SnapshotReader:
+    """Reads standardised snapshots.
+
+    Args:
+        snapshots: of the model.
+        scalers: of every parameter.
+        device: where pieces are wanted.
+        dtype: in which they are wanted.
+    """
+
+    def __init__(
+        self, snapshots: StoredSnapshots, scalers: Mapping[str, Standardiser], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._snapshots = snapshots
         self.scalers = scalers
-        self.context = len(snapshots)
+        self.context = snapshots.context
         self.device = device
         self.dtype = dtype
 
     def read(self, block: EdgeBlock, place: Place) -> Tensor:
         """The snapshots of a piece as the network reads them: ``[F * C, t, s]``, kernel-position-major."""
-        name = str(block.parameter)
-        pieces = [piece_of(block, snapshot, place, self._rows[name]) for snapshot in self._snapshots[name]]
+        pieces = self._snapshots.pieces(block, place)
         num_features, *shape = pieces[0].shape
         out = torch.empty(num_features, self.context, *shape, dtype=self.dtype, device=self.device)
         for age, piece in enumerate(pieces):
             out[:, age].copy_(piece)
-        return self.scalers[name].encode_(out, dim=1).flatten(0, 1)
+        return self.scalers[str(block.parameter)].encode_(out, dim=1).flatten(0, 1)
 
     def products(self, block: EdgeBlock) -> Tensor:
         """Mean products of the movements of the block's parameter, ``[C - 1, C - 1]``.
@@ -173,10 +191,14 @@ class SnapshotReader:
 class PredictionWriter:
     """Writes predicted weights into tensors, and measures how far they moved.
 
+    Elements that are the same in all snapshots are not written (:mod:`nino.still`).
+
     Args:
         graph: of the model.
-        tensors: what to write into, by parameter name; parameters of the graph that are left out stay as they are.
+        tensors: what to write into, by parameter name; they hold the present weights. Parameters of the graph that are
+            left out stay as they are.
         scalers: of every parameter.
+        snapshots: of the model.
         share: says which rows of the parameters the tensors hold.
         keep_norms: whether :meth:`finish` gives matrices the norms that they had.
     """
@@ -186,12 +208,15 @@ class PredictionWriter:
         graph: NeuralGraph,
         tensors: Mapping[str, Tensor],
         scalers: Mapping[str, Standardiser],
+        snapshots: StoredSnapshots,
         share: Share = WHOLE,
         keep_norms: bool = False,
     ) -> None:
         blocks = _blocks_by_parameter(graph)
         self.tensors = tensors
+        self._snapshots = snapshots
         self._share = share
+        self._shapes = graph.shapes
         self._kept = [name for name in tensors if keep_norms and len(graph.shapes[name]) >= MATRIX_AXES]
         """Parameters whose norms are kept."""
         self._rows = {name: share.held_rows(name, graph.shapes[name]) for name in tensors}
@@ -215,12 +240,11 @@ class PredictionWriter:
         name = str(block.parameter)
         scaler = self.scalers[name]
         target = piece_of(block, self._views[name], place, self._rows[name])
+        still = where_still(self._snapshots.pieces(block, place))
         new = scaler.decode(last, movement)
-        target.copy_(new)
+        target.copy_(new if still is None else keep_still(new, target, still))
         # Of what arrived in the target: a value that overflows its dtype is infinite only there.
-        arrived = target.to(new)
-        old = scaler.unapply(last)
-        sums = torch.stack([part.square().sum() for part in (arrived - old, old, arrived)]).double()
+        sums = _squares(scaler.unapply(last), target.to(new), still)
         key = (name, block.type)  # a fused layer's parts are of several types
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
@@ -236,37 +260,63 @@ class PredictionWriter:
         written = {key: tuple(sums.tolist()) for key, sums in self._sums.items()}
         for (name, _), (moved_here, *_) in written.items():
             self._refuse_unless(math.isfinite(moved_here), name)
-        self._share.exchange(self.tensors)
         factors = self._scale(written)
+        self._share.exchange(self.tensors)
         squares: dict[str, tuple[float, float]] = {}
-        for (name, edge_type), (moved_here, total_here, new) in written.items():
+        for (name, edge_type), (moved_here, old, new, still) in written.items():
             if (factor := factors.get(name, 1.0)) != 1.0:  # |f new - old|^2 from |new - old|^2
-                moved_here = max(factor * moved_here + (factor - 1) * (factor * new - total_here), 0.0)
+                moved_here = max(factor * moved_here + (factor - 1) * (factor * new - old), 0.0)
             moved, total = squares.get(edge_type.name.lower(), (0.0, 0.0))
-            squares[edge_type.name.lower()] = (moved + moved_here, total + total_here)
+            squares[edge_type.name.lower()] = (moved + moved_here, total + old + still)
         by_kind = {kind: Jump(math.sqrt(moved), math.sqrt(total)) for kind, (moved, total) in squares.items()}
         all_moved, all_total = (math.fsum(part[index] for part in squares.values()) for index in (0, 1))
         return Jump(math.sqrt(all_moved), math.sqrt(all_total), by_kind)
 
     def _scale(self, written: Mapping[tuple[str, EdgeType], tuple[float, ...]]) -> dict[str, float]:
-        """Give matrices the norms that they had, and say by which factors; one that was zero stays as it is."""
+        """Give matrices the norms that they had, and say by which factors; one that was zero stays as it is.
+
+        Elements that are still stay as they are: with those that move at their old norm, the whole is at its own. Each
+        process scales its own rows.
+        """
         if not self._kept:
             return {}
         squares = {name: [0.0, 0.0] for name in self._kept}  # a process may have rows of some of them only
-        for (name, _), (_, old, new) in written.items():
+        for (name, _), (_, old, new, _) in written.items():
             if name in squares:
                 squares[name] = [squares[name][0] + old, squares[name][1] + new]
         device = self.scalers[self._kept[0]].mean.device
         table = self._share.add_(torch.tensor([*squares.values()], dtype=torch.float64, device=device))
         factors = dict(zip(squares, factor_to_keep(*table.unbind(1)).tolist(), strict=True))
         for name, factor in factors.items():
-            tensor = self.tensors[name].mul_(factor)
-            overflows = factor > 1 and tensor.dtype == torch.float16 and not is_finite(tensor)
-            self._refuse_unless(not overflows, name)
+            if factor != 1.0:
+                self._scale_own_rows(name, factor)
         return factors
+
+    def _scale_own_rows(self, name: str, factor: float) -> None:
+        own = self._share.own_rows(name, self._shapes[name]).of(self._rows[name], self.tensors[name])
+        size = piece_size(own.device)
+        snapshots = [pieces_of(rows, size) for rows in self._snapshots.own_rows(name)]
+        for piece, *of_snapshots in zip(pieces_of(own, size), *snapshots, strict=True):
+            piece.copy_(keep_still(piece * factor, piece, where_still(of_snapshots)))
+        overflows = factor > 1 and own.dtype == torch.float16 and not is_finite(own)
+        self._refuse_unless(not overflows, name)
 
     def _refuse_unless(self, is_sound: bool, name: str) -> None:
         if not is_sound:
             raise SnapshotError(
                 f"the nowcast of {name} is NaN or infinite in {self.tensors[name].dtype}; it was refused"
             )
+
+
+def _squares(old: Tensor, new: Tensor, still: Tensor | None) -> Tensor:
+    """Sums of squares of a piece, float64 ``[4]``.
+
+    Of the change, of the weights before it and after it, these three without what is still; and of that.
+    """
+    if still is None:
+        parts = new - old, old, new, new.new_zeros(())
+    else:
+        still = still.to(new.device)
+        old, moved = old.masked_fill_(still, 0), new.masked_fill(still, 0)
+        parts = moved - old, old, moved, new.masked_fill(~still, 0)
+    return torch.stack([part.square().sum() for part in parts]).double()

@@ -7,13 +7,26 @@ of that size is computed. What a forward pass changes by the way (caches, counte
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+CONTAINERS = (dict, list, set, deque)
+SIMPLE = (str, bytes, int, float, complex, type(None), torch.Tensor, nn.Module, type)
+"""What holds nothing else, or nothing that is looked for."""
+MOST_LOOKED_AT = 100_000
+"""Things beside what modules hold: looking through them takes no longer than a moment."""
+MOST_DEPTH = 2
+LIBRARIES_LEFT_ALONE = sys.stdlib_module_names | {"torch", "nino"}
+LIBRARIES_WITH_HOOKS = ("transformers",)
+"""Whose models collect hidden states by forward hooks, and may compute with them."""
 
 
 @contextmanager
@@ -34,32 +47,100 @@ def without_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass changes: attributes of modules, their lists and dicts, buffers, random states."""
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    inner = {id(v): v for _, saved in attributes for v in saved.values() if isinstance(v, (dict, list))}
-    contents = [(container, container.copy()) for container in inner.values()]
+    """Put back what a forward pass changes, and keep it from those who watch it.
+
+    Put back are attributes of modules and of plain Python objects that they hold, their lists, dicts and the like,
+    buffers and random states. Forward hooks are not called, since they hand what they see to others; hooks before a
+    call are, since some compute weights.
+    """
+    saved = list(_containers(model))
     dense = [b for b in model.buffers() if b.layout == torch.strided and not b.is_meta]  # others cannot be compared
     buffers = [(buffer, buffer.detach().clone()) for buffer in dense]
     numbers, more_numbers = random.getstate(), np.random.get_state()
     try:
+        _hold_back_hooks(model)
         with torch.random.fork_rng(list({p.device for p in model.parameters() if p.is_cuda})):
             yield
     finally:
         random.setstate(numbers)
         np.random.set_state(more_numbers)
-        for container, saved in [*attributes, *contents]:
-            _restore(container, saved)
+        for container, contents in saved:
+            with suppress(Exception):  # a container of somebody's own must not end a training, nor keep the others back
+                _restore(container, contents)
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
-def _restore(container: Any, saved: Any) -> None:
+def _containers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Everything in which a module keeps things, and its contents: attributes, containers, those of plain objects.
+
+    Objects are followed as far as those that an object of a module holds: what is further away (a trainer's logger,
+    say) may belong to other threads.
+    """
+    waiting: deque[tuple[Any, int]] = deque((vars(module), 0) for module in model.modules())
+    seen, left = set[int](), MOST_LOOKED_AT + MOST_LOOKED_AT // 1000 * len(waiting)
+    while waiting and left:
+        left -= 1
+        value, depth = waiting.popleft()
+        contents = _contents(value)
+        if contents is None:
+            if depth < MOST_DEPTH and (attributes := _attributes(value)) is not None:
+                waiting.append((attributes, depth + 1))
+        elif id(value) not in seen:
+            seen.add(id(value))
+            yield value, contents
+            held = contents.values() if isinstance(contents, dict) else contents
+            waiting.extend((each, depth) for each in held if not issubclass(type(each), SIMPLE))
+
+
+def _contents(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
+    """A plain copy of a container; ``None`` for other things, and for containers that cannot be read."""
+    kind = type(value)  # and not what it says that it is
+    try:
+        for plain in (dict, list, set):
+            if issubclass(kind, plain):
+                return plain(value.items() if plain is dict else value)
+        return list(value) if issubclass(kind, (deque, tuple)) else None
+    except Exception:  # another thread changes it, or it is a container of somebody's own
+        return None
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """The attributes of a plain object; objects of Python's own classes and of torch's are left alone."""
+    kind = type(value)
+    if kind is not SimpleNamespace and str(kind.__module__).partition(".")[0] in LIBRARIES_LEFT_ALONE:
+        return None
+    try:
+        attributes = object.__getattribute__(value, "__dict__")  # whatever the class does when it is asked
+    except AttributeError:
+        return None
+    return attributes if type(attributes) is dict else None
+
+
+def _hold_back_hooks(model: nn.Module) -> None:
+    """Take out what is called after a forward pass, but for hooks by which a library's model reads its own layers."""
+    for module in model.modules():
+        for key, hook in [*module._forward_hooks.items()]:
+            if str(getattr(hook, "__module__", "")).partition(".")[0] not in LIBRARIES_WITH_HOOKS:
+                del module._forward_hooks[key]
+
+
+def _restore(container: Any, contents: Any) -> None:
     """In place, since others hold on to it, and only if it holds other things than before."""
-    if isinstance(container, list):
-        if list(map(id, container)) != list(map(id, saved)):
-            container[:] = saved
-    elif [(key, id(value)) for key, value in container.items()] != [(key, id(value)) for key, value in saved.items()]:
+    if isinstance(container, dict):
+        if _identities(container.items()) != _identities(contents.items()):
+            container.clear()
+            container.update(contents)
+    elif isinstance(container, set):
+        if container != contents:
+            container.clear()
+            container.update(contents)
+    elif [*map(id, container)] != [*map(id, contents)]:
         container.clear()
-        container.update(saved)
+        container.extend(contents)
+
+
+def _identities(items: Iterable[tuple[Any, Any]]) -> list[tuple[Any, int]]:
+    return [(key, id(value)) for key, value in items]

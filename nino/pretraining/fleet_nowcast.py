@@ -18,6 +18,7 @@ from nino.model.networks import EdgeInputs
 from nino.nowcaster import Nowcaster
 from nino.pretraining.fleet import Stacked
 from nino.standardise import EPSILON, Standardiser
+from nino.still import keep_still, where_still
 
 
 class FleetNowcaster:
@@ -58,7 +59,8 @@ class FleetNowcaster:
             keep_norms: whether matrices keep the norms of the last snapshot.
 
         Returns:
-            By name ``[M, *shape]``. What is not finite is not refused.
+            By name ``[M, *shape]``; what is the same in all snapshots is as it is there. What is not finite is not
+            refused.
 
         Raises:
             NinoError: if the horizon is out of range or there are too few or too many snapshots.
@@ -68,9 +70,10 @@ class FleetNowcaster:
                 f"expected {self.config.context} snapshots and a horizon of 1 to {self.config.max_horizon}, "
                 f"got {len(snapshots)} and {horizon}"
             )
-        scalers, states = {}, {}
+        scalers, states, still = {}, {}, {}
         for name in snapshots[0]:
             values = torch.stack([snapshot[name] for snapshot in snapshots])
+            still[name] = where_still(values)
             scalers[name] = measure_fleet(values, self.config.inputs)
             states[name] = scalers[name].encode_(values)
         moved = self._network(self._inputs(states, scalers), horizon).unflatten(0, (self.size, -1))
@@ -79,9 +82,10 @@ class FleetNowcaster:
             name: scaler.decode(states[name][-1], torch.stack([movement[name] for movement in each]))
             for name, scaler in scalers.items()
         }
+        last = snapshots[-1]
         if keep_norms:
-            predicted = {name: _with_norms_of(snapshots[-1][name], value) for name, value in predicted.items()}
-        return predicted
+            predicted = {name: _with_norms_of(last[name], value, still[name]) for name, value in predicted.items()}
+        return {name: keep_still(value, last[name], still[name]) for name, value in predicted.items()}
 
     def _inputs(self, states: Mapping[str, Tensor], scalers: Mapping[str, Standardiser]) -> EdgeInputs:
         by_edge = self._edges.features({name: state.flatten(0, 1) for name, state in states.items()})
@@ -99,11 +103,12 @@ class FleetNowcaster:
         )
 
 
-def _with_norms_of(last: Tensor, predicted: Tensor) -> Tensor:
-    """Matrices ``[M, *shape]`` with the norms that they had."""
+def _with_norms_of(last: Tensor, predicted: Tensor, still: Tensor | None) -> Tensor:
+    """Matrices ``[M, *shape]``, of which what is not still has the norm that it had."""
     if last.ndim <= MATRIX_AXES:
         return predicted
-    old, new = (weights.double().flatten(1).square().sum(1) for weights in (last, predicted))
+    moving = (last, predicted) if still is None else (last.masked_fill(still, 0), predicted.masked_fill(still, 0))
+    old, new = (weights.double().flatten(1).square().sum(1) for weights in moving)
     return predicted * factor_to_keep(old, new).to(predicted).view(-1, *[1] * (predicted.ndim - 1))
 
 

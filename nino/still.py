@@ -1,0 +1,43 @@
+"""Weights that never moved stay where they are.
+
+The row of a padding token, weights that a mask keeps at zero, words that did not occur: nothing is known of where they
+would go, and nothing would bring them back. So a nowcast moves no element that is the same in all of its snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def where_still(snapshots: Sequence[Tensor] | Tensor) -> Tensor | None:
+    """Which elements are the same in all snapshots, bit for bit but for the sign of zero.
+
+    The first and the last are compared first: hardly an element that moves is the same in both, and the others need not
+    be read then.
+
+    Args:
+        snapshots: of one parameter, or of a piece of it, oldest first; or one tensor with a first dimension for them.
+
+    Returns:
+        bool, of their shape and where the first one lies; ``None`` if there are none (on a GPU, which would have to be
+        waited for, there may be none all the same).
+    """
+    first, *between, last = snapshots
+    last = last.to(first.device)
+    still = first == last
+    if still.device.type == "cpu" and not bool(still.any()):
+        return None
+    for snapshot in between:
+        still &= snapshot.to(first.device) == last
+    if still.device.type == "cpu" and not bool(still.any()):
+        return None
+    return still
+
+
+def keep_still(new: Tensor, present: Tensor, still: Tensor | None) -> Tensor:
+    """What is predicted of some weights, but of those that are still what they are at present, bit for bit."""
+    new = new.to(present)
+    return new if still is None else torch.where(still.to(present.device), present, new)
