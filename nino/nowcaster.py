@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -75,6 +76,11 @@ class Nowcaster:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if not isinstance(name, (str, Path)):
+            hint = "; Nowcaster(network) makes a nowcaster of a network" if isinstance(name, torch.nn.Module) else ""
+            raise CheckpointError(
+                f"a nowcaster is given as a Nowcaster, a name or a folder, got {type(name).__name__}{hint}"
+            )
         config_path, weights_path = _find_files(str(name))
         config = NowcasterConfig.from_json(_read_text(config_path), str(config_path))
         try:
@@ -96,11 +102,18 @@ class Nowcaster:
         return cls(load_official(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` to a folder, which is created."""
+        """Write ``config.json`` and ``model.safetensors`` to a folder, which is created.
+
+        Raises:
+            CheckpointError: if there is a file of that name, or no folder can be made.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be made a folder ({error.strerror}); give another name") from error
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(self.config.to_json())
@@ -215,7 +228,8 @@ class Nowcaster:
 
         Raises:
             SnapshotError: if the snapshots do not fit the graph or hold NaN or infinity, or the prediction does.
-            NinoError: if the horizon, the engine, the dtype, the positions or the budget are out of range.
+            NinoError: if the horizon, the engine, the dtype, the positions or the budget are out of range, or the graph
+                is none.
         """
         self._check_arguments(horizon, graph, positions, engine, dtype, memory_budget)
         check_snapshots(snapshots, graph.shapes, self.config.context)
@@ -351,7 +365,11 @@ class Nowcaster:
         dtype: torch.dtype,
         memory_budget: int | None,
     ) -> None:
-        if not isinstance(horizon, int) or not 1 <= horizon <= self.config.max_horizon:
+        if not isinstance(graph, NeuralGraph):
+            raise NinoError(
+                f"graph must be a NeuralGraph, got {type(graph).__name__}; nowcaster.graph_of(model) makes one"
+            )
+        if not isinstance(horizon, int) or isinstance(horizon, bool) or not 1 <= horizon <= self.config.max_horizon:
             raise NinoError(f"horizon must be 1 to {self.config.max_horizon} snapshot intervals, got {horizon!r}")
         if dtype not in DTYPES:
             raise NinoError(f"dtype must be a floating point torch.dtype of 16 bits or more, got {dtype!r}")
@@ -475,9 +493,9 @@ def _find_files(name: str) -> tuple[Path, Path]:
     shipped = shipped_nowcasters()
     if name in shipped:
         folder = Path(str(resources.files("nino.pretrained") / name))
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):  # of a name that is too long it says no, where Path fails
         folder = Path(name)
-    elif name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/")):
+    elif name.count("/") == 1 and not os.path.exists(name) and not name.startswith((".", "/")):
         return _download(name)
     else:
         raise CheckpointError(

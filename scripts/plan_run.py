@@ -2,11 +2,11 @@
 
     python scripts/plan_run.py llama-100m --device cpu --seconds-per-update 2.8
     python scripts/plan_run.py llama-8b --world-size 8 --sharding fsdp2 --tokens 4M --training-rate 400T
-    python scripts/plan_run.py path/to/config.json --snapshots-on disk --rate 10T --copy-rate 25GB --json plan.json
+    python scripts/plan_run.py path/to/config.json --snapshots-on disk --rate 10T --copy-rate 25GB --out plan
 
 The model is built without memory, from a name (see --help), a transformers ``config.json`` or its folder. Numbers are
 of the rank that holds the most. Where no rate is given, what was measured on two cores of a CPU is used if it applies;
-what is missing for want of a rate is named. See docs/scale.md.
+what is missing for want of a rate is named. Printed, and written to ``--out`` as ``plan.json``. See docs/scale.md.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from nino.schedule import ScheduleConfig
 from tasks.cli import (
     ArgumentParser,
     amount,
-    check_output_file,
+    check_output_folder,
     fail,
+    make_output_folder,
     memory_size,
     per_second,
     positive_float,
@@ -81,14 +82,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--network-rate", type=per_second(memory_size), help="bytes per second that a rank sends, such as 50GB"
     )
-    parser.add_argument("--json", type=Path, help="write the plan to this file")
+    parser.add_argument("--out", type=Path, default=Path("results/plan"), help="folder for plan.json")
     args = parser.parse_args(argv)
     if (args.tokens is None) != (args.training_rate is None):
         fail("--tokens and --training-rate belong together: they give the seconds of an update")
     if args.tokens is not None and args.seconds_per_update is not None:
         fail("give --seconds-per-update, or --tokens and --training-rate, not both")
-    if args.json is not None:
-        check_output_file("--json", args.json)
+    check_output_folder("--out", args.out)
     return args
 
 
@@ -191,10 +191,10 @@ def seconds(number: float | None) -> str:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     plan = make_plan(args)
+    make_output_folder("--out", args.out)
+    (args.out / "plan.json").write_text(json.dumps({"model": args.model, **plan.as_dict()}, indent=1) + "\n")
     for line in (*lines_of(args.model, plan, args.ranks_per_host), *lines_of_time(plan)):
         print(line)
-    if args.json is not None:
-        args.json.write_text(json.dumps({"model": args.model, **plan.as_dict()}, indent=1) + "\n")
     return 0
 
 

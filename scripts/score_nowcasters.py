@@ -54,7 +54,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--horizons", type=positive_int, nargs="+", default=[3, 10, 20], help="intervals ahead")
     add("--windows", type=positive_int, default=3, help="per run")
     add("--within", type=positive_int, help="updates after the start of a stretch in which windows begin")
-    add("--out", type=Path, help="folder for scores.json, with every single score")
+    add("--out", type=Path, default=Path("results/scores"), help="folder for scores.json, with every single score")
     args = parser.parse_args(argv)
     return args
 
@@ -137,8 +137,7 @@ def main(argv: list[str]) -> int:
     folders = sorted(split.train + split.held_out) if args.all else split.held_out
     if not folders:
         fail(f"--runs {args.runs}: no finished run is held out of {len(split.train)}; --all scores all")
-    if args.out is not None:
-        make_output_folder("--out", args.out)
+    make_output_folder("--out", args.out)
     torch.set_num_threads(1)  # models are small
     scores: dict[tuple[str, str, int], list[Score]] = defaultdict(list)
     for folder in tqdm(folders, unit="run", leave=False):
@@ -155,10 +154,9 @@ def main(argv: list[str]) -> int:
     if not scores:
         fail(f"--runs {args.runs}: no run could be scored")
     rows = rows_of(scores)
-    if args.out is not None:
-        single = [{"family": f, "nowcaster": n, "intervals": h, "scores": found} for (f, n, h), found in scores.items()]
-        result = {"arguments": settings_of(args), "runs": [Path(folder).name for folder in folders], "rows": rows}
-        (args.out / "scores.json").write_text(json.dumps(result | {"single": single}, indent=1) + "\n")
+    single = [{"family": f, "nowcaster": n, "intervals": h, "scores": found} for (f, n, h), found in scores.items()]
+    result = {"arguments": settings_of(args), "runs": [Path(folder).name for folder in folders], "rows": rows}
+    (args.out / "scores.json").write_text(json.dumps(result | {"single": single}, indent=1) + "\n")
     print(format_table(rows))
     return 0
 

@@ -538,6 +538,7 @@ def test_refusals_of_arguments(tmp_path: Path) -> None:
         (paths, "new.safetensors", 0, ["horizon must be 1 to 4", "got 0"]),
         (paths, "new.safetensors", 5, ["horizon must be 1 to 4", "got 5"]),
         (paths, "new.safetensors", 2.5, ["horizon must be 1 to 4", "got 2.5"]),
+        (paths, "new.safetensors", True, ["horizon must be 1 to 4", "got True"]),
         (paths, "there.safetensors", 3, ["there.safetensors exists"]),
         (paths, "dangling.safetensors", 3, ["dangling.safetensors exists"]),
         (paths, "noted.safetensors", 3, ["noted.safetensors.json exists"]),

@@ -121,9 +121,9 @@ def test_a_plan_of_a_config_file_and_of_its_folder(tmp_path: Path, capsys: pytes
     options = ["--world-size", "4", "--sharding", "fsdp2", "--tokens", "1K", "--training-rate", "1G", "--rate", "1G"]
     plans = []
     for number, source in enumerate((tmp_path, tmp_path / "other.json")):
-        out = tmp_path / f"plan-{number}.json"
-        assert plan_run.main([str(source), *options, "--json", str(out)]) == 0
-        plans.append(json.loads(out.read_text()))
+        out = tmp_path / f"plan-{number}"
+        assert plan_run.main([str(source), *options, "--out", str(out)]) == 0
+        plans.append(json.loads((out / "plan.json").read_text()))
     printed = capsys.readouterr().out
     assert "FSDP2" in printed and "not counted: copying restore points, reading snapshots, traffic" in printed
     assert plans[0].pop("model") == str(tmp_path) and plans[1].pop("model") == str(tmp_path / "other.json")
@@ -143,8 +143,7 @@ def test_a_plan_of_a_config_file_and_of_its_folder(tmp_path: Path, capsys: pytes
         (plan_run.main, ["llama-25m", "--period", "1001"], ["period=1001 must be a multiple of context=5"]),
         (plan_run.main, ["llama-25m", "--tokens", "4M"], ["--tokens and --training-rate belong together"]),
         (plan_run.main, ["llama-25m", "--rate", "fast"], ["--rate", "4e6, 500G or 12T, got 'fast'"]),
-        (plan_run.main, ["llama-25m", "--json", "no/such/folder/x.json"], ["there is no folder no/such/folder"]),
-        (plan_run.main, ["llama-25m", "--json", str(SCRIPTS)], ["--json", "is a folder; give the name of a file"]),
+        (plan_run.main, ["llama-25m", "--out", __file__], ["--out", "cannot be made a folder", "is a file"]),
         (plan_run.main, ["llama-25m", "--period", "99"], ["period=99 must be a multiple of context=5"]),
         (benchmark_training.main, ["--whole-periods", "-1"], ["--whole-periods", "at least 0, got '-1'"]),
         (benchmark_training.main, ["--out", __file__], ["--out", "cannot be made a folder:", "is a file"]),
@@ -185,10 +184,9 @@ def test_amounts_are_read_with_their_units() -> None:
 def test_the_plan_takes_rates_per_second_and_a_tenth_of_the_period(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "plan.json"
     options = ["--period", "100", "--rate", "10T/s", "--copy-rate", "25GB/s", "--network-rate", "1TB"]
-    assert plan_run.main(["cnn-14k", *options, "--json", str(out)]) == 0
-    plan = json.loads(out.read_text())
+    assert plan_run.main(["cnn-14k", *options, "--out", str(tmp_path)]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["settings"]["probation"] == 10
     assert [plan["rates"][name] for name in ("nowcast_flops", "copy_bytes", "network_bytes")] == [1e13, 25e9, 1e12]
 
@@ -223,13 +221,16 @@ def test_models_of_no_size_are_refused(
 RUNS = {"llama-8b": (8, "1M"), "llama-70b": (512, "4M"), "llama-405b": (4096, "16M")}
 
 
-def test_the_documented_runs_are_what_the_script_plans(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_runs_are_what_the_script_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every size and the overhead of docs/scale.md, in the column of its run."""
     page = (SCRIPTS.parent / "docs" / "scale.md").read_text()
     (tail,) = (line.split('"')[1].split() for line in page.splitlines() if line.startswith("TAIL="))
     table = {
         cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in page.splitlines()) if len(cells) == 6
     }
+    monkeypatch.chdir(tmp_path)
     names = {"snapshots, host memory": "snapshots  ", "restore point, host memory": "restore point "}
     names |= {
         "GPU memory in a nowcast, at most": "during a nowcast",
@@ -243,3 +244,4 @@ def test_the_documented_runs_are_what_the_script_plans(capsys: pytest.CaptureFix
             (line,) = (line for line in lines if line.startswith(printed))
             number = table[documented][column].strip().strip("*")
             assert line.removeprefix(printed).strip().startswith(number), (documented, model)
+        assert json.loads((tmp_path / "results" / "plan" / "plan.json").read_text())["model"] == model

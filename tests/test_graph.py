@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from wired import WIRED
 
 import nino
-from nino import NeuralGraph
+from nino import GraphError, NeuralGraph
 from nino.graph import Axis, BlockKind, EdgeType
 from nino.graph.builder import GraphBuilder
 from nino.graph.symmetry import permutable_axes
@@ -296,6 +298,32 @@ def test_a_known_family_with_a_foreign_parameter_is_refused() -> None:
         model.base_model.register_parameter("gate", nn.Parameter(torch.ones(3)))
         with pytest.raises(nino.GraphError, match=r"gate \(0 of 3 elements\)"):
             NeuralGraph.from_model(model)
+
+
+@pytest.mark.parametrize("model", [3, None, nn.Linear])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(GraphError) as error:
+        NeuralGraph.from_model(model)
+    assert str(error.value) == f"only a torch.nn.Module can be wired, got {type(model).__name__}"
+
+
+def test_a_lazy_layer_must_have_a_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2))
+    said = "0.weight has no shape yet (a lazy layer): run Sequential once on a batch first"
+    with pytest.raises(GraphError, match=re.escape(said)):
+        NeuralGraph.from_model(model)
+    with pytest.raises(GraphError, match=re.escape(said)):
+        nino.NowcastOptimizer(torch.optim.Adam(model.parameters()), model, "nino-tiny")
+    model(torch.zeros(1, 3))
+    assert NeuralGraph.from_model(model).shapes["0.weight"] == (4, 3)
+
+
+@pytest.mark.parametrize("graph", [nn.Linear(3, 4), "exact"])
+def test_a_graph_of_ones_own_must_be_one(graph: Any) -> None:
+    model = nn.Linear(3, 4)
+    with pytest.raises(GraphError) as error:
+        nino.NowcastOptimizer(torch.optim.Adam(model.parameters()), model, "nino-tiny", graph=graph)
+    assert "graph must be a NeuralGraph, got " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_model_without_floating_parameters_is_refused() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import nino
-from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, NowcasterConfig, SnapshotError
+from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, NowcasterConfig, NowcastOptimizer, SnapshotError
 from nino.engine.weights import PredictionWriter, StoredSnapshots, factor_to_keep
 from nino.model import build_network
 from nino.nowcaster import CONFIG_FILE, WEIGHTS_FILE, shipped_nowcasters
@@ -179,11 +179,32 @@ def test_shipped_nowcasters_load_and_predict(name: str | None) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in predicted.items()} == graph.shapes
 
 
-@pytest.mark.parametrize("name", ["nino-gigantic", "no/such/folder/at/all", "./missing", "/missing/folder"])
+@pytest.mark.parametrize("name", ["nino-gigantic", "no/such/folder/at/all", "./missing", "/missing/folder", "x" * 300])
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(CheckpointError) as error:
         Nowcaster.from_pretrained(name)
     _one_line(error, repr(name), "folder", CONFIG_FILE, "user/name", "from_official")
+
+
+def test_what_is_no_name_is_refused() -> None:
+    network, model = _nowcaster().network, nn.Linear(2, 3)
+    for load in (
+        Nowcaster.from_pretrained,
+        lambda given: NowcastOptimizer(torch.optim.Adam(model.parameters()), model, given),
+    ):
+        for given, hint in ((network, "Nowcaster(network)"), (3, "got int"), (None, "got NoneType")):
+            with pytest.raises(CheckpointError) as error:
+                load(given)  # type: ignore[no-untyped-call]
+            _one_line(error, "a Nowcaster, a name or a folder", type(given).__name__, hint)
+
+
+def test_saving_under_the_name_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("precious")
+    for path in (tmp_path / "a_file", tmp_path / "a_file" / "below"):
+        with pytest.raises(CheckpointError) as error:
+            _nowcaster().save_pretrained(path)
+        _one_line(error, path, "cannot be made a folder")
+    assert (tmp_path / "a_file").read_text() == "precious"
 
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
@@ -492,7 +513,16 @@ def test_a_prediction_beyond_the_range_of_its_dtype_is_refused() -> None:
     _one_line(error, "2.bias", "refused")
 
 
-@pytest.mark.parametrize("horizon", [0, -1, 41, 2.5, "20", None])
+@pytest.mark.parametrize("graph", [None, nn.Linear(4, 5), "exact"])
+def test_the_graph_is_checked(graph: Any) -> None:
+    snapshots = _snapshots(_graph())
+    for predict in (_nowcaster().predict, lambda *given: _nowcaster().predict_(snapshots[-1], *given)):
+        with pytest.raises(NinoError) as error:
+            predict(snapshots, 5, graph)  # type: ignore[no-untyped-call]
+        _one_line(error, "NeuralGraph", f"got {type(graph).__name__}", "graph_of(model)")
+
+
+@pytest.mark.parametrize("horizon", [0, -1, 41, 2.5, "20", None, True])
 def test_the_horizon_is_checked(horizon: Any) -> None:
     _refused(NinoError, "horizon", "1 to 40", repr(horizon), horizon=horizon)
 

@@ -54,8 +54,14 @@ def test_places_lie_within_a_stretch() -> None:
     assert score_nowcasters.places(length=40, needed=41, windows=3, within=None) == []
 
 
-def test_held_out_runs_are_scored_and_those_that_drift_go_on_in_a_line(tmp_path: Path) -> None:
-    found = rows(record_collection(tmp_path / "runs"), tmp_path / "out")
+def test_held_out_runs_are_scored_and_those_that_drift_go_on_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert score_nowcasters.main(["--runs", str(record_collection(tmp_path / "runs")), *OPTIONS]) == 0
+    found = rows(tmp_path / "runs", tmp_path / "out")
+    by_default, asked = (json.loads((tmp_path / out / "scores.json").read_text()) for out in ("results/scores", "out"))
+    assert by_default["single"] == asked["single"]
     assert set(found) == {(f, n, h) for f in ("mlp", "cnn") for n in ("linear", "hidden-8") for h in (2, 5)}
     for (_, name, _), row in found.items():
         assert row["windows"] == 2, "one of six runs is held out"
@@ -95,8 +101,13 @@ def test_runs_that_cannot_be_scored_are_named_and_left_out(tmp_path: Path, capsy
     ],
 )
 def test_bad_input_is_one_line(
-    tmp_path: Path, options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    options: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     record_collection(tmp_path / "runs", runs=1)
     nowhere = str(tmp_path / "nowhere")
     given = [option.format(nowhere=nowhere) for option in options]

@@ -92,7 +92,8 @@ def nowcast_checkpoints(
     """
     began = time.perf_counter()
     out, config = Path(out), nowcaster.config
-    if horizon is not None and not (isinstance(horizon, int) and 1 <= horizon <= config.max_horizon):
+    is_number = isinstance(horizon, int) and not isinstance(horizon, bool)
+    if horizon is not None and not (is_number and 1 <= horizon <= config.max_horizon):
         raise NinoError(f"horizon must be 1 to {config.max_horizon} intervals between checkpoints, got {horizon!r}")
     checkpoints = [open_checkpoint(path) for path in find_checkpoints(paths, config.context)]
     last = checkpoints[-1]

@@ -13,6 +13,7 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from nino.errors import GraphError
 from nino.graph.ir import MAX_FEATURES, Axis, BlockKind, EdgeBlock, EdgeType, Narrow, NeuralGraph, NeuronGroup, Slots
@@ -23,7 +24,16 @@ MOST_NAMES = 5
 
 
 def graph_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters that belong in a graph: floating point and not empty; tied ones once."""
+    """Names and shapes of the parameters that belong in a graph: floating point and not empty; tied ones once.
+
+    Raises:
+        GraphError: if a lazy layer has not been given its shape.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise GraphError(
+                f"{name} has no shape yet (a lazy layer): run {type(model).__name__} once on a batch first"
+            )
     return {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()
@@ -32,11 +42,15 @@ def graph_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def check_graph(graph: NeuralGraph, model: nn.Module) -> None:
-    """Refuse a graph that was made of another model.
+    """Refuse a graph that was made of another model, or what is none.
 
     Raises:
-        GraphError: naming a parameter that differs.
+        GraphError: naming a parameter that differs, or what was given.
     """
+    if not isinstance(graph, NeuralGraph):
+        raise GraphError(
+            f"graph must be a NeuralGraph, got {type(graph).__name__}; make one with NeuralGraph.from_model(model)"
+        )
     shapes = graph_parameters(model)
     wrong = [name for name, shape in graph.shapes.items() if shapes.get(name) != shape]
     if wrong:

@@ -305,9 +305,9 @@ class NeuralGraph:
                 for convnets, MLPs, GPT-2, the Llama line and LoRA adapters.
 
         Raises:
-            GraphError: if the family's wiring does not cover a trainable parameter, or ``"official"`` does not
-                know the family. A model that can neither be traced nor recognised is no error: each of its parameters
-                is wired alone, with a warning.
+            GraphError: if it is no model, or a lazy layer has no shape yet; if the family's wiring does not cover a
+                trainable parameter, or ``"official"`` does not know the family. A model that can neither be traced nor
+                recognised is no error: each of its parameters is wired alone, with a warning.
 
         Example:
             >>> graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))

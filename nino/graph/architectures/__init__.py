@@ -42,6 +42,8 @@ def wire(model: nn.Module, wiring: str, example_inputs: Any = None) -> NeuralGra
     """Build a model's graph; see :meth:`NeuralGraph.from_model`."""
     if wiring not in ("exact", "official"):
         raise GraphError(f"wiring must be 'exact' or 'official', got {wiring!r}")
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"only a torch.nn.Module can be wired, got {type(model).__name__}")
     if not GraphBuilder(model).shapes:
         raise GraphError(f"{type(model).__name__} has no floating point parameters: there is nothing to wire")
     if wiring == "official":
