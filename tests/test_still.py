@@ -48,7 +48,8 @@ def check(new: Weights, last: Weights, moving: dict[str, Tensor]) -> None:
     for name, value in new.items():
         stayed = bits(value) == bits(last[name])
         assert bool(stayed[~moving[name]].all()), name
-        assert float(stayed[moving[name]].float().mean()) < 0.1 or value.numel() < 20, name
+        most = 0.3 if value.dtype == torch.bfloat16 else 0.1  # short movements are rounded away
+        assert float(stayed[moving[name]].float().mean()) < most or value.numel() < 20, name
 
 
 MODELS = pytest.mark.parametrize(  # fused layers, tied words, kernels
@@ -64,6 +65,7 @@ def test_what_never_moved_stays_in_both_engines_and_in_place(
     name: str, keep_norms: bool, dtype: torch.dtype, settings: dict[str, Any]
 ) -> None:
     (case,) = (case for case in CASES if case.name == name)
+    torch.manual_seed(0)
     graph, nowcaster = NeuralGraph.from_model(case.model()), nino.Nowcaster(build_network(tiny_config(**settings)))
     snapshots, moving = history(dict(graph.shapes), dtype)
     last, rounding = snapshots[-1], 0.02 if dtype == torch.bfloat16 else 1e-4
