@@ -50,6 +50,7 @@ from tasks.comparing import (
     summarise,
     verdicts,
 )
+from tasks.images import HeldOut
 from tasks.machine import describe_machine
 from tasks.methods import ADAM, YES_OR_NO, Rhythm, check_jumps, check_method, parse_method, update_or_part
 from tasks.report import Panel, draw_panels, format_markdown, format_table
@@ -84,6 +85,7 @@ def plan(args: argparse.Namespace) -> list[Cell]:
             updates=updates,
             evaluate_every=args.eval_every,
             warmup=args.warmup,
+            held_out=args.held_out,
         )
         for task in dict.fromkeys(args.tasks)
         for updates in dict.fromkeys(budgets[task])
@@ -229,6 +231,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--learning-rates", type=positive_float, nargs="+", help="by default each task's own")
     add("--schedules", nargs="+", choices=SCHEDULES, default=["constant"], help="of the learning rate")
     add("--warmup", type=whole_number, default=0, metavar="U", help="updates over which the rate rises from zero")
+    add(
+        "--held-out",
+        choices=get_args(HeldOut),
+        default="test",
+        help="what is evaluated on: choose settings on validation data",
+    )
     add("--updates", type=positive_int, nargs="+", help="one or several budgets; by default each task's own")
     add("--period", type=positive_int, default=1000, help="updates between jumps")
     add("--max-horizon", type=positive_int, help="of the first jump, in fifths of a period; by default the nowcaster's")

@@ -31,6 +31,7 @@ from torch.distributed.fsdp import fully_shard
 
 import nino
 from nino import NowcastOptimizer
+from nino.batch_norm import BatchNormRenewal
 from nino.distributed import Channel
 from nino.engine import blockwise
 from nino.graph.architectures import wire_each_alone
@@ -739,6 +740,20 @@ def averaged_replicas() -> Result:
     tiny_nowcaster().predict_(dict(alone.named_parameters()), snapshots, 2, graph)
     nowcast_together(tiny_nowcaster(), model, snapshots, graph, list(graph.shapes))
     return {"alone": whole_weights(alone), "weights": whole_weights(model)}
+
+
+def normed_replicas() -> Result:
+    """Running means after each update of a renewal; the processes' batches differ, and DDP hands round those of one."""
+    model = nn.parallel.DistributedDataParallel(nn.BatchNorm1d(2))
+    model.module.running_mean.fill_(100.0 + dist.get_rank())
+    renewal, means = BatchNormRenewal(model.module), []
+    renewal.begin()
+    for value in (1.0, 2.0, 6.0):
+        own = value + 10 * dist.get_rank()
+        model(torch.tensor([[own - 1, own], [own + 1, own]]))
+        renewal.after_update()
+        means.append(model.module.running_mean.tolist())
+    return {"means": means}
 
 
 def main() -> None:

@@ -119,6 +119,7 @@ def test_foreign_results_are_refused_and_kept(tmp_path: Path, text: str, expecte
         (("--jumps", "adam@horizon=1"), "expected a jump such as linear@horizon=4"),
         (("--jumps", "linear@horizon=0"), "expected horizon=K, interval=U or average=A"),
         (("--jumps", "linear@horizon=1,interval=2,average=3"), "snapshot_average must be 1 to 2 updates"),
+        (("--jumps", "linear@horizon=1,keep_norms=maybe"), "or keep_norms=yes, got 'keep_norms=maybe'"),
         (("--jumps", "linear@horizon=1,interval=2,keep_norms=yes"), "linear extrapolates all weights at once"),
         (("--jumps", JUMPS[1], "--anneal", "7"), "--anneal 7 is more than the 6 updates of a branch"),
         (("--jumps", JUMPS[1], "--warmup", "13"), "--warmup 13 is not over after update 12"),

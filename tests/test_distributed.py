@@ -235,7 +235,7 @@ def assert_resumed_by_one_process(folder: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    named = ("unlike_settings", "unlike_norms", "traced_replicas", "accelerated_resume", "trainer")
+    named = ("unlike_settings", "unlike_norms", "traced_replicas", "normed_replicas", "accelerated_resume", "trainer")
     found = launch("accelerate", 2, tmp_path, *scenarios, *named)
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
@@ -256,6 +256,9 @@ def test_two_replicas(tmp_path: Path) -> None:
         assert run["reports"] == [(PERIOD, True, False, "")]
         assert run["hooks"] == 0
         assert_same(run["weights"], found["traced_replicas"][0]["weights"])
+    for run in found["normed_replicas"]:
+        for mean, expected in zip(run["means"], (6.0, 6.5, 8.0), strict=True):  # of both, and of all updates so far
+            assert mean == pytest.approx([expected] * 2, rel=1e-4)
     first, second = found["accelerated_resume"]
     for run in (first, second):
         assert [report["rolled_back"] for report in run["whole"]["reports"]] == [True]

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-CONTAINERS = (dict, list, set, deque)
 SIMPLE = (str, bytes, int, float, complex, type(None), torch.Tensor, nn.Module, type)
 """What holds nothing else, or nothing that is looked for."""
-MOST_LOOKED_AT = 100_000
-"""Things beside what modules hold: looking through them takes no longer than a moment."""
+MOST_LOOKED_AT, OF_A_MODULE = 100_000, 100
+"""Things that are looked at, and for every module so many more: looking through them takes no longer than a moment."""
 MOST_DEPTH = 2
 LIBRARIES_LEFT_ALONE = sys.stdlib_module_names | {"torch", "nino"}
 LIBRARIES_WITH_HOOKS = ("transformers",)
@@ -57,9 +56,9 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     dense = [b for b in model.buffers() if b.layout == torch.strided and not b.is_meta]  # others cannot be compared
     buffers = [(buffer, buffer.detach().clone()) for buffer in dense]
     numbers, more_numbers = random.getstate(), np.random.get_state()
+    devices = list({p.device for p in model.parameters() if p.is_cuda})
     try:
-        _hold_back_hooks(model)
-        with torch.random.fork_rng(list({p.device for p in model.parameters() if p.is_cuda})):
+        with _without_forward_hooks(model), torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(numbers)
@@ -80,7 +79,7 @@ def _containers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     say) may belong to other threads.
     """
     waiting: deque[tuple[Any, int]] = deque((vars(module), 0) for module in model.modules())
-    seen, left = set[int](), MOST_LOOKED_AT + MOST_LOOKED_AT // 1000 * len(waiting)
+    seen, left = set[int](), MOST_LOOKED_AT + OF_A_MODULE * len(waiting)
     while waiting and left:
         left -= 1
         value, depth = waiting.popleft()
@@ -119,12 +118,21 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     return attributes if type(attributes) is dict else None
 
 
-def _hold_back_hooks(model: nn.Module) -> None:
-    """Take out what is called after a forward pass, but for hooks by which a library's model reads its own layers."""
-    for module in model.modules():
-        for key, hook in [*module._forward_hooks.items()]:
-            if str(getattr(hook, "__module__", "")).partition(".")[0] not in LIBRARIES_WITH_HOOKS:
-                del module._forward_hooks[key]
+@contextmanager
+def _without_forward_hooks(model: nn.Module) -> Iterator[None]:
+    """Hold back what is called after a forward pass, but for hooks by which a library's model reads its own layers."""
+    hooks = [module._forward_hooks for module in model.modules() if module._forward_hooks]
+    held = [(of_module, dict(of_module)) for of_module in hooks]
+    try:
+        for of_module, all_of_them in held:
+            for key, hook in all_of_them.items():
+                if str(getattr(hook, "__module__", "")).partition(".")[0] not in LIBRARIES_WITH_HOOKS:
+                    del of_module[key]
+        yield
+    finally:
+        for of_module, all_of_them in held:
+            of_module.clear()
+            of_module.update(all_of_them)
 
 
 def _restore(container: Any, contents: Any) -> None:

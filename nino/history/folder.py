@@ -76,7 +76,7 @@ def _claim(parent: Path) -> tuple[Path, int]:
         try:
             if _lock(lock):
                 return folder, lock
-        except BlockingIOError:
+        except BlockingIOError:  # somebody else is clearing it away
             pass
         except OSError:  # this file system has no locks; nobody will then take the folder for a leftover
             return folder, lock

@@ -20,7 +20,7 @@ from nino import Nowcaster
 from nino.batch_norm import BatchNormRenewal
 from nino.errors import NinoError
 from nino.history.mean import RunningMean, check_snapshot_average, counts
-from tasks.methods import Part, Rhythm, check_keeps_norms, load_jump, parse_method
+from tasks.methods import Part, Rhythm, check_keeps_norms, load_jump, parse_method, yes_or_no
 from tasks.speedup import TASKS, SpeedupTask
 from tasks.task import Batch, Task
 
@@ -46,6 +46,15 @@ class JumpPlan:
     """Whether matrices keep their norms."""
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+SETTINGS = {"horizon": _count, "interval": _count, "average": _count, "keep_norms": yes_or_no}
+
+
 def parse_jump(name: str) -> JumpPlan:
     """Read a jump's name: a jump of :mod:`tasks.methods`, ``@``, ``horizon``, maybe other settings.
 
@@ -56,22 +65,20 @@ def parse_jump(name: str) -> JumpPlan:
     part = parse_method(text, Rhythm()).jump
     if part is None or "+" in text:
         raise NinoError(f"jump {name!r}: expected a jump such as linear@horizon=4, and nothing else")
-    values = {"interval": 200, "average": 1}
-    keep_norms = False
+    values: dict[str, Any] = {"interval": 200, "average": 1}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
-        if setting == "keep_norms=yes":
-            keep_norms = True
-            continue
-        if key not in ("horizon", "interval", "average") or not value.isdigit() or int(value) < 1:
+        try:
+            values[key] = SETTINGS[key](value)
+        except (KeyError, ValueError):
             expected = "horizon=K, interval=U or average=A, whole numbers, or keep_norms=yes"
-            raise NinoError(f"jump {name!r}: expected {expected}, got {setting!r}")
-        values[key] = int(value)
+            raise NinoError(f"jump {name!r}: expected {expected}, got {setting!r}") from None
     if "horizon" not in values:
         raise NinoError(f"jump {name!r}: say how far, for example {text}@horizon=10")
     check_snapshot_average(values["average"], values["interval"])
-    check_keeps_norms(part, keep_norms)
-    return JumpPlan(name=name, part=part, keep_norms=keep_norms, **values)
+    jump = JumpPlan(name=name, part=part, **values)
+    check_keeps_norms(part, jump.keep_norms)
+    return jump
 
 
 @dataclass

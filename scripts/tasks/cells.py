@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from tasks.images import HeldOut
 from tasks.methods import Method, Rhythm, Setup, parse_method
 from tasks.speedup import TASKS
 
@@ -55,6 +56,8 @@ class Cell:
     """Fingerprint of the nowcaster's weights."""
     warmup: int = 0
     """Updates over which the learning rate rises from zero."""
+    held_out: HeldOut = "test"
+    """Which data it is evaluated on."""
 
     @property
     def label(self) -> str:
@@ -66,6 +69,8 @@ class Cell:
         record = asdict(self)
         if not self.warmup:
             del record["warmup"]
+        if self.held_out == "test":
+            del record["held_out"]
         for name in ("until", "keep_norms") if self.rhythm is not None else ():
             if not record["rhythm"][name]:
                 del record["rhythm"][name]
@@ -91,6 +96,7 @@ def make_cell(
     updates: int,
     evaluate_every: int,
     warmup: int = 0,
+    held_out: HeldOut = "test",
 ) -> Cell:
     """The cell of a method, which depends on its rhythm only if it has one."""
     return Cell(
@@ -104,6 +110,7 @@ def make_cell(
         rhythm=method.rhythm if method.has_rhythm else None,
         weights=weights,
         warmup=warmup,
+        held_out=held_out,
     )
 
 
@@ -133,7 +140,7 @@ def learning_rate_factor(schedule: str, step: int, updates: int, warmup: int = 0
 def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
     """Train a cell to its end, or until it has diverged."""
     spec = TASKS[cell.task]
-    task = spec.data(data, "test")
+    task = spec.data(data, cell.held_out)
     torch.manual_seed(cell.seed)
     model = spec.build()
     # After the model: building a nowcaster draws random numbers.

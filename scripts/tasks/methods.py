@@ -226,7 +226,8 @@ def parse_method(name: str, rhythm: Rhythm) -> Method:
     return Method(name=name, optimizer=parts["optimizer"], rhythm=_read_settings(name, settings, rhythm), **slots)
 
 
-def _yes_or_no(text: str) -> bool:
+def yes_or_no(text: str) -> bool:
+    """Reads a switch."""
     if text not in ("yes", "no"):
         raise ValueError
     return text == "yes"
@@ -245,7 +246,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "decay_power": float,
     "until": update_or_part,
     "moments": str,
-    **dict.fromkeys(YES_OR_NO, _yes_or_no),
+    **dict.fromkeys(YES_OR_NO, yes_or_no),
 }
 """How settings are read that are no whole numbers."""
 
