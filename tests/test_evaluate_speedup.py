@@ -41,7 +41,7 @@ from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
 from tasks.images import load_parquet_images
 from tasks.methods import Rhythm, Setup, check_method, load_jump, parse_method
 from tasks.report import format_markdown
-from tasks.rivals import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, hidden_matrices
+from tasks.rivals import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, OuterNesterov, hidden_matrices
 from tasks.speedup import TASKS
 from tasks.task import DenoisingTask, TextTask
 from tasks.text import TextData
@@ -51,7 +51,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_speedup.py"
 GOLDEN = Path(os.environ.get("NINO_GOLDEN", Path(__file__).parents[2] / "shared" / "golden")) / "official"
 RHYTHM = Rhythm(period=10)
 BEFORE_JUMP = ["nino:nino-tiny", "linear", "rre:0.2", "nino:nino-tiny@max_horizon=5,probation=2"]
-METHODS = ["adam", *BEFORE_JUMP, "lookahead:4", "ema:0.9", "lawa:2", "muon", "muon+lookahead+ema+linear"]
+METHODS = ["adam", *BEFORE_JUMP, "lookahead:4", "snoo:4:0.7:0.5", "ema:0.9", "lawa:2", "muon", "muon+lookahead+ema+linear"]
 
 
 def cell_of(method: str, **settings: Any) -> Cell:
@@ -170,6 +170,8 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         (["--methods", "wnn:nino-tiny"], ["wnn:nino-tiny holds the weights of a nino"]),
         (["--methods", "official:no.pt"], ["no.pt"]),
         (["--methods", "lookahead:0"], ["lookahead expects a whole number of at least 1"]),
+        (["--methods", "snoo:5"], ["snoo expects updates, a rate and a momentum between 0 and 1"]),
+        (["--methods", "snoo:5:0.7:1"], ["snoo expects updates, a rate and a momentum between 0 and 1"]),
         (["--methods", "ema:2"], ["ema expects a number between 0 and 1"]),
         (["--methods", "linear:3"], ["linear expects nothing"]),
         (
@@ -568,6 +570,28 @@ def test_lookahead_goes_back_half_of_the_way() -> None:
         model.weight.grad = torch.full((1, 1), -1.0)
         optimizer.step()
     assert model.weight.item() == 11.0
+
+
+def test_outer_nesterov_goes_further_the_longer_it_went_that_way() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    outer = OuterNesterov(optimizer, model, every=2, rate=0.5, momentum=0.5)
+
+    def weights(updates: int) -> list[float]:
+        seen = []
+        for _ in range(updates):
+            model.weight.grad = torch.full((1, 1), -1.0)
+            optimizer.step()
+            seen.append(model.weight.item())
+        return seen
+
+    # Steps of half of 2 + 0.5 * 2 and then, with a momentum of 0.5 * 2 + 2, of half of 2 + 0.5 * 3.
+    assert weights(4) == [1.0, 1.5, 2.5, 3.25]
+    with torch.no_grad():
+        model.weight.fill_(10)
+    outer.restart()
+    assert weights(2) == [11.0, 11.5]
 
 
 def test_averages_are_evaluated_and_forgotten_at_a_jump() -> None:

@@ -2,7 +2,7 @@
 
 ==================  =====================================================================================
 optimizer           ``adam`` (AdamW, if none is named), ``muon``, ``schedulefree``
-slow weights        ``lookahead[:every]``
+slow weights        ``lookahead[:every]``, ``snoo[:every:rate:momentum]``
 what is evaluated   ``ema[:decay]``, ``lawa[:count]``
 jump                ``nino:NAME-OR-FOLDER``, ``wnn:FOLDER-OR-PT``, ``official:FILE.pt``, ``linear``, ``rre[:cap]``
 bad jump            ``untrained[:hidden]``, ``scaled:FACTOR:NAME-OR-FOLDER-OR-PT``
@@ -37,6 +37,7 @@ from tasks.rivals import (
     LatestAverage,
     Lookahead,
     MuonWithAdamW,
+    OuterNesterov,
     ScheduleFreeAverage,
     find_muon,
     find_schedule_free,
@@ -173,6 +174,17 @@ def _fraction(default: float) -> Callable[[str], float]:
     return read
 
 
+def _outer_step(text: str) -> tuple[int, float, float]:
+    try:
+        every, rate, momentum = text.split(":") if text else ("28", "0.68", "0.37")
+        step = int(every), float(rate), float(momentum)
+    except ValueError:
+        step = 0, 0.0, 0.0
+    if not (step[0] >= 1 and step[1] > 0 and 0 < step[2] < 1):
+        raise ValueError("updates, a rate and a momentum between 0 and 1 after colons")
+    return step
+
+
 def _factor_and_name(text: str) -> tuple[float, str]:
     factor, _, name = text.partition(":")
     try:
@@ -186,6 +198,7 @@ KINDS: dict[str, Kind] = {
     "muon": Kind("optimizer", _nothing),
     "schedulefree": Kind("optimizer", _nothing),
     "lookahead": Kind("slow", _count(5)),
+    "snoo": Kind("slow", _outer_step),
     "ema": Kind("average", _fraction(0.999)),
     "lawa": Kind("average", _count(5)),
     "nino": Kind("jump", _name),
@@ -432,10 +445,16 @@ def _followers(method: Method, optimizer: Optimizer, model: nn.Module) -> list[F
     if method.optimizer.kind == "schedulefree":
         followers.append(ScheduleFreeAverage(optimizer))
     if method.slow is not None:
-        followers.append(Lookahead(optimizer, model, method.slow.value))
+        followers.append(_slow_weights(method.slow, optimizer, model))
     if method.average is not None:
         followers.append(average_of(method.average, list(model.parameters()), method.rhythm))
     return followers
+
+
+def _slow_weights(part: Part, optimizer: Optimizer, model: nn.Module) -> Follower:
+    if part.kind == "lookahead":
+        return Lookahead(optimizer, model, part.value)
+    return OuterNesterov(optimizer, model, *part.value)
 
 
 def average_of(part: Part, parameters: list[torch.Tensor], rhythm: Rhythm) -> Follower:

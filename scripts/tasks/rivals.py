@@ -52,7 +52,7 @@ def copies(parameters: Tensors) -> Tensors:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def copy_into(parameters: Tensors, values: Sequence[Tensor]) -> None:
+def copy_into(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 
@@ -80,6 +80,44 @@ class Lookahead(Follower):
 
     def restart(self) -> None:
         self.slow = copies(self.parameters)
+
+
+class OuterNesterov(Follower):
+    """Every few updates slow weights take a step of SGD with Nesterov's momentum, and the fast ones follow them.
+
+    What the fast weights moved since then is its gradient: SNOO (arXiv:2510.15830), DiLoCo of one process. Without
+    momentum it is :class:`Lookahead`. It too acts within the optimizer's step.
+
+    Args:
+        optimizer: of the fast weights.
+        model: has them.
+        every: updates between two steps of the slow weights.
+        rate: learning rate of these.
+        momentum: of these.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, every: int, rate: float, momentum: float) -> None:
+        self.parameters: Tensors = list(model.parameters())
+        self.every = every
+        self.slow = [nn.Parameter(copy) for copy in copies(self.parameters)]
+        self.outer = torch.optim.SGD(self.slow, lr=rate, momentum=momentum, nesterov=True)
+        self.updates = 0
+        optimizer.register_step_post_hook(lambda *_: self.synchronise())
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        """Count an update; slow weights go on, and the fast ones start from there."""
+        self.updates += 1
+        if self.updates % self.every == 0:
+            for slow, fast in zip(self.slow, self.parameters, strict=True):
+                slow.grad = slow - fast
+            self.outer.step()
+            copy_into(self.parameters, self.slow)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        copy_into(self.slow, self.parameters)
+        self.outer.state.clear()
 
 
 class ExponentialAverage(Follower):
