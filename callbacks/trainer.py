@@ -71,6 +71,8 @@ class NowcastCallback(TrainerCallback):
         keep_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted norms
             grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
             as when an average of the weights is what you evaluate.
+        glide: updates over which a jump is dealt out: each moves the weights by its share, and training corrects the
+            way. At most half of the period; 0 jumps at once. For one more copy of the weights meanwhile.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
@@ -101,6 +103,7 @@ class NowcastCallback(TrainerCallback):
         probation: int | None = None,
         moments: Moments = "keep",
         keep_norms: bool = False,
+        glide: int = 0,
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
         graph: NeuralGraph | None = None,
@@ -118,6 +121,7 @@ class NowcastCallback(TrainerCallback):
         self.probation = probation
         self.moments: Moments = moments
         self.keep_norms = keep_norms
+        self.glide = glide
         self.batch_norm = batch_norm
         self.nowcast_in_warmup = nowcast_in_warmup
         self.graph = graph
@@ -160,6 +164,7 @@ class NowcastCallback(TrainerCallback):
             probation=self.probation,
             moments=self.moments,
             keep_norms=self.keep_norms,
+            glide=self.glide,
             batch_norm=self.batch_norm,
             nowcast_in_warmup=self.nowcast_in_warmup,
             optimizer=optimizer,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nino.distributed import Channel, LostProcessError, PeerFailureError
 from nino.engine.weights import Jump
 from nino.errors import SnapshotError
+from nino.glide import Glide
 from nino.history import SnapshotStore
 from nino.interrupts import or_undone
 from nino.live_model import LiveModel, write_parameters
@@ -45,6 +46,7 @@ def attempt_jump(
     refusal: str = "",
     averaged: bool = False,
     keep_norms: bool = False,
+    glide: Glide,
     step: int,
     restore_point: RestorePoint | None,
     complete: Callable[[Attempt], R],
@@ -61,6 +63,7 @@ def attempt_jump(
         averaged: whether snapshots are means over some updates, the newest one too; else the live weights are the
             newest one.
         keep_norms: whether matrices keep the norms of the newest snapshot.
+        glide: if it deals jumps out, it takes the movement, and the weights stay where they are for now.
         step: optimizer updates done.
         restore_point: if given, takes a copy of all that training changes before the jump.
         complete: is told how it went. An interrupt before that puts the weights back, a later one waits for it.
@@ -75,6 +78,7 @@ def attempt_jump(
     channel, before, masters = Channel(live.device), dict[str, Tensor](), Masters()
 
     def put_back() -> None:
+        glide.end()
         if before:
             write_parameters(parameters, before)
 
@@ -89,8 +93,11 @@ def attempt_jump(
                     before.update({name: weights[name] for name in parameters})
                 else:
                     before.update(_backup(parameters, store))
-                masters.extend(find_masters(live.optimizer, parameters))
-                jump = _predict(live, store, horizon, parameters, before, channel, averaged, keep_norms)
+                if not glide.updates:
+                    masters.extend(find_masters(live.optimizer, parameters))
+                jump = _predict(live, store, horizon, parameters, before, channel, averaged, keep_norms, glide.updates)
+                if glide.updates:
+                    glide.begin(parameters, store.snapshots[-1] if averaged else before, before)
         except LostProcessError:  # it cannot go on; whoever catches this finds the weights whole
             raise
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
@@ -136,13 +143,14 @@ def _predict(
     channel: Channel,
     averaged: bool,
     keep_norms: bool,
+    glide: int,
 ) -> Jump:
     everything = live.wired()
     fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
     read = store.snapshots if averaged else [*store.snapshots[:-1], newest]
     snapshots = [{**fixed, **snapshot} for snapshot in read]
     weights = list(live.nowcaster.network.parameters())
-    same = [horizon, int(keep_norms), fingerprint(weights)] if channel.size > 1 else []
+    same = [horizon, int(keep_norms), glide, fingerprint(weights)] if channel.size > 1 else []
     return live.nowcaster.predict_(
         parameters,
         snapshots,

@@ -57,6 +57,8 @@ class NowcastOptimizer(Optimizer):
         keep_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted norms
             grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
             as when an average of the weights is what you evaluate.
+        glide: updates over which a jump is dealt out: each moves the weights by its share, and training corrects the
+            way. At most half of the period; 0 jumps at once. For one more copy of the weights meanwhile.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
@@ -97,6 +99,7 @@ class NowcastOptimizer(Optimizer):
         probation: int | None = None,
         moments: Moments = "keep",
         keep_norms: bool = False,
+        glide: int = 0,
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
         graph: NeuralGraph | None = None,
@@ -123,6 +126,7 @@ class NowcastOptimizer(Optimizer):
             probation=probation,
             moments=moments,
             keep_norms=keep_norms,
+            glide=glide,
             batch_norm=batch_norm,
             nowcast_in_warmup=nowcast_in_warmup,
             optimizer=optimizer,

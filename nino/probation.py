@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -85,6 +85,31 @@ class ProbationConfig:
     def tolerance_after(self, updates: int) -> float:
         """By how many standard errors the loss may exceed that before the jump, so many updates after it."""
         return self.tolerance if updates >= RECOVERY else self.early_tolerance
+
+
+def probation_of(period: int, updates: int | None = None, glide: int = 0) -> ProbationConfig:
+    """How nowcasts of a run are judged.
+
+    Args:
+        period: optimizer updates between nowcasts.
+        updates: that one has to recover in, once it has arrived; ``None`` for :func:`default_probation`, 0 for never.
+        glide: updates over which a jump is dealt out, which come on top.
+
+    Raises:
+        NinoError: if the next nowcast comes before.
+
+    Example:
+        >>> probation_of(1000).updates, probation_of(1000, glide=50).updates, probation_of(1000, 0, glide=50).updates
+        (100, 150, 0)
+    """
+    chosen = default_probation(period) if updates is None else updates
+    config = ProbationConfig(updates=chosen, longest=longest_probation(period))
+    if not chosen:
+        return config
+    if chosen + glide >= period:
+        way = f" and a glide of {glide}" if glide else ""
+        raise NinoError(f"probation={chosen}{way} must end before the next nowcast, period={period} updates later")
+    return replace(config, updates=chosen + glide, longest=config.longest + glide)
 
 
 def finite(losses: Sequence[float]) -> list[float]:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from nino.batch_norm import RENEWAL_UPDATES, BatchNormRenewal
 from nino.distributed import is_main_process
 from nino.errors import NinoError
+from nino.glide import Glide, check_glide
 from nino.graph import NeuralGraph
 from nino.history import Place, SnapshotStore
 from nino.history.mean import RunningMean, check_snapshot_average, is_added
@@ -31,13 +32,7 @@ from nino.jump import Attempt, attempt_jump
 from nino.live_model import LiveModel
 from nino.moments import Moments, check_moments, settle_moments
 from nino.nowcaster import Nowcaster
-from nino.probation import (
-    ProbationConfig,
-    default_probation,
-    finite,
-    longest_probation,
-    why_not_judged,
-)
+from nino.probation import finite, probation_of, why_not_judged
 from nino.rates import has_risen, horizon_by_mass, learning_rate_of
 from nino.report import NowcastReport, OpenReport
 from nino.rollback import RestorePoint
@@ -76,6 +71,8 @@ class NowcastSession:
         keep_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted norms
             grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
             as when an average of the weights is what you evaluate.
+        glide: updates over which a jump is dealt out: each moves the weights by its share, and training corrects the
+            way. At most half of the period; 0 jumps at once. For one more copy of the weights meanwhile.
         batch_norm: whether batch norms estimate their running statistics anew after a jump; see :mod:`nino.batch_norm`.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         optimizer: if given, only parameters that it updates are nowcast; what it does not hold counts as frozen.
@@ -106,6 +103,7 @@ class NowcastSession:
         probation: int | None = None,
         moments: Moments = "keep",
         keep_norms: bool = False,
+        glide: int = 0,
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
         optimizer: Optimizer | None = None,
@@ -141,11 +139,8 @@ class NowcastSession:
         self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
         self.snapshot_average = check_snapshot_average(snapshot_average, self.schedule.interval)
         self.mean = RunningMean()
-        self.probation = ProbationConfig(
-            updates=default_probation(period) if probation is None else probation, longest=longest_probation(period)
-        )
-        if self.probation.updates >= period:
-            raise NinoError(f"probation={probation} must end before the next nowcast, period={period} updates later")
+        self.glide = Glide(check_glide(glide, period))
+        self.probation = probation_of(period, probation, glide)
         self.restore_point = RestorePoint(snapshots_on, snapshot_folder)
         self.trial = Trial(self.probation, self.live, on_report)
         self.moments = check_moments(moments)
@@ -253,6 +248,8 @@ class NowcastSession:
         """What is due after an update, once the last nowcast is judged."""
         if self.step - 1 == self.schedule.max_steps and is_main_process():
             logger.warning("the run goes on beyond max_steps=%d: nothing is nowcast any more", self.step - 1)
+        if self.glide.is_on and self.glide.after_update(self.trainable_parameters(), self.optimizer):
+            self.batch_norm.begin()
         self.batch_norm.after_update()
         self._average()
         if is_snapshot_step(self.step, self.schedule):
@@ -270,6 +267,7 @@ class NowcastSession:
             That report, if there was one.
         """
         self.restore_point.clear()
+        self.glide.end()
         nowcast = self.trial.open
         if nowcast is None:
             return None
@@ -287,6 +285,7 @@ class NowcastSession:
         self._forget_history()
         self.trial.reset()
         self.restore_point.clear()
+        self.glide.end()
         self.batch_norm.end()
 
     def detach(self) -> None:
@@ -316,6 +315,7 @@ class NowcastSession:
             "learning_rates": list(self._rates),
             **self.trial.state_dict(),
             "restore_point": self.restore_point.state_dict() if self.trial.is_on_probation else None,
+            "glide": self.glide.state_dict(),
             "batch_norm": self.batch_norm.state_dict(),
         }
 
@@ -353,6 +353,7 @@ class NowcastSession:
             batch_norm = BatchNormRenewal.read(state["batch_norm"])
             goes_on = state.get("snapshot_average", self.snapshot_average) == self.snapshot_average > 1
             mean = RunningMean.read(state.get("mean") if goes_on else None, local_tensors(parameters))
+            glide = Glide.read(state.get("glide"), parameters, self.glide.updates)
             unfrozen |= self.store.load_state_dict(state["history"], parameters, everything)  # last: it may refuse
         except NinoError:
             raise
@@ -367,7 +368,7 @@ class NowcastSession:
             if trial.open is not None:
                 trial.open.on_probation = False
         self.restore_point.close()
-        self.restore_point, self.mean = restore_point, mean
+        self.restore_point, self.mean, self.glide = restore_point, mean, glide
         self.batch_norm.resume(batch_norm)
         if self._has_begun or len(self.store) or trial.open is not None:  # else there is nothing that may go stale
             self.live.remember()
@@ -388,6 +389,7 @@ class NowcastSession:
             unjudged = f", the nowcast after update {nowcast.report.step} is not judged"
         message = "the model has changed by update %d, snapshots start afresh%s: %s"
         logger.warning(message, max(self.step, 1), unjudged, change)
+        self.glide.end()
         self._forget_history()
 
     def _snapshot(self, learning_rate: float | None) -> None:
@@ -470,6 +472,7 @@ class NowcastSession:
         with held_back():  # once the weights are put back, there is a report of it
             self.restore_point.restore(self.model, moved, self.optimizer)
             self.restore_point.clear()
+            self.glide.end()
             self.batch_norm.end()
             self._forget_history()  # snapshots of the undone weights, if there are any
             self.trial.fail(report)
@@ -501,6 +504,7 @@ class NowcastSession:
             refusal=self._refusal(losses),
             averaged=self.snapshot_average > 1,
             keep_norms=self.keep_norms,
+            glide=self.glide,
             step=self.step,
             restore_point=self.restore_point if on_probation else None,
             complete=lambda attempt: self._after_attempt(report, attempt, losses if on_probation else None),
@@ -530,6 +534,11 @@ class NowcastSession:
             return f"{count} of {context} snapshots were taken since the history began{last_try}"
         return why_not_judged(losses) if self._judges and len(losses) > len(finite(losses)) else ""
 
+    @property
+    def _recovery(self) -> int:
+        """Updates that a jump takes until it has arrived, and is judged if it is."""
+        return max(self.probation.updates, self.glide.updates)
+
     def _horizon(self) -> tuple[int, str]:
         """How far to look, and why this nowcast is left out, if it is."""
         planned = horizon_at(self.step, self.schedule)
@@ -537,7 +546,7 @@ class NowcastSession:
         if self.trial.trust.periods_to_skip:
             self.trial.trust = self.trial.trust.after_skipping()
             return horizon, f"{self.trial.trust.failures} in a row were undone or kept in doubt"
-        if self.schedule.max_steps is not None and self.schedule.max_steps - self.step < self.probation.updates:
+        if self.schedule.max_steps is not None and self.schedule.max_steps - self.step < self._recovery:
             return horizon, "the run ends before a jump could recover"
         if has_risen(self._rates) and not self.nowcast_in_warmup:
             return horizon, "the learning rate rose between its snapshots (a warm-up, or a restart)"
@@ -551,7 +560,8 @@ class NowcastSession:
         if attempt.jump is None:
             return report
         settle_moments(self.moments, self.optimizer, self.trainable_parameters(), report.horizon)
-        self.batch_norm.begin()
+        if not self.glide.is_on:
+            self.batch_norm.begin()
         logger.debug("jumped after update %d; the nowcast is reported once the loss after it is known", self.step)
         return replace(
             report,
@@ -579,5 +589,6 @@ def without_history(state: Mapping[str, Any]) -> dict[str, Any]:
         "losses": [],
         "open_report": None,
         "restore_point": None,
+        "glide": None,
         "batch_norm": {"updates_left": 0, "known": {}},
     }

@@ -51,7 +51,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="JUMP",
-        help="a jump of docs/evaluation.md and @horizon=K,interval=U,average=A,keep_norms=yes",
+        help="a jump of docs/evaluation.md and @horizon=K,interval=U,average=A,glide=G,keep_norms=yes",
     )
     add("--updates", type=positive_int, default=600, help="how far branches go on")
     add("--warmup", type=whole_number, default=0, metavar="U", help="updates over which the rate rises from zero")

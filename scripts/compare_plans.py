@@ -63,6 +63,7 @@ def train(method: Method, args: argparse.Namespace) -> list[Result]:
             schedule,
             rhythm.snapshot_average,
             keep_norms=rhythm.keep_norms,
+            glide=rhythm.glide,
             example_inputs=example,
         )
     average = Follower()

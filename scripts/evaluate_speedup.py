@@ -260,6 +260,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--moments", choices=get_args(Moments), default="keep", help="what becomes of Adam's moments after a jump")
     add("--keep-norms", choices=["yes", "no"], default="no", help="matrices keep their norms in a jump")
+    add("--glide", type=whole_number, default=0, help="updates over which a jump is dealt out; 0 jumps at once")
     add("--batch-norm", choices=["yes", "no"], default="yes", help="estimate running statistics anew after a jump")
     add("--eval-every", type=positive_int, default=50, help="updates between evaluations")
     add("--targets", type=targets_of_task, nargs="+", default=[], help="TASK=VALUE,VALUE,...: other values to reach")

@@ -69,6 +69,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--optimizer-bytes", type=float, help="of state per weight; by default Adam's two moments")
     parser.add_argument("--probation", type=int, help="updates; 0 for none, by default a tenth of the period")
     parser.add_argument("--period", type=int, default=1000, help="updates between nowcasts")
+    parser.add_argument("--glide", type=int, default=0, help="updates over which a jump is dealt out")
     parser.add_argument("--snapshot-average", type=int, default=1, help="updates over which a snapshot is averaged")
     parser.add_argument("--seconds-per-update", type=positive_float, help="of training, or estimate it by the next two")
     parser.add_argument("--tokens", type=amount, help="of one update, over all ranks, such as 4M")
@@ -104,6 +105,7 @@ def make_plan(args: argparse.Namespace) -> nino.RunPlan:
         "snapshots_on": args.snapshots_on,
         "snapshot_dtype": DTYPES.get(args.snapshot_dtype),
         "snapshot_average": args.snapshot_average,
+        "glide": args.glide,
         "optimizer_bytes": args.optimizer_bytes,
         "probation": default_probation(args.period) if args.probation is None else args.probation,
         "period": args.period,
@@ -143,6 +145,8 @@ def lines_of(name: str, plan: nino.RunPlan, ranks_per_host: int) -> Iterator[str
         yield row("on its way to the disk", size(memory.under_way), "in host memory, one snapshot at a time")
     if memory.mean:
         yield row("mean of weights", size(memory.mean), f"of which a snapshot is made, on {settings.device}")
+    if memory.glide:
+        yield row("rest of a jump", size(memory.glide), f"for {settings.glide} updates after it, on {settings.device}")
     yield row("restore point", size(memory.restore_point), f"for probation, {place}")
     yield row("kept in all", size(memory.kept), f"{place}{host}")
     yield row("during a nowcast", size(memory.nowcast), f"at most, on {settings.device}")

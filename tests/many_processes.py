@@ -245,13 +245,13 @@ def sharded_training() -> Result:
 
 
 def sharded_averages() -> Result:
-    """Snapshots that are means, on shards; saved in the middle of one."""
+    """Snapshots that are means, on shards, and jumps that glide; saved in the middle of a mean."""
     model = shard(mlp().to(DEVICE))
-    optimizer = adam(model, snapshot_average=2)
+    optimizer = adam(model, snapshot_average=2, glide=3)
     weights = train(model, optimizer, 0, 3)
     folder = Path(sys.argv[1]) / "averages"
     optimizer.save_history(folder)
-    other = adam(shard(mlp(seed=1).to(DEVICE)), snapshot_average=2)
+    other = adam(shard(mlp(seed=1).to(DEVICE)), snapshot_average=2, glide=3)
     other.load_history(folder)
     mean, restored = (each.session.mean.state_dict() for each in (optimizer, other))
     same = [torch.equal(value, restored["means"][name]) for name, value in mean["means"].items()]
@@ -722,10 +722,28 @@ def unlike_settings() -> Result:
 
 
 def unlike_norms() -> Result:
-    """Only process 1 keeps norms."""
-    model = mlp()
-    optimizer = adam(model, keep_norms=dist.get_rank() == 1)
-    return {"weights": train(model, optimizer, 0, PERIOD + 1), "reports": reports_of(optimizer)}
+    """Only process 1 keeps norms, or glides."""
+    results = {}
+    for name, setting in (("norms", {"keep_norms": dist.get_rank() == 1}), ("glide", {"glide": dist.get_rank()})):
+        model = mlp()
+        optimizer = adam(model, **setting)
+        results[name] = {"weights": train(model, optimizer, 0, PERIOD + 1), "reports": reports_of(optimizer)}
+    return results
+
+
+def gliding_replicas() -> Result:
+    """Saved in the middle of a glide, with a probation, and resumed."""
+    settings: dict[str, Any] = {"glide": 3, "probation": 2}
+    model = nn.parallel.DistributedDataParallel(mlp())
+    optimizer = adam(model, **settings)
+    train(model, optimizer, 0, PERIOD + 2)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    weights = train(model, optimizer, PERIOD + 2, 20)
+    model = nn.parallel.DistributedDataParallel(mlp(seed=1))
+    other = adam(model, **settings)
+    model.load_state_dict(state[0])
+    other.load_state_dict(state[1])
+    return {"weights": weights, "resumed": train(model, other, PERIOD + 2, 20), "reports": reports_of(optimizer)}
 
 
 def averaged_replicas() -> Result:

@@ -33,8 +33,8 @@ def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
     assert branches[f"20 {JUMPS[0]}"] == branches["20 stay"], "a jump of no length changes nothing"
     assert branches["20 stay"] != branches["12 stay"]
 
-    mean = f"{JUMPS[0]},average=2"
-    again = run(*SMALL, "--jumps", *JUMPS, mean, "--out", tmp_path)
+    mean, gliding = f"{JUMPS[0]},average=2", f"{JUMPS[1]},glide=4"
+    again = run(*SMALL, "--jumps", *JUMPS, mean, gliding, "--out", tmp_path)
     assert again.returncode == 0, again.stderr
     longer = json.loads((tmp_path / "jumps.json").read_text())["branches"]
     assert {name: longer[name] for name in branches} == branches
@@ -42,6 +42,8 @@ def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
     assert longer[f"20 {JUMPS[1]}"][0][1] < 3, "a step as long as the last four"
     assert longer[f"20 {mean}"][0] != branches["20 stay"][0], "the jump is to the mean of the last two weights"
     assert longer[f"20 {mean}"][0][1] == pytest.approx(branches["20 stay"][0][1], abs=0.1)
+    glide, jump, stay = (longer[f"20 {name}"] for name in (gliding, JUMPS[1], "stay"))
+    assert glide[0] == stay[0] and glide not in (stay, jump), "it sets out where weights are"
     assert JUMPS[1] in again.stdout and "gain" in again.stdout
 
 
@@ -117,7 +119,7 @@ def test_foreign_results_are_refused_and_kept(tmp_path: Path, text: str, expecte
     [
         (("--jumps", "linear"), "say how far, for example linear@horizon=10"),
         (("--jumps", "adam@horizon=1"), "expected a jump such as linear@horizon=4"),
-        (("--jumps", "linear@horizon=0"), "expected horizon=K, interval=U or average=A"),
+        (("--jumps", "linear@horizon=0"), "expected horizon=K, interval=U, average=A or glide=G"),
         (("--jumps", "linear@horizon=1,interval=2,average=3"), "snapshot_average must be 1 to 2 updates"),
         (("--jumps", "linear@horizon=1,keep_norms=maybe"), "or keep_norms=yes, got 'keep_norms=maybe'"),
         (("--jumps", "linear@horizon=1,interval=2,keep_norms=yes"), "linear extrapolates all weights at once"),

@@ -91,7 +91,7 @@ def test_every_method_trains_and_is_reported(
 ) -> None:
     out, process = comparison
     assert process.returncode == 0, process.stderr
-    assert "10 trainings planned, 0 already finished" in process.stdout
+    assert "11 trainings planned, 0 already finished" in process.stdout
     results = results_of(out)
     assert set(results) == set(METHODS)
     for method, result in results.items():
@@ -101,7 +101,7 @@ def test_every_method_trains_and_is_reported(
         assert [jump["nowcast/step"] for jump in jumps] == ([10] if parse_method(method, RHYTHM).jump else [])
     assert results[BEFORE_JUMP[-1]]["nowcasts"][0]["nowcast/horizon"] == 5
     content = json.loads((out / "results.json").read_text())
-    assert not content["failed"] and len(content["cells"]) == 10 and len(content["verdicts"]) == 10
+    assert not content["failed"] and len(content["cells"]) == 11 and len(content["verdicts"]) == 11
     assert all("training_losses" not in cell and (out / cell["file"]).is_file() for cell in content["cells"])
     table = (out / "table.md").read_text()
     assert "| muon+lookahead+ema+linear |" in table and "## digits-16:" in table
@@ -134,7 +134,7 @@ def test_the_same_command_resumes(
     lost = next(path for path in cells if ".lawa" in path.name)
     lost.write_text("{")  # as if it had been damaged
     assert main(options_of(out)) == 0
-    assert "10 trainings planned, 9 already finished" in capsys.readouterr().out
+    assert "11 trainings planned, 10 already finished" in capsys.readouterr().out
     changed = [path for path in cells if path.stat().st_mtime_ns != written[path]]
     assert changed == [lost] and len(json.loads(lost.read_text())["training_losses"]) == 12
     assert main([*options_of(out), "--dry-run", "--seeds", "0", "1"]) == 0
@@ -176,9 +176,10 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         (["--methods", "linear:3"], ["linear expects nothing"]),
         (
             ["--methods", "linear@horizon=3"],
-            ["setting 'horizon' is none of batch_norm, decay_power, keep_norms, max_horizon"],
+            ["setting 'horizon' is none of batch_norm, decay_power, glide, keep_norms, max_horizon"],
         ),
         (["--methods", "linear@max_horizon=x"], ["max_horizon expects a number"]),
+        (["--methods", "linear@glide=900"], ["glide must be 0 (a jump at once) to"]),
         (["--methods", "linear@batch_norm=1"], ["batch_norm expects yes or no"]),
         (["--methods", "linear@keep_norms=yes"], ["linear extrapolates all weights at once and keeps no norms"]),
         (["--methods", "linear@moments=forget"], ["moments must be one of"]),
@@ -550,6 +551,7 @@ def test_cells_from_before_there_was_an_end_of_jumps_keep_their_names() -> None:
     cell = cell_of("linear", updates=40, evaluate_every=40)
     assert "until" not in cell.as_record()["rhythm"]
     assert cell_of("linear@until=31", updates=40, evaluate_every=40).file_name != cell.file_name
+    assert cell_of("linear@glide=3", updates=40, evaluate_every=40).file_name != cell.file_name
 
 
 def test_lookahead_goes_back_half_of_the_way() -> None:

@@ -253,16 +253,19 @@ def test_plans_are_compared_on_many_seeds(tmp_path: Path, capsys: pytest.Capture
     from compare_plans import main
 
     nowcast = "nino:nino-tiny@period=20,snapshot_average=2"
+    gliding = f"{nowcast},glide=10"
     settings = ["--seeds", "2", "--updates", "60", "--eval-every", "20", "--out", str(tmp_path)]
-    assert main(["--methods", "adam", nowcast, *settings]) == 0
+    assert main(["--methods", "adam", nowcast, gliding, *settings]) == 0
     table = capsys.readouterr().out
-    assert [line.split()[0] for line in table.splitlines()[2:]] == ["adam", nowcast]
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["adam", nowcast, gliding]
     found = json.loads((tmp_path / "plans.json").read_text())
-    assert (tmp_path / "plans.png").exists() and list(found["runs"]) == ["adam", nowcast]
-    adam, jumped = found["runs"].values()
-    assert [[point["step"] for point in run["curve"]] for run in adam] == [[20, 40, 60]] * 2
+    assert (tmp_path / "plans.png").exists() and list(found["runs"]) == ["adam", nowcast, gliding]
+    adam, jumped, glided = ([run["curve"] for run in runs] for runs in found["runs"].values())
+    assert [[point["step"] for point in curve] for curve in adam] == [[20, 40, 60]] * 2
     assert adam[0] != adam[1]
-    assert all(plain["curve"][-1] != other["curve"][-1] for plain, other in zip(adam, jumped, strict=True))
+    for plain, jump, glide in zip(adam, jumped, glided, strict=True):
+        assert glide[0] == plain[0]  # it sets out where the weights are
+        assert plain[-1] not in (jump[-1], glide[-1]) and jump[-1] != glide[-1]
 
 
 def test_plans_are_compared_with_an_average_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

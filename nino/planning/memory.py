@@ -36,6 +36,8 @@ class MemoryPlan:
     """Host memory for the one snapshot that is being written to disk while training goes on; 0 in other places."""
     mean: int
     """What is added up for averaged snapshots, where the parameters are; 0 without."""
+    glide: int
+    """What is left of a jump that is dealt out, where the parameters are; 0 if jumps are not."""
     restore_point: int
     """Copies of parameters, buffers and optimizer state, kept where the snapshots are; 0 without probation."""
     backup: int
@@ -80,18 +82,20 @@ def plan_memory(
         restore_point = weights + buffers + _optimizer_bytes(elements, formats, trained, settings.optimizer_bytes)
     averages = settings.snapshot_average > 1
     is_exact = not averages and all(kept_in[name] == formats[name] for name in trained)
-    mean = sum(elements[name] * max(formats[name].itemsize, torch.float32.itemsize) for name in trained)
+    exact = sum(elements[name] * max(formats[name].itemsize, torch.float32.itemsize) for name in trained)
+    mean, glide = (exact if averages else 0), (exact if settings.glide else 0)
     return MemoryPlan(
         parameters=sum(elements[name] * formats[name].itemsize for name in elements),
         trained=weights,
         snapshot=snapshot,
         snapshots=config.context * snapshot,
         under_way=snapshot if settings.snapshots_on == "disk" else 0,
-        mean=mean if averages else 0,
+        mean=mean,
+        glide=glide,
         restore_point=restore_point,
         backup=0 if is_exact or settings.probation else weights,
         nowcast=_nowcast_bytes(graph, config, torch.device(settings.device)),
-        checkpoint=_checkpoint_bytes(snapshot, restore_point, settings.probation, schedule) + (mean if averages else 0),
+        checkpoint=_checkpoint_bytes(snapshot, restore_point + glide, settings, schedule) + mean,
     )
 
 
@@ -120,12 +124,14 @@ def _nowcast_bytes(graph: NeuralGraph, config: NowcasterConfig, device: torch.de
     return sizes.bytes_needed(graph, config, torch.float32, device, network)
 
 
-def _checkpoint_bytes(snapshot: int, restore_point: int, probation: int, schedule: ScheduleConfig) -> int:
-    """The most that is saved at once: nearly all snapshots before a nowcast, or a restore point after it.
+def _checkpoint_bytes(snapshot: int, after_jump: int, settings: Settings, schedule: ScheduleConfig) -> int:
+    """The most that is saved at once: nearly all snapshots before a nowcast, or what is kept for a while after it.
 
     The last snapshot and the nowcast belong to one update, after which the snapshots are forgotten; the restore point
-    is forgotten in the last update of the probation.
+    is forgotten in the last update of the probation, which begins when the weights have arrived. An upper bound where
+    the glide is over sooner.
     """
     before = (schedule.context - 1) * snapshot
-    after = restore_point + (max(probation - 1, 0) // schedule.interval) * snapshot
+    lasts = settings.probation + settings.glide if settings.probation else settings.glide
+    after = after_jump + (max(lasts - 1, 0) // schedule.interval) * snapshot
     return max(before, after)

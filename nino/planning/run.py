@@ -80,6 +80,7 @@ def plan(
     snapshots_on: Place = "cpu",
     snapshot_dtype: torch.dtype | None = None,
     snapshot_average: int = 1,
+    glide: int = 0,
     optimizer_bytes: float | None = None,
     probation: int | None = None,
     period: int = 1000,
@@ -100,6 +101,7 @@ def plan(
         snapshot_dtype: format of snapshots; ``None`` for the parameters' own.
         snapshot_average: updates over which a snapshot is averaged; 1 for none. The times do not hold
             what adding up takes.
+        glide: updates over which a jump is dealt out; 0 for at once. The times do not hold what that takes.
         optimizer_bytes: optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype.
         probation: updates that a nowcast has to prove itself; 0 for none, and no restore points; ``None`` for
             :func:`nino.probation.default_probation` of the period.
@@ -127,6 +129,7 @@ def plan(
         snapshots_on=snapshots_on,
         snapshot_dtype=snapshot_dtype,
         snapshot_average=check_snapshot_average(snapshot_average, schedule.interval),
+        glide=glide,
         optimizer_bytes=optimizer_bytes,
         probation=default_probation(period) if probation is None else probation,
         period=period,

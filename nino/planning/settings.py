@@ -11,7 +11,8 @@ import torch
 
 from nino.errors import NinoError
 from nino.history import Place
-from nino.probation import ProbationConfig
+from nino.glide import check_glide
+from nino.probation import probation_of
 
 Sharding = Literal["none", "fsdp2"]
 DeviceType = Literal["cpu", "cuda"]
@@ -35,6 +36,8 @@ class Settings:
     """Format of snapshots; ``None`` for the parameters' own."""
     snapshot_average: int
     """Updates over which a snapshot is averaged; 1 for none."""
+    glide: int
+    """Updates over which a jump is dealt out; 0 for at once."""
     optimizer_bytes: float | None
     """Optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype."""
     probation: int
@@ -57,10 +60,7 @@ class Settings:
         if self.optimizer_bytes is not None and not (_is_number(self.optimizer_bytes) and self.optimizer_bytes >= 0):
             raise NinoError(f"optimizer_bytes must be bytes per weight, at least 0; got {self.optimizer_bytes!r}")
         check_positive("seconds_per_update", self.seconds_per_update)
-        if ProbationConfig(updates=self.probation).updates >= self.period:
-            raise NinoError(
-                f"probation={self.probation} must end before the next nowcast, period={self.period} updates later"
-            )
+        probation_of(self.period, self.probation, check_glide(self.glide, self.period))
 
     def rows(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The rows of a parameter that rank 0 holds, which are the most, and all of its rows.

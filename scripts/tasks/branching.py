@@ -19,7 +19,9 @@ from torch.optim import AdamW, Optimizer
 from nino import Nowcaster
 from nino.batch_norm import BatchNormRenewal
 from nino.errors import NinoError
+from nino.glide import Glide
 from nino.history.mean import RunningMean, check_snapshot_average, counts
+from nino.live_model import write_parameters
 from tasks.methods import Part, Rhythm, check_keeps_norms, load_jump, parse_method, yes_or_no
 from tasks.speedup import TASKS, SpeedupTask
 from tasks.task import Batch, Task
@@ -44,6 +46,8 @@ class JumpPlan:
     """Updates over which each of them is averaged."""
     keep_norms: bool = False
     """Whether matrices keep their norms."""
+    glide: int = 0
+    """Updates over which the jump is dealt out."""
 
 
 def _count(text: str) -> int:
@@ -52,7 +56,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-SETTINGS = {"horizon": _count, "interval": _count, "average": _count, "keep_norms": yes_or_no}
+SETTINGS = {"horizon": _count, "interval": _count, "average": _count, "glide": _count, "keep_norms": yes_or_no}
 
 
 def parse_jump(name: str) -> JumpPlan:
@@ -71,7 +75,7 @@ def parse_jump(name: str) -> JumpPlan:
         try:
             values[key] = SETTINGS[key](value)
         except (KeyError, ValueError):
-            expected = "horizon=K, interval=U or average=A, whole numbers, or keep_norms=yes"
+            expected = "horizon=K, interval=U, average=A or glide=G, whole numbers, or keep_norms=yes"
             raise NinoError(f"jump {name!r}: expected {expected}, got {setting!r}") from None
     if "horizon" not in values:
         raise NinoError(f"jump {name!r}: say how far, for example {text}@horizon=10")
@@ -131,20 +135,24 @@ class Trunk:
         state = copy.deepcopy(self.states[at])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        renewal = BatchNormRenewal(model)
+        renewal, glide = BatchNormRenewal(model), Glide(0 if jump is None else jump.glide)
         if jump is not None:
             nowcaster = load_jump(jump.part)
             (example, *_) = task.batch(2, torch.Generator())
-            new = _nowcast(nowcaster, model, state["snapshots"], at, jump, example)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(new[name])
-            renewal.begin()
+            parameters, before = dict(model.named_parameters()), state["model"]
+            write_parameters(parameters, _nowcast(nowcaster, model, state["snapshots"], at, jump, example))
+            if jump.glide:
+                start = state["snapshots"][at, jump.average]
+                glide.begin(parameters, start, {name: before[name] for name in parameters})
+            else:
+                renewal.begin()
         yield 0, task.evaluate(model)
         batches = task.batches(spec.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + at))
         for step in range(1, updates + 1):
             self._set_rate(optimizer, min((updates - step + 1) / anneal, 1.0) if anneal else 1.0)
             _update(task, model, optimizer, next(batches))
+            if glide.after_update(dict(model.named_parameters()), optimizer):
+                renewal.begin()
             renewal.after_update()
             if step % evaluate_every == 0 or step == updates:
                 yield step, task.evaluate(model)

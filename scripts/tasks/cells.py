@@ -71,7 +71,7 @@ class Cell:
             del record["warmup"]
         if self.held_out == "test":
             del record["held_out"]
-        for name in ("until", "keep_norms") if self.rhythm is not None else ():
+        for name in ("until", "keep_norms", "glide") if self.rhythm is not None else ():
             if not record["rhythm"][name]:
                 del record["rhythm"][name]
         return record

@@ -15,6 +15,7 @@ from nino import Nowcaster, ScheduleConfig
 from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
 from nino.errors import TrajectoryError
+from nino.glide import Glide
 from nino.history.mean import RunningMean, is_added
 from nino.pretraining.fleet import Fleet, Stacked
 from nino.pretraining.fleet_nowcast import FleetNowcaster
@@ -126,6 +127,7 @@ class Jumps:
         average: updates that a snapshot is the mean of.
         until: the last update after which it may happen; ``None`` for the schedule's.
         keep_norms: whether matrices keep their norms.
+        glide: updates over which a jump is dealt out.
         example_inputs: of the first model, by which one of no known family is wired.
     """
 
@@ -137,17 +139,19 @@ class Jumps:
         average: int,
         until: int | None = None,
         keep_norms: bool = False,
+        glide: int = 0,
         example_inputs: Any = None,
     ) -> None:
         graph = nowcaster.graph_of(fleet.as_model(0), example_inputs)
         self.fleet, self.schedule, self.average, self.until = fleet, schedule, average, until
-        self.keep_norms = keep_norms
+        self.keep_norms, self.glide = keep_norms, Glide(glide)
         self.nowcaster = FleetNowcaster(nowcaster, graph, fleet.size, fleet.device)
         self.mean, self.snapshots = RunningMean(), list[Stacked]()
 
     @torch.no_grad()
     def after_update(self, step: int) -> Tensor | None:
         """Nowcast if that is due, and say whose weights have moved: bool ``[M]``, or ``None`` if it was not."""
+        self.glide.after_update(self.fleet.parameters, None)
         if is_over(step, self.schedule) or (self.until is not None and step > self.until):
             return None
         parameters = self.fleet.parameters
@@ -159,14 +163,19 @@ class Jumps:
             return None
         horizon = horizon_at(step, self.schedule)
         predicted = self.nowcaster.predict(self.snapshots, horizon, keep_norms=self.keep_norms)
-        self.snapshots = []
+        newest, self.snapshots = self.snapshots[-1], []
+        stay, before = parameters, dict[str, Tensor]()
+        if self.glide.updates:
+            stay, before = newest, {name: value.detach().clone() for name, value in parameters.items()}
         sound = torch.stack([value.isfinite().flatten(1).all(1) for value in predicted.values()]).all(0)
         self.fleet.move_to(
             {
-                name: value.where(sound.view(-1, *[1] * (value.ndim - 1)), parameters[name])
+                name: value.where(sound.view(-1, *[1] * (value.ndim - 1)), stay[name])
                 for name, value in predicted.items()
             }
         )
+        if self.glide.updates:
+            self.glide.begin(parameters, newest, before)
         return sound.cpu()
 
 

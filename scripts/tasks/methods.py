@@ -26,6 +26,7 @@ from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, ScheduleConfig
 from nino.errors import NinoError
+from nino.glide import check_glide
 from nino.history.mean import check_snapshot_average
 from nino.model import NowcasterConfig, build_network
 from nino.moments import Moments, check_moments
@@ -63,6 +64,8 @@ class Rhythm:
     """What becomes of the optimizer's moments after a jump."""
     keep_norms: bool = False
     """Whether matrices keep their norms in a jump."""
+    glide: int = 0
+    """Updates over which a jump is dealt out."""
     batch_norm: bool = True
     """Whether batch norms estimate their running statistics anew after a jump."""
     snapshot_average: int = 1
@@ -98,6 +101,7 @@ class Rhythm:
             until=self.last_update(updates),
         )
         check_snapshot_average(self.snapshot_average, schedule.interval)
+        check_glide(self.glide, self.period)
         return schedule
 
 
@@ -395,6 +399,7 @@ class Setup:
                 probation=rhythm.probation,
                 moments=rhythm.moments,
                 keep_norms=rhythm.keep_norms,
+                glide=rhythm.glide,
                 batch_norm=rhythm.batch_norm,
                 snapshot_average=rhythm.snapshot_average,
             )
