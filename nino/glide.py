@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nino.errors import NinoError, SnapshotError
 from nino.interrupts import held_back
 from nino.live_model import write_parameters
 from nino.masters import find_masters
-from nino.shards import local_tensor, local_tensors
+from nino.shards import local_tensors
 from nino.standardise import exact_dtype
 
 LONGEST_PART = 2
@@ -61,7 +61,7 @@ class Glide:
 
     @torch.no_grad()
     def begin(
-        self, parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], before: Mapping[str, Tensor]
+        self, parameters: Mapping[str, Tensor], start: Mapping[str, Tensor], before: Mapping[str, Tensor]
     ) -> None:
         """The weights have jumped: put them back, and remember the way.
 
@@ -79,7 +79,7 @@ class Glide:
         self._rest, self._updates_left = rest, self.updates
 
     @torch.no_grad()
-    def after_update(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> bool:
+    def after_update(self, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> bool:
         """Move the weights by their share; parameters that have changed since, or came, end it.
 
         Args:

@@ -179,7 +179,7 @@ class LiveModel:
 
 
 @torch.no_grad()
-def write_parameters(parameters: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]) -> None:
+def write_parameters(parameters: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     """Write new values into live parameters in place, so that storages, ties and views survive."""
     with held_back():
         for name, parameter in parameters.items():

@@ -51,7 +51,16 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_speedup.py"
 GOLDEN = Path(os.environ.get("NINO_GOLDEN", Path(__file__).parents[2] / "shared" / "golden")) / "official"
 RHYTHM = Rhythm(period=10)
 BEFORE_JUMP = ["nino:nino-tiny", "linear", "rre:0.2", "nino:nino-tiny@max_horizon=5,probation=2"]
-METHODS = ["adam", *BEFORE_JUMP, "lookahead:4", "snoo:4:0.7:0.5", "ema:0.9", "lawa:2", "muon", "muon+lookahead+ema+linear"]
+METHODS = [
+    "adam",
+    *BEFORE_JUMP,
+    "lookahead:4",
+    "snoo:4:0.7:0.5",
+    "ema:0.9",
+    "lawa:2",
+    "muon",
+    "muon+lookahead+ema+linear",
+]
 
 
 def cell_of(method: str, **settings: Any) -> Cell:

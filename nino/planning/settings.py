@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 
 from nino.errors import NinoError
-from nino.history import Place
 from nino.glide import check_glide
+from nino.history import Place
 from nino.probation import probation_of
 
 Sharding = Literal["none", "fsdp2"]
