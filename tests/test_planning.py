@@ -94,6 +94,20 @@ def test_memory_of_averaged_snapshots() -> None:
     assert half.mean == planned.mean and half.trained == planned.trained / 2
 
 
+@pytest.mark.parametrize("probation", [0, 2])
+@pytest.mark.parametrize("glide", [4, 6])
+def test_memory_of_jumps_that_are_dealt_out(glide: int, probation: int) -> None:
+    """The rest of a jump in float32, in checkpoints too: beside 0 or 1 snapshots, and the restore point."""
+    model = _freeze_some(FAMILIES["cnn"]())
+    settings = {"period": 12, "probation": probation, "glide": glide}
+    planned = nino.plan(model, tiny_config(), device="cpu", **settings).memory
+    assert planned.glide == planned.trained
+    saved = _train(model, 26, **settings)[1]
+    on_the_way = saved[12 + glide - 2]
+    assert on_the_way == planned.glide + planned.restore_point + (glide == 6) * planned.snapshot
+    assert max(saved) == planned.checkpoint == max(on_the_way, 2 * planned.snapshot, saved[12 + glide])
+
+
 @pytest.mark.parametrize("family", WIDE)
 def test_memory_of_a_nowcast_is_bounded(family: str) -> None:
     """Not loosely where it matters: for layers that are neither convolutions nor as narrow as one neuron."""

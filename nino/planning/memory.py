@@ -95,7 +95,7 @@ def plan_memory(
         restore_point=restore_point,
         backup=0 if is_exact or settings.probation else weights,
         nowcast=_nowcast_bytes(graph, config, torch.device(settings.device)),
-        checkpoint=_checkpoint_bytes(snapshot, restore_point + glide, settings, schedule) + mean,
+        checkpoint=_checkpoint_bytes(snapshot, restore_point, glide, settings, schedule) + mean,
     )
 
 
@@ -124,14 +124,16 @@ def _nowcast_bytes(graph: NeuralGraph, config: NowcasterConfig, device: torch.de
     return sizes.bytes_needed(graph, config, torch.float32, device, network)
 
 
-def _checkpoint_bytes(snapshot: int, after_jump: int, settings: Settings, schedule: ScheduleConfig) -> int:
+def _checkpoint_bytes(
+    snapshot: int, restore_point: int, glide: int, settings: Settings, schedule: ScheduleConfig
+) -> int:
     """The most that is saved at once: nearly all snapshots before a nowcast, or what is kept for a while after it.
 
     The last snapshot and the nowcast belong to one update, after which the snapshots are forgotten; the restore point
-    is forgotten in the last update of the probation, which begins when the weights have arrived. An upper bound where
-    the glide is over sooner.
+    is forgotten in the last update of the probation, which begins when the weights have arrived.
     """
     before = (schedule.context - 1) * snapshot
-    lasts = settings.probation + settings.glide if settings.probation else settings.glide
-    after = after_jump + (max(lasts - 1, 0) // schedule.interval) * snapshot
-    return max(before, after)
+    on_the_way = restore_point + glide + (max(settings.glide - 1, 0) // schedule.interval) * snapshot
+    lasts = settings.probation + settings.glide if settings.probation else 0
+    arrived = restore_point + (max(lasts - 1, 0) // schedule.interval) * snapshot
+    return max(before, on_the_way, arrived)
