@@ -64,8 +64,8 @@ class NowcastOptimizer(Optimizer):
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
             family that is sharded). By default it is wired here, and a model of no known family by tracing it on the
             first batch.
-        on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or at the
-            end of its probation. An error that it raises is logged and ends nothing.
+        on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or after
+            its glide, or at the end of its probation. An error that it raises is logged and ends nothing.
 
     Raises:
         NinoError: if the optimizer holds parameters that are not the model's or was prepared by accelerate before, or a

@@ -38,6 +38,8 @@ class NowcastReport:
     """Whether no nowcast was tried, on purpose."""
     reason: str = ""
     """Why not, if they were not replaced, or why they were put back."""
+    glide: int = 0
+    """Updates over which the weights were moved; 0 for at once."""
     seconds: float = 0.0
     """Wall-clock time of the prediction and of writing it back."""
     bytes_sent: int = 0
@@ -53,7 +55,7 @@ class NowcastReport:
     loss_before: float = math.nan
     """Mean training loss of the last updates before the jump; NaN if no losses were observed."""
     loss_at: float = math.nan
-    """Training loss of the first update after the jump."""
+    """Training loss of the first update after the weights have arrived."""
     loss_after: float = math.nan
     """Mean training loss of the second half of the probation; NaN without one."""
 
@@ -75,6 +77,7 @@ class NowcastReport:
             "nowcast/rolled_back": float(self.rolled_back),
             "nowcast/updates_undone": self.updates_undone or math.nan,
             "nowcast/left_out": float(self.left_out),
+            "nowcast/glide": self.glide or math.nan,
             "nowcast/seconds": self.seconds,
             "nowcast/bytes": self.snapshot_bytes + self.restore_bytes,
             "nowcast/bytes_sent": self.bytes_sent or math.nan,
@@ -112,7 +115,7 @@ class NowcastReport:
 
 @dataclass
 class OpenReport:
-    """A report that waits for the losses of the updates after the jump: of one, or of those of the probation."""
+    """A report that waits for the losses after the jump: of the first update after it, or of those of the probation."""
 
     report: NowcastReport
     updates_to_come: int
@@ -129,8 +132,10 @@ class OpenReport:
         return self.updates_to_come <= 0
 
     def with_losses(self) -> NowcastReport:
-        """The report with the loss of the first update after the jump."""
-        return replace(self.report, loss_at=float(self.after[0])) if self.after else self.report
+        """The report with the loss of the first update after the jump, or of the last that is known before that."""
+        if not self.after:
+            return self.report
+        return replace(self.report, loss_at=float(self.after[min(self.report.glide, len(self.after) - 1)]))
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists only."""

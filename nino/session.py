@@ -566,6 +566,7 @@ class NowcastSession:
         return replace(
             report,
             accepted=True,
+            glide=self.glide.updates,
             restore_bytes=self.restore_point.nbytes,
             relative_jump=attempt.jump.relative,
             relative_jump_by_kind={kind: part.relative for kind, part in attempt.jump.by_kind.items()},

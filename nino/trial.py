@@ -165,7 +165,7 @@ class Trial:
     def begin(self, report: NowcastReport, judged_by: list[float] | None = None) -> OpenReport:
         """Open a report; on probation if there are losses from before the jump to judge it by."""
         if judged_by is None:
-            self.open = OpenReport(report, 1)
+            self.open = OpenReport(report, 1 + report.glide)
         else:
             self.open = OpenReport(report, self.config.updates, on_probation=True, before=judged_by)
         self.reports.append(report)

@@ -47,6 +47,17 @@ def test_every_update_takes_its_share() -> None:
     assert [(report.step, report.accepted) for report in session.reports] == [(6, True), (12, True)]
 
 
+def test_it_is_reported_when_weights_have_arrived() -> None:
+    session = session_of(one_layer())
+    update(session, PERIOD + GLIDE, losses=float)
+    assert session.finish() is not None and session.reports[0].loss_at == PERIOD + GLIDE  # the last that is known
+    session = session_of(one_layer())
+    update(session, PERIOD + GLIDE + 1, losses=float)
+    (report,) = session.reports
+    assert session.trial.open is None and report.as_log()["nowcast/glide"] == GLIDE
+    assert report.loss_at == PERIOD + GLIDE + 1  # trained on weights that are there
+
+
 def test_it_begins_at_the_mean_if_snapshots_are_means() -> None:
     """The mean of 5 and 6 is predicted 99 further, so 99 is the way, and not the 98.5 from where the weights are."""
     assert trace(session_of(one_layer(), snapshot_average=2), 9)[-1] == pytest.approx(9 + 99)
