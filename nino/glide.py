@@ -7,6 +7,7 @@ has the measurements.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nino.batch_norm import RENEWAL_UPDATES
+from nino.distributed import is_main_process, num_processes
 from nino.errors import NinoError, SnapshotError
-from nino.interrupts import held_back
 from nino.live_model import write_parameters
 from nino.masters import find_masters
-from nino.shards import local_tensors
-from nino.standardise import exact_dtype
+from nino.shards import local_tensor, local_tensors
+from nino.standardise import exact_dtype, piece_size, pieces_of
+
+logger = logging.getLogger(__name__)
 
 LONGEST_PART = 2
 """A glide may take one part in so many of a period."""
@@ -51,13 +55,21 @@ class Glide:
 
     def __init__(self, updates: int = 0) -> None:
         self.updates = updates
+        self.shares = 0
+        """Updates so far in which weights were moved, by all jumps."""
         self._updates_left = 0
         self._rest: dict[str, Tensor] = {}
+        self._moving: dict[str, Tensor] = {}
+        """The parameters themselves: a new one of the same name stays where it is."""
 
     @property
     def is_on(self) -> bool:
         """Whether weights are on their way."""
         return self._updates_left > 0
+
+    def arrives_in(self, updates_left: int | None) -> bool:
+        """Whether a jump made now would arrive before the run ends, and batch norms would know; ``None``: no end."""
+        return not self.updates or updates_left is None or updates_left >= self.updates + RENEWAL_UPDATES
 
     @torch.no_grad()
     def begin(
@@ -68,46 +80,73 @@ class Glide:
         Args:
             parameters: live ones, where they were predicted.
             start: where the predicted movement begins, the newest snapshot.
-            before: where they were; that is not the start if snapshots are means. Written back.
+            before: where they were; that is not the start if snapshots are means. Written back. What has not moved
+                from there stays, however coarse the start is.
         """
         self.end()
-        rest = {
-            name: live.to(exact_dtype(live)) - start[name].to(live.device, exact_dtype(live))
-            for name, live in local_tensors(parameters).items()
-        }
+        rest = {}
+        for name, live in local_tensors(parameters).items():
+            rest[name] = live.to(exact_dtype(live)) - start[name].to(live.device, exact_dtype(live))
+            rest[name].masked_fill_(live == before[name].to(live.device), 0)
         write_parameters(parameters, before)
-        self._rest, self._updates_left = rest, self.updates
+        self._rest, self._moving, self._updates_left = rest, dict(parameters), self.updates
 
     @torch.no_grad()
     def after_update(self, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> bool:
-        """Move the weights by their share; parameters that have changed since, or came, end it.
+        """Move the weights by their share; if some have changed since, all stay where they are.
 
         Args:
             parameters: those that jumps may move now.
             optimizer: of them.
 
         Returns:
-            Whether that was the last share.
+            Whether the way is over with this update.
+
+        Raises:
+            Exception: if moving fails in one of several processes, which then hold different weights; alone, that ends
+                the way with a warning.
         """
         if not self._updates_left:
             return False
-        live = local_tensors(parameters)
-        if _shapes(live) != _shapes(self._rest):
+        changed = parameters.keys() != self._moving.keys() or any(
+            parameters[n] is not p for n, p in self._moving.items()
+        )
+        if changed or _shapes(local_tensors(parameters)) != _shapes(self._rest):
+            self.give_up("the parameters that are trained have changed")
+            return True
+        try:
+            self._take_share(parameters, optimizer)
+        except Exception as error:
+            if num_processes() > 1:
+                raise
+            self.give_up(str(error) or repr(error))
+        return not self._updates_left
+
+    def _take_share(self, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
+        masters: dict[Any, list[Tensor]] = {}
+        for master, weights in find_masters(optimizer, parameters):
+            masters.setdefault(_place(weights), []).append(master)
+        moved = set()  # parameters may share their memory
+        for name, parameter in parameters.items():
+            weights = local_tensor(parameter)
+            if _place(weights) not in moved:
+                moved.add(_place(weights))
+                _move(weights, masters.get(_place(weights), []), self._rest[name], self._updates_left)
+        self.shares += 1
+        self._updates_left -= 1
+        if not self._updates_left:
             self.end()
-            return False
-        masters = {_place(weights): master for master, weights in find_masters(optimizer, parameters)}
-        with held_back():
-            for name, weights in live.items():
-                _move(weights, masters.get(_place(weights)), self._rest[name], self._updates_left)
-            self._updates_left -= 1
-        if self._updates_left:
-            return False
+
+    def give_up(self, reason: str) -> None:
+        """End it on its way, with a warning."""
+        if is_main_process():
+            message = "a nowcast ends on its way, %d of %d updates before the weights had arrived, training goes on: %s"
+            logger.warning(message, self._updates_left, max(self.updates, self._updates_left), reason)
         self.end()
-        return True
 
     def end(self) -> None:
         """Leave the weights where they are, and give the memory back."""
-        self._updates_left, self._rest = 0, {}
+        self._updates_left, self._rest, self._moving = 0, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors; later updates do not change it."""
@@ -133,7 +172,7 @@ class Glide:
             raise SnapshotError(f"saved glide is damaged: {updates_left} updates left of {len(rest)} parameters")
         live = local_tensors(parameters)
         if _shapes(live) == _shapes(rest):
-            glide._updates_left = updates_left
+            glide._updates_left, glide._moving = updates_left, dict(parameters)
             glide._rest = {n: rest[n].to(value.device, exact_dtype(value), copy=True) for n, value in live.items()}
         return glide
 
@@ -147,11 +186,13 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _move(weights: Tensor, master: Tensor | None, rest: Tensor, updates_left: int) -> None:
-    """Move weights by one share of the rest, and take what they have moved from it."""
-    exact = weights if master is None else master
-    before = exact.to(rest, copy=True)
-    exact.copy_(before + rest / updates_left)
-    rest -= exact.to(rest) - before
-    if master is not None:
-        weights.copy_(master)
+def _move(weights: Tensor, masters: list[Tensor], rest: Tensor, updates_left: int) -> None:
+    """Move weights by one share of the rest, and take what they have moved from it; piece by piece, for its memory."""
+    exact = masters[0] if masters else weights
+    size = piece_size(weights.device)
+    for piece, left in zip(pieces_of(exact, size), pieces_of(rest, size), strict=True):
+        before = piece.to(left, copy=True)
+        piece.copy_(before + left / updates_left)
+        left -= piece.to(left) - before
+    for other in [*masters[1:], *([weights] if masters else [])]:
+        other.copy_(exact)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import index
 from typing import Any
 
@@ -93,23 +93,21 @@ def probation_of(period: int, updates: int | None = None, glide: int = 0) -> Pro
     Args:
         period: optimizer updates between nowcasts.
         updates: that one has to recover in, once it has arrived; ``None`` for :func:`default_probation`, 0 for never.
-        glide: updates over which a jump is dealt out, which come on top.
+        glide: updates over which a jump is dealt out, which come before.
 
     Raises:
-        NinoError: if the next nowcast comes before.
+        NinoError: if the next nowcast comes before the verdict.
 
     Example:
-        >>> probation_of(1000).updates, probation_of(1000, glide=50).updates, probation_of(1000, 0, glide=50).updates
-        (100, 150, 0)
+        >>> probation_of(1000).updates, probation_of(1000, 0).updates
+        (100, 0)
     """
     chosen = default_probation(period) if updates is None else updates
-    config = ProbationConfig(updates=chosen, longest=longest_probation(period))
-    if not chosen:
-        return config
-    if chosen + glide >= period:
+    config = ProbationConfig(updates=chosen, longest=min(longest_probation(period), max(period - glide - 1, 0)))
+    if chosen and chosen + glide >= period:
         way = f" and a glide of {glide}" if glide else ""
         raise NinoError(f"probation={chosen}{way} must end before the next nowcast, period={period} updates later")
-    return replace(config, updates=chosen + glide, longest=config.longest + glide)
+    return config
 
 
 def finite(losses: Sequence[float]) -> list[float]:

@@ -108,8 +108,10 @@ class NowcastReport:
         losses = (("before", self.loss_before), ("at", self.loss_at), ("after", self.loss_after))
         known = ", ".join(f"{loss:.4g} {when}" for when, loss in losses if not math.isnan(loss))
         return (
-            f"{begin}: {self.horizon} intervals ahead, weights moved by {self.relative_jump:.3g} of their norm, "
-            f"{self.seconds:.1f} s" + (f"; loss {known}" if known else "")
+            f"{begin}: {self.horizon} intervals ahead, weights moved by {self.relative_jump:.3g} of their norm"
+            + (f" over {self.glide} updates" if self.glide else "")
+            + f", {self.seconds:.1f} s"
+            + (f"; loss {known}" if known else "")
         )
 
 
@@ -123,19 +125,22 @@ class OpenReport:
     before: list[float] = field(default_factory=list)
     """Training losses before the jump, oldest first; of a nowcast on probation."""
     after: list[Loss] = field(default_factory=list)
+    """Since the weights have arrived."""
+    on_the_way: int = 0
+    """Updates until then."""
 
     def book(self, loss: Loss | None) -> bool:
         """Count one update and its loss, if that is known; whether the report is complete then."""
         self.updates_to_come -= 1
-        if loss is not None:
+        if self.on_the_way:
+            self.on_the_way -= 1
+        elif loss is not None:
             self.after.append(loss)
         return self.updates_to_come <= 0
 
     def with_losses(self) -> NowcastReport:
-        """The report with the loss of the first update after the jump, or of the last that is known before that."""
-        if not self.after:
-            return self.report
-        return replace(self.report, loss_at=float(self.after[min(self.report.glide, len(self.after) - 1)]))
+        """The report with the loss of the first update after the weights have arrived."""
+        return replace(self.report, loss_at=float(self.after[0])) if self.after else self.report
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists only."""
@@ -151,9 +156,18 @@ class OpenReport:
         before: list[float] = [float(loss) for loss in state["before"]]
         after: list[Loss] = [float(loss) for loss in state["after"]]
         opened = OpenReport(
-            _read_report(state["report"]), index(state["updates_to_come"]), bool(state["on_probation"]), before, after
+            _read_report(state["report"]),
+            index(state["updates_to_come"]),
+            bool(state["on_probation"]),
+            before,
+            after,
+            index(state.get("on_the_way", 0)),
         )
-        if opened.updates_to_come < 0 or (opened.on_probation and len(before) < MIN_LOSSES_BEFORE):
+        if (
+            opened.updates_to_come < 0
+            or opened.on_the_way < 0
+            or (opened.on_probation and len(before) < MIN_LOSSES_BEFORE)
+        ):
             raise ValueError(f"a report that waits for {opened.updates_to_come} losses and knows {len(before)}")
         return opened
 

@@ -248,8 +248,8 @@ class NowcastSession:
         """What is due after an update, once the last nowcast is judged."""
         if self.step - 1 == self.schedule.max_steps and is_main_process():
             logger.warning("the run goes on beyond max_steps=%d: nothing is nowcast any more", self.step - 1)
-        if self.glide.is_on and self.glide.after_update(self.trainable_parameters(), self.optimizer):
-            self.batch_norm.begin()
+        if self.glide.is_on:
+            self._glide()
         self.batch_norm.after_update()
         self._average()
         if is_snapshot_step(self.step, self.schedule):
@@ -260,6 +260,12 @@ class NowcastSession:
             if is_over(self.step + 1, self.schedule):
                 self.store.forget()
 
+    def _glide(self) -> None:
+        """Move weights that are on their way; an interrupt finds all of them moved."""
+        with held_back():
+            if self.glide.after_update(self.trainable_parameters(), self.optimizer):
+                self.batch_norm.begin()
+
     def finish(self) -> NowcastReport | None:
         """Close the report that still waits for losses, with those that came: the run is over.
 
@@ -267,7 +273,8 @@ class NowcastSession:
             That report, if there was one.
         """
         self.restore_point.clear()
-        self.glide.end()
+        if self.glide.is_on:
+            self.glide.give_up("the run is over")
         nowcast = self.trial.open
         if nowcast is None:
             return None
@@ -368,6 +375,7 @@ class NowcastSession:
             if trial.open is not None:
                 trial.open.on_probation = False
         self.restore_point.close()
+        glide.shares = self.glide.shares
         self.restore_point, self.mean, self.glide = restore_point, mean, glide
         self.batch_norm.resume(batch_norm)
         if self._has_begun or len(self.store) or trial.open is not None:  # else there is nothing that may go stale
@@ -534,11 +542,6 @@ class NowcastSession:
             return f"{count} of {context} snapshots were taken since the history began{last_try}"
         return why_not_judged(losses) if self._judges and len(losses) > len(finite(losses)) else ""
 
-    @property
-    def _recovery(self) -> int:
-        """Updates that a jump takes until it has arrived, and is judged if it is."""
-        return max(self.probation.updates, self.glide.updates)
-
     def _horizon(self) -> tuple[int, str]:
         """How far to look, and why this nowcast is left out, if it is."""
         planned = horizon_at(self.step, self.schedule)
@@ -546,7 +549,9 @@ class NowcastSession:
         if self.trial.trust.periods_to_skip:
             self.trial.trust = self.trial.trust.after_skipping()
             return horizon, f"{self.trial.trust.failures} in a row were undone or kept in doubt"
-        if self.schedule.max_steps is not None and self.schedule.max_steps - self.step < self._recovery:
+        left = None if self.schedule.max_steps is None else self.schedule.max_steps - self.step
+        recovery = self.glide.updates + self.probation.updates
+        if left is not None and (left < recovery or not self.glide.arrives_in(left)):
             return horizon, "the run ends before a jump could recover"
         if has_risen(self._rates) and not self.nowcast_in_warmup:
             return horizon, "the learning rate rose between its snapshots (a warm-up, or a restart)"

@@ -127,7 +127,7 @@ class Trial:
         if nowcast.on_probation and is_true_everywhere(bool(after), self._live.device):
             evidence = gather_evidence(finite(self._of_all(nowcast.before)), self._of_all(after))
             report = replace(report, loss_after=evidence.after)
-            updates = step - report.step
+            updates = step - report.step - report.glide  # since the weights have arrived
             if not has_recovered(evidence, self.config, updates):
                 losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {updates} updates"
                 return Verdict(report, losses)
@@ -165,9 +165,10 @@ class Trial:
     def begin(self, report: NowcastReport, judged_by: list[float] | None = None) -> OpenReport:
         """Open a report; on probation if there are losses from before the jump to judge it by."""
         if judged_by is None:
-            self.open = OpenReport(report, 1 + report.glide)
+            self.open = OpenReport(report, report.glide + 1, on_the_way=report.glide)
         else:
-            self.open = OpenReport(report, self.config.updates, on_probation=True, before=judged_by)
+            updates = report.glide + self.config.updates
+            self.open = OpenReport(report, updates, on_probation=True, before=judged_by, on_the_way=report.glide)
         self.reports.append(report)
         return self.open
 

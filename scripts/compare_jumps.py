@@ -72,7 +72,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def check_jumps(jumps: list[JumpPlan], first: int) -> tuple[int, dict[str, str | None]]:
+def check_jumps(jumps: list[JumpPlan], first: int, updates: int) -> tuple[int, dict[str, str | None]]:
     """Load every jump, so that it fails before training and not after.
 
     Returns:
@@ -85,6 +85,8 @@ def check_jumps(jumps: list[JumpPlan], first: int) -> tuple[int, dict[str, str |
         weights[jump.name] = fingerprint(jump.part, nowcaster)
         if jump.horizon > config.max_horizon:
             raise NinoError(f"jump {jump.name!r}: the nowcaster looks at most {config.max_horizon} intervals ahead")
+        if jump.glide > updates:
+            raise NinoError(f"jump {jump.name!r}: its glide takes more than the {updates} updates of a branch")
         if (config.context - 1) * jump.interval + jump.average > first:
             raise NinoError(
                 f"jump {jump.name!r}: {config.context} snapshots {jump.interval} updates apart do not fit before "
@@ -150,7 +152,7 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     spec, jumps = TASKS[args.task], [parse_jump(name) for name in dict.fromkeys(args.jumps)]
     spec.check_data(args.task, args.data)
-    context, weights = check_jumps(jumps, min(args.at))
+    context, weights = check_jumps(jumps, min(args.at), args.updates)
     rate = args.learning_rate or spec.learning_rate
     settings = {"task": args.task, "learning_rate": rate, "seed": args.seed, "updates": args.updates}
     settings["evaluate_every"] = args.evaluate_every

@@ -73,7 +73,7 @@ def train(method: Method, args: argparse.Namespace) -> list[Result]:
     for step in tqdm(range(1, args.updates + 1), unit="update", leave=False, desc=method.name):
         fleet.update(draw_batches(task, spec.batch_size, generators))
         average.after_update()
-        if jumps is not None and jumps.after_update(step) is not None:
+        if jumps is not None and (jumps.after_update(step) is not None or jumps.has_arrived):
             average.restart()
         if step % args.eval_every == 0 or step == args.updates:
             with average.evaluated():

@@ -123,6 +123,7 @@ def test_foreign_results_are_refused_and_kept(tmp_path: Path, text: str, expecte
         (("--jumps", "linear@horizon=1,interval=2,average=3"), "snapshot_average must be 1 to 2 updates"),
         (("--jumps", "linear@horizon=1,keep_norms=maybe"), "or keep_norms=yes, got 'keep_norms=maybe'"),
         (("--jumps", "linear@horizon=1,interval=2,keep_norms=yes"), "linear extrapolates all weights at once"),
+        (("--jumps", f"{JUMPS[1]},glide=7"), "its glide takes more than the 6 updates of a branch"),
         (("--jumps", JUMPS[1], "--anneal", "7"), "--anneal 7 is more than the 6 updates of a branch"),
         (("--jumps", JUMPS[1], "--warmup", "13"), "--warmup 13 is not over after update 12"),
         (("--jumps", "linear@horizon=1,interval=5"), "do not fit before update 12"),

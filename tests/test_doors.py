@@ -107,7 +107,7 @@ CONDITIONS: dict[str, Setting] = {
     "probation undone": Setting(nowcaster=far_away, attach={"probation": 3}),
     "averaged snapshots": Setting(attach={"snapshot_average": 2}),
     "norms kept": Setting(attach={"keep_norms": True}),
-    "gliding": Setting(attach={"glide": 3, "probation": 0}),
+    "gliding": Setting(attach={"glide": 3, "probation": 2}),
     "end unknown": Setting(knows_end=False),
     **{
         name: Setting(scheduler=name, warmup=warmup, scheduler_settings=settings)
@@ -166,7 +166,7 @@ HOLDS: dict[str, Callable[[Outcome], bool]] = {
     "two groups": lambda o: 1e-2 < o.rates[0] <= 2e-2,
     "averaged snapshots": lambda o: o.session.mean.count == 0 and not o.session.store.exact,
     "norms kept": lambda o: o.session.keep_norms,
-    "gliding": lambda o: o.session.glide.updates == 3 and not o.session.glide.is_on,
+    "gliding": lambda o: o.session.glide.shares == 3 == o.reports[0].glide,
     "probation kept": lambda o: not any(report.rolled_back for report in o.reports),
     "probation undone": lambda o: o.reports[0].rolled_back,
 }

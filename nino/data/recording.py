@@ -176,10 +176,12 @@ class Recorder:
         return state
 
     def _jumps_so_far(self) -> set[tuple[str, int]]:
-        """What has moved the weights beside the optimizer: nowcasts, and the undoing of nowcasts."""
-        reports = [] if self._session is None else [one for one in self._session.reports if one.accepted]
+        """What has moved the weights beside the optimizer: nowcasts, shares of them, and the undoing of nowcasts."""
+        if self._session is None:
+            return set()
+        reports = [report for report in self._session.reports if report.accepted]
         undone = {("undone", report.step) for report in reports if report.rolled_back}
-        return undone | {("jumped", report.step) for report in reports}
+        return undone | {("jumped", report.step) for report in reports} | {("glided", self._session.glide.shares)}
 
     def _stop(self, step: int, error: Exception) -> None:
         self.problem = str(error) or repr(error)

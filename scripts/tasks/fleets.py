@@ -145,13 +145,15 @@ class Jumps:
         graph = nowcaster.graph_of(fleet.as_model(0), example_inputs)
         self.fleet, self.schedule, self.average, self.until = fleet, schedule, average, until
         self.keep_norms, self.glide = keep_norms, Glide(glide)
+        self.has_arrived = False
+        """Whether weights have glided to their places with the last update."""
         self.nowcaster = FleetNowcaster(nowcaster, graph, fleet.size, fleet.device)
         self.mean, self.snapshots = RunningMean(), list[Stacked]()
 
     @torch.no_grad()
     def after_update(self, step: int) -> Tensor | None:
         """Nowcast if that is due, and say whose weights have moved: bool ``[M]``, or ``None`` if it was not."""
-        self.glide.after_update(self.fleet.parameters, None)
+        self.has_arrived = self.glide.after_update(self.fleet.parameters, None)
         if is_over(step, self.schedule) or (self.until is not None and step > self.until):
             return None
         parameters = self.fleet.parameters
@@ -161,12 +163,14 @@ class Jumps:
             self.snapshots.append(self.mean.take(parameters))
         if not is_nowcast_step(step, self.schedule):
             return None
-        horizon = horizon_at(step, self.schedule)
-        predicted = self.nowcaster.predict(self.snapshots, horizon, keep_norms=self.keep_norms)
-        newest, self.snapshots = self.snapshots[-1], []
+        snapshots, self.snapshots = self.snapshots, []
+        ends = self.schedule.max_steps
+        if not self.glide.arrives_in(None if ends is None else ends - step):
+            return None
+        predicted = self.nowcaster.predict(snapshots, horizon_at(step, self.schedule), keep_norms=self.keep_norms)
         stay, before = parameters, dict[str, Tensor]()
         if self.glide.updates:
-            stay, before = newest, {name: value.detach().clone() for name, value in parameters.items()}
+            stay, before = snapshots[-1], {name: value.detach().clone() for name, value in parameters.items()}
         sound = torch.stack([value.isfinite().flatten(1).all(1) for value in predicted.values()]).all(0)
         self.fleet.move_to(
             {
@@ -175,7 +179,7 @@ class Jumps:
             }
         )
         if self.glide.updates:
-            self.glide.begin(parameters, newest, before)
+            self.glide.begin(parameters, snapshots[-1], before)
         return sound.cpu()
 
 

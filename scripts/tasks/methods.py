@@ -15,6 +15,7 @@ At most one of each. ``@`` and settings at the end hold for this method's jumps 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -30,6 +31,7 @@ from nino.glide import check_glide
 from nino.history.mean import check_snapshot_average
 from nino.model import NowcasterConfig, build_network
 from nino.moments import Moments, check_moments
+from nino.probation import probation_of
 from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
 from tasks.nowcasters import load_weights
 from tasks.rivals import (
@@ -184,7 +186,7 @@ def _outer_step(text: str) -> tuple[int, float, float]:
         step = int(every), float(rate), float(momentum)
     except ValueError:
         step = 0, 0.0, 0.0
-    if not (step[0] >= 1 and step[1] > 0 and 0 < step[2] < 1):
+    if not (step[0] >= 1 and 0 < step[1] < math.inf and 0 < step[2] < 1):
         raise ValueError("updates, a rate and a momentum between 0 and 1 after colons")
     return step
 
@@ -329,8 +331,7 @@ def check_method(method: Method, updates: int) -> str | None:
     try:
         method.rhythm.schedule(nowcaster, updates)
         check_keeps_norms(method.jump, method.rhythm.keep_norms)
-        if not 0 <= method.rhythm.probation < method.rhythm.period:
-            raise NinoError(f"probation={method.rhythm.probation} must be shorter than the period")
+        probation_of(method.rhythm.period, method.rhythm.probation, method.rhythm.glide)
     except NinoError as error:
         _refuse(method.name, str(error))
     return fingerprint(method.jump, nowcaster)
@@ -416,16 +417,23 @@ class Setup:
 
     def update(self, loss: torch.Tensor) -> None:
         """One update with the gradients of ``loss``, and a jump if one is due."""
+        was_gliding = self._is_gliding
         if isinstance(self.optimizer, NowcastOptimizer):
             self.optimizer.observe(loss)
         self.optimizer.step()
         for follower in self.followers:
             follower.after_update()
+            if was_gliding and not self._is_gliding:
+                follower.arrive()
         jumps = sum(report.accepted + report.rolled_back for report in self.reports)
         if jumps != self._jumps:
             self._jumps = jumps
             for follower in self.followers:
                 follower.restart()
+
+    @property
+    def _is_gliding(self) -> bool:
+        return isinstance(self.optimizer, NowcastOptimizer) and self.optimizer.session.glide.is_on
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:

@@ -30,6 +30,10 @@ class Follower:
     def restart(self) -> None:
         """Called after the weights jumped."""
 
+    def arrive(self) -> None:
+        """Called after weights that jumped have glided to where they were to arrive."""
+        self.restart()
+
     def evaluated(self) -> AbstractContextManager[None]:
         """The model with the weights that are to be evaluated, and then as it was."""
         return nullcontext()
@@ -81,6 +85,9 @@ class Lookahead(Follower):
     def restart(self) -> None:
         self.slow = copies(self.parameters)
 
+    def arrive(self) -> None:
+        """To slow weights a glide is a movement as others are."""
+
 
 class OuterNesterov(Follower):
     """Every few updates slow weights take a step of SGD with Nesterov's momentum, and the fast ones follow them.
@@ -118,6 +125,9 @@ class OuterNesterov(Follower):
     def restart(self) -> None:
         copy_into(self.slow, self.parameters)
         self.outer.state.clear()
+
+    def arrive(self) -> None:
+        """To slow weights a glide is a movement as others are."""
 
 
 class ExponentialAverage(Follower):
