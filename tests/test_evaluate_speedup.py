@@ -148,7 +148,7 @@ def test_the_same_command_resumes(
     assert changed == [lost] and len(json.loads(lost.read_text())["training_losses"]) == 12
     assert main([*options_of(out), "--dry-run", "--seeds", "0", "1"]) == 0
     listed = capsys.readouterr().out
-    assert listed.count("finished  digits-16") == 10
+    assert listed.count("finished  digits-16") == 11
     assert "digits-16 adam seed 1 lr 0.001 constant 12\n" in listed and "with --jobs 2" in listed
 
 
