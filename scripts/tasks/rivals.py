@@ -56,78 +56,78 @@ def copies(parameters: Tensors) -> Tensors:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def copy_into(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def copy_into(parameters: Tensors, values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 
 
-class Lookahead(Follower):
-    """Every few updates the weights go back half of the way (arXiv:1907.08610).
+class SlowWeights(Follower):
+    """Every few updates slow weights follow the fast ones, and those start from there.
 
     It acts within the optimizer's step, so that snapshots see the weights after it.
-    """
-
-    def __init__(self, optimizer: Optimizer, model: nn.Module, every: int, alpha: float = 0.5) -> None:
-        self.parameters: Tensors = list(model.parameters())
-        self.every, self.alpha = every, alpha
-        self.slow = copies(self.parameters)
-        self.updates = 0
-        optimizer.register_step_post_hook(lambda *_: self.synchronise())
-
-    @torch.no_grad()
-    def synchronise(self) -> None:
-        """Count an update; slow weights follow the fast ones, and those start from there."""
-        self.updates += 1
-        if self.updates % self.every == 0:
-            torch._foreach_lerp_(self.slow, self.parameters, self.alpha)
-            copy_into(self.parameters, self.slow)
-
-    def restart(self) -> None:
-        self.slow = copies(self.parameters)
-
-    def arrive(self) -> None:
-        """To slow weights a glide is a movement as others are."""
-
-
-class OuterNesterov(Follower):
-    """Every few updates slow weights take a step of SGD with Nesterov's momentum, and the fast ones follow them.
-
-    What the fast weights moved since then is its gradient: SNOO (arXiv:2510.15830), DiLoCo of one process. Without
-    momentum it is :class:`Lookahead`. It too acts within the optimizer's step.
 
     Args:
         optimizer: of the fast weights.
         model: has them.
-        every: updates between two steps of the slow weights.
-        rate: learning rate of these.
-        momentum: of these.
+        every: updates from one time to the next.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, every: int, rate: float, momentum: float) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, every: int) -> None:
         self.parameters: Tensors = list(model.parameters())
         self.every = every
-        self.slow = [nn.Parameter(copy) for copy in copies(self.parameters)]
-        self.outer = torch.optim.SGD(self.slow, lr=rate, momentum=momentum, nesterov=True)
+        self.slow = copies(self.parameters)
         self.updates = 0
         optimizer.register_step_post_hook(lambda *_: self.synchronise())
 
     @torch.no_grad()
     def synchronise(self) -> None:
-        """Count an update; slow weights go on, and the fast ones start from there."""
+        """Count an update, and do what is due."""
         self.updates += 1
         if self.updates % self.every == 0:
-            for slow, fast in zip(self.slow, self.parameters, strict=True):
-                slow.grad = slow - fast
-            self.outer.step()
+            self.follow()
             copy_into(self.parameters, self.slow)
+
+    def follow(self) -> None:
+        """Move the slow weights."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def restart(self) -> None:
         copy_into(self.slow, self.parameters)
-        self.outer.state.clear()
 
     def arrive(self) -> None:
         """To slow weights a glide is a movement as others are."""
+
+
+class Lookahead(SlowWeights):
+    """Half of the way back every time (arXiv:1907.08610)."""
+
+    def follow(self) -> None:
+        torch._foreach_lerp_(self.slow, self.parameters, 0.5)
+
+
+class OuterNesterov(SlowWeights):
+    """A step of SGD with Nesterov's momentum, whose gradient is what the fast weights have moved.
+
+    SNOO (arXiv:2510.15830), DiLoCo of one process; without momentum it is :class:`Lookahead`.
+
+    Args:
+        rate: learning rate of that step.
+        momentum: of that step.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, every: int, rate: float, momentum: float) -> None:
+        super().__init__(optimizer, model, every)
+        self.outer = torch.optim.SGD(self.slow, lr=rate, momentum=momentum, nesterov=True)
+
+    def follow(self) -> None:
+        for slow, fast in zip(self.slow, self.parameters, strict=True):
+            slow.grad = slow - fast
+        self.outer.step()
+
+    def restart(self) -> None:
+        super().restart()
+        self.outer.state.clear()
 
 
 class ExponentialAverage(Follower):
