@@ -30,6 +30,7 @@ from tasks.comparing import (
     best_rate,
     by_budget,
     by_setting,
+    loss_rise,
     map_numbers,
     mean_curve,
     percent_undone,
@@ -790,6 +791,19 @@ def test_updates_for_the_quality_that_adam_ends_with() -> None:
     rows = {row["method"]: row for row in map_numbers(by_budget(by_setting(results), {"t": LOSS}), str)}
     assert rows["linear"]["for Adam's q(20)"] == "25"
     assert rows["linear"]["for Adam's q(40)"] is None and rows["adam"]["for Adam's q(20)"] is None
+
+
+def test_by_how_much_a_jump_lifts_the_training_loss() -> None:
+    run = result("nino:x", [1.0] * 4)
+    run["nowcasts"] = [
+        {"nowcast/step": 50, "nowcast/accepted": 1.0},
+        {"nowcast/step": 60, "nowcast/accepted": 0.0},
+        {"nowcast/step": 300, "nowcast/accepted": 1.0},
+    ]
+    run["training_losses"] = [9.0] * 10 + [2.0] * 40 + [3.0, 4.0, 4.0, 4.0, 4.0, 4.0, 3.0] + [2.0] * 113 + [8.0] * 133
+    assert loss_rise(run) == 2.0  # of the first; after the third comes too little, and what comes late is not its doing
+    run["training_losses"][55] = None
+    assert loss_rise(run) is None
 
 
 def test_updates_that_probations_took_back() -> None:

@@ -18,6 +18,8 @@ from tasks.report import Curve, updates_to_reach
 
 LASTING = 100
 """Updates after which Adam's noise is back, if a jump landed on a mean of the weights."""
+RISE_WITHIN = 120
+"""Updates after a jump in which the training loss is at its highest."""
 Result = Mapping[str, Any]
 """The content of a cell's file."""
 Row = dict[str, Any]
@@ -123,6 +125,7 @@ def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
         "best": best_value(result, goal),
         "wall s": result["seconds"],
         "CPU s": result["cpu_seconds"],
+        "rise": loss_rise(result),
         "% undone": percent_undone(result),
         "nowcasting s": sum(nowcast.get("nowcast/seconds", 0.0) for nowcast in result["nowcasts"]),
     }
@@ -138,6 +141,26 @@ def percent_undone(result: Result) -> float | None:
     probation = (result["cell"].get("rhythm") or {}).get("probation", 0)
     undone = sum(nowcast.get("nowcast/updates_undone", 0) for nowcast in result["nowcasts"])
     return 100 * undone / result["cell"]["updates"] if probation else None
+
+
+def loss_rise(result: Result, before: int = 40, window: int = 5) -> float | None:
+    """By how much the training loss rises after a jump: the mean over jumps; ``None`` without one.
+
+    Args:
+        result: of a training.
+        before: updates before the jump over whose losses the mean is taken.
+        window: updates after it over which the mean is taken, where that is highest.
+    """
+    rises = []
+    for nowcast in result["nowcasts"]:
+        if not nowcast.get("nowcast/accepted"):
+            continue
+        step, losses = int(nowcast["nowcast/step"]), result["training_losses"]
+        earlier, later = losses[max(step - before, 0) : step], losses[step : step + RISE_WITHIN]
+        if len(later) >= window and None not in (*earlier, *later):  # which is what is not finite
+            highest = max(fmean(later[first : first + window]) for first in range(len(later) - window + 1))
+            rises.append(highest - fmean(earlier))
+    return fmean(rises) if rises else None
 
 
 def first_update(result: Result, goal: Goal, target: float | None, since: int = 0) -> int | None:

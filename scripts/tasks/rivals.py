@@ -7,6 +7,7 @@ afresh from the new weights.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,7 +62,7 @@ def copy_into(parameters: Tensors, values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
-class SlowWeights(Follower):
+class SlowWeights(Follower, ABC):
     """Every few updates slow weights follow the fast ones, and those start from there.
 
     It acts within the optimizer's step, so that snapshots see the weights after it.
@@ -87,9 +88,9 @@ class SlowWeights(Follower):
             self.follow()
             copy_into(self.parameters, self.slow)
 
+    @abstractmethod
     def follow(self) -> None:
         """Move the slow weights."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def restart(self) -> None:
