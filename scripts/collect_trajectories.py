@@ -30,8 +30,9 @@ from nino import NowcastOptimizer, ScheduleConfig
 from nino.data import Trajectory, record
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
+from nino.glide import check_glide
 from nino.history.mean import check_snapshot_average
-from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
 from tasks.fleets import fleet_device, record_fleet, time_fleet
 from tasks.nowcasters import load_nowcaster
 from tasks.rehearsal import random_images, random_text, time_training
@@ -85,6 +86,7 @@ def with_jumps(plan: RunPlan, args: argparse.Namespace) -> RunPlan:
         jump_average=args.jump_average,
         jump_until=last_jump(plan, args),
         jump_keep_norms=args.jump_keep_norms,
+        jump_glide=args.jump_glide,
     )
 
 
@@ -121,6 +123,7 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
         probation=0,  # what follows a bad jump is worth knowing
         snapshot_average=plan.jump_average,
         keep_norms=plan.jump_keep_norms,
+        glide=plan.jump_glide,
     )
 
 
@@ -284,6 +287,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--jump-keep-norms", action="store_true", help="matrices keep their norms in a jump, as where rates are high"
     )
+    parser.add_argument(
+        "--jump-glide",
+        type=whole_number,
+        default=0,
+        metavar="U",
+        help="updates over which a jump is dealt out; 0 jumps at once",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--fleet",
@@ -311,8 +321,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         fail(f"--interval {args.interval} is larger than --updates {args.updates}: no window could be read")
     if args.jump_with is not None:
         check_jumps(args)
-    elif args.jump_until is not None or args.jump_average > 1 or args.jump_keep_norms:
-        fail("--jump-until, --jump-average, --jump-keep-norms: say with --jump-with NOWCASTER what makes the jumps")
+    elif args.jump_until is not None or args.jump_average > 1 or args.jump_keep_norms or args.jump_glide:
+        fail(
+            "--jump-until, --jump-average, --jump-keep-norms, --jump-glide: say with --jump-with NOWCASTER what makes "
+            "the jumps"
+        )
     return args
 
 
@@ -321,11 +334,14 @@ def check_jumps(args: argparse.Namespace) -> None:
     context = load_nowcaster(args.jump_with).config.context
     schedule = ScheduleConfig(period=args.jump_period, context=context)
     check_snapshot_average(args.jump_average, schedule.interval)
+    check_glide(args.jump_glide, args.jump_period)
     if args.jump_until is not None and not args.jump_period <= args.jump_until < args.updates:
         fail(f"--jump-until {args.jump_until}: expected at least --jump-period and less than --updates")
-    if args.jump_until is None and args.jump_period // args.interval <= context:
+    undisturbed = args.jump_period - args.jump_glide
+    if args.jump_until is None and undisturbed // args.interval <= context:
+        after = f" after a glide of {args.jump_glide} updates" if args.jump_glide else ""
         fail(
-            f"--jump-period {args.jump_period} holds {args.jump_period // args.interval} states at --interval "
+            f"--jump-period {args.jump_period}{after} holds {undisturbed // args.interval} states at --interval "
             f"{args.interval}: a window needs {context + 1} between two jumps"
         )
     if args.jump_period >= args.updates:

@@ -175,7 +175,8 @@ def test_a_fleet_is_recorded_as_each_run_alone(
     monkeypatch.setattr("tasks.fleets.fleet_device", lambda: CPU)
     Nowcaster(build_network(NowcasterConfig(hidden=8, max_horizon=12))).save_pretrained(tmp_path / "nowcaster")
     jumps = ["--jump-with", str(tmp_path / "nowcaster"), "--jump-period", "10"]
-    jumps += ["--jump-average", "2", "--jump-until", "20"] + ["--jump-keep-norms"] * (family == "language")
+    jumps += ["--jump-average", "2", "--jump-until", "20"]
+    jumps += ["--jump-keep-norms", "--jump-glide", "3"] if family == "language" else []
     plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path, *(jumps if jumping else []), family=family)))
     assert len(plans) == 2 and plans[0].seed != plans[1].seed and plans[0].jump_until == plans[1].jump_until
     assert record_fleet(plans, data_folder, tmp_path / "fleet") == {}
@@ -184,6 +185,8 @@ def test_a_fleet_is_recorded_as_each_run_alone(
         fleet, alone = (Trajectory(tmp_path / kind / plan.name) for kind in ("fleet", "alone"))
         assert fleet.complete and fleet.steps == alone.steps and fleet.learning_rates == alone.learning_rates
         assert fleet.jumps == alone.jumps and bool(alone.jumps) == jumping
+        if family == "language":
+            assert set(alone.jumps) >= {10, 11, 12, 13} and 14 not in alone.jumps
         assert fleet.parameters == alone.parameters and fleet.training == alone.training
         places = list(range(len(alone)))
         np.testing.assert_allclose(fleet.states(places), alone.states(places), rtol=1e-3, atol=1e-4)

@@ -201,7 +201,7 @@ def test_batch_norms_are_as_before_when_jumps_are_over(
     assert norms and all((norm.momentum, int(norm.num_batches_tracked)) == (0.1, 24) for norm in norms)
 
 
-@pytest.mark.parametrize("option", ["--jump-until", "--jump-average"])
+@pytest.mark.parametrize("option", ["--jump-until", "--jump-average", "--jump-glide"])
 def test_settings_of_jumps_without_a_nowcaster_are_one_line(
     option: str, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +223,8 @@ def test_settings_of_jumps_without_a_nowcaster_are_one_line(
         ("hidden-8", 99, "period=99 must be a multiple of context=5"),
         ("hidden-8", 125, "--jump-period 125 holds 5 states at --interval 25: a window needs 6"),
         ("hidden-8", 4000, "--jump-period 4000 is not below --updates 4000"),
+        ("hidden-8", "160 --jump-glide 30", "--jump-period 160 after a glide of 30 updates holds 5 states"),
+        ("hidden-8", "160 --jump-glide 100", "glide must be 0 (a jump at once) to 80 updates"),
         ("hidden-8", "500 --jump-until 400", "--jump-until 400: expected at least --jump-period"),
     ],
 )

@@ -49,8 +49,9 @@ def record_fleet(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str, s
     writers.append(0)
     for step in range(1, plan.updates + 1):
         losses = fleet.update(draw_batches(task, plan.batch_size, generators))
-        if jumps is not None and (jumped := jumps.after_update(step)) is not None:
-            writers.note_jump(step, jumped)
+        if jumps is not None:
+            jumps.after_update(step)
+            writers.note_jump(step, jumps.moved)
         if step % plan.interval == 0:
             writers.append(step, losses)
         if not writers.going_on:
@@ -113,7 +114,13 @@ def planned_jumps(plan: RunPlan, fleet: Fleet) -> Jumps | None:
         return None
     nowcaster = load_nowcaster(plan.jump_with)
     return Jumps(
-        fleet, nowcaster, jump_schedule(plan, nowcaster), plan.jump_average, plan.jump_until, plan.jump_keep_norms
+        fleet,
+        nowcaster,
+        jump_schedule(plan, nowcaster),
+        plan.jump_average,
+        plan.jump_until,
+        plan.jump_keep_norms,
+        plan.jump_glide,
     )
 
 
@@ -147,12 +154,17 @@ class Jumps:
         self.keep_norms, self.glide = keep_norms, Glide(glide)
         self.has_arrived = False
         """Whether weights have glided to their places with the last update."""
+        self._jumped = torch.zeros(fleet.size, dtype=torch.bool)
+        """Which models the last nowcast moved, or is moving."""
+        self.moved = torch.zeros_like(self._jumped)
+        """Which models a nowcast has begun to move or has moved with the last update: bool ``[M]``."""
         self.nowcaster = FleetNowcaster(nowcaster, graph, fleet.size, fleet.device)
         self.mean, self.snapshots = RunningMean(), list[Stacked]()
 
     @torch.no_grad()
     def after_update(self, step: int) -> Tensor | None:
         """Nowcast if that is due, and say whose weights have moved: bool ``[M]``, or ``None`` if it was not."""
+        self.moved = self._jumped & self.glide.is_on
         self.has_arrived = self.glide.after_update(self.fleet.parameters, None)
         if is_over(step, self.schedule) or (self.until is not None and step > self.until):
             return None
@@ -180,7 +192,8 @@ class Jumps:
         )
         if self.glide.updates:
             self.glide.begin(parameters, snapshots[-1], before)
-        return sound.cpu()
+        self._jumped = self.moved = sound.cpu()
+        return self.moved
 
 
 class Writers:

@@ -66,6 +66,8 @@ class RunPlan:
     """The last update that may jump; ``None`` for no end."""
     jump_keep_norms: bool = False
     """Whether matrices keep their norms in a jump."""
+    jump_glide: int = 0
+    """Updates over which a jump is dealt out; 0 jumps at once."""
     fleet: str = ""
     """Of the runs beside which it is trained; they differ in name and seed alone."""
 
