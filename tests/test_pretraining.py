@@ -222,6 +222,22 @@ def test_training_learns_and_resumes_exactly(tmp_path: Path, sources: tuple[Wind
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize(("lr", "warns"), [(0.0, True), (1e-2, False)])
+def test_a_nowcaster_that_learned_nothing_is_told(
+    lr: float,
+    warns: bool,
+    tmp_path: Path,
+    sources: tuple[WindowSource, WindowSource],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = PretrainingConfig(steps=80, evaluate_every=80, validation_windows=2, lr=lr, workers=0)
+    with caplog.at_level("WARNING"):
+        pretrain(config, CONFIG, *sources, tmp_path)
+    lines = [r.getMessage() for r in caplog.records if "held-out runs of mlp are" in r.getMessage()]
+    assert len(lines) == warns
+    assert all("no better than by copying" in line and "lower --lr" in line for line in lines)
+
+
 def test_accumulated_unions_give_the_gradient_of_the_large_batch(
     tmp_path: Path, sources: tuple[WindowSource, WindowSource]
 ) -> None:

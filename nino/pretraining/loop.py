@@ -38,6 +38,8 @@ LOG_FILE = "training.json"
 STATE_KEYS = {"settings", "network", "average", "optimizer", "step", "skipped", "seconds", "history"}
 WARMUP_STEPS = 100
 RIVALS = ("copy", "linear")
+LEARNED = 0.99
+"""A nowcaster that has learned something has at most this part of the error of copying."""
 CHANGEABLE = ("workers", "wandb")
 """Settings of a training that change no number of it: it may go on with others."""
 
@@ -221,6 +223,7 @@ class _Pretraining:
         """Write the nowcaster and its log."""
         result = {**self.settings, "history": self.history, "seconds": self.seconds}
         if self.accelerator.is_main_process:
+            warn_of_nothing_learned(self.history[-1])
             Nowcaster(self.result).save_pretrained(self.out)
             (self.out / LOG_FILE).write_text(json.dumps(result, indent=1) + "\n")
         return result
@@ -295,6 +298,20 @@ def first_difference(theirs: Any, ours: Any, where: str = "") -> str:
                 return first_difference(theirs.get(key), ours.get(key), f"{where}, {key}" if where else str(key))
     theirs, ours = ("nothing" if value is None else value for value in (theirs, ours))
     return f"{where}: {theirs} there, {ours} here"
+
+
+def warn_of_nothing_learned(record: Mapping[str, float]) -> None:
+    """Say so if held-out runs are predicted no better than by copying: a rate that is too high ends like that."""
+    for name, error in record.items():
+        family, _, rest = name.partition("/")
+        if rest == "nowcaster" and not error <= LEARNED * record[f"{family}/copy"]:
+            logger.warning(
+                "held-out runs of %s are predicted no better than by copying the last snapshot (error %.4g, copying "
+                "%.4g): train with a lower --lr, or longer, or on more runs",
+                family,
+                error,
+                record[f"{family}/copy"],
+            )
 
 
 def one_line(record: Mapping[str, float]) -> str:
