@@ -34,6 +34,7 @@ from nino.glide import check_glide
 from nino.history.mean import check_snapshot_average
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
 from tasks.fleets import fleet_device, record_fleet, time_fleet
+from tasks.measuring import duration
 from tasks.nowcasters import load_nowcaster
 from tasks.rehearsal import random_images, random_text, time_training
 from tasks.run_plans import (
@@ -359,8 +360,8 @@ def main(argv: list[str]) -> int:
     )
     if args.dry_run:
         at_once = 1 if args.fleet > 1 and fleet_device().type == "cuda" else args.jobs  # fleets share the GPU
-        hours = sum(map(seconds_together, tqdm(groups, leave=False))) / 3600 / at_once
-        print(f"about {hours:.1f} hours with --jobs {at_once}, at the speed of this machine now")
+        seconds = sum(map(seconds_together, tqdm(groups, leave=False))) / at_once
+        print(f"about {duration(seconds)} with --jobs {at_once}, at the speed of this machine now")
         return 0
     make_output_folder("--out", args.out)
     failed = record_all(groups, args)
@@ -371,4 +372,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
+    run_main(main, sys.argv[1:], resumes=True)

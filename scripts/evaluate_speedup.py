@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -52,6 +51,7 @@ from tasks.comparing import (
 )
 from tasks.images import HeldOut
 from tasks.machine import describe_machine
+from tasks.measuring import duration
 from tasks.methods import ADAM, YES_OR_NO, Rhythm, check_jumps, check_method, parse_method, update_or_part
 from tasks.report import Panel, draw_panels, format_markdown, format_table
 from tasks.speedup import TASKS
@@ -116,12 +116,6 @@ def list_cells(cells: Sequence[Cell], results: Mapping[Cell, Result], jobs: int)
         total += seconds
         print(f"{'finished' if cell in results else 'about ' + duration(seconds):>12}  {cell.label}")
     print(f"about {duration(total / jobs)} with --jobs {jobs}, if each has a core to itself")
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def train_all(cells: Sequence[Cell], args: argparse.Namespace) -> dict[Cell, str]:
@@ -290,11 +284,7 @@ def main(argv: list[str]) -> int:
         list_cells(cells, results, args.jobs)
         return 0
     make_output_folder("--out", args.out)
-    try:
-        failed = train_all(todo, args) if todo else {}
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with what is not finished", file=sys.stderr)
-        return 130
+    failed = train_all(todo, args) if todo else {}
     read = {cell: results.get(cell) or read_result(args.out, cell) for cell in cells}
     report({cell: result for cell, result in read.items() if result is not None}, failed, args)
     print(f"\nnumbers and curves are in {args.out}/")
@@ -304,4 +294,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, sys.argv[1:])
+    run_main(main, sys.argv[1:], resumes=True)

@@ -27,7 +27,15 @@ from nino.model.networks import Trend
 from nino.nowcaster import CONFIG_FILE
 from nino.pretraining.trend import Rows, draw_rows, errors, fit
 from nino.pretraining.windows import WindowSource
-from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
+from tasks.cli import (
+    ArgumentParser,
+    check_output_folder,
+    fail,
+    make_output_folder,
+    positive_int,
+    run_main,
+    settings_of,
+)
 from tasks.nowcasters import load_nowcaster
 from tasks.recorded_runs import find_runs
 
@@ -77,7 +85,7 @@ def main(argv: list[str]) -> int:
         fail(f"--start-from {args.start_from}: expected a nowcaster that reads movements and has no trend yet")
     split = find_runs(args.runs)
     split.check(args.runs)
-    make_output_folder("--out", args.out)
+    check_output_folder("--out", args.out)
     if (args.out / CONFIG_FILE).exists():
         fail(f"--out {args.out} holds a nowcaster already; give another folder, or remove it")
     torch.manual_seed(args.seed)
@@ -101,6 +109,7 @@ def main(argv: list[str]) -> int:
                 ratios = errors(trend, of_family) / errors(nothing, of_family)
                 shown = {h: ratios[h - 1].item() for h in SHOWN if h <= len(ratios)}
                 report[f"{family}, {which}"] = {str(h): ratio for h, ratio in shown.items() if math.isfinite(ratio)}
+    make_output_folder("--out", args.out)
     start.with_trend(trend).save_pretrained(args.out)
     names = {"trained on": [Path(f).name for f in split.train], "held out": [Path(f).name for f in split.held_out]}
     result = {

@@ -111,4 +111,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     show_log()
-    run_main(main, sys.argv[1:])
+    run_main(main, sys.argv[1:], resumes=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluate_speedup import duration, main, parse_args, plan
+from evaluate_speedup import main, parse_args, plan
 from tiny import mlp, tiny_nowcaster, weights_of
 from torch import nn
 
@@ -188,7 +188,10 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
             ["--methods", "linear@horizon=3"],
             ["setting 'horizon' is none of batch_norm, decay_power, glide, keep_norms, max_horizon"],
         ),
-        (["--methods", "linear@max_horizon=x"], ["max_horizon expects a number"]),
+        (["--methods", "linear@max_horizon=x"], ["max_horizon expects a whole number, got 'x'"]),
+        (["--methods", "linear@period=60,period=70"], ["period is set twice"]),
+        (["--methods", "adam@period=60"], ["what stands behind @ says when to jump, and it does not"]),
+        (["--methods", "ema@period=60"], ["what stands behind @ says when to jump, and it does not"]),
         (["--methods", "linear@glide=900"], ["glide must be 0 (a jump at once) to"]),
         (["--methods", "linear@glide=500,probation=500"], ["probation=500 and a glide of 500 must end before"]),
         (["--methods", "snoo:5:inf:0.5"], ["snoo expects updates, a rate and a momentum between 0 and 1"]),
@@ -259,6 +262,8 @@ def test_file_names_change_with_what_matters() -> None:
 
 
 def test_duration() -> None:
+    from tasks.measuring import duration
+
     assert [duration(seconds) for seconds in (0.2, 61, 7322)] == ["0:00:01", "0:01:01", "2:02:02"]
 
 

@@ -271,6 +271,16 @@ def test_plans_are_compared_on_many_seeds(tmp_path: Path, capsys: pytest.Capture
         assert plain[-1] not in (jump[-1], glide[-1]) and jump[-1] != glide[-1]
 
 
+def test_a_plan_without_its_counterpart_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from compare_plans import main
+
+    settings = ["--seeds", "1", "--updates", "30", "--eval-every", "10", "--out", str(tmp_path)]
+    nowcast = "nino:nino-tiny@period=20"
+    assert main(["--methods", f"ema+{nowcast}", "adam", nowcast, *settings]) == 0
+    header, _, alone, *_ = capsys.readouterr().out.splitlines()
+    assert header.endswith("to the best without jumps") and alone.split()[-1] == "-"
+
+
 def test_plans_are_compared_with_an_average_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from compare_plans import main, row_of
 

@@ -222,6 +222,20 @@ def test_training_learns_and_resumes_exactly(tmp_path: Path, sources: tuple[Wind
         assert torch.equal(value, expected[name]), name
 
 
+def test_a_training_that_diverges_is_logged_in_json(
+    tmp_path: Path, sources: tuple[WindowSource, WindowSource], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    config = PretrainingConfig(steps=4, evaluate_every=4, validation_windows=1, lr=1e30, seed=2**62, workers=0)
+    with caplog.at_level("WARNING"):
+        assert pretrain(config, CONFIG, *sources, tmp_path)["history"][-1]["skipped"]
+    (record,) = json.loads((tmp_path / "training.json").read_text(), parse_constant=refuse)["history"]
+    assert record["mlp/nowcaster"] is None and record["mlp/copy"] > 0
+    assert "held-out runs of mlp are predicted no better than by copying" in caplog.text
+
+
 @pytest.mark.parametrize(("lr", "warns"), [(0.0, True), (1e-2, False)])
 def test_a_nowcaster_that_learned_nothing_is_told(
     lr: float,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import OrderedDict
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +241,105 @@ def test_what_cannot_be_built_again_is_not_described() -> None:
         assert repr(build_model(architecture)) == repr(model)
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight
-    for other in (nn.ReLU(), nn.Sequential(nn.Sequential(nn.Linear(2, 2))), tied, nn.Sequential(Local())):
+    twice = nn.Linear(3, 3)
+    for other in (nn.ReLU(), tied, nn.Sequential(twice, nn.ReLU(), twice), nn.Sequential(Local())):
         assert describe_model(other) is None
+
+
+def test_layers_may_have_names_and_lie_within_others() -> None:
+    body = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    named = nn.Sequential(OrderedDict(body=body, head=nn.Sequential(nn.Linear(6, 2))))
+    expected = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    assert describe_model(named) == describe_model(expected) is not None
+
+
+class Own(nn.Module):
+    """Of no kind that describes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(inputs).relu())
+
+
+OWN = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def test_a_model_of_ones_own_is_recorded_to_train_on(tmp_path: Path) -> None:
+    from nino import NowcasterConfig
+    from nino.pretraining.windows import WindowPlace, WindowSource
+
+    sources = []
+    for name, model, architecture in (("own", Own(), describe_model(OWN)), ("sequential", deepcopy(OWN), None)):
+        model.load_state_dict(dict(zip(model.state_dict(), OWN.state_dict().values(), strict=True)))
+        recorder = record(model, tmp_path / name, interval=1, architecture=architecture)
+        for step in range(7):
+            recorder.after_update(step)
+            for parameter in model.parameters():
+                parameter.data.add_(0.1 * parameter.data.abs().sqrt())
+        recorder.close()
+        sources.append(WindowSource([str(tmp_path / name)], NowcasterConfig(hidden=8, max_horizon=2)))
+    own, sequential = (source.load(WindowPlace(run=0, first=0, stride=1)) for source in sources)
+    assert Trajectory(tmp_path / "own").parameters[0][0] == "first.weight"
+    assert torch.equal(own.targets, sequential.targets) and torch.equal(own.inputs.features, sequential.inputs.features)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ({"library": "nope"}, "unknown architecture library 'nope'"),
+        (describe_model(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))), r"shape \(3, 5\), the model's \(2, 5\)"),
+        (describe_model(nn.Sequential(nn.Linear(3, 5))), "2 parameters, the model has 4"),
+    ],
+)
+def test_an_architecture_of_another_model_is_refused_before_training(
+    architecture: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TrajectoryError, match=words):
+        record(Own(), tmp_path / "run", architecture=architecture)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_recordings_in_one_folder_do_not_mix(tmp_path: Path) -> None:
+    first, second = (record(constant(value), tmp_path, interval=1) for value in (1.0, 2.0))
+    for step in range(3):
+        second.after_update(step)
+    first.after_update(0)
+    assert "another one in the same folder" in first.problem and not second.problem
+    first.close()
+    second.after_update(3)
+    second.close()
+    run = Trajectory(tmp_path)
+    assert run.complete and run.states(range(4)).eq(2).all()
+    second.after_update(4)
+    assert Trajectory(tmp_path).complete
+
+
+def constant(value: float) -> nn.Module:
+    model = nn.Linear(2, 2)
+    for parameter in model.parameters():
+        parameter.data.fill_(value)
+    return model
+
+
+def test_states_without_their_header_are_not_replaced(tmp_path: Path) -> None:
+    recorder = record(constant(1.0), tmp_path, interval=1)
+    recorder.after_update(0)
+    (tmp_path / "trajectory.json").rename(tmp_path / "elsewhere.json")
+    with pytest.raises(TrajectoryError, match="put it back, or remove the folder"):
+        record(constant(2.0), tmp_path, interval=1)
+    (tmp_path / "elsewhere.json").rename(tmp_path / "trajectory.json")
+    assert Trajectory(tmp_path).states([0]).eq(1).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_live_loss_is_a_metric(tmp_path: Path) -> None:
+    model = constant(1.0)
+    recorder = record(model, tmp_path)
+    recorder.after_update(0, {"loss": model(torch.ones(1, 2)).sum()})
+    assert not recorder.problem and Trajectory(tmp_path).metrics == [{"loss": 6.0}]
 
 
 class Local(nn.Module):

@@ -65,6 +65,56 @@ def test_too_few_runs_is_one_line(tmp_path: Path) -> None:
     assert_refused(done, "4 finished runs")
 
 
+def test_a_run_alone_is_no_collection(tmp_path: Path) -> None:
+    record_collection(tmp_path, runs=1)
+    run = next(tmp_path.glob("*/trajectory.json")).parent
+    done = run_here("pretrain_nowcaster.py", "--runs", run, "--out", tmp_path / "out")
+    assert_refused(done, "is itself a run", f"the folder that holds it and others, {tmp_path}")
+
+
+@pytest.mark.parametrize("script", ["collect_trajectories", "pretrain_nowcaster", "evaluate_speedup", "demo"])
+def test_an_interrupt_is_one_line(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tasks.cli.ArgumentParser.parse_args", interrupt)
+    done = run_here(f"{script}.py")
+    assert done.returncode == 130
+    resumes = script != "demo"
+    assert done.stderr.strip() == "interrupted" + "; the same command goes on" * resumes
+
+
+def test_files_that_change_are_read_anew(data_folder: Path, tmp_path: Path) -> None:
+    from tasks.images import load_parquet_images
+    from tasks.text import load_text_files
+
+    shutil.copytree(data_folder, tmp_path / "data")
+    text, cache = tmp_path / "data" / "text" / "tinyshakespeare.txt", tmp_path / "cache"
+    first = load_text_files([text], 300, cache)
+    text.write_text(text.read_text().replace("cat", "dog"))
+    assert not torch.equal(load_text_files([text], 300, cache).train_tokens, first.train_tokens)
+    assert len(list(cache.iterdir())) == 2
+    load_text_files([text], 300, cache)
+    assert len(list(cache.iterdir())) == 2  # what has not changed is kept
+
+    images = load_parquet_images("mnist", tmp_path / "data", cache)
+    shutil.copy(data_folder / "cifar10-train.parquet", tmp_path / "data" / "mnist-train.parquet")
+    assert load_parquet_images("mnist", tmp_path / "data", cache).train_images.shape != images.train_images.shape
+
+
+def test_a_collection_of_few_texts(data_folder: Path, tmp_path: Path) -> None:
+    from collect_trajectories import parse_args, plan_runs
+
+    (tmp_path / "text").mkdir()
+    shutil.copy(data_folder / "text" / "tinyshakespeare.txt", tmp_path / "text")
+    options = ["--out", "x", "--family", "language", "--runs", "8", "--data"]
+    few, many = (plan_runs(parse_args([*options, str(folder)])) for folder in (tmp_path, data_folder))
+    assert {plan.data for plan in few} == {"tinyshakespeare.txt"}
+    assert len({plan.data for plan in many}) > 1
+
+
 def test_collect_then_pretrain(
     data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +130,7 @@ def test_collect_then_pretrain(
     assert collect_trajectories.main([*map(str, arguments), "1", "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert "2 runs planned, 0 already recorded" in planned
-    assert re.search(r"^about [\d.]+ hours with --jobs 2", planned, re.M) and not runs.exists()
+    assert re.search(r"^about \d+:\d\d:\d\d with --jobs 2", planned, re.M) and not runs.exists()
     assert collect_trajectories.main([*map(str, arguments), "6"]) == 0
     summary = json.loads((runs / "collection.json").read_text())
     assert summary == {"recorded": 12, "skipped": 0, "failed": {}}

@@ -49,9 +49,10 @@ def describe_transformers(class_name: str, config: dict[str, Any]) -> Architectu
 
 
 def describe_model(model: nn.Module) -> Architecture | None:
-    """Describe a live model so that :func:`build_model` makes one with the same parameters; ``None`` if none does.
+    """Describe a live model so that :func:`build_model` makes one with its parameters; ``None`` if none does.
 
-    Models of ``transformers`` are described by their config, an ``nn.Sequential`` of ``torch.nn`` layers by these.
+    Models of ``transformers`` are described by their config, an ``nn.Sequential`` of ``torch.nn`` layers by these, one
+    within another layer by layer. Names may differ; shapes and their order do not.
 
     Example:
         >>> describe_model(nn.Sequential(nn.Linear(4, 2)))["layers"]
@@ -65,9 +66,9 @@ def describe_model(model: nn.Module) -> Architecture | None:
             built = build_model(json.loads(json.dumps(described)), device="meta")
     except (TrajectoryError, TypeError, ValueError):
         return None
-    if described["library"] == "torch" and [repr(layer) for layer in built] != [repr(layer) for layer in model]:  # type: ignore[attr-defined]
+    if described["library"] == "torch" and list(map(repr, _layers_of(built))) != list(map(repr, _layers_of(model))):
         return None
-    return described if _shapes_of(built) == _shapes_of(model) else None
+    return described if shapes_of(built) == shapes_of(model) else None
 
 
 def build_model(architecture: Architecture, device: str | torch.device | None = None) -> nn.Module:
@@ -96,7 +97,7 @@ def build_model(architecture: Architecture, device: str | torch.device | None = 
 def _describe(model: nn.Module) -> Architecture | None:
     """A first guess: what the attributes of a model say of it."""
     if isinstance(model, nn.Sequential):
-        return describe_sequential([(type(layer).__name__, _arguments(layer)) for layer in model])
+        return describe_sequential([(type(layer).__name__, _arguments(layer)) for layer in _layers_of(model)])
     for base in type(model).__mro__:  # frameworks derive classes of their own, as FSDP2 does
         if base.__module__.split(".")[0] == "transformers" and hasattr(model, "config"):
             config: dict[str, Any] = model.config.to_diff_dict()  # type: ignore[operator,union-attr]
@@ -118,8 +119,16 @@ def _of_architecture(config: dict[str, Any]) -> dict[str, Any]:
     return {name: _of_architecture(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of an ``nn.Sequential``, with those of others within."""
+    if type(model) is not nn.Sequential:
+        return [model]
+    return [layer for child in model for layer in _layers_of(child)]
+
+
+def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
+    """Of all parameters, in the order in which the model names them."""
+    return [tuple(parameter.shape) for parameter in model.parameters()]
 
 
 def _build_torch(architecture: Architecture) -> nn.Module:

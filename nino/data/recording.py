@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nino.data.architecture import Architecture, describe_model
+from nino.data.architecture import Architecture, build_model, describe_model, shapes_of
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.data.writer import StateDtype, TrajectoryWriter, check_dtype
 from nino.distributed import num_processes
@@ -49,8 +50,9 @@ def record(
         interval: optimizer updates between states.
         optimizer: gives its name and, at each state, its learning rate.
         training: anything JSON to note about the run: ``family`` (by which reports of a pretraining are grouped), batch
-            size, data; by default with the optimizer's name and torch's seed.
-        architecture: for models that :func:`nino.data.describe_model` cannot describe.
+            size, data; by default with the optimizer's name and torch's seed. Of a run that goes on, what has changed.
+        architecture: for models that :func:`nino.data.describe_model` cannot describe. What it builds has parameters of
+            the same shapes in the same order, whatever their names.
         dtype: number format on disk, ``"float32"`` or ``"float16"``.
         step: optimizer updates done so far. States of later updates, of a run that was killed after its checkpoint, are
             dropped.
@@ -82,7 +84,7 @@ def record(
     writer = None
     if num_processes() == 1 or dist.get_rank() == 0:
         try:
-            writer = _open(Path(folder), shapes, model, architecture, notes, dtype, step)
+            writer = _open(Path(folder), shapes, model, architecture, notes, training or {}, dtype, step)
         except OSError as error:
             raise TrajectoryError(f"{folder} cannot be recorded to: {error.strerror or error}") from error
     return Recorder(model, writer, list(shapes), interval, optimizer, session or own_session, step)
@@ -159,7 +161,7 @@ class Recorder:
             return
         try:
             writer.close(complete)
-        except OSError as error:
+        except (OSError, TrajectoryError) as error:
             self._stop(max(self._last, 0), error)
 
     def _gather(self) -> dict[str, Tensor]:
@@ -195,6 +197,7 @@ def _open(
     model: nn.Module,
     architecture: Architecture | None,
     notes: Mapping[str, Any],
+    changed: Mapping[str, Any],
     dtype: StateDtype,
     step: int,
 ) -> TrajectoryWriter:
@@ -205,11 +208,26 @@ def _open(
             different = sorted({name for name, _ in set(recorded.items()) ^ set(shapes.items())})[:3]
             what = f"other parameters ({', '.join(different)})" if different else f"dtype {header['dtype']}"
             raise TrajectoryError(f"{folder} holds a recording of {what}: choose another folder")
-        return TrajectoryWriter.reopen(folder, step)
+        return TrajectoryWriter.reopen(folder, step, changed)
     if header is not None and header["complete"]:
         raise TrajectoryError(f"{folder} holds a finished recording: choose another folder, or delete it")
-    architecture = describe_model(model) if architecture is None else architecture
+    if architecture is None:
+        architecture = describe_model(model)
+    else:
+        _check_architecture(architecture, model)
     return TrajectoryWriter(folder, list(shapes.items()), architecture, notes, dtype)
+
+
+def _check_architecture(architecture: Architecture, model: nn.Module) -> None:
+    with torch.random.fork_rng(devices=[]):
+        built = build_model(architecture, device="meta")
+    theirs, ours = shapes_of(built), shapes_of(model)
+    if theirs != ours:
+        different = next(pair for pair in zip_longest(theirs, ours) if pair[0] != pair[1])
+        raise TrajectoryError(
+            f"architecture describes another model: {len(theirs)} parameters, the model has {len(ours)}; the first "
+            f"that differs has shape {different[0]}, the model's {different[1]}"
+        )
 
 
 def _recorded(model: nn.Module) -> dict[str, nn.Parameter]:

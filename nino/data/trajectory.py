@@ -22,7 +22,7 @@ nor ``jumps``, and always an architecture.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -86,12 +86,17 @@ class RecordedStates:
             raise TrajectoryError(f"{self.folder}: a state holds NaN or infinity; leave this run out")
         return rows
 
-    def split(self, state: Tensor) -> dict[str, Tensor]:
-        """Cut ``[..., num_elements]`` into one tensor ``[..., *shape]`` per parameter name (views)."""
+    def split(self, state: Tensor, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+        """Cut ``[..., num_elements]`` into one tensor ``[..., *shape]`` per parameter (views).
+
+        Args:
+            state: one or several.
+            names: what to call the parameters, see :meth:`names_in`; by default as they were recorded.
+        """
         sizes = [prod(shape) for _, shape in self.parameters]
         parts = state.split(sizes, dim=-1)
         return {
-            name: part.reshape((*state.shape[:-1], *shape))
+            names[name] if names else name: part.reshape((*state.shape[:-1], *shape))
             for (name, shape), part in zip(self.parameters, parts, strict=True)
         }
 
@@ -107,6 +112,16 @@ class RecordedStates:
             return build_model(self.architecture, device="meta")
         except TrajectoryError as error:
             raise TrajectoryError(f"{self.folder}: {error}") from error
+
+    def names_in(self, model: nn.Module) -> dict[str, str]:
+        """What a model calls each recorded parameter: its own name, or if names differ, by the order of equal shapes.
+
+        An ``nn.Sequential`` that stands for a model of one's own names its parameters by numbers.
+        """
+        recorded = dict(self.parameters)
+        built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        alike = recorded.keys() != built.keys() and list(recorded.values()) == list(built.values())
+        return dict(zip(recorded, built if alike else recorded, strict=True))
 
     def check_finite(self) -> None:
         """Read all states once.

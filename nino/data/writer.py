@@ -54,7 +54,8 @@ class TrajectoryWriter:
         >>> writer.append(0, {"weight": torch.zeros(2, 3)}, {"loss": 2.3})                        # doctest: +SKIP
 
     Raises:
-        TrajectoryError: if the dtype is none of these, or the settings are not JSON.
+        TrajectoryError: if the dtype is none of these, the settings are not JSON, or the folder holds states of which
+            no header says what they are.
     """
 
     def __init__(
@@ -79,24 +80,29 @@ class TrajectoryWriter:
             "jumps": [],
             "complete": False,
         }
-        try:
-            json.dumps(header)
-        except (TypeError, ValueError) as error:
-            raise TrajectoryError(f"training and architecture must be JSON: {error}") from error
+        _check_json(header)
+        refuse_states_alone(Path(folder))
         self._begin(Path(folder), header)
 
     @classmethod
-    def reopen(cls, folder: str | Path, step: int) -> TrajectoryWriter:
+    def reopen(cls, folder: str | Path, step: int, training: Mapping[str, Any] | None = None) -> TrajectoryWriter:
         """Go on with a recording, from the checkpoint after ``step`` updates; states of later updates are dropped.
 
+        Args:
+            folder: of the recording.
+            step: updates done.
+            training: what has changed of its settings.
+
         Raises:
-            TrajectoryError: if the folder holds no recording that can be read.
+            TrajectoryError: if the folder holds no recording that can be read, or the settings are not JSON.
         """
         folder = Path(folder)
         header = read_header(folder)
         keep = min(bisect_right(header["steps"], step), whole_states(folder, header))
         header |= {key: header[key][:keep] for key in PER_STATE}
         header |= {"jumps": header["jumps"][: bisect_right(header["jumps"], step)], "complete": False}
+        header["training"] |= training or {}
+        _check_json(header)
         writer = cls.__new__(cls)
         writer._forced = True
         writer._begin(folder, header)
@@ -104,6 +110,8 @@ class TrajectoryWriter:
 
     def _begin(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder, self._header = folder, header
+        self._written = b""
+        """The header on disk, if this writer is the only one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_header()  # before states go: it names none that are not there
         with open(self.folder / STATES_FILE, "ab") as states:
@@ -139,7 +147,7 @@ class TrajectoryWriter:
 
         Raises:
             TrajectoryError: if a parameter is missing or has another shape than was announced, the step does not
-                grow, or the state is refused; the recording stays as it was.
+                grow, the state is refused, or another recording has begun in the folder; what is there stays.
             OSError: if it cannot be written; the recording stays as it was.
         """
         if self._header["steps"] and step <= self._header["steps"][-1]:
@@ -152,6 +160,7 @@ class TrajectoryWriter:
                 raise TrajectoryError(
                     f"{self.folder}: the state at step {step} needs {name} of shape {shape}, got {found}"
                 )
+        self._refuse_company()
         row = {"steps": int(step), "learning_rates": learning_rate, "metrics": _finite(metrics or {})}
         with open(self.folder / STATES_FILE, "r+b", buffering=0) as states:
             if states.seek(0, os.SEEK_END) < self._end:
@@ -176,11 +185,13 @@ class TrajectoryWriter:
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """Add to the metrics of the last state what became known after it was written."""
+        self._refuse_company()
         self._header["metrics"][-1].update(_finite(metrics))
         self._write_header()
 
     def note_jump(self, step: int) -> None:
         """Say that the weights after ``step`` updates are not where the optimizer led: a nowcast, or its undoing."""
+        self._refuse_company()
         if not self._header["jumps"] or step > self._header["jumps"][-1]:
             self._header["jumps"].append(int(step))
             self._write_header()
@@ -192,6 +203,7 @@ class TrajectoryWriter:
 
     def close(self, complete: bool = True) -> None:
         """Finish the recording; ``complete`` says that the run ended as it was meant to, early stopping included."""
+        self._refuse_company()
         self._header["complete"] = complete
         self._write_header()
 
@@ -210,16 +222,54 @@ class TrajectoryWriter:
         while left:  # the system may take less at once, of large ones it does
             left = left[file.write(left) :]
 
+    def _refuse_company(self) -> None:
+        """Stop if something else has written to the folder: two recordings in one would be neither.
+
+        Raises:
+            TrajectoryError: saying so.
+        """
+        try:
+            there = (self.folder / HEADER_FILE).read_bytes()
+        except FileNotFoundError:
+            there = b""
+        if there != self._written:
+            raise TrajectoryError(
+                f"{self.folder}: {HEADER_FILE} is not as this recording left it (another one in the same folder?); "
+                "give every run a folder of its own"
+            )
+
     def _write_header(self) -> None:
         temporary = self.folder / (HEADER_FILE + ".part")
+        content = json.dumps(self._header).encode()
         try:
-            temporary.write_text(json.dumps(self._header))
+            temporary.write_bytes(content)
             if self._forced:
                 sync_file(temporary)
             os.replace(temporary, self.folder / HEADER_FILE)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        self._written = content
+
+
+def refuse_states_alone(folder: Path) -> None:
+    """Stop before states are replaced that were copied without their header.
+
+    Raises:
+        TrajectoryError: saying what to do.
+    """
+    states = folder / STATES_FILE
+    if not (folder / HEADER_FILE).exists() and states.is_file() and states.stat().st_size:
+        raise TrajectoryError(
+            f"{folder} holds {STATES_FILE} without {HEADER_FILE}: put it back, or remove the folder, or choose another"
+        )
+
+
+def _check_json(header: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(header)
+    except (TypeError, ValueError) as error:
+        raise TrajectoryError(f"training and architecture must be JSON: {error}") from error
 
 
 def check_dtype(dtype: str) -> None:
@@ -234,7 +284,7 @@ def check_dtype(dtype: str) -> None:
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
     """What is one finite number: JSON knows no other."""
-    numbers = {name: float(value) for name, value in metrics.items() if _is_number(value)}
+    numbers = {name: _number(value) for name, value in metrics.items() if _is_number(value)}
     return {name: value for name, value in numbers.items() if isfinite(value)}
 
 
@@ -242,3 +292,7 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     return isinstance(value, Real)
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

@@ -87,7 +87,7 @@ class Batches(Dataset[list[Window]]):
 
     def __getitem__(self, step: int) -> list[Window]:
         """Draw all places of the batch, then load only those that are dealt to this process."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) % 2**63)
         places = [self.source.draw(family, generator) for family, count in self.counts.items() for _ in range(count)]
         seeds = torch.randint(2**62, (len(places),), generator=generator).tolist()
         horizons = self.config.sampling.horizons(self.source.config.max_horizon, generator)

@@ -225,8 +225,14 @@ class _Pretraining:
         if self.accelerator.is_main_process:
             warn_of_nothing_learned(self.history[-1])
             Nowcaster(self.result).save_pretrained(self.out)
-            (self.out / LOG_FILE).write_text(json.dumps(result, indent=1) + "\n")
+            self._write_log({"seconds": self.seconds})
         return result
+
+    def _write_log(self, more: Mapping[str, Any]) -> None:
+        """Settings and history; JSON has no NaN, so what is not finite is null."""
+        history = [{key: value if math.isfinite(value) else None for key, value in r.items()} for r in self.history]
+        content = {**self.settings, "history": history, **more}
+        (self.out / LOG_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def _save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -241,7 +247,7 @@ class _Pretraining:
             "history": self.history,
         }
         save_whole(state, self.out / STATE_FILE)
-        (self.out / LOG_FILE).write_text(json.dumps({**self.settings, "history": self.history}, indent=1) + "\n")
+        self._write_log({})
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> None:
         path = self.out / STATE_FILE

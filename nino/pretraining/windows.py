@@ -80,8 +80,10 @@ class RecordedRun:
         self.trajectory = trajectory
         self.family = str(trajectory.training.get("family", "unknown"))
         self.segments = trajectory.segments()
-        graph = NeuralGraph.from_model(trajectory.model(), wiring=config.wiring)
-        recorded = dict(trajectory.parameters)
+        model = trajectory.model()
+        graph = NeuralGraph.from_model(model, wiring=config.wiring)
+        self._names = trajectory.names_in(model)
+        recorded = {self._names[name]: shape for name, shape in trajectory.parameters}
         if recorded != graph.shapes:
             different = sorted(set(recorded.items()) ^ set(graph.shapes.items()))[:3]
             frozen = set(recorded.items()) < set(graph.shapes.items())
@@ -94,6 +96,10 @@ class RecordedRun:
         self.positions = graph.positions(config.num_positions)
         self.words = graph.words()
         self.feature_mask = self.edges.feature_mask()
+
+    def states(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The asked-for states, by the names of the graph: ``[len(indices), *shape]`` each."""
+        return self.trajectory.split(self.trajectory.states(indices), self._names)
 
     def starts(self, length: int) -> list[range]:
         """Where stretches of ``length`` states can begin, in each segment that is long enough."""
@@ -202,7 +208,7 @@ class WindowSource:
             raise TrajectoryError(f"{run.trajectory.folder}: {place} reaches over a jump or the end of its segment")
         ahead = horizons[horizons <= (end - 1 - last) // place.stride]
         offsets = torch.cat([torch.arange(1 - config.context, 1), ahead]) * place.stride
-        named = run.trajectory.split(run.trajectory.states((last + offsets).tolist()))
+        named = run.states((last + offsets).tolist())
         if generator is not None:
             named = _turned(named, generator)
         states, scalers, future, steps = {}, {}, {}, {}

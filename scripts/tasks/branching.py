@@ -147,7 +147,7 @@ class Trunk:
             else:
                 renewal.begin()
         yield 0, task.evaluate(model)
-        batches = task.batches(spec.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + at))
+        batches = task.batches(spec.batch_size, torch.Generator().manual_seed((self.seed * 1_000_003 + at) % 2**63))
         for step in range(1, updates + 1):
             self._set_rate(optimizer, min((updates - step + 1) / anneal, 1.0) if anneal else 1.0)
             _update(task, model, optimizer, next(batches))

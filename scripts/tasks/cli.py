@@ -146,10 +146,23 @@ def torch_device(text: str) -> torch.device:
     return device
 
 
-def run_main(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
-    """Run a script's ``main``; errors that the input caused become one line."""
+INTERRUPTED = 130
+"""Exit status."""
+
+
+def run_main(main: Callable[[list[str]], int], argv: list[str], *, resumes: bool = False) -> NoReturn:
+    """Run a script's ``main``; errors that the input caused, and an interrupt, become one line.
+
+    Args:
+        main: returns the exit status.
+        argv: its arguments.
+        resumes: whether the same command goes on where it was interrupted.
+    """
     try:
         raise SystemExit(main(argv))
+    except KeyboardInterrupt:
+        print("\ninterrupted" + "; the same command goes on" * resumes, file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except NinoError as error:
         fail(str(error))
     except OSError as error:  # a full disk, a path that cannot be read or written

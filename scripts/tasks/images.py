@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nino.data.architecture import Architecture, describe_sequential, describe_transformers
 from nino.errors import NinoError
+from tasks.caching import version_of
 
 # Columns of the parquet files as `datasets` writes them.
 IMAGE_COLUMNS = ("img", "image")
@@ -140,7 +141,7 @@ def _standardised(pixels: Tensor, labels: Tensor, split: int) -> ImageData:
 
 
 def _decode_parquet(path: Path, cache: Path) -> tuple[np.ndarray, np.ndarray]:
-    cached = cache / f"{path.stem}.npz"
+    cached = cache / f"{path.stem}-{version_of([path])}.npz"
     if cached.exists():
         with np.load(cached) as arrays:
             return arrays["images"], arrays["labels"]

@@ -240,6 +240,8 @@ def parse_method(name: str, rhythm: Rhythm) -> Method:
             parts[slot] = Part(kind, KINDS[kind].read(argument))
         except ValueError as error:
             _refuse(name, f"{kind} expects {error}, got {piece!r}")
+    if settings and "jump" not in parts and parts.get("average", Part(ADAM, None)).kind != "lawa":
+        _refuse(name, "what stands behind @ says when to jump, and it does not; name what jumps, as nino:nino-base")
     parts.setdefault("optimizer", Part(ADAM, None))
     slots = {slot: parts.get(slot) for slot in ("slow", "average", "jump")}
     return Method(name=name, optimizer=parts["optimizer"], rhythm=_read_settings(name, settings, rhythm), **slots)
@@ -270,6 +272,13 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 """How settings are read that are no whole numbers."""
 
 
+def expected_of(setting: str) -> str:
+    """What a setting may be, for people."""
+    if setting in YES_OR_NO:
+        return "yes or no"
+    return "a number" if setting in SETTINGS else "a whole number"
+
+
 def _read_settings(name: str, text: str, rhythm: Rhythm) -> Rhythm:
     known = {field.name for field in fields(Rhythm)}
     values: dict[str, Any] = {}
@@ -277,10 +286,12 @@ def _read_settings(name: str, text: str, rhythm: Rhythm) -> Rhythm:
         key, _, value = setting.partition("=")
         if key not in known:
             _refuse(name, f"setting {key!r} is none of {', '.join(sorted(known))}")
+        if key in values:
+            _refuse(name, f"{key} is set twice")
         try:
             values[key] = SETTINGS.get(key, int)(value)
         except ValueError:
-            _refuse(name, f"{key} expects {'yes or no' if key in YES_OR_NO else 'a number'}, got {value!r}")
+            _refuse(name, f"{key} expects {expected_of(key)}, got {value!r}")
     return replace(rhythm, **values)
 
 

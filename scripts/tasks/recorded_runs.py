@@ -39,6 +39,8 @@ def find_runs(folder: Path) -> Split:
     """The runs of ``--runs``; what of it is not used is said on standard error."""
     if not folder.is_dir():
         fail(f"--runs {folder} is not a folder; record runs with scripts/collect_trajectories.py")
+    if (folder / HEADER_FILE).exists():
+        fail(f"--runs {folder} is itself a run; give the folder that holds it and others, {folder.parent}")
     split = split_runs(folder)
     if split.unfinished:
         names = ", ".join(Path(run).name for run in split.unfinished[:5])

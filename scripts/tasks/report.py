@@ -19,15 +19,15 @@ def updates_to_reach(curve: Curve, target: float, higher_is_better: bool = False
 
 
 def _as_text(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The header and the rows; numbers with four significant digits, ``-`` for ``None``."""
+    """The header and the rows; numbers with four significant digits, ``-`` for ``None`` and for what a row lacks."""
 
     def show(value: Any) -> str:
         if value is None:
             return "-"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    columns = list(rows[0])
-    return [columns] + [[show(row[column]) for column in columns] for row in rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [columns] + [[show(row.get(column)) for column in columns] for row in rows]
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -40,8 +40,9 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The same table in Markdown."""
-    header, *lines = ["| " + " | ".join(cells) + " |" for cells in _as_text(rows)]
-    return "\n".join([header, "|---" * len(rows[0]) + "|", *lines])
+    cells = _as_text(rows)
+    header, *lines = ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([header, "|---" * len(cells[0]) + "|", *lines])
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def plan_language_run(
     return RunPlan(
         name=f"language-{index:04d}",
         family="language",
-        data=",".join(sorted(choose.sample(texts, k=choose.choice([1, 2, 4])))),
+        data=",".join(sorted(choose.sample(texts, k=min(choose.choice([1, 2, 4]), len(texts))))),
         image_size=0,
         architecture=architecture,
         lr=choose.choice(rates),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nino.data.architecture import Architecture, describe_transformers
+from tasks.caching import version_of
 
 EVAL_FRACTION = 0.1
 
@@ -82,8 +83,7 @@ def read_text_files(paths: list[Path], vocab_size: int) -> TextData:
 
 def load_text_files(paths: list[Path], vocab_size: int, cache: Path) -> TextData:
     """As :func:`read_text_files`; the tokens are kept in ``cache``."""
-    key = "-".join(path.stem for path in paths)
-    cached = cache / f"{key}-{vocab_size}.pt"
+    cached = cache / f"{'-'.join(path.stem for path in paths)}-{vocab_size}-{version_of(paths)}.pt"
     if cached.exists():
         return TextData(**torch.load(cached, weights_only=True))
     data = read_text_files(paths, vocab_size)
