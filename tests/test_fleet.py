@@ -220,10 +220,30 @@ def test_a_run_that_breaks_ends_alone(data_folder: Path, tmp_path: Path) -> None
     fleet.move_to(broken)
     writers.append(1, torch.tensor([1.0, torch.nan]))
     writers.append(2, torch.tensor([1.0, torch.nan]))
+    writers.note_jump(2, torch.tensor([True, True]))
     failed = writers.close()
     assert list(failed) == [plans[1].name] and "NaN or infinity" in failed[plans[1].name]
     whole, part = (Trajectory(tmp_path / plan.name) for plan in plans)
     assert (whole.complete, whole.steps) == (True, [0, 1, 2]) and (part.complete, part.steps) == (False, [0])
+
+
+def test_a_run_whose_folder_another_recording_takes_ends_alone(data_folder: Path, tmp_path: Path) -> None:
+    from collect_trajectories import parse_args, plan_runs
+
+    from tasks.fleets import Writers, make_fleet, on_device
+    from tasks.run_plans import load_task
+
+    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path)))
+    fleet = make_fleet(plans, on_device(load_task(plans[0], data_folder, tmp_path), CPU), CPU)
+    writers = Writers(plans, tmp_path, fleet)
+    writers.append(0)
+    header = tmp_path / plans[1].name / "trajectory.json"
+    header.write_text(header.read_text() + " ")
+    writers.note_jump(0, torch.tensor([True, True]))
+    failed = writers.close()
+    assert list(failed) == [plans[1].name] and "give every run a folder of its own" in failed[plans[1].name]
+    whole = Trajectory(tmp_path / plans[0].name)
+    assert whole.complete and whole.jumps == [0]
 
 
 def test_fleets_from_the_command_line(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,7 @@ class TrajectoryWriter:
             "complete": False,
         }
         _check_json(header)
-        refuse_states_alone(Path(folder))
+        _refuse_states_alone(Path(folder))
         self._begin(Path(folder), header)
 
     @classmethod
@@ -252,7 +252,7 @@ class TrajectoryWriter:
         self._written = content
 
 
-def refuse_states_alone(folder: Path) -> None:
+def _refuse_states_alone(folder: Path) -> None:
     """Stop before states are replaced that were copied without their header.
 
     Raises:

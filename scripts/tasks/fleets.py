@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -217,21 +218,29 @@ class Writers:
         weights = {name: value.detach().cpu() for name, value in self.fleet.parameters.items()}
         metrics = [{"loss": loss} for loss in losses.tolist()] if losses is not None else [{}] * len(self.plans)
         for index, writer in list(self.going_on.items()):
-            own = {name: value[index] for name, value in weights.items()}
-            try:
-                writer.append(step, own, metrics[index], learning_rate=self.plans[index].lr, finite_only=True)
-            except TrajectoryError as error:
-                self.failed[self.plans[index].name] = str(error)
-                del self.going_on[index]
+            own, rate = {name: value[index] for name, value in weights.items()}, self.plans[index].lr
+            with self._failing_alone(index):
+                writer.append(step, own, metrics[index], learning_rate=rate, finite_only=True)
 
     def note_jump(self, step: int, jumped: Tensor) -> None:
         """Say which models jumped: bool ``[M]``."""
-        for index, writer in self.going_on.items():
+        for index, writer in list(self.going_on.items()):
             if jumped[index]:
-                writer.note_jump(step)
+                with self._failing_alone(index):
+                    writer.note_jump(step)
 
     def close(self) -> dict[str, str]:
         """Finish the recordings; why those that were not finished were not."""
-        for writer in self.going_on.values():
-            writer.close()
+        for index, writer in list(self.going_on.items()):
+            with self._failing_alone(index):
+                writer.close()
         return self.failed
+
+    @contextmanager
+    def _failing_alone(self, index: int) -> Iterator[None]:
+        """What cannot be recorded of a run ends the recording of that run."""
+        try:
+            yield
+        except TrajectoryError as error:
+            self.failed[self.plans[index].name] = str(error)
+            del self.going_on[index]
