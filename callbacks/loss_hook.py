@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from nino.live_model import unwrap
+from nino.session.target import unwrap
 
 
 class Reader(Protocol):

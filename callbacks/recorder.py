@@ -15,7 +15,7 @@ from nino.data import Recorder, record
 from nino.data.architecture import Architecture
 from nino.data.writer import StateDtype
 from nino.errors import TrajectoryError
-from nino.rates import learning_rate_of
+from nino.session.horizon import learning_rate_of
 
 
 class TrajectoryRecorder(TrainerCallback):

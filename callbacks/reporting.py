@@ -17,7 +17,7 @@ from transformers.integrations import WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
 from nino.callbacks.call_stack import calling_handler
-from nino.report import NowcastReport
+from nino.session.report import NowcastReport
 
 logger = logging.getLogger(__name__)
 

@@ -19,18 +19,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from nino.callbacks.call_stack import resumed_checkpoint, saving_folder
 from nino.callbacks.loss_hook import LossHook, readers_of, remove_idle_hooks
 from nino.callbacks.reporting import ReportLog
-from nino.distributed import PeerFailureError
 from nino.errors import CheckpointError, NinoError
-from nino.files import load_whole, save_whole
 from nino.graph import NeuralGraph
-from nino.history import Place
-from nino.live_model import unwrap
-from nino.moments import Moments
-from nino.nowcaster import Nowcaster
 from nino.optimizer import NowcastOptimizer
-from nino.rates import learning_rate_of
-from nino.report import NowcastReport
-from nino.saving import (
+from nino.parallel.collectives import PeerFailureError
+from nino.predict.nowcaster import Nowcaster
+from nino.predict.work_partition import fingerprint
+from nino.session import NowcastSession
+from nino.session.horizon import learning_rate_of
+from nino.session.optimizer_state.moments import Moments
+from nino.session.report import NowcastReport
+from nino.session.saving import (
     HISTORY_FILE,
     HISTORY_FOLDER,
     OWN_HISTORY_FILE,
@@ -42,8 +41,9 @@ from nino.saving import (
     save_session,
     with_own_numbers,
 )
-from nino.session import NowcastSession
-from nino.shared_work import fingerprint
+from nino.session.target import unwrap
+from nino.snapshots import Place
+from nino.system.files import load_whole, save_whole
 
 logger = logging.getLogger(__name__)
 

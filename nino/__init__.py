@@ -1,17 +1,17 @@
 """Nino: nowcast the weights of a training neural network (NiNo, arXiv:2409.04434)."""
 
 from nino import callbacks
-from nino.check import WiringReport, check_wiring
+from nino.costs import RunPlan, plan
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError, TrajectoryError
 from nino.graph import NeuralGraph
-from nino.model import NowcasterConfig
-from nino.nowcaster import Nowcaster
+from nino.graph.check import WiringReport, check_wiring
 from nino.optimizer import NowcastOptimizer
-from nino.planning import RunPlan, plan
-from nino.plotting import plot_run, run_record
-from nino.report import NowcastReport
-from nino.schedule import ScheduleConfig
+from nino.plots import plot_run, run_record
+from nino.predict.model import NowcasterConfig
+from nino.predict.nowcaster import Nowcaster
 from nino.session import NowcastSession
+from nino.session.report import NowcastReport
+from nino.session.schedule import ScheduleConfig
 
 __version__ = "0.1.0"
 

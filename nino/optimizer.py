@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
-from nino.history import Place
-from nino.moments import Moments
-from nino.nowcaster import Nowcaster
-from nino.rates import learning_rate_of
-from nino.report import NowcastReport
-from nino.saving import load_session, save_session
+from nino.parallel.shards import local_tensor
+from nino.predict.nowcaster import Nowcaster
 from nino.session import NowcastSession
-from nino.shards import local_tensor
+from nino.session.horizon import learning_rate_of
+from nino.session.optimizer_state.moments import Moments
+from nino.session.report import NowcastReport
+from nino.session.saving import load_session, save_session
+from nino.snapshots import Place
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class NowcastOptimizer(Optimizer):
         """Save counters and snapshots in a folder of their own; every process calls this.
 
         For runs with sharded parameters, whose optimizer state is saved with ``torch.distributed.checkpoint``: that
-        drops the part of :meth:`state_dict` that is not the wrapped optimizer's. See :func:`nino.saving.save_session`.
+        drops the part of :meth:`state_dict` that is not the wrapped optimizer's.
         """
         save_session(self.session, folder)
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from nino import NeuralGraph, Nowcaster
 from nino.data import build_model
-from nino.engine.hardware import product_dtype
-from nino.engine.tiling import TILE_EDGES
+from nino.predict.engine.hardware import product_dtype
+from nino.predict.engine.tiling import TILE_EDGES
 from tasks.cli import ArgumentParser, check_output_folder, memory_size, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from nino.data import build_model
-from nino.history import Place, SnapshotStore
+from nino.snapshots import Place, SnapshotStore
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
 from tasks.images import convnet
 from tasks.machine import describe_machine

@@ -33,8 +33,8 @@ from tqdm import tqdm
 from nino import NowcastOptimizer
 from nino.data import build_model
 from nino.errors import NinoError
-from nino.history.mean import check_snapshot_average
-from nino.probation import default_probation
+from nino.session.judge.rule import default_probation
+from nino.snapshots.mean import check_snapshot_average
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, torch_device, whole_number
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nino.probation import (
+from nino.session.judge.rule import (
     Evidence,
     ProbationConfig,
     gather_evidence,

@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 import nino
-from nino.check import WiringReport
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
+from nino.graph.check import WiringReport
 from tasks.architectures import SPECIMENS
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, fail, make_output_folder, run_main
 from tasks.machine import describe_machine

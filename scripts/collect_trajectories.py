@@ -30,8 +30,8 @@ from nino import NowcastOptimizer, ScheduleConfig
 from nino.data import Trajectory, record
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
-from nino.glide import check_glide
-from nino.history.mean import check_snapshot_average
+from nino.session.jump.ramp import check_glide
+from nino.snapshots.mean import check_snapshot_average
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
 from tasks.fleets import fleet_device, record_fleet, time_fleet
 from tasks.measuring import duration

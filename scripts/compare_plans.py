@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nino.ensemble.training import Fleet
 from nino.errors import NinoError
-from nino.pretraining.fleet import Fleet
 from tasks.cells import finite
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, settings_of
 from tasks.comparing import Goal, Result, best_value, final_value, first_update, mean_curve, spread

@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from nino.moments import Moments
+from nino.session.optimizer_state.moments import Moments
 from tasks.cells import SCHEDULES, Cell, make_cell, read_result, result_path, train_and_write
 from tasks.cli import (
     ArgumentParser,

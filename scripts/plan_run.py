@@ -23,11 +23,11 @@ from torch import nn
 
 import nino
 from nino.checkpoints import model_from_config
+from nino.costs import Rates, Settings, default_rates, estimate_update_seconds
 from nino.data import build_model
 from nino.errors import NinoError
-from nino.planning import Rates, Settings, default_rates, estimate_update_seconds
-from nino.probation import default_probation
-from nino.schedule import ScheduleConfig
+from nino.session.judge.rule import default_probation
+from nino.session.schedule import ScheduleConfig
 from tasks.cli import (
     ArgumentParser,
     amount,

@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from nino import Nowcaster, NowcasterConfig
 from nino.data import ResampledRun, Trajectory
 from nino.data.trajectory import RecordedStates
-from nino.model.config import Inputs
+from nino.predict.model.config import Inputs
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
 from nino.pretraining.objective import LOSSES

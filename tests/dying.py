@@ -15,8 +15,8 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_nowcaster,
 from torch import Tensor, nn
 
 import nino
-from nino.engine.weights import PredictionWriter
-from nino.history import Place, copying, writing
+from nino.predict.engine.weights import PredictionWriter
+from nino.snapshots import Place, copying, writing
 
 STEPS, SAVED_AT, PROBATION = 20, 7, 2
 """Nowcasts after 6, 12 and 18 of 20 updates; at the checkpoint after 7, that of 6 is on probation."""

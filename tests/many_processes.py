@@ -31,14 +31,14 @@ from torch.distributed.fsdp import fully_shard
 
 import nino
 from nino import NowcastOptimizer
-from nino.batch_norm import BatchNormRenewal
-from nino.distributed import Channel
-from nino.engine import blockwise
+from nino.costs import summed_per_nowcast
 from nino.graph.architectures import wire_each_alone
-from nino.model import build_network
-from nino.planning import summed_per_nowcast
-from nino.shards import is_dtensor, local_tensor
-from nino.shared_work import plan_share
+from nino.parallel.collectives import Channel
+from nino.parallel.shards import is_dtensor, local_tensor
+from nino.predict.engine import blockwise
+from nino.predict.model import build_network
+from nino.predict.work_partition import plan_share
+from nino.session.jump.batch_norm import BatchNormRenewal
 
 DEVICE = torch.device(os.environ.get("NINO_TEST_DEVICE", "cpu"))
 CONTEXT = 3
@@ -168,7 +168,7 @@ def table(distribute: Callable[[nn.Module], nn.Module], names: Collection[str] =
     results["trend"] = compare(lambda: CASES[0].model(3), distribute, with_a_trend())
     results["norms kept"] = compare(lambda: CASES[3].model(3), distribute, nowcaster, keep_norms=True)
     results["bfloat16"] = compare(lambda: CASES[0].model(3).bfloat16(), distribute, nowcaster)
-    with mock.patch.object(nino.shared_work, "BUCKET_BYTES", 512):  # many exchanges per round
+    with mock.patch.object(nino.predict.work_partition, "BUCKET_BYTES", 512):  # many exchanges per round
         results["small buckets"] = compare(lambda: CASES[3].model(3), distribute, nowcaster)
     return results
 
@@ -377,14 +377,14 @@ def fault_in(owner: Any, name: str, error: Exception, call: int = 0) -> Iterator
 
 
 FAULTS: Mapping[str, tuple[Any, str]] = {
-    "before anything": (nino.jump, "_backup"),
-    "planning": (nino.shared_work, "deal"),
-    "measuring": (nino.standardise.Moments, "standardiser"),
+    "before anything": (nino.session.jump.attempt, "_backup"),
+    "planning": (nino.predict.work_partition, "deal"),
+    "measuring": (nino.predict.standardise.Moments, "standardiser"),
     "first round": (blockwise, "_messages_on_values"),
     "second round": (blockwise.kernels, "message_sums"),
     "predicting": (blockwise.kernels, "movements"),
-    "writing": (nino.engine.weights.PredictionWriter, "finish"),
-    "exchanging": (nino.shared_work, "_parcels"),
+    "writing": (nino.predict.engine.weights.PredictionWriter, "finish"),
+    "exchanging": (nino.predict.work_partition, "_parcels"),
 }
 
 

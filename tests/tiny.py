@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import nino
-from nino.engine.weights import Jump
-from nino.model import build_network
+from nino.predict.engine.weights import Jump
+from nino.predict.model import build_network
 
 PERIOD = 6
 """With a context of 3: snapshots after 2, 4, 6, 8, ... updates, nowcasts after 6, 12, 18, ..."""

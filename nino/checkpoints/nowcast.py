@@ -17,10 +17,10 @@ from nino.checkpoints.reading import Checkpoint, one_line, open_checkpoint
 from nino.checkpoints.sequence import OUTSIDE, check_series, find_checkpoints
 from nino.checkpoints.writing import DTYPES, NewCheckpoint, check_destination
 from nino.errors import NinoError, SnapshotError
-from nino.live_model import unwrap
-from nino.nowcaster import Nowcaster
-from nino.report import NowcastReport
-from nino.schedule import ScheduleConfig, horizon_at
+from nino.predict.nowcaster import Nowcaster
+from nino.session.report import NowcastReport
+from nino.session.schedule import ScheduleConfig, horizon_at
+from nino.session.target import unwrap
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nino.checkpoints.reading import Checkpoint
 from nino.errors import CheckpointError, NinoError, SnapshotError
-from nino.files import load_whole
-from nino.saving import HISTORY_FILE, HISTORY_FOLDER, NUMBERS_FILE
+from nino.session.saving import HISTORY_FILE, HISTORY_FOLDER, NUMBERS_FILE
+from nino.system.files import load_whole
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 from nino.data.architecture import Architecture, build_model, describe_model, shapes_of
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.data.writer import StateDtype, TrajectoryWriter, check_dtype
-from nino.distributed import num_processes
 from nino.errors import TrajectoryError
-from nino.live_model import unwrap
-from nino.rates import learning_rate_of
+from nino.parallel.collectives import num_processes
+from nino.parallel.shards import is_dtensor, refuse_unsupported
 from nino.session import NowcastSession
-from nino.shards import is_dtensor, refuse_unsupported
+from nino.session.horizon import learning_rate_of
+from nino.session.target import unwrap
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from nino.data.trajectory import (
     whole_states,
 )
 from nino.errors import TrajectoryError
-from nino.files import sync_file
+from nino.system.files import sync_file
 
 StateDtype = Literal["float32", "float16"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from nino.model.networks import Network
+from nino.predict.model.networks import Network
 
 
 def averaged(network: Network, decay: float) -> AveragedModel:

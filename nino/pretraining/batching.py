@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nino.errors import TrajectoryError
-from nino.model.networks import EdgeInputs
+from nino.predict.model.networks import EdgeInputs
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.windows import Window, WindowPlace, WindowSource
 

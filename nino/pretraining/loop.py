@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nino.errors import CheckpointError, NinoError
-from nino.files import save_whole
-from nino.model.config import NowcasterConfig
-from nino.model.networks import Network, build_network
-from nino.nowcaster import Nowcaster
+from nino.predict.model.config import NowcasterConfig
+from nino.predict.model.networks import Network, build_network
+from nino.predict.nowcaster import Nowcaster
+from nino.predict.work_partition import fingerprint
 from nino.pretraining.averaging import averaged
 from nino.pretraining.batching import Batches
 from nino.pretraining.config import PretrainingConfig
@@ -29,7 +29,7 @@ from nino.pretraining.objective import total_error
 from nino.pretraining.throughput import flops_per_edge, matmul_flops_per_s
 from nino.pretraining.validation import validate
 from nino.pretraining.windows import Window, WindowSource
-from nino.shared_work import fingerprint
+from nino.system.files import save_whole
 
 logger = logging.getLogger(__name__)
 

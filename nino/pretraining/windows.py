@@ -21,14 +21,14 @@ from torch import Tensor
 
 from nino.data import Trajectory
 from nino.data.trajectory import RecordedStates
-from nino.engine import graph_inputs
 from nino.errors import TrajectoryError
 from nino.graph import NeuralGraph
 from nino.graph.edge_list import EdgeList
-from nino.model.config import NowcasterConfig
-from nino.model.networks import EdgeInputs
+from nino.predict.engine import graph_inputs
+from nino.predict.model.config import NowcasterConfig
+from nino.predict.model.networks import EdgeInputs
+from nino.predict.standardise import Standardiser
 from nino.pretraining.sampling import EVERYTHING, Sampling
-from nino.standardise import Standardiser
 
 logger = logging.getLogger(__name__)
 

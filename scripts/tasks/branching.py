@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster
-from nino.batch_norm import BatchNormRenewal
 from nino.errors import NinoError
-from nino.glide import Glide
-from nino.history.mean import RunningMean, check_snapshot_average, counts
-from nino.live_model import write_parameters
+from nino.session.jump.batch_norm import BatchNormRenewal
+from nino.session.jump.ramp import Glide
+from nino.session.target import write_parameters
+from nino.snapshots.mean import RunningMean, check_snapshot_average, counts
 from tasks.methods import Part, Rhythm, check_keeps_norms, load_jump, parse_method, yes_or_no
 from tasks.speedup import TASKS, SpeedupTask
 from tasks.task import Batch, Task

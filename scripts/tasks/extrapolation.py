@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from nino import Nowcaster, NowcasterConfig
-from nino.engine.weights import Jump
 from nino.errors import SnapshotError
-from nino.model import build_network
+from nino.predict.engine.weights import Jump
+from nino.predict.model import build_network
 
 DAMPING = 0.875
 RIDGE = 1e-10

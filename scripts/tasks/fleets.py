@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from nino import Nowcaster, ScheduleConfig
 from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
+from nino.ensemble.nowcast import FleetNowcaster
+from nino.ensemble.training import Fleet, Stacked
 from nino.errors import TrajectoryError
-from nino.glide import Glide
-from nino.history.mean import RunningMean, is_added
-from nino.pretraining.fleet import Fleet, Stacked
-from nino.pretraining.fleet_nowcast import FleetNowcaster
-from nino.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
+from nino.session.jump.ramp import Glide
+from nino.session.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
+from nino.snapshots.mean import RunningMean, is_added
 from tasks.measuring import seconds_of
 from tasks.nowcasters import load_nowcaster
 from tasks.run_plans import RunPlan, forward_format, jump_schedule, load_task, notes_of

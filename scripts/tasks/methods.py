@@ -27,11 +27,11 @@ from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, ScheduleConfig
 from nino.errors import NinoError
-from nino.glide import check_glide
-from nino.history.mean import check_snapshot_average
-from nino.model import NowcasterConfig, build_network
-from nino.moments import Moments, check_moments
-from nino.probation import probation_of
+from nino.predict.model import NowcasterConfig, build_network
+from nino.session.judge.rule import probation_of
+from nino.session.jump.ramp import check_glide
+from nino.session.optimizer_state.moments import Moments, check_moments
+from nino.snapshots.mean import check_snapshot_average
 from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
 from tasks.nowcasters import load_weights
 from tasks.rivals import (

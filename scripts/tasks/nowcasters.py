@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nino import Nowcaster, NowcasterConfig
-from nino.model import build_network
+from nino.predict.model import build_network
 
 
 def load_nowcaster(name: str) -> Nowcaster:

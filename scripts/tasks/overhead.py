@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from nino import NowcastOptimizer
-from nino.history.mean import is_added
+from nino.snapshots.mean import is_added
 
 
 @dataclass

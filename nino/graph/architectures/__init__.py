@@ -16,8 +16,7 @@ from typing import Any
 from torch import nn
 
 from nino.errors import GraphError, NinoError
-from nino.graph import compat
-from nino.graph.architectures import adapters, chain, gpt2, llama, per_parameter
+from nino.graph.architectures import adapters, chain, gpt2, llama, per_parameter, published
 from nino.graph.builder import GraphBuilder
 from nino.graph.dry_run import left_as_it_was, without_weights
 from nino.graph.ir import NeuralGraph
@@ -35,7 +34,7 @@ FAMILIES: dict[str, tuple[str, Wire]] = {
 }
 """transformers model type -> (family file, wiring)."""
 
-OFFICIAL_FAMILIES: dict[str, Wire] = {"gpt2": compat.wire_gpt2, "chain": compat.wire_chain}
+OFFICIAL_FAMILIES: dict[str, Wire] = {"gpt2": published.wire_gpt2, "chain": published.wire_chain}
 
 
 def wire(model: nn.Module, wiring: str, example_inputs: Any = None) -> NeuralGraph:

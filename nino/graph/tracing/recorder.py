@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nino.errors import GraphError, NinoError
-from nino.shards import is_dtensor
+from nino.parallel.shards import is_dtensor
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 """Source lines in these folders are not where a person's model does something."""

@@ -1,0 +1,1 @@
+"""Many stacked models, trained and nowcast side by side."""

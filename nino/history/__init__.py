@@ -1,9 +1,0 @@
-"""Snapshots of a model's weights, and where and in what format they live.
-
-``store`` is what sessions use; ``memory`` and ``disk`` are the places, ``copying`` brings weights from a CUDA device to
-the host beside the training, ``folder`` is a folder that no other process touches.
-"""
-
-from nino.history.store import Place, SnapshotStore
-
-__all__ = ["Place", "SnapshotStore"]

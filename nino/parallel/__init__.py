@@ -1,0 +1,1 @@
+"""Several processes: collectives, shards, and which rows each of them holds."""

@@ -1,0 +1,1 @@
+"""Snapshots in, weights out; knows no optimizer and no clock."""

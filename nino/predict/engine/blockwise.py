@@ -1,0 +1,336 @@
+"""The same nowcast without edge lists: block by block, tile by tile, nothing kept per edge.
+
+Everything between two non-linearities of NiNo is linear, so consecutive linear layers are folded into one and sums
+over edges are moved inside them. Write ``s`` for the snapshots on an edge from j to i. With ``T_i + S_j`` for what a
+layer computes from the two ends:
+
+- round 1 is a closed form in node features: ``sum_j (B s_ij + b)(T_i + S_j)`` needs only ``sum_j s_ij``, ``sum_j S_j``
+  and, per snapshot, the matrix product of the weights with ``S``;
+- edge update 1 is ``z = silu(B s + S_j + T_i)``, recomputed whenever it is needed;
+- round 2 needs ``sum_j z`` and ``sum_j (W z) S_j``: one H x H product per edge, summed at once;
+- edge update 2 and the head are two more H x H products per edge and one dot product for the asked horizon;
+- a trend has one set of C factors per parameter, by which the movement counts and its snapshots are added to it.
+
+Work per weight: 3 H^2 multiply-adds. Memory: the features of all nodes before and after a round, the message sums of
+one neuron group, one tile. What depends on nodes is computed for a strip at a time and never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nino.graph.ir import EdgeBlock, NeuralGraph
+from nino.predict.engine import kernels
+from nino.predict.engine.fusion import fused
+from nino.predict.engine.tiling import Blocks, Sizes, Strip, constant_of
+from nino.predict.engine.weights import PredictionWriter, SnapshotReader
+from nino.predict.model.networks import Convolution, EdgeUpdate, NiNo, Wnn
+from nino.predict.partition import WHOLE, Share
+
+MESSAGE_VECTORS = 2
+"""Hidden vectors per neuron that are summed over its edges, in the round that has most."""
+Progress = Callable[[int, int], None]
+"""Called with the work done and the total, in H x H products on edges."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """``weight @ v + constant[type]``: several linear layers, applied one after another, as one."""
+
+    weight: Tensor
+    constant: Tensor
+    """``[num_types, H]`` if it depends on the edge type, else ``[H]``."""
+
+    @staticmethod
+    def of(layer: nn.Linear) -> Fold:
+        """A single layer."""
+        return Fold(layer.weight, layer.bias)
+
+    def then(self, layer: nn.Linear) -> Fold:
+        """Follow this map by a linear layer."""
+        return Fold(layer.weight @ self.weight, F.linear(self.constant, layer.weight, layer.bias))
+
+    def halves(self) -> tuple[Fold, Fold]:
+        """Split the output channels in two (an edge encoder's scale and shift)."""
+        weights, constants = self.weight.chunk(2), self.constant.chunk(2, dim=-1)
+        return Fold(weights[0], constants[0]), Fold(weights[1], constants[1])
+
+    def transposed(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as the right factor of a product, ``[inputs, outputs]``."""
+        return self.weight.t().to(dtype or self.weight.dtype).contiguous()
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Apply to vectors ``[..., inputs]``."""
+        return F.linear(vectors, self.weight, self.constant)
+
+
+@torch.no_grad()
+def predict_blockwise(
+    network: NiNo | Wnn,
+    graph: NeuralGraph,
+    reader: SnapshotReader,
+    writer: PredictionWriter,
+    positions: Tensor,
+    horizon: int,
+    sizes: Sizes,
+    *,
+    product_dtype: torch.dtype | None = None,
+    fuse: bool = False,
+    progress: Progress | None = None,
+    share: Share = WHOLE,
+) -> None:
+    """Predict the weights that the writer wants.
+
+    Args:
+        network: in evaluation mode, on the reader's device and in its dtype.
+        graph: of the model.
+        reader: of its snapshots.
+        writer: of the predictions; it may write into what the reader reads, which is read for the last time then.
+        positions: ``[num_nodes, num_positions]``.
+        horizon: snapshot intervals ahead.
+        sizes: of strips and tiles.
+        product_dtype: in which H x H products on edges are computed; by default the reader's dtype.
+        fuse: whether to compile what is computed on a tile.
+        progress: is told how much is done, of this process's share.
+        share: of the work; only its own rows are read and written.
+    """
+    blocks = Blocks(graph, sizes, reader.device, share)
+    num_edges, num_wanted = blocks.num_edges(writer.wants)
+    if isinstance(network, Wnn):
+        _predict_alone(network, blocks, reader, writer, horizon, _Progress(progress, 2 * num_wanted))
+    else:
+        tell = _Progress(progress, num_edges + 2 * num_wanted)
+        run = _Run(network, blocks, reader, product_dtype or reader.dtype, fuse, tell)
+        run.predict(writer, positions, horizon)
+
+
+def _predict_alone(
+    network: Wnn,
+    blocks: Blocks,
+    reader: SnapshotReader,
+    writer: PredictionWriter,
+    horizon: int,
+    tell: _Progress,
+) -> None:
+    """WNN: every weight by itself."""
+    for block in filter(writer.wants, blocks.graph.parameter_blocks):
+        factors = _trend_factors(network, reader, block, horizon)
+        for strip in blocks.strips(block):
+            values = reader.read(block, strip.place).unflatten(0, (-1, reader.context))
+            movement = torch.empty_like(values[:, 0])
+            edge_type = torch.tensor(int(block.type), device=reader.device)
+            for rows, columns in strip.tiles(max(blocks.sizes.tile_edges // block.num_features, 1)):
+                tile = values[:, :, rows, columns].movedim(1, -1)
+                movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
+            _add_trend(movement, values, factors)
+            writer.write(block, strip.place, values[:, -1], movement)
+            tell.did(2 * strip.num_edges)
+
+
+def _trend_factors(network: NiNo | Wnn, reader: SnapshotReader, block: EdgeBlock, horizon: int) -> Sequence[Tensor]:
+    """By how much each earlier snapshot and the movement count in a block; none if the network has no trend."""
+    return () if network.trend is None else [*network.trend.coefficients(reader.products(block), horizon)]
+
+
+def _add_trend(movement: Tensor, values: Tensor, factors: Sequence[Tensor]) -> None:
+    """Add to a strip's movements ``[F, t, s]`` how its snapshots ``[F, C, t, s]`` go on by themselves."""
+    if not factors:
+        return
+    *of_snapshots, of_movement = factors
+    movement.mul_(of_movement)
+    for age, factor in enumerate(of_snapshots):
+        movement.addcmul_(values[:, age], factor)
+
+
+class _Progress:
+    """Adds up the work: one product per edge for the second round's messages, two for a movement."""
+
+    def __init__(self, tell: Progress | None, total: int) -> None:
+        self.tell = tell
+        self.done = 0
+        self.total = total
+
+    def did(self, products: int) -> None:
+        self.done += products
+        if self.tell is not None:
+            self.tell(self.done, self.total)
+
+
+class _Run:
+    """One nowcast of NiNo."""
+
+    def __init__(
+        self,
+        network: NiNo,
+        blocks: Blocks,
+        reader: SnapshotReader,
+        product_dtype: torch.dtype,
+        fuse: bool,
+        progress: _Progress,
+    ) -> None:
+        self.network = network
+        self.blocks = blocks
+        self.reader = reader
+        self.product_dtype = product_dtype
+        self.progress = progress
+        self.message_sums = fused(kernels.message_sums) if fuse else kernels.message_sums
+        self.movements = fused(kernels.movements) if fuse else kernels.movements
+        (self.conv, self.update), (self.last_conv, self.last_update) = network.rounds()
+        self.raw = Fold(network.edge_proj.weight, network.edge_proj.bias + network.type_embed.weight)
+        self.first = self.raw.then(self.update.from_edge)
+        self.first_weight = self.first.transposed()
+        self.hidden = Fold.of(self.update.lin)
+
+    def predict(self, writer: PredictionWriter, positions: Tensor, horizon: int) -> None:
+        """Predict the weights that the writer wants: two rounds of messages, then movements edge by edge."""
+        words = self.blocks.graph.words().to(self.reader.device)
+        nodes = self.network.embed_nodes(positions.to(self.reader.device, self.reader.dtype), words)
+        nodes = self._round_on_values(nodes)
+        after_first = nodes
+        nodes = self._round_on_hidden(nodes)
+        self._write_movements(writer, after_first, nodes, horizon)
+
+    def _round_on_values(self, nodes: Tensor) -> Tensor:
+        """Round 1: edges are still linear in the snapshots, so no H-vector per edge is formed."""
+        scale, shift = self.raw.then(self.conv.edge_encoder).halves()
+
+        def messages(strip: Strip) -> Tensor:
+            tile_edges = self.blocks.sizes.tile_edges
+            return _messages_on_values(self._values(strip), strip, nodes, self.conv, scale, shift, tile_edges)
+
+        return self._round(self.conv, nodes, messages, nodes.shape[1], lambda old, mean: mean)
+
+    def _round_on_hidden(self, nodes: Tensor) -> Tensor:
+        """Round 2: one H x H product per edge for the scale; the shift is applied to the summed hidden vectors."""
+        conv = self.last_conv
+        scale, shift = self.hidden.then(conv.edge_encoder).halves()
+        weight = scale.transposed(self.product_dtype)
+
+        def messages(strip: Strip) -> Tensor:
+            values, (from_source, from_target) = self._values(strip), self._first_ends(strip, nodes)
+            as_source = strip.at_source(conv.as_source(nodes[strip.source]))
+            sums = nodes.new_zeros(MESSAGE_VECTORS, len(strip.target), nodes.shape[1])
+            first = self.first_weight[: len(values)]  # unused kernel positions are zero and drop out
+            for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+                at = strip.rows_of_source(rows), columns
+                hidden, scaled = self.message_sums(
+                    values[:, rows, columns], from_source[at], from_target[rows], as_source[at], first, weight
+                )
+                sums[0, rows] += hidden
+                sums[1, rows] += scaled
+            sums[1] += scale.constant * as_source.sum(1)
+            self.progress.did(strip.num_edges)
+            return torch.cat([*sums], dim=-1)
+
+        def complete(old: Tensor, means: Tensor) -> Tensor:
+            hidden, scaled = means.chunk(2, dim=-1)
+            return scaled + conv.as_target(old) * F.linear(hidden, scale.weight, scale.constant) + shift(hidden)
+
+        return self._round(conv, nodes, messages, MESSAGE_VECTORS * nodes.shape[1], complete)
+
+    def _round(
+        self,
+        conv: Convolution,
+        nodes: Tensor,
+        messages: Callable[[Strip], Tensor],
+        width: int,
+        complete: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """One round of message passing, group by group.
+
+        Args:
+            conv: of the round.
+            nodes: before the round, ``[N, H]``.
+            messages: sums of what a strip sends to its targets, ``[t, width]``.
+            width: of those sums.
+            complete: turns nodes and the means of what arrived into the means of the messages.
+        """
+        new, rows = torch.empty_like(nodes), self.blocks.sizes.longest_side
+        for groups in self.blocks.share.buckets(self.blocks.graph.groups, width):
+            sums = nodes.new_zeros(sum(group.size for group in groups), width)
+            by_group = list(zip(groups, sums.split([group.size for group in groups]), strict=True))
+            for group, group_sums in by_group:
+                for strip in self.blocks.strips_into(group):
+                    group_sums.index_add_(0, strip.local_target, messages(strip))
+            self.blocks.share.add_(sums)
+            for group, group_sums in by_group:
+                group_sums /= self.blocks.counts(group).to(sums)
+                own = self.blocks.nodes(group)
+                for old, means, part in zip(*(x.split(rows) for x in (nodes[own], group_sums, new[own])), strict=True):
+                    part.copy_(conv.finish(old, complete(old, means)))
+        return new
+
+    def _write_movements(self, writer: PredictionWriter, after_first: Tensor, nodes: Tensor, horizon: int) -> None:
+        """The last edge update and the head."""
+        second = self.hidden.then(self.last_update.from_edge)
+        third = Fold.of(self.last_update.lin).then(self.network.head_hidden)
+        second_weight, third_weight = second.transposed(self.product_dtype), third.transposed(self.product_dtype)
+        head, head_bias = self.network.head_rows(horizon)
+        for block in filter(writer.wants, self.blocks.graph.parameter_blocks):
+            num_features = block.num_features
+            factors = _trend_factors(self.network, self.reader, block, horizon)
+            weights = kernels.MovementWeights(
+                first=self.first_weight[: num_features * self.reader.context],
+                second=second_weight,
+                third=third_weight,
+                third_bias=third.constant,
+                head=head[:num_features],
+                head_bias=head_bias[:num_features],
+            )
+            for strip in self.blocks.strips(block):
+                values = self._values(strip)
+                ends = self._first_ends(strip, after_first), _ends(strip, self.last_update, nodes, second.constant)
+                movement = values.new_empty(num_features, *values.shape[1:])
+                for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+                    at = strip.rows_of_source(rows), columns
+                    first_ends, second_ends = ((source[at], target[rows]) for source, target in ends)
+                    movement[:, rows, columns] = self.movements(
+                        values[:, rows, columns], first_ends, second_ends, weights
+                    )
+                by_age = values.unflatten(0, (-1, self.reader.context))
+                _add_trend(movement, by_age, factors)
+                writer.write(block, strip.place, by_age[:, -1], movement)
+                self.progress.did(2 * strip.num_edges)
+
+    def _values(self, strip: Strip) -> Tensor:
+        """The standardised snapshots of a strip, ``[Q, t, s]``."""
+        if strip.block.parameter is not None:
+            return self.reader.read(strip.block, strip.place)
+        shape = self.reader.context, len(strip.target), 1
+        return torch.full(shape, constant_of(strip.block), device=self.reader.device, dtype=self.reader.dtype)
+
+    def _first_ends(self, strip: Strip, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        return _ends(strip, self.update, nodes, self.first.constant[strip.block.type])
+
+
+def _ends(strip: Strip, update: EdgeUpdate, nodes: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
+    """What an edge update adds from the two ends of a strip's edges: ``[1 or t, s, H]`` and ``[t, 1, H]``."""
+    from_source = strip.at_source(update.from_source(nodes[strip.source]))
+    return from_source, (update.from_target(nodes[strip.target]) + constant)[:, None]
+
+
+def _messages_on_values(
+    values: Tensor, strip: Strip, nodes: Tensor, conv: Convolution, scale: Fold, shift: Fold, tile_edges: int
+) -> Tensor:
+    """Sums over the sources of ``(B s + b)(T_i + S_j) + B' s + b'``: ``[t, H]``."""
+    num_values, _, num_sources = values.shape
+    rows = max(tile_edges // num_values, 1)
+    as_source, as_target = conv.as_source(nodes[strip.source]), conv.as_target(nodes[strip.target])
+    b_scale, b_shift = scale.constant[strip.block.type], shift.constant[strip.block.type]
+    w_scale, w_shift = scale.weight[:, :num_values], shift.weight[:, :num_values]
+    value_sums = values.sum(2).t()
+    scale_sums = F.linear(value_sums, w_scale) + num_sources * b_scale
+    shift_sums = F.linear(value_sums, w_shift) + num_sources * b_shift
+    if not strip.is_dense:
+        return scale_sums * (as_target + as_source) + shift_sums
+    sums = shift_sums + as_target * scale_sums + b_scale * as_source.sum(0)
+    # Per snapshot the weights times S; of a convolution's many snapshots, for a few targets at a time.
+    for some, some_sums in zip(values.split(rows, 1), sums.split(rows), strict=True):
+        products = some.flatten(0, 1) @ as_source
+        some_sums += torch.einsum("qth,hq->th", products.view(num_values, len(some_sums), -1), w_scale)
+    return sums

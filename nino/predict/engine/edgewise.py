@@ -1,0 +1,89 @@
+"""The definition at work: list all edges of a graph and run the network on them.
+
+Memory grows by several H-vectors per weight, so this is for small models, tests and training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nino.graph.edge_list import EdgeList
+from nino.graph.ir import NeuralGraph
+from nino.graph.rows import whole_place
+from nino.predict.engine.weights import PredictionWriter, piece_of
+from nino.predict.model.networks import EdgeInputs, Network
+from nino.predict.model.segments import SegmentBackend
+from nino.predict.standardise import Standardiser
+
+
+def graph_inputs(
+    edges: EdgeList,
+    states: Mapping[str, Tensor],
+    scalers: Mapping[str, Standardiser],
+    positions: Tensor,
+    words: Tensor,
+) -> EdgeInputs:
+    """Assemble the network's inputs.
+
+    Args:
+        edges: of the graph.
+        states: per parameter name the snapshots ``[context, *shape]`` as the network reads them.
+        scalers: of every parameter, by which the snapshots were standardised.
+        positions: ``[num_nodes, num_positions]``.
+        words: int64 ``[num_nodes]``.
+    """
+    features = edges.features(states)
+    device = features.device
+    products = {name: scaler.products for name, scaler in scalers.items() if scaler.products is not None}
+    return EdgeInputs(
+        features=features,
+        index=edges.index.to(device),
+        type=edges.type.to(device),
+        positions=positions.to(device),
+        words=words.to(device),
+        num_outputs=edges.num_parameter_edges,
+        products=edges.per_parameter(products).to(features) if products else None,
+    )
+
+
+@torch.no_grad()
+def predict_edgewise(
+    network: Network,
+    graph: NeuralGraph,
+    snapshots: Sequence[Mapping[str, Tensor]],
+    scalers: Mapping[str, Standardiser],
+    writer: PredictionWriter,
+    positions: Tensor,
+    horizon: int,
+    backend: SegmentBackend = "auto",
+) -> None:
+    """Predict the weights that the writer wants.
+
+    Args:
+        network: in evaluation mode, on the device and in the dtype in which to compute.
+        graph: of the model.
+        snapshots: oldest first.
+        scalers: of every parameter.
+        writer: of the predictions.
+        positions: ``[num_nodes, num_positions]``.
+        horizon: snapshot intervals ahead.
+        backend: how messages are averaged.
+    """
+    device, dtype = network.head.weight.device, network.head.weight.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    states = {
+        name: scalers[name].encode_(torch.stack([s[name].to(device, exact) for s in snapshots]))
+        for name in graph.shapes
+    }
+    edges = graph.edge_list()
+    rounded = {name: state.to(dtype) for name, state in states.items()}
+    inputs = graph_inputs(edges, rounded, scalers, positions.to(device, dtype), graph.words())
+    movement = edges.parameters(network(inputs, horizon, backend).to(exact))
+    for block in graph.parameter_blocks:
+        if writer.wants(block):
+            place, name = whole_place(block), str(block.parameter)
+            last, moved = (piece_of(block, tensor, place) for tensor in (states[name][-1], movement[name]))
+            writer.write(block, place, last, moved)

@@ -1,0 +1,276 @@
+"""How a graph is cut up: blocks by the neurons they lead to, strips that are read at once, tiles computed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isqrt, prod
+
+import torch
+from torch import Tensor
+
+from nino.errors import NinoError
+from nino.graph.edge_list import AUXILIARY_VALUE, SELF_LOOP_VALUE
+from nino.graph.ir import (
+    MAX_FEATURES,
+    NUM_EDGE_TYPES,
+    BlockKind,
+    EdgeBlock,
+    EdgeType,
+    NeuralGraph,
+    NeuronGroup,
+)
+from nino.graph.rows import Place, block_shape, moved, num_edges_at
+from nino.predict.model.config import NowcasterConfig
+from nino.predict.partition import WHOLE, Share
+from nino.predict.standardise import piece_size
+
+STRIP_EDGES = 2**18
+TILE_EDGES = {"cpu": 2**13, "cuda": 2**18}
+MIN_TILE_EDGES = 2**8
+STRIP_PER_TILE = 16
+"""Tiles' worth of edges that are read at once, at most."""
+SIDE_PER_TILE = 4
+"""A strip has at most one neuron at each side per so many edges of a tile: vectors of neurons then take no more memory
+than those of edges, however long and narrow a block is."""
+
+# What lives at once, counted by hand and held against the allocator's own records in tests/session/test_in_place.py.
+TILE_TENSORS = 5
+"""Hidden vectors per edge of a tile, those of the neurons at the sides of its strip included."""
+STRIP_NUMBERS = 8
+"""Numbers per element of a strip, besides its snapshots."""
+PIECE_NUMBERS = 3
+"""Numbers per element of what is measured at once."""
+NODE_TENSORS = 2
+"""Hidden vectors per node: before and after a round; one more with a table of words."""
+GROUP_TENSORS = 2
+"""Hidden vectors per neuron of one group: its message sums."""
+INDEX_BYTES = 32
+"""Per node and per slot at the sides of a block: integers that say which node it is."""
+FOLDED_MATRICES = 16
+"""H x H matrices of the folded network."""
+ALLOCATED = 2
+"""Bytes taken from the system per byte in use, of what comes and goes: allocators cannot reuse every gap."""
+SMALL_BYTES = 2**16
+"""Everything that is a few numbers."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many edges are read and computed at once."""
+
+    strip_edges: int
+    tile_edges: int
+
+    @staticmethod
+    def within(
+        budget: int | None,
+        graph: NeuralGraph,
+        config: NowcasterConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        held: int = 0,
+    ) -> Sizes:
+        """Choose sizes so that node features and working memory stay within a budget.
+
+        Args:
+            budget: bytes, or ``None`` for what is fastest.
+            graph: of the model.
+            config: of the network.
+            dtype: of node features.
+            device: where to compute.
+            held: bytes that are needed whatever the sizes: copies of the network and of snapshots.
+
+        Raises:
+            NinoError: if the smallest tile needs more.
+        """
+        tile = TILE_EDGES.get(device.type, TILE_EDGES["cuda"])
+        if budget is None:
+            return Sizes(max(STRIP_EDGES, tile), tile)
+        held += SMALL_BYTES
+        fixed, per_edge = _fixed_bytes(graph, config, dtype) + held, _bytes_per_edge(graph, config, dtype)
+        needed = max(fixed + MIN_TILE_EDGES * per_edge, held + _measuring_bytes(graph, dtype, device))
+        if budget < needed:
+            raise NinoError(
+                f"a memory budget of {budget:,} bytes is too small: the features of this model's {graph.num_nodes:,} "
+                f"neurons and the smallest tile need {needed:,}"
+            )
+        tile = min(tile, (budget - fixed) // per_edge)
+        return Sizes(max(min(STRIP_EDGES, tile * STRIP_PER_TILE), tile), tile)
+
+    def bytes_needed(
+        self, graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype, device: torch.device, held: int = 0
+    ) -> int:
+        """The most that a nowcast of these sizes needs beyond snapshots and weights; arguments as in :meth:`within`."""
+        tile = max(max(b.num_edges, b.target.size * b.num_features * config.context) for b in graph.blocks)
+        strip = max(block.num_edges * block.num_features for block in graph.blocks)
+        computing = _fixed_bytes(graph, config, dtype)
+        computing += min(self.tile_edges, tile) * _bytes_per_tile_edge(graph, config, dtype)
+        computing += min(self.strip_edges, strip) * _bytes_per_strip_edge(config, dtype)
+        return held + SMALL_BYTES + max(computing, _measuring_bytes(graph, dtype, device))
+
+    @property
+    def longest_side(self) -> int:
+        """Neurons that a strip may have at one side."""
+        return max(self.tile_edges // SIDE_PER_TILE, isqrt(self.tile_edges))
+
+
+def _fixed_bytes(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype) -> int:
+    """What a nowcast needs besides strips and tiles."""
+    vector = config.hidden * dtype.itemsize
+    largest_group = max(group.size for group in graph.groups)
+    longest_sides = max(block.source.size + block.target.size for block in graph.blocks)
+    node = config.num_positions * (torch.float32.itemsize + dtype.itemsize) + INDEX_BYTES
+    if config.kind == "nino":
+        node += vector * (NODE_TENSORS + (config.num_words > 0))
+    group = vector * GROUP_TENSORS + INDEX_BYTES
+    return (
+        node * graph.num_nodes
+        + group * largest_group
+        + INDEX_BYTES * longest_sides
+        + vector * (FOLDED_MATRICES * config.hidden + 4 * (MAX_FEATURES * config.context + NUM_EDGE_TYPES))
+    )
+
+
+def _bytes_per_edge(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype) -> int:
+    """What one more edge in a tile adds, with the strip that grows along."""
+    return _bytes_per_tile_edge(graph, config, dtype) + STRIP_PER_TILE * _bytes_per_strip_edge(config, dtype)
+
+
+def _bytes_per_tile_edge(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype) -> int:
+    num_features = max(block.num_features for block in graph.parameter_blocks)
+    return ALLOCATED * dtype.itemsize * (TILE_TENSORS * config.hidden + num_features * (2 * config.context + 1))
+
+
+def _bytes_per_strip_edge(config: NowcasterConfig, dtype: torch.dtype) -> int:
+    return ALLOCATED * dtype.itemsize * (config.context + STRIP_NUMBERS)
+
+
+def _measuring_bytes(graph: NeuralGraph, dtype: torch.dtype, device: torch.device) -> int:
+    """What measuring the snapshots needs, before anything is computed."""
+    piece = min(piece_size(device), max(prod(shape) for shape in graph.shapes.values()))
+    return ALLOCATED * PIECE_NUMBERS * dtype.itemsize * piece
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A piece of one block whose snapshots are read together."""
+
+    block: EdgeBlock
+    place: Place
+    source: Tensor
+    """Source nodes ``[s]``, or ``[t]`` of paired edges."""
+    target: Tensor
+    """Target nodes ``[t]``."""
+    local_target: Tensor
+    """The same, counted within their group."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every source meets every target."""
+        return self.block.kind is BlockKind.DENSE
+
+    @property
+    def num_edges(self) -> int:
+        """The number of edges."""
+        return len(self.target) * (len(self.source) if self.is_dense else 1)
+
+    def at_source(self, features: Tensor) -> Tensor:
+        """Features of the source nodes, laid out to be broadcast over the strip: ``[1, s, H]`` or ``[t, 1, H]``."""
+        return features[None] if self.is_dense else features[:, None]
+
+    def rows_of_source(self, rows: slice) -> slice:
+        """Which rows of what :meth:`at_source` returned belong to a tile's rows."""
+        return slice(None) if self.is_dense else rows
+
+    def tiles(self, tile_edges: int) -> Iterator[Place]:
+        """Cut the strip into tiles, places counted from its corner."""
+        return places((len(self.target), len(self.source) if self.is_dense else 1), tile_edges)
+
+
+class Blocks:
+    """The blocks of a graph by the group that they lead to, self loops included, and how many edges arrive.
+
+    Args:
+        graph: of the model.
+        sizes: of strips and tiles.
+        device: where node numbers are wanted.
+        share: of the work; strips are only of this process's own edges.
+    """
+
+    def __init__(self, graph: NeuralGraph, sizes: Sizes, device: torch.device, share: Share = WHOLE) -> None:
+        self.graph = graph
+        self.sizes = sizes
+        self.device = device
+        self.share = share
+        self._first = graph.first_nodes()
+        self._into: dict[NeuronGroup, list[EdgeBlock]] = {group: [_self_loops(group)] for group in graph.groups}
+        for block in graph.blocks:
+            self._into[block.target.group].append(block)
+
+    def strips_into(self, group: NeuronGroup) -> Iterator[Strip]:
+        """The strips of all blocks that lead to a group."""
+        for block in self._into[group]:
+            yield from self.strips(block)
+
+    def num_edges(self, wanted: Callable[[EdgeBlock], bool]) -> tuple[int, int]:
+        """How many of this process's edges send messages, and how many of them are wanted to be predicted."""
+        blocks = [(block, num_edges_at(self.share.place(block))) for into in self._into.values() for block in into]
+        return sum(edges for _, edges in blocks), sum(edges for block, edges in blocks if wanted(block))
+
+    def nodes(self, group: NeuronGroup) -> slice:
+        """The numbers of a group's nodes."""
+        return slice(self._first[group], self._first[group] + group.size)
+
+    def counts(self, group: NeuronGroup) -> Tensor:
+        """How many edges arrive at each neuron of a group: float64 ``[size, 1]``, on the CPU."""
+        counts = torch.zeros(group.size, dtype=torch.float64)
+        for block in self._into[group]:
+            sources = torch.tensor(float(block_shape(block)[1]), dtype=counts.dtype)
+            counts.index_add_(0, block.target.local_index(), sources.expand(block.target.size))
+        return counts[:, None]
+
+    def strips(self, block: EdgeBlock) -> Iterator[Strip]:
+        """Cut this process's part of a block into strips."""
+        own = self.share.place(block)
+        if not num_edges_at(own):
+            return
+        source, target = block.source.local_index().to(self.device), block.target.local_index().to(self.device)
+        is_dense = block.kind is BlockKind.DENSE
+        edges = self.sizes.strip_edges // block.num_features if is_dense else self.sizes.tile_edges
+        edges = max(edges, self.sizes.tile_edges)
+        shape = own[0].stop - own[0].start, own[1].stop - own[1].start
+        for place in places(shape, edges, self.sizes.longest_side):
+            rows, columns = moved(place, own[0].start, own[1].start)
+            local_source, local_target = source[columns if is_dense else rows], target[rows]
+            yield Strip(
+                block,
+                (rows, columns),
+                local_source + self._first[block.source.group],
+                local_target + self._first[block.target.group],
+                local_target,
+            )
+
+
+def constant_of(block: EdgeBlock) -> float:
+    """What the edges of a block without a parameter carry in every snapshot."""
+    return SELF_LOOP_VALUE if block.type is EdgeType.SELF_LOOP else AUXILIARY_VALUE
+
+
+def places(shape: tuple[int, int], edges: int, longest_side: int | None = None) -> Iterator[Place]:
+    """Cut ``t`` targets by ``s`` sources into pieces of at most ``edges``, as square as possible."""
+    num_targets, num_sources = shape
+    longest_side = longest_side or edges
+    side = max(isqrt(edges), 1)
+    rows = min(num_targets, max(edges // num_sources, side), longest_side)
+    columns = min(num_sources, max(edges // rows, 1), longest_side)
+    for top in range(0, num_targets, rows):
+        for left in range(0, num_sources, columns):
+            yield slice(top, min(top + rows, num_targets)), slice(left, min(left + columns, num_sources))
+
+
+def _self_loops(group: NeuronGroup) -> EdgeBlock:
+    slots = group.slots()
+    return EdgeBlock(
+        name=f"{group.name} itself", kind=BlockKind.DIAGONAL, type=EdgeType.SELF_LOOP, source=slots, target=slots
+    )

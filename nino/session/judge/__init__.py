@@ -1,0 +1,1 @@
+"""Whether a nowcast is kept or rolled back."""

@@ -1,0 +1,1 @@
+"""What the optimizer keeps of the weights themselves."""

@@ -1,0 +1,180 @@
+"""What one nowcast did, and the losses that complete its report.
+
+One vocabulary everywhere: the Trainer's log, wandb panels, log records and JSON files name the numbers of a report
+alike, ``nowcast/...`` (the table is in ``docs/guide.md``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from operator import index
+from typing import Any, Literal
+
+from torch import Tensor
+
+from nino.session.judge.rule import MIN_LOSSES_BEFORE
+
+Loss = float | Tensor
+Outcome = Literal["accepted", "rolled back", "refused", "left out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NowcastReport:
+    """What one nowcast did."""
+
+    step: int
+    """Optimizer updates done."""
+    horizon: int
+    """Snapshot intervals ahead."""
+    accepted: bool
+    """Whether the weights were replaced."""
+    rolled_back: bool = False
+    """Whether they were put back after the probation, since the loss did not recover."""
+    updates_undone: int = 0
+    """Updates that were lost with it then."""
+    left_out: bool = False
+    """Whether no nowcast was tried, on purpose."""
+    reason: str = ""
+    """Why not, if they were not replaced, or why they were put back."""
+    glide: int = 0
+    """Updates over which the weights were moved; 0 for at once."""
+    seconds: float = 0.0
+    """Wall-clock time of the prediction and of writing it back."""
+    bytes_sent: int = 0
+    """What this process put into exchanges with others for it."""
+    snapshot_bytes: int = 0
+    """Size of the snapshots that this process held, wherever it keeps them."""
+    restore_bytes: int = 0
+    """Size of the copy that the nowcast can be undone from, if it was on probation."""
+    relative_jump: float = math.nan
+    """Norm of the change over the norm of the weights."""
+    relative_jump_by_kind: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The same of the weights of each kind, by the name of their edge type: ``linear``, ``query``, ``norm``, ..."""
+    loss_before: float = math.nan
+    """Mean training loss of the last updates before the jump; NaN if no losses were observed."""
+    loss_at: float = math.nan
+    """Training loss of the first update after the weights have arrived."""
+    loss_after: float = math.nan
+    """Mean training loss of the second half of the probation; NaN without one."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of the nowcast, in a word or two."""
+        if self.rolled_back:
+            return "rolled back"
+        if self.accepted:
+            return "accepted"
+        return "left out" if self.left_out else "refused"
+
+    def as_log(self) -> dict[str, float]:
+        """Numbers for a logger, named ``nowcast/...``; what is not known is left out."""
+        values = {
+            "nowcast/step": self.step,
+            "nowcast/horizon": self.horizon,
+            "nowcast/accepted": float(self.accepted),
+            "nowcast/rolled_back": float(self.rolled_back),
+            "nowcast/updates_undone": self.updates_undone or math.nan,
+            "nowcast/left_out": float(self.left_out),
+            "nowcast/glide": self.glide or math.nan,
+            "nowcast/seconds": self.seconds,
+            "nowcast/bytes": self.snapshot_bytes + self.restore_bytes,
+            "nowcast/bytes_sent": self.bytes_sent or math.nan,
+            "nowcast/jump/all": self.relative_jump,
+            **{f"nowcast/jump/{kind}": jump for kind, jump in self.relative_jump_by_kind.items()},
+            "nowcast/loss/before": self.loss_before,
+            "nowcast/loss/at": self.loss_at,
+            "nowcast/loss/after": self.loss_after,
+        }
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def as_record(self) -> dict[str, float | str | None]:
+        """:meth:`as_log` and, in words, ``nowcast/outcome`` and ``nowcast/reason``; goes into JSON as it is.
+
+        JSON knows no infinity: a loss or a jump that was infinite is ``None``.
+        """
+        numbers = {name: value if math.isfinite(value) else None for name, value in self.as_log().items()}
+        words = {"nowcast/outcome": self.outcome} | ({"nowcast/reason": self.reason} if self.reason else {})
+        return {**numbers, **words}
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        begin = f"nowcast after update {self.step}"
+        if self.rolled_back:
+            return f"{begin} was undone, training goes on from there: {self.reason}"
+        if not self.accepted:
+            return f"{begin} was {self.outcome}, training goes on: {self.reason}"
+        losses = (("before", self.loss_before), ("at", self.loss_at), ("after", self.loss_after))
+        known = ", ".join(f"{loss:.4g} {when}" for when, loss in losses if not math.isnan(loss))
+        return (
+            f"{begin}: {self.horizon} intervals ahead, weights moved by {self.relative_jump:.3g} of their norm"
+            + (f" over {self.glide} updates" if self.glide else "")
+            + f", {self.seconds:.1f} s"
+            + (f"; loss {known}" if known else "")
+        )
+
+
+@dataclass
+class OpenReport:
+    """A report that waits for the losses after the jump: of the first update after it, or of those of the probation."""
+
+    report: NowcastReport
+    updates_to_come: int
+    on_probation: bool = False
+    before: list[float] = field(default_factory=list)
+    """Training losses before the jump, oldest first; of a nowcast on probation."""
+    after: list[Loss] = field(default_factory=list)
+    """Since the weights have arrived."""
+    on_the_way: int = 0
+    """Updates until then."""
+
+    def book(self, loss: Loss | None) -> bool:
+        """Count one update and its loss, if that is known; whether the report is complete then."""
+        self.updates_to_come -= 1
+        if self.on_the_way:
+            self.on_the_way -= 1
+        elif loss is not None:
+            self.after.append(loss)
+        return self.updates_to_come <= 0
+
+    def with_losses(self) -> NowcastReport:
+        """The report with the loss of the first update after the weights have arrived."""
+        return replace(self.report, loss_at=float(self.after[0])) if self.after else self.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and lists only."""
+        return {**vars(self), "report": asdict(self.report), "after": [float(loss) for loss in self.after]}
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> OpenReport:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: if the state is damaged.
+        """
+        before: list[float] = [float(loss) for loss in state["before"]]
+        after: list[Loss] = [float(loss) for loss in state["after"]]
+        opened = OpenReport(
+            _read_report(state["report"]),
+            index(state["updates_to_come"]),
+            bool(state["on_probation"]),
+            before,
+            after,
+            index(state.get("on_the_way", 0)),
+        )
+        if (
+            opened.updates_to_come < 0
+            or opened.on_the_way < 0
+            or (opened.on_probation and len(before) < MIN_LOSSES_BEFORE)
+        ):
+            raise ValueError(f"a report that waits for {opened.updates_to_come} losses and knows {len(before)}")
+        return opened
+
+
+def _read_report(state: Mapping[str, Any]) -> NowcastReport:
+    convert: dict[str, Callable[[Any], Any]] = {"int": index, "float": float, "bool": bool, "str": str}
+    kinds = {entry.name: convert.get(str(entry.type)) for entry in fields(NowcastReport)}
+    numbers = {name: kind(state[name]) for name, kind in kinds.items() if kind is not None and name in state}
+    by_kind = {str(kind): float(jump) for kind, jump in state.get("relative_jump_by_kind", {}).items()}
+    return NowcastReport(**{**state, **numbers, "relative_jump_by_kind": by_kind})

@@ -1,0 +1,197 @@
+"""The model in training: which of its parameters a nowcast may change, its graph, and whether that still holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nino.errors import NinoError
+from nino.graph import NeuralGraph
+from nino.graph.architectures import is_known, wire_each_alone
+from nino.graph.builder import check_graph, graph_parameters
+from nino.parallel.shards import compute_device, local_tensor, refuse_unsupported
+from nino.predict.nowcaster import Nowcaster
+from nino.session.changes import describe_changes
+from nino.session.first_inputs import FirstInputs
+from nino.system.signals import held_back
+
+logger = logging.getLogger(__name__)
+
+
+class LiveModel:
+    """A model, the optimizer that trains it and the graph on which a nowcaster reads it.
+
+    Args:
+        model: wrappers of DDP and ``torch.compile`` are looked through.
+        nowcaster: which wires it.
+        optimizer: if given, what it does not hold counts as frozen.
+        graph: of the model; by default it is wired here, and a model of no known family once it has run.
+
+    Raises:
+        NinoError: if the model cannot be wired, or nothing of it is trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        nowcaster: Nowcaster,
+        optimizer: Optimizer | None,
+        graph: NeuralGraph | None = None,
+    ) -> None:
+        self.module = unwrap(model)
+        self.optimizer = optimizer
+        self.nowcaster = nowcaster
+        self.problem = ""
+        """Why the model cannot be wired since it has changed."""
+        refuse_unsupported(self.module)
+        self._first_inputs = FirstInputs(self.module, model)
+        self._waits = False
+        """Whether the model has to be run to be wired, and was not yet."""
+        self._said_waiting = False
+        self.graph = graph or self._wire()
+        if graph is not None:
+            check_graph(graph, self.module)
+            self._say_what_is_missing()
+        nowcaster.check_fits(self.graph)
+        self._check()
+        self.positions = self.graph.positions(nowcaster.config.num_positions)
+        self._shapes = graph_parameters(self.module)
+        self._trained: dict[str, nn.Parameter] | None = None
+        """The model's parameters, and those that were trained, when last looked at; ``None`` if not looked at yet."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
+        return {name: parameter for name, parameter in self.trained().items() if name in self.graph.shapes}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that the optimizer updates, by name; some may not be in the graph."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        updated = {id(parameter) for group in groups for parameter in group["params"]}
+        return {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and (self.optimizer is None or id(parameter) in updated)
+        }
+
+    def wired(self) -> dict[str, nn.Parameter]:
+        """All parameters of the graph, by name."""
+        return {name: parameter for name, parameter in self.module.named_parameters() if name in self.graph.shapes}
+
+    def detach(self) -> None:
+        """Leave no trace on the model."""
+        self._first_inputs.stop()
+        self._waits = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where nowcasts of it are computed."""
+        return compute_device(self.trainable().values())
+
+    def begin(self) -> None:
+        """Training begins: frameworks may have sharded or replaced parameters since this object was made.
+
+        Raises:
+            NinoError: if nowcasting has become impossible.
+        """
+        refuse_unsupported(self.module)
+        self._check()
+        if self._trained is None:
+            self._trained = self.trainable()
+
+    def changes(self) -> str:
+        """What has changed since this was last asked; nothing if nothing did. A model that has is wired again."""
+        if self._waits:
+            self._trace()
+        shapes = graph_parameters(self.module)
+        change = describe_changes(self._shapes, shapes, self._trained or {}, self.trainable())
+        if change:
+            self._wire_again()
+        self.remember()
+        return change
+
+    def remember(self) -> None:
+        """Take the parameters as they are now for what they should be."""
+        self._shapes, self._trained = graph_parameters(self.module), self.trainable()
+
+    def _say_what_is_missing(self) -> None:
+        missing = sorted(n for n, p in self.trained().items() if n not in self.graph.shapes and p.is_floating_point())
+        if missing:
+            message = "%d trained parameters are not in the graph that was given and are never nowcast: %s"
+            logger.warning(message, len(missing), ", ".join(missing[:3]))
+
+    def _wire(self) -> NeuralGraph:
+        """A model that has to be run to be wired waits for its first batch, each parameter alone until then."""
+        self._first_inputs.stop()
+        self._waits = not is_known(self.module)
+        if not self._waits:
+            return self.nowcaster.graph_of(self.module)
+        self._first_inputs.watch()
+        return wire_each_alone(self.module)
+
+    def _trace(self) -> None:
+        """Wire the model on its first batch; where that is impossible, each parameter stays alone."""
+        family = type(self.module).__name__
+        if self._first_inputs.is_watching:
+            if not self._said_waiting:
+                logger.warning(
+                    "%s was trained, but its forward was not called: each of its parameters is nowcast alone; wire it "
+                    "with NeuralGraph.from_model(model, example_inputs=...) and pass graph=",
+                    family,
+                )
+            self._said_waiting = True
+            return
+        self._waits = False
+        try:
+            inputs = self._first_inputs.take()
+        except NinoError as error:
+            message = "%s: each of its parameters is nowcast alone; wire it with NeuralGraph.from_model and pass graph="
+            logger.warning(message, error)
+            return
+        self._wire_again(lambda: self.nowcaster.graph_of(self.module, inputs))
+
+    def _wire_again(self, wire: Callable[[], NeuralGraph] | None = None) -> None:
+        try:
+            graph = (wire or self._wire)()
+            self.nowcaster.check_fits(graph)
+        except Exception as error:  # every nowcast is then refused, with this reason; the run goes on
+            self.problem = str(error) or repr(error)
+            return
+        self.graph, self.problem = graph, ""
+        self.positions = graph.positions(self.nowcaster.config.num_positions)
+
+    def _check(self) -> None:
+        parameters = self.trainable()
+        changed = sorted(name for name, p in parameters.items() if tuple(p.shape) != self.graph.shapes[name])
+        if changed:
+            raise NinoError(
+                f"{changed[:3]} changed shape since nowcasting was set up ({len(changed)} in all); set it up after "
+                "the model is complete"
+            )
+        if not parameters:
+            raise NinoError(
+                "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
+                "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
+            )
+
+
+@torch.no_grad()
+def write_parameters(parameters: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Write new values into live parameters in place, so that storages, ties and views survive."""
+    with held_back():
+        for name, parameter in parameters.items():
+            local_tensor(parameter).copy_(new[name])
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Look through the wrappers of ``torch.compile`` and of data parallelism."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -1,0 +1,1 @@
+"""Files that appear whole, signals that wait, tensors in pieces."""

@@ -1,0 +1,740 @@
+"""Where nowcasters come from, what they refuse and what they leave alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import CASES
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import nino
+from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, NowcasterConfig, NowcastOptimizer, SnapshotError
+from nino.predict.engine.weights import PredictionWriter, StoredSnapshots, factor_to_keep
+from nino.predict.model import build_network
+from nino.predict.nowcaster import CONFIG_FILE, WEIGHTS_FILE, shipped_nowcasters
+from nino.predict.standardise import measure_snapshots
+
+Snapshots = list[dict[str, Tensor]]
+CONFIG = NowcasterConfig(hidden=8, context=3, num_words=7)
+WNN_CONFIG = NowcasterConfig(kind="wnn", hidden=8, context=3)
+
+
+def _nowcaster(config: NowcasterConfig = CONFIG) -> Nowcaster:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Nowcaster(build_network(config))
+
+
+def _graph() -> NeuralGraph:
+    return NeuralGraph.from_model(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+
+
+def _snapshots(graph: NeuralGraph, count: int = 3, dtype: torch.dtype = torch.float32) -> Snapshots:
+    """A random walk of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(shape, generator=generator) for name, shape in graph.shapes.items()}
+    steps = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in graph.shapes.items()}
+    return [{name: (start[name] + age * steps[name]).to(dtype) for name in start} for age in range(count)]
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _one_line(error: pytest.ExceptionInfo[Exception], *words: Any) -> None:
+    """An error message is one line that names what it is about."""
+    message = str(error.value)
+    assert "\n" not in message.strip()
+    assert len(message) < 700
+    for word in words:
+        assert str(word) in message, f"{word!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, WNN_CONFIG, replace(CONFIG, inputs="movements"), replace(CONFIG, inputs="movements", trend=True)]
+)
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_a_stretched_nowcaster_goes_the_same_way_further(config: NowcasterConfig, engine: Any) -> None:
+    graph, nowcaster = _graph(), _nowcaster(config)
+    snapshots = _snapshots(graph, dtype=torch.float64)
+    near = nowcaster.predict(snapshots, horizon=4, graph=graph, engine=engine)
+    far = nowcaster.stretched(-2.5).predict(snapshots, horizon=4, graph=graph, engine=engine)
+    for name, last in snapshots[-1].items():
+        assert not torch.allclose(near[name], last, rtol=0, atol=1e-4)
+        torch.testing.assert_close(far[name] - last, -2.5 * (near[name] - last), rtol=1e-4, atol=1e-5)
+    again = nowcaster.predict(snapshots, horizon=4, graph=graph, engine=engine)
+    assert _equal(near, again), "the nowcaster that was stretched stays as it is"
+    with pytest.raises(NinoError, match="finite") as error:
+        nowcaster.stretched(float("nan"))
+    _one_line(error, "nan")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "wide_kernel_cnn"])  # fused layers, tied words, kernels
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_norms_are_kept_if_asked_for(name: str, engine: Any) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    graph, nowcaster = NeuralGraph.from_model(case.model(0)), _nowcaster(replace(CONFIG, num_words=0))
+    snapshots = _snapshots(graph, dtype=torch.float64)
+    zero = next(n for n, shape in graph.shapes.items() if len(shape) >= 2)
+    snapshots[-1][zero] = torch.zeros_like(snapshots[-1][zero])
+    free = nowcaster.predict(snapshots, 4, graph, engine=engine)
+    kept = nowcaster.predict(snapshots, 4, graph, engine=engine, keep_norms=True)
+    for n, last in snapshots[-1].items():
+        factor = last.norm() / free[n].norm() if last.ndim >= 2 and n != zero else 1.0
+        torch.testing.assert_close(kept[n], factor * free[n])
+
+    live = {n: last.clone() for n, last in snapshots[-1].items()}
+    jump = nowcaster.predict_(live, snapshots, 4, graph, keep_norms=True)
+    if engine == "blockwise":
+        assert _equal(live, kept)
+    squares = sum(float((live[n] - last).square().sum()) for n, last in snapshots[-1].items())
+    assert jump.distance**2 == pytest.approx(squares, rel=1e-4)
+    assert jump.distance**2 == pytest.approx(sum(part.distance**2 for part in jump.by_kind.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_are_kept_up_to_rounding(dtype: torch.dtype) -> None:
+    graph, nowcaster = _graph(), _nowcaster(CONFIG)
+    snapshots = _snapshots(graph, dtype=dtype)
+    kept = nowcaster.predict(snapshots, 4, graph, keep_norms=True)
+    for name, last in snapshots[-1].items():
+        if last.ndim >= 2:
+            assert float(kept[name].float().norm() / last.float().norm()) == pytest.approx(1, abs=4e-3)
+
+
+def test_what_is_predicted_to_be_zero_stays_zero() -> None:
+    old, new = torch.tensor([4.0, 0.0, 4.0, 1e-12]).double(), torch.tensor([1.0, 4.0, 0.0, 1.0]).double()
+    assert factor_to_keep(old, new).tolist() == [2.0, 1.0, 1.0, 1.0]
+
+
+def test_norms_that_overflow_are_refused() -> None:
+    graph = _graph()
+    snapshots = _snapshots(graph)
+    scalers = measure_snapshots(snapshots, graph.shapes)
+    name = next(n for n, shape in graph.shapes.items() if len(shape) >= 2)
+    tensors = {name: torch.full(graph.shapes[name], 3e4, dtype=torch.float16)}
+    writer = PredictionWriter(graph, tensors, scalers, StoredSnapshots(graph, snapshots), keep_norms=True)
+    block = next(block for block in graph.parameter_blocks if block.parameter == name)
+    writer._sums[name, block.type] = torch.tensor([1.0, 16.0, 1.0, 0.0], dtype=torch.float64)
+    with pytest.raises(SnapshotError, match=r"is NaN or infinite in torch\.float16") as error:
+        writer.finish()
+    _one_line(error, name)
+
+
+# Saving and loading
+
+
+TREND_CONFIG = replace(CONFIG, inputs="movements", trend=True)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG, TREND_CONFIG], ids=["nino", "wnn", "nino with a trend"])
+def test_saving_and_loading_is_exact(config: NowcasterConfig, tmp_path: Path) -> None:
+    saved = _nowcaster(config)
+    saved.save_pretrained(tmp_path / "new" / "folder")
+    for name in (tmp_path / "new" / "folder", str(tmp_path / "new" / "folder")):
+        loaded = Nowcaster.from_pretrained(name)
+        assert loaded.config == saved.config
+        assert _equal(loaded.network.state_dict(), saved.network.state_dict())
+        assert not loaded.network.training
+        assert not any(weights.requires_grad for weights in loaded.network.parameters())
+    graph = _graph()
+    assert _equal(saved.predict(_snapshots(graph), 7, graph), loaded.predict(_snapshots(graph), 7, graph))
+
+
+def test_older_releases_read_what_they_can() -> None:
+    assert "trend" not in json.loads(CONFIG.to_json()) and json.loads(TREND_CONFIG.to_json())["trend"] is True
+    with pytest.raises(CheckpointError, match="a trend wants inputs 'movements', got 'weights'"):
+        replace(CONFIG, trend=True)
+    with pytest.raises(CheckpointError, match="trend must be true or false, got 'yes'"):
+        replace(TREND_CONFIG, trend="yes")
+
+
+def test_a_nowcaster_with_a_fresh_trend_predicts_the_same() -> None:
+    graph, nowcaster = _graph(), _nowcaster(replace(CONFIG, inputs="movements"))
+    grown = nowcaster.with_trend()
+    assert grown.config == TREND_CONFIG and not nowcaster.config.trend
+    assert _equal(nowcaster.predict(_snapshots(graph), 7, graph), grown.predict(_snapshots(graph), 7, graph))
+    with pytest.raises(CheckpointError, match="wants inputs 'movements'"):
+        _nowcaster(CONFIG).with_trend()
+
+
+@pytest.mark.parametrize("name", shipped_nowcasters() or [None])
+def test_shipped_nowcasters_load_and_predict(name: str | None) -> None:
+    if name is None:
+        pytest.skip("no nowcaster is shipped")
+    nowcaster = Nowcaster.from_pretrained(name)
+    graph = _graph()
+    snapshots = _snapshots(graph, nowcaster.config.context)
+    predicted = nowcaster.predict(snapshots, nowcaster.config.max_horizon, graph)
+    assert {name: tuple(tensor.shape) for name, tensor in predicted.items()} == graph.shapes
+
+
+@pytest.mark.parametrize("name", ["nino-gigantic", "no/such/folder/at/all", "./missing", "/missing/folder", "x" * 300])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_pretrained(name)
+    _one_line(error, repr(name), "folder", CONFIG_FILE, "user/name", "from_official")
+
+
+def test_what_is_no_name_is_refused() -> None:
+    network, model = _nowcaster().network, nn.Linear(2, 3)
+    for load in (
+        Nowcaster.from_pretrained,
+        lambda given: NowcastOptimizer(torch.optim.Adam(model.parameters()), model, given),
+    ):
+        for given, hint in ((network, "Nowcaster(network)"), (3, "got int"), (None, "got NoneType")):
+            with pytest.raises(CheckpointError) as error:
+                load(given)  # type: ignore[no-untyped-call]
+            _one_line(error, "a Nowcaster, a name or a folder", type(given).__name__, hint)
+
+
+def test_saving_under_the_name_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("precious")
+    for path in (tmp_path / "a_file", tmp_path / "a_file" / "below"):
+        with pytest.raises(CheckpointError) as error:
+            _nowcaster().save_pretrained(path)
+        _one_line(error, path, "cannot be made a folder")
+    assert (tmp_path / "a_file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+def test_incomplete_folders_are_refused(file: str, tmp_path: Path) -> None:
+    _nowcaster().save_pretrained(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_pretrained(tmp_path)
+    _one_line(error, tmp_path, file, "save_pretrained")
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("these are no weights\nbut two lines"),
+        lambda path: path.write_bytes(bytes(range(256)) * 8),
+        lambda path: torch.save({"weight": torch.zeros(2)}, path),
+        lambda path: save_file({"weight": torch.zeros(2)}, path),
+    ],
+    ids=["truncated", "empty", "text", "bytes", "pickle", "other weights"],
+)
+def test_damaged_weights_are_refused(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    _nowcaster().save_pretrained(tmp_path)
+    damage(tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_pretrained(tmp_path)
+    _one_line(error, tmp_path / WEIGHTS_FILE)
+
+
+def _config(**changes: Any) -> str:
+    values = {**json.loads(CONFIG.to_json()), **changes}
+    return json.dumps({name: value for name, value in values.items() if value != "absent"})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["JSON", CONFIG_FILE]),
+        ("{'format': 1}\nsecond line", ["JSON", CONFIG_FILE]),
+        ("[1, 2]", ["nino-nowcaster"]),
+        ("{}", ["nino-nowcaster"]),
+        (_config(format="absent"), ["nino-nowcaster"]),
+        (_config(format="nino-trajectory"), ["nino-nowcaster"]),
+        (_config(version=99), ["version 99", "reads 1"]),
+        (_config(version="absent"), ["version None", "reads 1"]),
+        (_config(num_layers=4), ["num_layers"]),
+        (_config(kind="transformer"), ["kind", "'nino' or 'wnn'", "'transformer'"]),
+        (_config(wiring="magic"), ["wiring", "'magic'"]),
+        (_config(hidden=-1), ["hidden", "at least 1", "-1"]),
+        (_config(hidden="8"), ["hidden", "'8'"]),
+        (_config(context=1), ["context", "at least 2", "1"]),
+        (_config(num_words=-2), ["num_words", "-2"]),
+        (_config(hidden=16), [WEIGHTS_FILE, CONFIG_FILE]),
+        (_config(hidden=10**7), [WEIGHTS_FILE, CONFIG_FILE]),
+        (_config(kind="wnn"), [WEIGHTS_FILE, CONFIG_FILE]),
+        (_config(max_horizon=2), [WEIGHTS_FILE, CONFIG_FILE]),
+        (_config(context=5), [WEIGHTS_FILE, CONFIG_FILE, "edge_proj.weight"]),
+    ],
+)
+def test_configs_that_are_foreign_or_of_other_sizes_are_refused(text: str, words: list[str], tmp_path: Path) -> None:
+    _nowcaster().save_pretrained(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_pretrained(tmp_path)
+    _one_line(error, *words)
+
+
+def test_a_config_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    _nowcaster().save_pretrained(tmp_path)
+    (tmp_path / CONFIG_FILE).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_pretrained(tmp_path)
+    _one_line(error, tmp_path / CONFIG_FILE)
+
+
+# The hub
+
+
+def test_hub_ids_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    saved = _nowcaster()
+    saved.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo_id: str, filename: str) -> str:
+        asked.append((repo_id, filename))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    loaded = Nowcaster.from_pretrained("someone/nowcaster")
+    assert asked == [("someone/nowcaster", CONFIG_FILE), ("someone/nowcaster", WEIGHTS_FILE)]
+    assert _equal(loaded.network.state_dict(), saved.network.state_dict())
+
+
+class ForeignError(Exception):
+    """Of a library that the hub client uses, unknown to us."""
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError("no route to host\nsecond line"), ValueError("bad id"), ForeignError("timed out"), OSError()]
+)
+def test_hub_failures_are_one_clear_line(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*arguments: Any) -> str:
+        raise failure
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_pretrained("someone/nowcaster")
+    reason = str(failure).split("\n")[0] or type(failure).__name__
+    _one_line(error, "'someone/nowcaster'", "no local folder", "hub", reason)
+
+
+def test_hub_ids_without_a_network_are_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real client, told to stay offline, with an empty cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_pretrained("someone/nowcaster-that-is-not-there")
+    _one_line(error, "someone/nowcaster-that-is-not-there", "hub")
+
+
+# The published files
+
+
+def _published_state(config: NowcasterConfig = CONFIG) -> dict[str, Tensor]:
+    """A state dict with the published names, the third convolution included."""
+    published = {
+        "type_embed.": "layer_embed.",
+        "word_embed.": "wte_pos_enc_layer.",
+        "node_proj.": "node_proj.fc.0.",
+        "edge_proj.": "edge_proj.fc.0.",
+        "convs.": "gnn.convs.",
+        ".pre.": ".pre_nns.0.0.",
+        ".post.": ".post_nns.0.0.",
+        "edge_updates.": "gnn.edge_update.",
+        ".from_edge.": ".lin_e.",
+        ".from_source.": ".lin_s.",
+        ".from_target.": ".lin_t.",
+    }
+    if config.kind == "wnn":
+        published |= {"body.": "edge_mlp.fc.", "head.": "edge_mlp.fc.6."}
+    else:
+        published |= {"head_hidden.": "edge_out.fc.0.", "head.": "edge_out.fc.2."}
+    state = {}
+    for ours, value in _nowcaster(config).network.state_dict().items():
+        name = ours
+        for mine, theirs in published.items():
+            name = name.replace(mine, theirs)
+        name = re.sub(r"(edge_update\.\d)\.lin\.", r"\1.lin1.", name)
+        state[name] = value
+        if name.startswith("gnn.convs.1."):
+            state[name.replace("convs.1.", "convs.2.")] = torch.full_like(value, torch.nan)  # nothing may read it
+    return state
+
+
+@pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG], ids=["nino", "wnn"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_published_files_load(config: NowcasterConfig, nested: bool, tmp_path: Path) -> None:
+    state = _published_state(config)
+    content = {"state_dict": state, "model_args": {"hid": 8, "gnn": True}, "step": 20000} if nested else state
+    torch.save(content, tmp_path / "published.pt")
+    loaded = Nowcaster.from_official(tmp_path / "published.pt")
+    assert (loaded.config.kind, loaded.config.hidden, loaded.config.context) == (config.kind, 8, 3)
+    assert loaded.config.max_horizon == config.max_horizon
+    assert loaded.config.num_words == config.num_words
+    assert loaded.config.wiring == "official"
+    assert _equal(loaded.network.state_dict(), _nowcaster(config).network.state_dict())
+    loaded.save_pretrained(tmp_path / "converted")
+    again = Nowcaster.from_pretrained(tmp_path / "converted")
+    assert again.config == loaded.config
+    assert _equal(again.network.state_dict(), loaded.network.state_dict())
+
+
+def _save(content: Any) -> Callable[[Path], object]:
+    return lambda path: torch.save(content, path)
+
+
+class Attack:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def _truncated_published(path: Path) -> None:
+    torch.save(_published_state(), path)
+    _truncate(path)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_text("no weights"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\x80\x02\x8a\x00\x00"),
+        lambda path: path.write_bytes(random.Random(0).randbytes(300)),
+        _truncated_published,
+        _save(torch.zeros(3)),
+        _save([1, 2]),
+        _save({}),
+        _save({"state_dict": None}),
+        _save({"state_dict": {"step": 3}}),
+        _save({0: torch.zeros(2)}),
+        _save({"layer.weight": torch.zeros(2, 2)}),
+        _save({"edge_proj.fc.0.weight": torch.zeros(2)}),
+        _save({"edge_proj.fc.0.weight": torch.tensor(1.0)}),
+        _save({"edge_proj.fc.0.weight": torch.zeros(0, 0)}),
+        _save({**_published_state(), "edge_out.fc.2.weight": torch.tensor(1.0)}),
+        _save({**_published_state(), "one.more": torch.zeros(2)}),
+        _save({**_published_state(), "node_proj.fc.0.bias": torch.zeros(2)}),
+        _save({name: value for name, value in _published_state().items() if "lin_t" not in name}),
+        lambda path: torch.save({"state_dict": _published_state(), "a": Attack(path.with_name("attacked"))}, path),
+    ],
+)
+def test_published_files_that_are_none_are_refused(write: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "published.pt"
+    write(path)
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_official(path)
+    _one_line(error, path)
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "."])
+def test_missing_published_files_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        Nowcaster.from_official(tmp_path / name)
+    _one_line(error, tmp_path / name, "expected a published NiNo .pt file")
+
+
+# What predict refuses
+
+
+def _refused(
+    error_class: type[Exception], *words: Any, snapshots: Any = None, horizon: Any = 5, **changes: Any
+) -> None:
+    graph = changes.pop("graph", None) or _graph()
+    with pytest.raises(error_class) as error:
+        _nowcaster().predict(_snapshots(graph) if snapshots is None else snapshots, horizon, graph, **changes)
+    _one_line(error, *words)
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_the_number_of_snapshots_is_checked(count: int) -> None:
+    _refused(SnapshotError, "3 snapshots", f"got {count}", snapshots=_snapshots(_graph(), count))
+
+
+def test_snapshots_of_another_model_are_refused() -> None:
+    other = NeuralGraph.from_model(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU()))
+    graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Identity(), nn.Linear(5, 3)))
+    _refused(SnapshotError, "3.weight", "snapshot 0", snapshots=_snapshots(other), graph=graph)
+
+
+def test_snapshots_that_lack_a_parameter_are_refused_and_other_entries_ignored() -> None:
+    snapshots = _snapshots(_graph())
+    del snapshots[1]["2.bias"]
+    _refused(SnapshotError, "snapshot 1", "2.bias", snapshots=snapshots)
+    snapshots = _snapshots(_graph())
+    with_buffers = [{**snapshot, "1.running_mean": torch.zeros(3)} for snapshot in snapshots]
+    assert _equal(_nowcaster().predict(with_buffers, 5, _graph()), _nowcaster().predict(snapshots, 5, _graph()))
+
+
+def test_snapshots_of_other_shapes_are_refused() -> None:
+    snapshots = _snapshots(_graph())
+    snapshots[1]["0.weight"] = snapshots[1]["0.weight"].t()
+    _refused(SnapshotError, "snapshot 1", "0.weight", (4, 5), (5, 4), snapshots=snapshots)
+
+
+@pytest.mark.parametrize("age", [0, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_snapshots_that_are_not_finite_are_refused(age: int, value: float) -> None:
+    snapshots = _snapshots(_graph())
+    snapshots[age]["2.bias"][1] = value
+    _refused(SnapshotError, f"snapshot {age}", "2.bias", "NaN", snapshots=snapshots)
+
+
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_a_prediction_that_is_not_finite_is_refused(engine: Any) -> None:
+    graph = _graph()
+    nowcaster = _nowcaster()
+    nowcaster.network.head.bias.fill_(torch.nan)
+    with pytest.raises(SnapshotError) as error:
+        nowcaster.predict(_snapshots(graph), 5, graph, engine=engine)
+    _one_line(error, "NaN", "refused")
+
+
+def test_a_prediction_beyond_the_range_of_its_dtype_is_refused() -> None:
+    graph = _graph()
+    snapshots = _snapshots(graph, dtype=torch.float16)
+    for age, snapshot in enumerate(snapshots):
+        snapshot["2.bias"][:] = torch.tensor([60_000.0, -60_000.0, 0.0]) + 1000 * age
+    nowcaster = _nowcaster()
+    nowcaster.network.head.bias.fill_(3)  # three standard deviations up: beyond the 65504 of float16
+    with pytest.raises(SnapshotError) as error:
+        nowcaster.predict(snapshots, 5, graph)
+    _one_line(error, "2.bias", "refused")
+
+
+@pytest.mark.parametrize("graph", [None, nn.Linear(4, 5), "exact"])
+def test_the_graph_is_checked(graph: Any) -> None:
+    snapshots = _snapshots(_graph())
+    for predict in (_nowcaster().predict, lambda *given: _nowcaster().predict_(snapshots[-1], *given)):
+        with pytest.raises(NinoError) as error:
+            predict(snapshots, 5, graph)  # type: ignore[no-untyped-call]
+        _one_line(error, "NeuralGraph", f"got {type(graph).__name__}", "graph_of(model)")
+
+
+@pytest.mark.parametrize("horizon", [0, -1, 41, 2.5, "20", None, True])
+def test_the_horizon_is_checked(horizon: Any) -> None:
+    _refused(NinoError, "horizon", "1 to 40", repr(horizon), horizon=horizon)
+
+
+def test_the_ends_of_the_horizon_are_allowed() -> None:
+    graph = _graph()
+    for horizon in (1, 40):
+        _nowcaster().predict(_snapshots(graph), horizon, graph)
+
+
+def test_the_engine_is_checked() -> None:
+    _refused(NinoError, "engine", "'blockwise' or 'edges'", "'fast'", engine="fast")
+
+
+@pytest.mark.parametrize("budget", [1e9, "1GB", 0, -1])
+def test_the_memory_budget_is_checked(budget: Any) -> None:
+    _refused(NinoError, "memory", "budget", budget, "bytes", memory_budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("convert", "what"),
+    [
+        (lambda tensor: tensor.to("meta"), "meta"),
+        (lambda tensor: tensor.to(torch.int8), "torch.int8"),
+        (lambda tensor: tensor.to(torch.complex64), "torch.complex64"),
+        (Tensor.numpy, "ndarray"),
+    ],
+    ids=["meta", "quantised", "complex", "numpy"],
+)
+def test_snapshots_that_hold_no_weights_are_refused(convert: Callable[[Tensor], Any], what: str) -> None:
+    snapshots = _snapshots(_graph())
+    snapshots[1]["2.bias"] = convert(snapshots[1]["2.bias"])
+    _refused(SnapshotError, "snapshot 1", "2.bias", what, snapshots=snapshots)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, "float32", torch.float8_e4m3fn, None])
+def test_the_dtype_is_checked(dtype: Any) -> None:
+    _refused(NinoError, "dtype", "floating point", repr(dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(11, 8), (14, 7), (14,)])
+def test_the_shape_of_positions_is_checked(shape: tuple[int, ...]) -> None:
+    # 4 inputs, 5 hidden and 3 output neurons, 2 bias nodes: 14 nodes
+    _refused(NinoError, "positions", (14, 8), shape, positions=torch.zeros(shape))
+
+
+def test_vocabularies_larger_than_the_word_table_are_refused() -> None:
+    from models import VOCABULARY, gpt2
+
+    model = gpt2(n_layer=1)
+    graph = NeuralGraph.from_model(model)
+    _refused(CheckpointError, "6 words", VOCABULARY, graph=graph)  # a table of 7 rows: 6 words and all other neurons
+    with pytest.raises(CheckpointError):
+        _nowcaster().check_fits(graph)
+    fits = _nowcaster(NowcasterConfig(hidden=8, context=3, num_words=VOCABULARY + 1))
+    assert fits.predict(_snapshots(graph), 5, graph).keys() == graph.shapes.keys()
+
+
+# What predict returns and leaves alone
+
+
+@pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG], ids=["nino", "wnn"])
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])
+def test_snapshots_of_any_precision(config: NowcasterConfig, engine: Any, dtype: torch.dtype) -> None:
+    graph = _graph()
+    nowcaster = _nowcaster(config)
+    snapshots = _snapshots(graph, dtype=dtype)
+    predicted = nowcaster.predict(snapshots, 5, graph, engine=engine)
+    same = [{name: tensor.float() for name, tensor in snapshot.items()} for snapshot in snapshots]
+    expected = nowcaster.predict(same, 5, graph, engine=engine)
+    for name in graph.shapes:
+        assert predicted[name].dtype == dtype
+        torch.testing.assert_close(predicted[name], expected[name].to(dtype))
+
+
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_a_network_in_bfloat16_does_not_round_the_weights(engine: Any) -> None:
+    """Where the network predicts no movement, the last snapshot comes back in full precision."""
+    graph = _graph()
+    nowcaster = _nowcaster()
+    nowcaster.network.head.weight.zero_()
+    nowcaster.network.head.bias.zero_()
+    snapshots = _snapshots(graph)
+    predicted = nowcaster.predict(snapshots, 5, graph, engine=engine, dtype=torch.bfloat16)
+    for name in graph.shapes:
+        torch.testing.assert_close(predicted[name], snapshots[-1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_prediction_shares_no_memory_with_the_snapshots() -> None:
+    graph = _graph()
+    snapshots = _snapshots(graph)
+    predicted = _nowcaster().predict(snapshots, 5, graph)
+    storages = {tensor.untyped_storage().data_ptr() for snapshot in snapshots for tensor in snapshot.values()}
+    assert not storages & {tensor.untyped_storage().data_ptr() for tensor in predicted.values()}
+
+
+@pytest.mark.parametrize("config", [CONFIG, WNN_CONFIG], ids=["nino", "wnn"])
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_nothing_else_changes(config: NowcasterConfig, engine: Any) -> None:
+    """Weights, snapshots, random state and gradient mode; and no call leaves a trace in a later one."""
+    graph = _graph()
+    nowcaster = _nowcaster(config)
+    snapshots = _snapshots(graph)
+    positions = graph.positions()
+    weights = {name: value.clone() for name, value in nowcaster.network.state_dict().items()}
+    copies = [{name: tensor.clone() for name, tensor in snapshot.items()} for snapshot in snapshots]
+    given = positions.clone()
+    with _untouched_randomness():
+        alone = nowcaster.predict(snapshots, 5, graph, positions, engine)
+        nowcaster.predict(snapshots, 9, graph, positions, engine, torch.bfloat16)
+        nowcaster.predict(snapshots, 40, graph, positions, engine, torch.float64)
+        again = nowcaster.predict(snapshots, 5, graph, positions, engine)
+    assert _equal(alone, again)
+    assert _equal(nowcaster.network.state_dict(), weights)
+    assert all(value.dtype == torch.float32 for value in nowcaster.network.state_dict().values())
+    assert all(_equal(snapshot, copy) for snapshot, copy in zip(snapshots, copies, strict=True))
+    assert torch.equal(positions, given)
+    assert torch.is_grad_enabled()
+    assert not any(tensor.requires_grad for tensor in again.values())
+
+
+def test_live_parameters_may_be_snapshots() -> None:
+    graph = _graph()
+    snapshots = _snapshots(graph)
+    live = [{name: nn.Parameter(tensor) for name, tensor in snapshot.items()} for snapshot in snapshots]
+    predicted = _nowcaster().predict(live, 5, graph)
+    assert _equal(predicted, _nowcaster().predict(snapshots, 5, graph))
+    assert not any(tensor.requires_grad for tensor in predicted.values())
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    """A run that loads a nowcaster sees the same data and dropout as one that does not."""
+    nowcaster = _nowcaster()
+    nowcaster.save_pretrained(tmp_path)
+    torch.save(_published_state(), tmp_path / "published.pt")
+    with _untouched_randomness():
+        Nowcaster.from_pretrained(tmp_path)
+        Nowcaster.from_official(tmp_path / "published.pt")
+
+
+class _untouched_randomness:
+    def __enter__(self) -> None:
+        self.before = self.state()
+
+    def __exit__(self, *error: object) -> None:
+        assert error[0] is not None or self.state() == self.before
+
+    def state(self) -> list[Any]:
+        name, keys, *rest = np.random.get_state()
+        return [torch.get_rng_state().tolist(), random.getstate(), name, keys.tolist(), rest]
+
+
+def test_graph_of_follows_the_wiring_and_falls_back_to_the_exact_one(caplog: pytest.LogCaptureFixture) -> None:
+    from models import llama, mlp
+
+    official = _nowcaster(NowcasterConfig(hidden=8, wiring="official"))
+    assert official.graph_of(mlp()).wiring == "official"
+    assert not caplog.records
+    assert official.graph_of(llama()).wiring == "exact"
+    assert "were not trained" in caplog.text
+    assert _nowcaster().graph_of(mlp()).wiring == "exact"
+
+
+@pytest.mark.parametrize(("trained", "used"), [("official", "exact"), ("exact", "official")])
+def test_another_wiring_than_the_trained_one_is_said_once(
+    trained: Any, used: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from models import gpt2
+
+    nowcaster = _nowcaster(NowcasterConfig(hidden=8, context=3, wiring=trained))
+    right, wrong = (NeuralGraph.from_model(gpt2(n_layer=1), wiring) for wiring in (trained, used))
+    nowcaster.predict(_snapshots(right), 5, right)
+    assert not caplog.records
+    for _ in range(2):
+        nowcaster.predict(_snapshots(wrong), 5, wrong)
+    assert len(caplog.messages) == 1
+    assert f"trained on the {trained} wiring" in caplog.text
+    assert "graph_of" in caplog.text
+
+
+def test_what_graph_of_has_said_of_the_wiring_is_not_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    from models import llama
+
+    nowcaster = _nowcaster(NowcasterConfig(hidden=8, context=3, wiring="official"))
+    graph = nowcaster.graph_of(llama())
+    caplog.clear()
+    nowcaster.predict(_snapshots(graph), 5, graph)
+    assert not caplog.records
+
+
+def test_errors_are_value_errors() -> None:
+    for error in (CheckpointError, SnapshotError, nino.GraphError, nino.TrajectoryError):
+        assert issubclass(error, NinoError)
+        assert issubclass(error, ValueError)
+
+
+# What it reads
+
+
+@pytest.mark.parametrize("engine", ["blockwise", "edges"])
+def test_a_nowcaster_of_movements_predicts_in_their_own_unit(engine: Any) -> None:
+    """Snapshots that lie a tenth as far apart are predicted to move a tenth as far; not so if it reads weights."""
+    graph = _graph()
+    wide = _snapshots(graph, dtype=torch.float64)
+    last = wide[-1]
+    narrow = [{name: last[name] + 0.1 * (snapshot[name] - last[name]) for name in last} for snapshot in wide]
+    # The last snapshot is standardised by the mean and deviation of all, which change a little.
+    for inputs, is_alike in (("movements", True), ("weights", False)):
+        nowcaster = _nowcaster(replace(CONFIG, inputs=inputs))
+        far, near = (
+            nowcaster.predict(snapshots, 3, graph, engine=engine, dtype=torch.float64) for snapshots in (wide, narrow)
+        )
+        moved, less = (torch.cat([(new[name] - last[name]).flatten() for name in last]) for new in (far, near))
+        assert (float((less - 0.1 * moved).norm() / (0.1 * moved.norm())) < 0.15) == is_alike

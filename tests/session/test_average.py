@@ -1,0 +1,198 @@
+"""Snapshots that are means over some updates: which weights count, and that the live ones are never lost for them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, tiny_nowcaster, weights_of
+from torch import Tensor, nn
+
+from nino import NinoError, NowcastOptimizer, NowcastSession
+from nino.snapshots.mean import MOST_ADDED, RunningMean, is_added
+
+PERIOD, AVERAGE = 12, 3
+"""With a context of 3: snapshots after 4, 8, 12 updates, of three weights each."""
+
+
+def counting(nowcaster: ScriptedNowcaster, dtype: torch.dtype = torch.float32) -> NowcastSession:
+    model = nn.Linear(2, 1, bias=False, dtype=dtype)
+    nn.init.zeros_(model.weight)
+    return NowcastSession(nn.Sequential(model), nowcaster, period=PERIOD, snapshot_average=AVERAGE)
+
+
+def count_on(session: NowcastSession, times: int) -> None:
+    """Each update adds 1 to every weight."""
+    for _ in range(times):
+        with torch.no_grad():
+            next(session.model.parameters()).add_(1)
+        session.after_update()
+
+
+def add(amount: float) -> Callable[[Weights], Weights]:
+    return lambda newest: {name: value + amount for name, value in newest.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_snapshots_are_means_and_the_jump_starts_from_the_last_one(dtype: torch.dtype) -> None:
+    # Weights 2 3 4 | 6 7 8 | 10 11 12, the jump to 11 + 100; from there 113 114 115 | ...
+    nowcaster = ScriptedNowcaster(add(100))
+    session = counting(nowcaster, dtype)
+    count_on(session, 12)
+    assert session.model[0].weight[0, 0] == 111
+    count_on(session, 12)
+    seen = [[snapshot["0.weight"][0, 0].item() for snapshot in snapshots] for _, snapshots in nowcaster.asked]
+    assert seen == [[3, 7, 11], [114, 118, 122]]
+    assert all(s["0.weight"].dtype == dtype for _, snapshots in nowcaster.asked for s in snapshots)
+
+
+def test_after_the_last_nowcast_of_a_plan_nothing_is_kept_or_added_up() -> None:
+    nowcaster = ScriptedNowcaster(add(100))
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    session = NowcastSession(model, nowcaster, period=PERIOD, snapshot_average=AVERAGE, until=PERIOD + 2)
+    count_on(session, PERIOD - 1)
+    assert len(session.store) and session.mean.count
+    count_on(session, PERIOD)
+    assert len(nowcaster.asked) == 1
+    assert not len(session.store) and not session.mean.count
+    assert session.store._keeper._free == []  # type: ignore[attr-defined]  # no snapshot is coming
+
+
+def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None:
+    def break_down(newest: Weights) -> Weights:
+        raise RuntimeError("no")
+
+    session = counting(ScriptedNowcaster(break_down))
+    count_on(session, 12)
+    assert session.model[0].weight[0, 0] == 12
+    assert not session.reports or not session.reports[-1].accepted
+
+
+def test_no_room_for_the_mean_costs_the_mean_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sixth and the eleventh update fail: snapshots of 3, of 7 and 8, of 12; one warning each time."""
+
+    def add_or_fail(self: RunningMean, parameters: Weights) -> None:
+        if session.step in (6, 11):
+            raise RuntimeError("out of memory")
+        real(self, parameters)
+
+    real = RunningMean.add
+    monkeypatch.setattr(RunningMean, "add", add_or_fail)
+    nowcaster = ScriptedNowcaster(add(100))
+    session = counting(nowcaster)
+    count_on(session, 12)
+    assert [snapshot["0.weight"][0, 0].item() for snapshot in nowcaster.asked[0][1]] == [3, 7.5, 12]
+    assert session.model[0].weight[0, 0] == 112
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.split(",")[0] for line in warnings] == [
+        f"no mean of the weights after update {step}" for step in (6, 11)
+    ]
+
+
+def test_a_mean_of_many_updates_is_made_of_twenty() -> None:
+    added = [step for step in range(1, 1001) if is_added(step, interval=200, updates=100)]
+    assert len(added) == 5 * MOST_ADDED and all(200 - 100 < (step - 1) % 200 + 1 <= 200 for step in added)
+    assert {step for step in added if step % 200 == 0} == {200, 400, 600, 800, 1000}, "the last one always counts"
+    assert [step for step in range(1, 9) if is_added(step, interval=4, updates=1)] == [4, 8]
+
+
+def test_mean_is_computed_in_float32() -> None:
+    mean, values = RunningMean(), [torch.tensor([1.0 + i / 128], dtype=torch.bfloat16) for i in range(8)]
+    for value in values:
+        mean.add({"w": value})
+    expected = torch.stack(values).float().mean(0)
+    torch.testing.assert_close(mean.state_dict()["means"]["w"], expected)
+    assert mean.take({"w": values[0]})["w"] == expected.bfloat16()
+    assert mean.count == 0
+
+
+@pytest.mark.parametrize("average", [0, 5, 2.0, True])
+def test_averages_out_of_range_are_one_line(average: float) -> None:
+    with pytest.raises(NinoError, match="snapshot_average must be 1 to 4 updates"):
+        NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD, snapshot_average=average)  # type: ignore[arg-type]
+
+
+def train(updates: range, model: nn.Module, optimizer: NowcastOptimizer) -> None:
+    for index in updates:
+        inputs, targets = batch(index)
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(inputs), targets)
+        loss.backward()
+        optimizer.observe(loss)
+        optimizer.step()
+
+
+def begin() -> tuple[nn.Module, NowcastOptimizer]:
+    model = mlp()
+    adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+    return model, NowcastOptimizer(adam, model, tiny_nowcaster(), period=PERIOD, probation=2, snapshot_average=AVERAGE)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 11, 12, 13])
+def test_resume_is_exact(at: int) -> None:
+    model, optimizer = begin()
+    train(range(40), model, optimizer)
+    assert sum(report.accepted for report in optimizer.reports) >= 2
+
+    halted, halted_optimizer = begin()
+    train(range(at), halted, halted_optimizer)
+    file = io.BytesIO()
+    torch.save({"model": halted.state_dict(), "optimizer": halted_optimizer.state_dict()}, file)
+    train(range(at, at + 2), halted, halted_optimizer)  # what was saved does not change with it
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed, resumed_optimizer = begin()
+    resumed.load_state_dict(saved["model"])
+    resumed_optimizer.load_state_dict(saved["optimizer"])
+    train(range(at, 40), resumed, resumed_optimizer)
+    assert_same(weights_of(resumed), weights_of(model))
+
+
+def test_a_state_without_means_resumes() -> None:
+    model, optimizer = begin()
+    train(range(3), model, optimizer)
+    state = optimizer.state_dict()
+    del state["nowcast"]["mean"]
+    other, other_optimizer = begin()
+    other.load_state_dict(model.state_dict())
+    other_optimizer.load_state_dict(state)
+    assert other_optimizer.session.mean.count == 0
+    train(range(3, 14), other, other_optimizer)
+    assert other_optimizer.session.reports or other_optimizer.session.step == 14
+
+
+@pytest.mark.parametrize("average", [1, 2])
+def test_a_mean_over_other_updates_is_not_gone_on_with(average: int) -> None:
+    model, optimizer = begin()
+    train(range(3), model, optimizer)  # one of three updates that the snapshot after four is the mean of
+    other = mlp()
+    adam = torch.optim.Adam(other.parameters(), lr=1e-2)
+    changed = NowcastOptimizer(adam, other, tiny_nowcaster(), period=PERIOD, probation=2, snapshot_average=average)
+    other.load_state_dict(model.state_dict())
+    changed.load_state_dict(optimizer.state_dict())
+    assert changed.session.mean.count == 0
+    train(range(3, 4), other, changed)
+    assert_same(changed.session.store.snapshots[-1], weights_of(other))
+
+
+def test_a_damaged_mean_is_refused() -> None:
+    model, optimizer = begin()
+    train(range(3), model, optimizer)
+    state = optimizer.state_dict()
+    state["nowcast"]["mean"]["count"] = 0
+    with pytest.raises(NinoError, match="mean of weights is damaged"):
+        begin()[1].load_state_dict(state)
+
+
+def test_parameters_that_come_later_start_the_mean_afresh() -> None:
+    mean, one = RunningMean(), torch.ones(2)
+    mean.add({"a": one})
+    both: dict[str, Tensor] = {"a": 3 * one, "b": one}
+    mean.add(both)
+    assert mean.count == 1
+    assert_same(mean.take(both), both)

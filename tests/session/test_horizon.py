@@ -1,0 +1,115 @@
+"""Horizons in learning-rate mass: worked examples for the schedules that people use, and no nowcast in warm-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import PERIOD, batch, mlp, tiny_nowcaster
+
+from nino import NowcastOptimizer, ScheduleConfig
+from nino.session.horizon import has_risen, horizon_by_mass
+
+CONFIG = ScheduleConfig(period=1000, max_steps=10_000)
+INTERVAL = CONFIG.interval
+
+
+def seen(rate: Callable[[float], float], step: int) -> list[float]:
+    """Learning rates at the last five snapshots before ``step``; ``rate`` takes the done part of the run."""
+    return [rate((step - age * INTERVAL) / 10_000) for age in range(4, -1, -1)]
+
+
+def linear(done: float) -> float:
+    return 1 - done
+
+
+def cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def test_a_constant_rate_changes_nothing() -> None:
+    for horizon in (1, 7, 40):
+        assert horizon_by_mass(horizon, [3e-3] * 5, 1000, CONFIG) == horizon
+
+
+def test_linear_decay_by_hand() -> None:
+    # At 5,000 the rates are 0.58 .. 0.5, mean 0.54. Ten intervals are 2,000 updates, along which the rate falls from
+    # 0.5 to 0.3: mass 800. At the pace of the history, 0.54 * 200 = 108 an interval, that is 7.4 intervals.
+    assert horizon_by_mass(10, seen(linear, 5000), 5000, CONFIG) == 7
+    # At 9,000 five intervals reach the end: 0.1 * 1,000 / 2 = 50 of 0.14 * 200 = 28 an interval, 1.8.
+    assert horizon_by_mass(5, seen(linear, 9000), 9000, CONFIG) == 2
+    # At 9,900 all that is left is 0.01 * 100 / 2 = 0.5 of 10 an interval, 0.05.
+    assert horizon_by_mass(1, seen(linear, 9900), 9900, CONFIG) == 0
+
+
+@pytest.mark.parametrize("step", range(1000, 10_000, 1000))
+def test_cosine_comes_close_to_the_true_mass_and_stays_below_what_a_constant_rate_allows(step: int) -> None:
+    updates = min(10 * INTERVAL, 10_000 - step)
+    true = sum(cosine((step + update) / 10_000) for update in range(updates))
+    rates = seen(cosine, step)
+    intervals = true / (sum(rates) / 5 * INTERVAL)
+    assert horizon_by_mass(10, rates, step, CONFIG) == pytest.approx(intervals, abs=2.5)
+    assert horizon_by_mass(10, rates, step, CONFIG) <= 10
+
+
+def test_without_a_known_end_the_line_ends_where_it_points() -> None:
+    # From 1.0 to 0.6 in 800 updates: zero after another 1,200; mass 0.6 * 1200 / 2 = 360 of 0.8 * 200 an interval.
+    rates, unknown = [1.0, 0.9, 0.8, 0.7, 0.6], ScheduleConfig(period=1000)
+    assert horizon_by_mass(40, rates, 1000, unknown) == 2
+
+
+def test_the_horizon_never_grows() -> None:
+    assert horizon_by_mass(5, [1.0, 0.1, 0.1, 0.1, 0.99], 1000, CONFIG) <= 5
+
+
+@pytest.mark.parametrize("rates", [[], [0.1], [0.0, 0.0, 0.0, 0.0, 0.0]])
+def test_where_nothing_is_known_nothing_changes(rates: list[float]) -> None:
+    assert horizon_by_mass(8, rates, 1000, CONFIG) == 8
+
+
+def test_a_rise_anywhere_between_snapshots_is_a_warm_up() -> None:
+    assert has_risen([0.2, 0.4, 1.0, 0.9, 0.8])
+    assert has_risen([0.2, 0.1, 1.0])  # a restart
+    assert not has_risen([1.0, 1.0, 0.5, 0.5, 0.0])
+    assert not has_risen([1.0, 1.0 + 1e-6])  # rounding
+    assert not has_risen([])
+
+
+def _train(rate_of_update: Callable[[int], float], updates: int, **settings: bool) -> NowcastOptimizer:
+    model = mlp()
+    base = torch.optim.AdamW(model.parameters(), lr=1.0)
+    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, max_steps=updates, **settings)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-2 * rate_of_update(step + 1))
+    for index in range(updates):
+        inputs, targets = batch(index)
+        optimizer.zero_grad()
+        F.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+        scheduler.step()
+    return optimizer
+
+
+def test_no_nowcast_reads_snapshots_of_the_warm_up() -> None:
+    # Snapshots after 2, 4, 6, ... updates. The rate rises until update 8: the history of the nowcast after 6 rises all
+    # along, that of the nowcast after 12 does between 8 and 10 no more.
+    def rate(update: int) -> float:
+        return min(update / 8, 1.0)
+
+    reports = _train(rate, 18).reports
+    assert [(report.step, report.accepted) for report in reports] == [(6, False), (12, True)]
+    assert "the learning rate rose" in reports[0].reason
+    assert [r.accepted for r in _train(rate, 18, nowcast_in_warmup=True).reports] == [True, True]
+
+
+def test_horizons_shrink_with_the_rate_and_the_last_ones_are_left_out() -> None:
+    constant = _train(lambda update: 1.0, 60).reports
+    falling = _train(lambda update: max(1 - update / 60, 0.0) ** 4 + 1e-9, 60).reports
+
+    assert [report.step for report in falling] == [report.step for report in constant]
+    assert all(a.horizon <= b.horizon for a, b in zip(falling, constant, strict=True))
+    assert sum(a.horizon for a in falling) < sum(b.horizon for b in constant)
+    assert not falling[-1].accepted and "learning rate that is left" in falling[-1].reason
+    assert constant[-1].accepted

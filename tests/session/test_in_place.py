@@ -1,0 +1,567 @@
+"""Predicting into live parameters: the same numbers, nothing else touched, undone if it fails, within a budget."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import VOCABULARY, depthwise_cnn, flat_cnn, gpt2, gpt2_untied, llama_gqa, mlp, wide_kernel_cnn
+from tiny import Weights, tiny_nowcaster, weights_of
+from torch import Tensor, nn
+
+from nino import NeuralGraph, NinoError, Nowcaster, SnapshotError
+from nino.predict import standardise
+from nino.predict.engine import kernels, tiling
+
+Snapshots = list[Weights]
+
+
+class Branches(nn.Module):
+    """Of no known family: every parameter is wired alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Conv2d(4, 2, 5)
+        self.gain, self.none = nn.Parameter(torch.ones(())), nn.Parameter(torch.empty(0, 3))
+        self.count = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x.mean((2, 3))) + self.right(x).mean() * self.gain
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "kernels of 5 x 5": wide_kernel_cnn,
+    "depthwise": depthwise_cnn,
+    "flattened": flat_cnn,
+    "fused and tied": gpt2,
+    "untied": gpt2_untied,
+    "grouped queries": llama_gqa,
+    "no family": Branches,
+}
+
+
+def _scrambled(tensor: Tensor) -> Tensor:
+    """The strides of the reversed dimensions, in every second place of the storage: kernels cannot be viewed."""
+    order = tuple(reversed(range(tensor.ndim)))
+    return tensor.permute(order).repeat_interleave(2, dim=-1)[..., ::2].permute(order) if tensor.ndim else tensor
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels last": lambda tensor: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor,
+    "scrambled": _scrambled,
+}
+
+
+def _live(
+    build: Callable[[], nn.Module],
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    context: int = 3,
+) -> tuple[nn.Module, NeuralGraph, Snapshots]:
+    """A model whose parameters walked at random, and where they were; the last snapshot is where they are."""
+    model = build()
+    graph = NeuralGraph.from_model(model)
+    generator = torch.Generator().manual_seed(0)
+    start, steps = (
+        {name: torch.randn(shape, generator=generator) for name, shape in graph.shapes.items()} for _ in range(2)
+    )
+    snapshots = [{n: (start[n] + 0.1 * age * steps[n]).to(dtype) for n in start} for age in range(context)]
+    for name, parameter in model.named_parameters():
+        if name in graph.shapes:
+            parameter.data = LAYOUTS[layout](snapshots[-1][name].clone())
+    return model, graph, snapshots
+
+
+def _bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """What is in memory: NaN equals NaN, 0 and -0 differ."""
+    return {n: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in tensors.items()}
+
+
+def _one_line(error: pytest.ExceptionInfo[BaseException], *words: Any) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    for word in words:
+        assert str(word) in message, f"{word!r} is not in {message!r}"
+
+
+# The same numbers, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, "contiguous"),
+        (torch.float32, "scrambled"),
+        (torch.bfloat16, "channels last"),
+        (torch.float16, "scrambled"),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_predict_bit_for_bit(family: str, dtype: torch.dtype, layout: str) -> None:
+    model, graph, snapshots = _live(FAMILIES[family], dtype, layout)
+    nowcaster = tiny_nowcaster(num_words=VOCABULARY + 1)
+    expected = nowcaster.predict(snapshots, 3, graph)
+    parameters = dict(model.named_parameters())
+    gradients = {name: torch.ones_like(p) for name, p in parameters.items() if p.requires_grad}
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient
+    before = {name: (p.data_ptr(), p.stride(), p.requires_grad, p._version) for name, p in parameters.items()}
+    read = [_bits(snapshot) for snapshot in snapshots]
+
+    jump = nowcaster.predict_(parameters, snapshots, 3, graph)
+
+    assert _bits({name: parameters[name] for name in expected}) == _bits(expected)
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]  # so ties hold as well
+        assert (parameter.data_ptr(), parameter.stride(), parameter.requires_grad) == before[name][:3]
+        assert parameter.is_leaf
+        assert parameter.grad is gradients.get(name)
+        # Autograd is told, so a backward pass through a graph of the old values is refused, not wrong.
+        assert (parameter._version > before[name][3]) == (name in graph.shapes)
+    assert [_bits(snapshot) for snapshot in snapshots] == read
+    old, new = (torch.cat([s[n].flatten().double() for n in graph.shapes]) for s in (snapshots[-1], expected))
+    assert jump.distance == pytest.approx(float((new - old).norm()), rel=2e-2)
+    assert jump.norm == pytest.approx(float(old.norm()), rel=1e-3)
+    assert jump.relative > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["nino", "wnn"])
+@pytest.mark.parametrize("family", ["kernels of 5 x 5", "fused and tied"])
+def test_a_subset_is_predicted_as_if_it_were_all_and_the_others_stay(family: str, kind: Any) -> None:
+    model, graph, snapshots = _live(FAMILIES[family])
+    nowcaster = tiny_nowcaster(kind=kind)
+    expected = nowcaster.predict(snapshots, 3, graph)
+    before = _bits(weights_of(model))
+    some = [name for index, name in enumerate(graph.shapes) if index % 3 != 1]
+    nowcaster.predict_({name: model.get_parameter(name) for name in some}, snapshots, 3, graph)
+    assert _bits(weights_of(model)) == {**before, **_bits({name: expected[name] for name in some})}
+
+
+def test_nothing_to_predict_is_nothing() -> None:
+    _, graph, snapshots = _live(mlp)
+    jump = tiny_nowcaster().predict_({}, snapshots, 3, graph)
+    assert (jump.distance, jump.norm) == (0, 0)
+
+
+def test_snapshots_in_half_precision_in_the_parameters_memory_and_in_read_only_memory(tmp_path: Path) -> None:
+    """Writing to the last one would end the process."""
+    model, graph, snapshots = _live(wide_kernel_cnn)
+    halves = {name: tensor.half() for name, tensor in snapshots[0].items()}
+    mapped = {}
+    for name, tensor in snapshots[-1].items():
+        tensor.numpy().tofile(tmp_path / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is not writable
+            mapped[name] = torch.from_numpy(np.memmap(tmp_path / name, np.float32, "r", shape=tuple(tensor.shape)))
+    plain = [{name: tensor.float() for name, tensor in halves.items()}, snapshots[-1], snapshots[-1]]
+    expected = tiny_nowcaster().predict(plain, 3, graph)
+    tiny_nowcaster().predict_(
+        dict(model.named_parameters()), [halves, dict(model.named_parameters()), mapped], 3, graph
+    )
+    assert _bits(weights_of(model)) == _bits(expected)
+
+
+def test_a_callers_autocast_changes_nothing() -> None:
+    model, graph, snapshots = _live(gpt2)
+    for engine in ("blockwise", "edges"):
+        expected = tiny_nowcaster().predict(snapshots, 3, graph, engine=engine)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert _bits(tiny_nowcaster().predict(snapshots, 3, graph, engine=engine)) == _bits(expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tiny_nowcaster().predict_(dict(model.named_parameters()), snapshots, 3, graph)
+
+
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model, graph, snapshots = _live(mlp)
+        expected = tiny_nowcaster().predict(snapshots, 3, graph)
+        tiny_nowcaster().predict_(dict(model.named_parameters()), snapshots, 3, graph)
+        assert _bits(weights_of(model)) == _bits(expected)
+
+
+def test_several_threads_share_a_nowcaster() -> None:
+    nowcaster = tiny_nowcaster()
+    runs = [_live(family) for family in (mlp, wide_kernel_cnn, mlp, wide_kernel_cnn)]
+    expected = [_bits(nowcaster.predict(snapshots, 3, graph)) for _, graph, snapshots in runs]
+    threads = [
+        threading.Thread(target=nowcaster.predict_, args=(dict(model.named_parameters()), snapshots, 3, graph))
+        for model, graph, snapshots in runs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [_bits(weights_of(model)) for model, _, _ in runs] == expected
+
+
+# What is refused before anything changes
+
+
+def _stale(parameters: Weights, last: Weights) -> None:
+    last["2.bias"][3] += 1e-6
+
+
+def _other_dtype(parameters: Weights, last: Weights) -> None:
+    last["2.bias"] = last["2.bias"].double()
+
+
+def _same_tensor(parameters: Weights, last: Weights) -> None:
+    last["2.bias"] = parameters["2.bias"].detach()
+
+
+def _same_storage(parameters: Weights, last: Weights) -> None:
+    """One storage, one element in common."""
+    both = torch.zeros(13)
+    parameters["2.bias"].data, last["2.bias"] = both[:7], both[6:]
+
+
+def _same_memory(parameters: Weights, last: Weights) -> None:
+    """Two storages over one piece of memory, which start in different places."""
+    both = np.zeros(13, dtype=np.float32)
+    parameters["2.bias"].data, last["2.bias"] = torch.from_numpy(both[:7]), torch.from_numpy(both[6:])
+
+
+def _crosswise(parameters: Weights, last: Weights) -> None:
+    """The backup of one parameter lies in another one."""
+    values = torch.arange(7.0)
+    parameters["2.bias"].data, last["2.bias"] = values, values.clone()
+    parameters["4.weight"].data[0], last["4.weight"][0] = values, values
+    last["2.bias"] = parameters["4.weight"].detach()[0]
+
+
+def _nan(parameters: Weights, last: Weights) -> None:
+    parameters["2.bias"].data[3] = last["2.bias"][3] = torch.nan
+
+
+def _nan_parameter(parameters: Weights, last: Weights) -> None:
+    parameters["2.bias"].data[3] = torch.nan
+
+
+def _infinite(parameters: Weights, last: Weights) -> None:
+    parameters["2.bias"].data[3] = last["2.bias"][3] = torch.inf
+
+
+def _stranger(parameters: Weights, last: Weights) -> None:
+    parameters["2.bia"] = parameters["2.bias"]
+
+
+def _on_meta(parameters: Weights, last: Weights) -> None:
+    parameters["2.bias"] = torch.empty(7, device="meta")
+
+
+def _snapshot_on_meta(parameters: Weights, last: Weights) -> None:
+    last["2.bias"] = torch.empty(7, device="meta")
+
+
+def _expanded(parameters: Weights, last: Weights) -> None:
+    parameters["2.bias"].data, last["2.bias"] = torch.zeros(1).expand(7), torch.zeros(7)
+
+
+def _inference(parameters: Weights, last: Weights) -> None:
+    with torch.inference_mode():
+        parameters["2.bias"] = last["2.bias"].clone()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error_class", "words"),
+    [
+        (_stale, SnapshotError, ["does not hold the present values of 2.bias", "after the last update"]),
+        (_other_dtype, SnapshotError, ["does not hold the present values of 2.bias", "own dtype"]),
+        (_same_tensor, SnapshotError, ["shares the memory of 2.bias", "copy"]),
+        (_same_storage, SnapshotError, ["shares the memory of 2.bias", "copy"]),
+        (_same_memory, SnapshotError, ["shares the memory of 2.bias", "copy"]),
+        (_crosswise, SnapshotError, ["shares the memory of", "copy"]),
+        (_nan, SnapshotError, ["2.bias holds NaN"]),
+        (_nan_parameter, SnapshotError, ["2.bias holds NaN"]),
+        (_infinite, SnapshotError, ["snapshot 2", "2.bias holds NaN or infinity"]),
+        (_stranger, NinoError, ["2.bia is no parameter of the graph", "named_parameters()"]),
+        (_on_meta, NinoError, ["2.bias", "meta"]),
+        (_snapshot_on_meta, SnapshotError, ["snapshot 2", "2.bias", "meta"]),
+        (_expanded, NinoError, ["2.bias", "share their memory"]),
+        (_inference, NinoError, ["2.bias", "inference_mode"]),
+    ],
+)
+def test_what_could_not_be_undone_is_refused_and_nothing_changed(
+    spoil: Callable[[Any, Weights], None], error_class: type[Exception], words: list[str]
+) -> None:
+    model, graph, snapshots = _live(mlp)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    spoil(parameters, snapshots[-1])
+    before = _bits(weights_of(model))
+    with pytest.raises(error_class) as error:
+        tiny_nowcaster().predict_(parameters, snapshots, 3, graph)
+    _one_line(error, *words)
+    assert _bits(weights_of(model)) == before
+
+
+def test_snapshots_beside_the_parameters_in_one_buffer_are_fine() -> None:
+    """Frameworks keep flat buffers: one storage is not one memory."""
+    model, graph, snapshots = _live(mlp)
+    expected = tiny_nowcaster().predict(snapshots, 3, graph)
+    buffer = torch.zeros(2, sum(tensor.numel() for tensor in snapshots[-1].values()))
+    parts = [row.split([t.numel() for t in snapshots[-1].values()]) for row in buffer]
+    for (name, parameter), live, copy in zip(model.named_parameters(), *parts, strict=True):
+        parameter.data = live.view(parameter.shape).copy_(snapshots[-1][name])
+        snapshots[-1][name] = copy.view(parameter.shape).copy_(parameter.data)
+    tiny_nowcaster().predict_(dict(model.named_parameters()), snapshots, 3, graph)
+    assert _bits(weights_of(model)) == _bits(expected)
+
+
+# Failing half way
+
+
+def _out_of_memory() -> BaseException:
+    return RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+@pytest.mark.parametrize(
+    ("failure", "share"),
+    [
+        (KeyboardInterrupt, 0.9),
+        (KeyboardInterrupt, 1.0),
+        (lambda: ZeroDivisionError("while telling"), 0.5),
+        (_out_of_memory, 0.9),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "family", "layout"),
+    [("nino", "fused and tied", "contiguous"), ("nino", "kernels of 5 x 5", "scrambled"), ("wnn", "mlp", "contiguous")],
+)
+def test_a_failure_half_way_is_undone(
+    kind: Any, family: str, layout: str, share: float, failure: Callable[[], BaseException]
+) -> None:
+    model, graph, snapshots = _live(FAMILIES[family], torch.bfloat16, layout)
+    before, seen = _bits(weights_of(model)), []
+
+    def tell(done: int, total: int) -> None:
+        if done >= share * total:
+            seen.append(_bits(weights_of(model)) != before)
+            raise failure()
+
+    with pytest.raises(type(failure())):
+        tiny_nowcaster(kind=kind).predict_(dict(model.named_parameters()), snapshots, 3, graph, progress=tell)
+    assert _bits(weights_of(model)) == before
+    assert len(seen) == 1
+    if share > 0.5 and layout == "contiguous":
+        assert seen == [True], "nothing had been written yet"
+
+
+def test_running_out_of_memory_in_a_late_tile_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, snapshots = _live(gpt2)
+    before, calls, plain = _bits(weights_of(model)), [], kernels.movements
+
+    def fails_late(*arguments: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 20:
+            assert _bits(weights_of(model)) != before
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return plain(*arguments)
+
+    monkeypatch.setattr(kernels, "movements", fails_late)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        tiny_nowcaster().predict_(dict(model.named_parameters()), snapshots, 3, graph)
+    assert len(calls) == 20
+    assert _bits(weights_of(model)) == before
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "scrambled"])
+def test_a_late_prediction_that_overflows_its_format_is_undone(layout: str) -> None:
+    model, graph, snapshots = _live(wide_kernel_cnn, torch.float16, layout)
+    last = list(graph.shapes)[-1]
+    for age, snapshot in enumerate(snapshots):
+        snapshot[last][:2] = torch.tensor([60_000.0, -60_000.0]) + 1000 * age
+    model.get_parameter(last).data.copy_(snapshots[-1][last])
+    nowcaster = tiny_nowcaster()
+    nowcaster.network.head.bias.fill_(3)  # three deviations up: beyond the 65504 of float16
+    before = _bits(weights_of(model))
+    with pytest.raises(SnapshotError) as error:
+        nowcaster.predict_(dict(model.named_parameters()), snapshots, 3, graph)
+    _one_line(error, last, "float16", "refused")
+    assert _bits(weights_of(model)) == before
+
+
+# Progress
+
+
+@pytest.mark.parametrize("kind", ["nino", "wnn"])
+@pytest.mark.parametrize("family", ["fused and tied", "no family"])
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+def test_progress_rises_to_its_total(family: str, kind: Any, some: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "STRIP_EDGES", 64)
+    monkeypatch.setitem(tiling.TILE_EDGES, "cpu", 32)
+    model, graph, snapshots = _live(FAMILIES[family])
+    names = list(graph.shapes)[:: 2 if some else 1]
+    told: list[tuple[int, int]] = []
+    tiny_nowcaster(kind=kind).predict_(
+        {name: model.get_parameter(name) for name in names},
+        snapshots,
+        3,
+        graph,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    # Two products for every edge that is written, and one for every edge that sends messages.
+    wanted = sum(block.num_edges for block in graph.parameter_blocks if block.parameter in names)
+    total = 2 * wanted + (graph.num_edges if kind == "nino" else 0)
+    done = [done for done, _ in told]
+    assert {total for _, total in told} == {total}
+    assert all(earlier < later for earlier, later in zip(done, done[1:], strict=False))  # noqa: RUF007
+    assert done[0] > 0
+    assert done[-1] == total
+    assert len(done) > 2
+
+
+# Memory
+
+
+def _chain(*widths: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))  # noqa: RUF007
+
+
+def _peak_bytes(action: Callable[[], object]) -> int:
+    """The most that was allocated at once during the action, by the records of the allocator."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        action()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = most = 0
+    for event in events:
+        held += event.nbytes()
+        most = max(most, held)
+    assert most > 0
+    return most
+
+
+def _smallest_budget(nowcaster: Nowcaster, parameters: Weights, snapshots: Snapshots, graph: NeuralGraph) -> int:
+    with pytest.raises(NinoError) as error:
+        nowcaster.predict_(parameters, snapshots, 3, graph, memory_budget=1000)
+    _one_line(error, "a memory budget of 1,000 bytes is too small", f"{graph.num_nodes:,} neurons")
+    found = re.search(r"need ([\d,]+)$", str(error.value))
+    assert found is not None
+    return int(found[1].replace(",", ""))
+
+
+WIDE: dict[str, Callable[[], nn.Module]] = {
+    "square": lambda: _chain(80, 100, 30),
+    "one source": lambda: _chain(1, 600, 2),
+    "convolutions": lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 5)),
+    "one channel": lambda: nn.Sequential(nn.Conv2d(1, 300, 3), nn.Conv2d(300, 1, 3)),
+    "depthwise": lambda: nn.Sequential(nn.Conv2d(3, 200, 1), nn.Conv2d(200, 200, 5, groups=200), nn.Conv2d(200, 1, 1)),
+    "flattened": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 100, 3)),
+    "language model": lambda: gpt2(vocab_size=400, n_layer=1),
+    "one vector": lambda: nn.Sequential(nn.LayerNorm(600)),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "settings"),
+    [
+        ("contiguous", torch.float32, {"hidden": 64, "context": 5}),
+        ("contiguous", torch.bfloat16, {"hidden": 32, "context": 5, "kind": "wnn"}),
+        ("scrambled", torch.bfloat16, {"hidden": 16, "num_words": 401}),
+    ],
+    ids=["nino", "wnn", "copies and words"],
+)
+@pytest.mark.parametrize("family", WIDE)
+def test_a_memory_budget_is_kept(family: str, layout: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """The smallest possible one, and larger ones; whatever the shapes of the model and the width of the network.
+
+    Every second row never moves, and telling which elements do not takes memory too.
+    """
+    model, graph, snapshots = _live(WIDE[family], dtype, layout, context=settings.get("context", 3))
+    for earlier, name in ((snapshot, name) for snapshot in snapshots[:-1] for name in snapshot):
+        earlier[name][::2] = snapshots[-1][name][::2]
+    if layout == "scrambled":
+        snapshots = [{name: LAYOUTS[layout](tensor) for name, tensor in snapshot.items()} for snapshot in snapshots]
+    nowcaster = tiny_nowcaster(**settings)
+    parameters, start = dict(model.named_parameters()), weights_of(model)
+    expected = nowcaster.predict(snapshots, 3, graph)
+    smallest = _smallest_budget(nowcaster, parameters, snapshots, graph)
+    with pytest.raises(NinoError, match=f"need {smallest:,}"):
+        nowcaster.predict_(parameters, snapshots, 3, graph, memory_budget=smallest - 1)
+    for budget in (smallest, 3 * smallest):
+        used = _peak_bytes(lambda: nowcaster.predict_(parameters, snapshots, 3, graph, memory_budget=budget))  # noqa: B023
+        assert used <= budget, f"{used:,} of {budget:,}"
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-6, atol=1e-6)
+            parameter.data.copy_(start[name])
+
+
+def test_without_a_budget_memory_grows_with_neurons_not_with_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models of 1000 neurons, one of them with seven times the weights, both far larger than strip and tile."""
+    monkeypatch.setattr(tiling, "STRIP_EDGES", 2**12)
+    monkeypatch.setitem(tiling.TILE_EDGES, "cpu", 2**11)
+    peaks, num_weights = {}, {}
+    for widths in ((500, 500), (500, *[50] * 10)):
+        model, graph, snapshots = _live(lambda: _chain(*widths))  # noqa: B023
+        parameters = dict(model.named_parameters())
+        num_weights[widths] = sum(parameter.numel() for parameter in parameters.values())
+        monkeypatch.setitem(standardise.PIECE, "cpu", 2**12)
+        nowcaster = tiny_nowcaster()
+        peaks[widths] = _peak_bytes(lambda: nowcaster.predict_(parameters, snapshots, 3, graph))  # noqa: B023
+    many, few = num_weights
+    assert num_weights[many] > 5 * num_weights[few]
+    assert peaks[many] < 1.1 * peaks[few]
+    assert peaks[many] < num_weights[many] * 4 / 2, "as much as half a snapshot"
+
+
+RESIDENT = """
+import ctypes, re, sys, torch
+from torch import nn
+from pathlib import Path
+from tiny import tiny_nowcaster
+from nino import NeuralGraph
+
+def resident(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+@torch.no_grad()
+def growth(budget, *widths):
+    model = nn.Sequential(*map(nn.Linear, widths, widths[1:]))
+    snapshots = [{n: p + 0.01 * torch.randn_like(p) for n, p in model.named_parameters()} for _ in range(4)]
+    snapshots.append({n: p.clone() for n, p in model.named_parameters()})
+    graph = NeuralGraph.from_model(model)
+    ctypes.CDLL(None).malloc_trim(0)  # or what is free already would hide what is taken
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    before = resident("VmRSS")
+    nowcaster.predict_(dict(model.named_parameters()), snapshots, 3, graph, memory_budget=budget)
+    return resident("VmHWM") - before
+
+nowcaster = tiny_nowcaster(context=5, hidden=int(sys.argv[1]))
+growth(None, 200, 300, 10)
+print(*(growth(int(case.split(":")[0]), *map(int, case.split(":")[1].split(","))) for case in sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the memory records of Linux")
+def test_the_process_grows_by_less_than_the_budget() -> None:
+    """By its resident memory, libraries and fragmentation included; snapshots of 16 MB, then 100,000 neurons."""
+    megabytes = 2**20
+    cases = {"64 MB": (64 * megabytes, 1000, 4000, 10), "256 MB": (256 * megabytes, 100_000, 5)}
+    arguments = [f"{budget}:{','.join(map(str, widths))}" for budget, *widths in cases.values()]
+    result = subprocess.run(
+        [sys.executable, "-c", RESIDENT, "32", *arguments],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "PermissionError" in result.stderr or "malloc_trim" in result.stderr:
+        pytest.skip("this system does not tell")
+    assert result.returncode == 0, result.stderr
+    for (budget, *_), grown in zip(cases.values(), map(int, result.stdout.split()), strict=True):
+        assert 0 < grown < budget

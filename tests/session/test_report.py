@@ -1,0 +1,266 @@
+"""Reports of nowcasts: their names in logs, jumps by kind of weight, and one log record each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import PERIOD, ScriptedNowcaster, Weights, mlp, tiny_nowcaster, weights_of
+from torch import nn
+
+import nino
+from nino import NowcastOptimizer, NowcastReport, NowcastSession
+from nino.graph.ir import NeuralGraph
+from nino.predict.engine.weights import Jump, PredictionWriter, SnapshotReader, StoredSnapshots
+from nino.predict.standardise import measure_snapshots
+
+ACCEPTED = NowcastReport(
+    step=1000,
+    horizon=40,
+    accepted=True,
+    seconds=0.5,
+    snapshot_bytes=100,
+    restore_bytes=20,
+    relative_jump=0.25,
+    relative_jump_by_kind={"query": 0.5, "bias": math.nan},
+    loss_before=3.0,
+    loss_at=4.0,
+    loss_after=math.inf,
+)
+
+
+def test_names_are_grouped_and_what_is_not_known_is_left_out() -> None:
+    assert ACCEPTED.as_log() == {
+        "nowcast/step": 1000,
+        "nowcast/horizon": 40,
+        "nowcast/accepted": 1,
+        "nowcast/rolled_back": 0,
+        "nowcast/left_out": 0,
+        "nowcast/seconds": 0.5,
+        "nowcast/bytes": 120,
+        "nowcast/jump/all": 0.25,
+        "nowcast/jump/query": 0.5,
+        "nowcast/loss/before": 3,
+        "nowcast/loss/at": 4,
+        "nowcast/loss/after": math.inf,
+    }
+
+
+def test_a_record_is_json_with_words() -> None:
+    record = json.loads(json.dumps(ACCEPTED.as_record(), allow_nan=False))
+    assert record == {**ACCEPTED.as_log(), "nowcast/loss/after": None, "nowcast/outcome": "accepted"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({"accepted": True}, "accepted"),
+        ({"accepted": True, "rolled_back": True}, "rolled back"),
+        ({"accepted": False}, "refused"),
+        ({"accepted": False, "left_out": True}, "left out"),
+    ],
+)
+def test_outcomes(changes: dict[str, bool], outcome: str) -> None:
+    assert NowcastReport(step=1, horizon=1, **changes).outcome == outcome  # type: ignore[arg-type]
+
+
+# Jumps by kind
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = transformers.GPT2LMHeadModel(config)
+        for parameter in model.parameters():  # none of them all zero
+            nn.init.normal_(parameter)
+    return model
+
+
+def test_a_jump_is_measured_per_kind_of_weight() -> None:
+    # By hand from the weights before and after; GPT-2 keeps query, key and value in the columns of one tensor.
+    model = gpt2()
+    snapshots = [{name: value + 0.01 * age for name, value in weights_of(model).items()} for age in (-2, -1, 0)]
+    before = snapshots[-1]
+    live = {name: value.clone() for name, value in before.items()}
+    graph = NeuralGraph.from_model(model)
+
+    jump = tiny_nowcaster().predict_(live, snapshots, 4, graph)
+
+    def kind_of(name: str) -> str:
+        if "ln_" in name:
+            return "norm" if name.endswith("weight") else "bias"
+        if name.endswith("bias"):
+            return "bias"
+        return {"wte": "word_embedding", "wpe": "position_embedding"}.get(name.split(".")[1], "linear")
+
+    parts: dict[str, list[tuple[Any, Any]]] = {}
+    for name, old in before.items():
+        if name.endswith("c_attn.weight"):
+            columns = zip(("query", "key", "value"), old.chunk(3, dim=1), live[name].chunk(3, dim=1), strict=True)
+            for kind, old_part, new_part in columns:
+                parts.setdefault(kind, []).append((old_part, new_part))
+        else:
+            parts.setdefault(kind_of(name), []).append((old, live[name]))
+    expected = {
+        kind: math.sqrt(sum((new - old).double().square().sum() for old, new in pairs))
+        / math.sqrt(sum(old.double().square().sum() for old, _ in pairs))
+        for kind, pairs in parts.items()
+    }
+    assert {kind: part.relative for kind, part in jump.by_kind.items()} == pytest.approx(expected, rel=1e-4)
+    assert jump.distance**2 == pytest.approx(sum(part.distance**2 for part in jump.by_kind.values()))
+    assert jump.norm**2 == pytest.approx(sum(part.norm**2 for part in jump.by_kind.values()))
+
+
+def test_the_measurement_reads_no_weight_again() -> None:
+    # Only what was written is summed up, at the moment of writing: the end costs nothing of the model's size.
+    model = mlp()
+    graph, last = NeuralGraph.from_model(model), weights_of(model)
+    snapshots = [{name: value + age * 0.1 for name, value in last.items()} for age in (2, 1, 0)]
+    scalers, stored = measure_snapshots(snapshots, graph.shapes), StoredSnapshots(graph, snapshots)
+    writer = PredictionWriter(graph, {name: value.clone() for name, value in last.items()}, scalers, stored)
+    reader = SnapshotReader(stored, scalers, torch.device("cpu"), torch.float32)
+    for block in graph.parameter_blocks:
+        dense = block.kind.value == "dense"
+        place = (slice(0, block.target.size), slice(0, block.source.size if dense else 1))
+        standardised = reader.read(block, place)[2::3]
+        writer.write(block, place, standardised, torch.zeros_like(standardised))
+    for tensor in writer.tensors.values():
+        tensor.fill_(1e6)
+
+    jump = writer.finish()
+
+    assert jump.relative < 1e-4
+    assert set(jump.by_kind) == {"linear", "bias"}
+
+
+# One log record per nowcast
+
+
+def add(amount: float) -> Any:
+    return lambda newest: {name: value + amount for name, value in newest.items()}
+
+
+def fail(newest: Weights) -> Weights:
+    raise RuntimeError("out of memory")
+
+
+def records_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "nino.session"]
+
+
+def train(optimizer: NowcastOptimizer, updates: int, loss_at: dict[int, float] | None = None) -> None:
+    """Losses 1 and 2 in turn, but for those given by the update's number."""
+    for _ in range(updates):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        coming = optimizer.session.step + 1
+        optimizer.observe((loss_at or {}).get(coming, 1.0 + coming % 2))
+        optimizer.step()
+
+
+def scripted(answer: Any, **settings: Any) -> NowcastOptimizer:
+    model = mlp()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    return NowcastOptimizer(base, model, ScriptedNowcaster(answer), **{"period": PERIOD, "probation": 0, **settings})
+
+
+def test_an_accepted_nowcast_is_one_record(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="nino")
+    optimizer = scripted(add(3))
+
+    train(optimizer, PERIOD)
+    assert records_of(caplog) == []  # the loss after the jump is still to come
+    train(optimizer, 1)
+
+    (record,) = records_of(caplog)
+    assert record.levelno == logging.INFO
+    assert record.nowcast == optimizer.reports[0].as_record()  # type: ignore[attr-defined]
+    assert record.nowcast["nowcast/outcome"] == "accepted"  # type: ignore[attr-defined]
+    assert all(isinstance(value, (int, float, str)) for value in record.nowcast.values())  # type: ignore[attr-defined]
+    assert record.getMessage().startswith("nowcast after update 6: 3 intervals ahead, weights moved by ")
+    assert record.getMessage().endswith("; loss 1.5 before, 2 at")
+
+
+def test_a_refused_nowcast_is_one_record_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="nino")
+    optimizer = scripted(fail)
+    train(optimizer, PERIOD)
+
+    (record,) = records_of(caplog)
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == "nowcast after update 6 was refused, training goes on: out of memory"
+    assert (record.nowcast["nowcast/outcome"], record.nowcast["nowcast/reason"]) == (  # type: ignore[attr-defined]
+        "refused",
+        "out of memory",
+    )
+    train(optimizer, PERIOD - 1)
+    assert len(records_of(caplog)) == 1
+
+
+def test_rolled_back_and_left_out_nowcasts_are_records(caplog: pytest.LogCaptureFixture) -> None:
+    # The loss is 9 after each jump, so the first two are undone and the third is left out.
+    caplog.set_level(logging.INFO, logger="nino")
+    optimizer = scripted(add(3), period=30, probation=4)
+    train(optimizer, 90, {30 * number + update: 9.0 for number in (1, 2) for update in range(1, 5)})
+
+    records = records_of(caplog)
+    assert [(r.nowcast["nowcast/step"], r.nowcast["nowcast/outcome"]) for r in records] == [  # type: ignore[attr-defined]
+        (30, "rolled back"),
+        (60, "rolled back"),
+        (90, "left out"),
+    ]
+    undone, left_out = records[0], records[-1]
+    assert undone.levelno == logging.WARNING and left_out.levelno == logging.INFO
+    assert undone.nowcast["nowcast/loss/after"] == 9  # type: ignore[attr-defined]
+    assert undone.getMessage().startswith("nowcast after update 30 was undone, training goes on from there: the loss ")
+    assert (
+        left_out.getMessage()
+        == "nowcast after update 90 was left out, training goes on: 2 in a row were undone or kept in doubt"
+    )
+
+
+def test_bytes_are_of_the_snapshots_and_of_the_restore_point() -> None:
+    # 4 * 6 + 6 + 6 * 2 + 2 = 44 weights of 4 bytes, three snapshots, and a copy to undo the jump; SGD has no state.
+    kept, on_probation = scripted(add(0)), scripted(add(0), probation=4)
+    for optimizer in (kept, on_probation):
+        train(optimizer, PERIOD)
+    assert (kept.reports[0].snapshot_bytes, kept.reports[0].restore_bytes) == (3 * 44 * 4, 0)
+    assert (on_probation.reports[0].snapshot_bytes, on_probation.reports[0].restore_bytes) == (3 * 44 * 4, 44 * 4)
+
+
+def test_a_run_that_ends_in_probation_is_reported_when_it_is_finished(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="nino")
+    optimizer = scripted(add(0), probation=4)
+    train(optimizer, PERIOD + 2)
+    assert records_of(caplog) == []
+
+    report = optimizer.session.finish()
+
+    assert report is not None and report == optimizer.reports[0] and report.loss_at == 2
+    assert len(records_of(caplog)) == 1
+    assert optimizer.session.finish() is None
+    assert len(records_of(caplog)) == 1
+
+
+def test_a_session_reports_the_jump_by_kind() -> None:
+    model = mlp()
+    session = NowcastSession(model, tiny_nowcaster(), period=PERIOD)
+    for _ in range(PERIOD):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01)
+        session.after_update()
+    assert set(session.reports[0].relative_jump_by_kind) == {"linear", "bias"}
+    assert {"nowcast/jump/linear", "nowcast/jump/bias"} < set(session.reports[0].as_log())
+
+
+def test_a_jump_without_kinds_has_none() -> None:
+    assert Jump(1.0, 2.0).relative == 0.5 and dict(Jump(1.0, 2.0).by_kind) == {}
+    assert nino.NowcastReport(step=1, horizon=1, accepted=True).relative_jump_by_kind == {}
