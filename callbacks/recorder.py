@@ -19,15 +19,15 @@ from nino.session.horizon import learning_rate_of
 
 
 class TrajectoryRecorder(TrainerCallback):
-    """Record the trainable weights every ``interval`` optimizer updates of a ``transformers.Trainer``.
+    """Record the trainable weights every ``interval`` optimizer steps of a ``transformers.Trainer``.
 
     A run that resumes from a checkpoint goes on with the recording in the same folder. With several processes the first
     writes. Updates are counted as the Trainer's global steps. What the Trainer logs becomes the metrics of the state of
-    that update, if there is one, and else of the next.
+    that step, if there is one, and else of the next.
 
     Args:
         folder: of the recording.
-        interval: optimizer updates between states.
+        interval: optimizer steps between states.
         training: anything JSON to note about the run, beside optimizer, learning rate, batch size and seed.
         architecture: for models that :func:`nino.data.describe_model` cannot describe.
         dtype: number format on disk, ``"float32"`` or ``"float16"``.
@@ -66,7 +66,7 @@ class TrajectoryRecorder(TrainerCallback):
         model = kwargs["model"]
         self._nowcasts = _nowcasts_of(model)
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        known = {"lr": args.learning_rate, "batch_size": batch_size, "seed": args.seed, "updates": state.max_steps}
+        known = {"lr": args.learning_rate, "batch_size": batch_size, "seed": args.seed, "steps": state.max_steps}
         self._metrics = {}
         self.recorder = record(
             model,
@@ -83,7 +83,7 @@ class TrajectoryRecorder(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the first update, record where training begins; by now every callback has begun."""
+        """Before the first step, record where training begins; by now every callback has begun."""
         if self.recorder is None or state.global_step > 0:
             return
         if _nowcasts_of(kwargs["model"]) is not self._nowcasts:
@@ -91,12 +91,12 @@ class TrajectoryRecorder(TrainerCallback):
                 "TrajectoryRecorder comes before NowcastCallback and would not see its jumps; "
                 "put it behind in the list of callbacks"
             )
-        self.recorder.after_update(0, learning_rate=learning_rate_of(kwargs.get("optimizer")))
+        self.recorder.after_step(0, learning_rate=learning_rate_of(kwargs.get("optimizer")))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the rate of this update, if it counts: when ``on_step_end`` comes, the scheduler has gone on."""
+        """Note the rate of this step, if it counts: when ``on_step_end`` comes, the scheduler has gone on."""
         is_due = self.recorder is not None and self.recorder.is_due(state.global_step + 1)
         self._learning_rate = learning_rate_of(kwargs.get("optimizer")) if is_due else None
 
@@ -105,7 +105,7 @@ class TrajectoryRecorder(TrainerCallback):
         if self.recorder is None:
             return
         is_due = self.recorder.is_due(state.global_step)
-        self.recorder.after_update(state.global_step, self._metrics, learning_rate=self._learning_rate)
+        self.recorder.after_step(state.global_step, self._metrics, learning_rate=self._learning_rate)
         if is_due:
             self._metrics = {}
 

@@ -51,27 +51,28 @@ WEIGHTS = "fingerprint of the weights"
 
 
 class NowcastCallback(TrainerCallback):
-    """Nowcast the weights every ``period`` optimizer updates of a ``transformers.Trainer``.
+    """Nowcast the weights every ``period`` optimizer steps of a ``transformers.Trainer``.
 
     Args:
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
-        period: optimizer updates between nowcasts.
+        period: optimizer steps between nowcasts.
         max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
         decay_power: how fast horizons shrink; 1 is linear.
-        until: optimizer updates by which horizons have shrunk to one interval, and after which nothing is nowcast; by
+        until: optimizer steps by which horizons have shrunk to one interval, and after which nothing is nowcast; by
             default those of the whole run.
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
-        snapshot_average: updates before a snapshot over which the weights are averaged, at most the interval between
+        average_over: steps before a snapshot over which the weights are averaged, at most the interval between
             two; 1 for the weights as they are. Less of the optimizer's noise, for one more copy of the weights.
-        probation: updates in which the training loss must recover from a jump, else the jump is undone;
+        rollback_window: steps in which the training loss must recover from a jump, else the jump is undone;
             by default a tenth of the period, 0 for never.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
-        keep_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted norms
+        preserve_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted
+            norms
             grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
             as when an average of the weights is what you evaluate.
-        glide: updates over which a jump is dealt out: each moves the weights by its share, and training corrects the
+        ramp: steps over which a jump is dealt out: each moves the weights by its partition, and training corrects the
             way. At most half of the period; 0 jumps at once. For one more copy of the weights meanwhile.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
@@ -99,11 +100,11 @@ class NowcastCallback(TrainerCallback):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        snapshot_average: int = 1,
-        probation: int | None = None,
+        average_over: int = 1,
+        rollback_window: int | None = None,
         moments: Moments = "keep",
-        keep_norms: bool = False,
-        glide: int = 0,
+        preserve_norms: bool = False,
+        ramp: int = 0,
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
         graph: NeuralGraph | None = None,
@@ -117,11 +118,11 @@ class NowcastCallback(TrainerCallback):
         self.snapshots_on = snapshots_on
         self.snapshot_folder = snapshot_folder
         self.snapshot_dtype = snapshot_dtype
-        self.snapshot_average = snapshot_average
-        self.probation = probation
+        self.average_over = average_over
+        self.rollback_window = rollback_window
         self.moments: Moments = moments
-        self.keep_norms = keep_norms
-        self.glide = glide
+        self.preserve_norms = preserve_norms
+        self.ramp = ramp
         self.batch_norm = batch_norm
         self.nowcast_in_warmup = nowcast_in_warmup
         self.graph = graph
@@ -160,11 +161,11 @@ class NowcastCallback(TrainerCallback):
             snapshots_on=self.snapshots_on,
             snapshot_folder=self.snapshot_folder,
             snapshot_dtype=self.snapshot_dtype,
-            snapshot_average=self.snapshot_average,
-            probation=self.probation,
+            average_over=self.average_over,
+            rollback_window=self.rollback_window,
             moments=self.moments,
-            keep_norms=self.keep_norms,
-            glide=self.glide,
+            preserve_norms=self.preserve_norms,
+            ramp=self.ramp,
             batch_norm=self.batch_norm,
             nowcast_in_warmup=self.nowcast_in_warmup,
             optimizer=optimizer,
@@ -181,7 +182,7 @@ class NowcastCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the rate of this update, if it counts: when ``on_step_end`` comes, the scheduler has gone on."""
+        """Note the rate of this step, if it counts: when ``on_step_end`` comes, the scheduler has gone on."""
         is_needed = self.session is not None and self.session.snapshot_is_next
         self._learning_rate = learning_rate_of(kwargs.get("optimizer")) if is_needed else None
 
@@ -193,16 +194,16 @@ class NowcastCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Count the update, unless mixed precision skipped it; the losses of both are of the same weights."""
+        """Count the step, unless mixed precision skipped it; the losses of both are of the same weights."""
         losses, self._losses = self._losses, []
         if self.session is None:
             return control
         if losses:
             self.session.observe(self._loss_of_update(losses, args))
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
-            self.session.after_skipped_update()
+            self.session.after_skipped_step()
         else:
-            self.session.after_update(learning_rate=self._learning_rate)
+            self.session.after_step(learning_rate=self._learning_rate)
         control.should_log = control.should_log or bool(self._log)
         return control
 
@@ -243,7 +244,7 @@ class NowcastCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Report a nowcast whose probation the end cut short, and leave no trace on the model."""
+        """Report a nowcast whose rollback window the end cut short, and leave no trace on the model."""
         if self.session is not None:
             self.session.detach()
         self._log.write(args, state, None)
@@ -302,7 +303,7 @@ class NowcastCallback(TrainerCallback):
             self._losses_add_up = keywords.get("num_items_in_batch") is not None
 
     def _loss_of_update(self, losses: list[Tensor], args: TrainingArguments) -> Tensor:
-        """The update's loss as the Trainer logs it: of losses over all items of the update it takes the sum."""
+        """The update's loss as the Trainer logs it: of losses over all items of the step it takes the sum."""
         if not self._losses_add_up:
             return torch.stack(losses).mean()
         return torch.stack(losses).sum() * (args.world_size if args.average_tokens_across_devices else 1)

@@ -1,4 +1,4 @@
-"""A drop-in optimizer wrapper: any ``torch.optim`` optimizer, with nowcasts after its updates.
+"""A drop-in optimizer wrapper: any ``torch.optim`` optimizer, with nowcasts after its steps.
 
 The wrapper *is* a ``torch.optim.Optimizer``: learning-rate schedulers, GradScaler, hooks, pickling and
 ``accelerator.prepare`` treat it as one. It shares the wrapped optimizer's ``param_groups`` and ``state`` instead of
@@ -34,38 +34,39 @@ STATE_KEY = "nowcast"
 
 
 class NowcastOptimizer(Optimizer):
-    """Wrap an optimizer so that the model's weights are nowcast every ``period`` updates.
+    """Wrap an optimizer so that the model's weights are nowcast every ``period`` steps.
 
     Args:
         optimizer: built on parameters of ``model``.
         model: the model in training.
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
-        period: optimizer updates between nowcasts.
-        max_steps: optimizer updates of the whole run; horizons shrink towards its end. ``None`` if unknown.
+        period: optimizer steps between nowcasts.
+        max_steps: optimizer steps of the whole run; horizons shrink towards its end. ``None`` if unknown.
         max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
         decay_power: how fast horizons shrink; 1 is linear.
-        until: optimizer updates by which horizons have shrunk to one interval, and after which nothing is nowcast; by
+        until: optimizer steps by which horizons have shrunk to one interval, and after which nothing is nowcast; by
             default those of the whole run.
         snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
         snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
         snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
-        snapshot_average: updates before a snapshot over which the weights are averaged, at most the interval between
+        average_over: steps before a snapshot over which the weights are averaged, at most the interval between
             two; 1 for the weights as they are. Less of the optimizer's noise, for one more copy of the weights.
-        probation: updates in which the training loss must recover from a jump, else the jump is undone;
+        rollback_window: steps in which the training loss must recover from a jump, else the jump is undone;
             by default a tenth of the period, 0 for never. Only with losses, see :meth:`observe`.
         moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
-        keep_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted norms
+        preserve_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted
+            norms
             grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
             as when an average of the weights is what you evaluate.
-        glide: updates over which a jump is dealt out: each moves the weights by its share, and training corrects the
+        ramp: steps over which a jump is dealt out: each moves the weights by its partition, and training corrects the
             way. At most half of the period; 0 jumps at once. For one more copy of the weights meanwhile.
         batch_norm: whether batch norms estimate their running statistics anew after a jump.
         nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
             family that is sharded). By default it is wired here, and a model of no known family by tracing it on the
             first batch.
-        on_report: called with every :class:`NowcastReport` when it is complete: one update after the nowcast, or after
-            its glide, or at the end of its probation. An error that it raises is logged and ends nothing.
+        on_report: called with every :class:`NowcastReport` when it is complete: one step after the nowcast, or after
+            its ramp, or at the end of its rollback window. An error that it raises is logged and ends nothing.
 
     Raises:
         NinoError: if the optimizer holds parameters that are not the model's or was prepared by accelerate before, or a
@@ -95,11 +96,11 @@ class NowcastOptimizer(Optimizer):
         snapshots_on: Place = "cpu",
         snapshot_folder: str | Path | None = None,
         snapshot_dtype: torch.dtype | None = None,
-        snapshot_average: int = 1,
-        probation: int | None = None,
+        average_over: int = 1,
+        rollback_window: int | None = None,
         moments: Moments = "keep",
-        keep_norms: bool = False,
-        glide: int = 0,
+        preserve_norms: bool = False,
+        ramp: int = 0,
         batch_norm: bool = True,
         nowcast_in_warmup: bool = False,
         graph: NeuralGraph | None = None,
@@ -122,11 +123,11 @@ class NowcastOptimizer(Optimizer):
             snapshots_on=snapshots_on,
             snapshot_folder=snapshot_folder,
             snapshot_dtype=snapshot_dtype,
-            snapshot_average=snapshot_average,
-            probation=probation,
+            average_over=average_over,
+            rollback_window=rollback_window,
             moments=moments,
-            keep_norms=keep_norms,
-            glide=glide,
+            preserve_norms=preserve_norms,
+            ramp=ramp,
             batch_norm=batch_norm,
             nowcast_in_warmup=nowcast_in_warmup,
             optimizer=optimizer,
@@ -160,18 +161,18 @@ class NowcastOptimizer(Optimizer):
         return self.session.reports
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell the training loss before each step, so that a nowcast is on probation and reports say what it did."""
+        """Tell the training loss before each step: nowcasts are judged by it, and reports say what they did."""
         self.session.observe(loss)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of the wrapped optimizer; then a snapshot or a nowcast if it is time."""
+        """One step of the wrapped optimizer; then a snapshot or a nowcast if it is time."""
         is_rehearsal = self._is_rehearsal()
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         if is_rehearsal:
             return loss
         if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe(loss)
-        self.session.after_update()
+        self.session.after_step()
         return loss
 
     def _is_rehearsal(self) -> bool:
@@ -255,8 +256,8 @@ class NowcastOptimizer(Optimizer):
 
     def _start_afresh(self) -> None:
         self.session.reset()
-        updates, end = _updates_of(self.optimizer), self.session.schedule.max_steps
-        self.session.step = updates if end is None or updates < end else 0
+        steps, end = _updates_of(self.optimizer), self.session.schedule.max_steps
+        self.session.step = steps if end is None or steps < end else 0
         logger.warning(
             "the loaded optimizer state is without nowcasting: that goes on with a fresh history from update %d",
             self.session.step,
@@ -266,7 +267,7 @@ class NowcastOptimizer(Optimizer):
         return {"optimizer": self.optimizer, "session": self.session, "defaults": self.defaults}
 
     def __repr__(self) -> str:
-        return f"NowcastOptimizer(every {self.session.schedule.period} updates, {self.optimizer!r})"
+        return f"NowcastOptimizer(every {self.session.schedule.period} steps, {self.optimizer!r})"
 
 
 def _refuse_wrapped(optimizer: Optimizer) -> None:
@@ -280,7 +281,7 @@ def _refuse_wrapped(optimizer: Optimizer) -> None:
 
 
 def _updates_of(optimizer: Optimizer) -> int:
-    """The updates that an optimizer counted by itself; 0 if it does not count."""
+    """The steps that an optimizer counted by itself; 0 if it does not count."""
     states = [state for state in optimizer.state.values() if isinstance(state, Mapping)]
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 

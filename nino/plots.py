@@ -165,15 +165,15 @@ def smooth(values: np.ndarray, steps: np.ndarray, jumps: Iterable[int], window: 
 
     Args:
         values: losses; NaN where unknown.
-        steps: their updates, rising.
-        jumps: updates after which the weights jumped.
+        steps: their steps, rising.
+        jumps: steps after which the weights jumped.
         window: how many values the mean is taken over; fewer at the ends of a stretch.
 
     Returns:
         As many values; NaN where there is none to take the mean of.
 
     Example:
-        A window of 3 reaches one value to either side, but not over the jump after update 3:
+        A window of 3 reaches one value to either side, but not over the jump after step 3:
 
         >>> smooth(np.array([1.0, 2, 3, 9, 7]), np.arange(1, 6), [3], 3).tolist()
         [1.5, 2.0, 2.5, 8.0, 8.0]
@@ -229,7 +229,7 @@ def _of_trainer(history: Sequence[Mapping[str, Any]]) -> Run:
 
 
 def _points(pairs: Iterable[tuple[Any, Any]]) -> Points:
-    """Updates and values in the order of updates; what is unknown or infinite is NaN."""
+    """Updates and values in the order of steps; what is unknown or infinite is NaN."""
     ordered = sorted((int(step), math.nan if value is None else float(value)) for step, value in pairs)
     steps, values = zip(*ordered, strict=True) if ordered else ((), ())
     numbers = np.array(values, dtype=float)
@@ -301,9 +301,9 @@ def _draw_nowcasts(axes: Axes, nowcasts: Sequence[Mapping[str, Any]]) -> None:
             )
     horizons = {n["nowcast/step"]: n["nowcast/horizon"] for n in nowcasts if "nowcast/horizon" in n}
     if not 0 < len(horizons) <= MAX_HORIZONS_SHOWN:
-        axes.set_xlabel("optimizer updates")
+        axes.set_xlabel("optimizer steps")
         return
-    axes.set_xlabel("optimizer updates (above: how many snapshot intervals a nowcast looked ahead)")
+    axes.set_xlabel("optimizer steps (above: how many snapshot intervals a nowcast looked ahead)")
     for step, horizon in horizons.items():
         axes.annotate(
             f"+{int(horizon)}", (step, 1), (0, 7), place, "offset points", horizontalalignment="center", fontsize=8

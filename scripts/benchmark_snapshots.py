@@ -1,11 +1,11 @@
-"""Measure what taking a snapshot costs, next to the training updates that it interrupts.
+"""Measure what taking a snapshot costs, next to the training steps that it interrupts.
 
     python scripts/benchmark_snapshots.py
 
 A CNN of 14k weights and Llamas of 25M and 100M weights (random weights, random data) are trained with AdamW. After
-every update, one snapshot is taken in every place: host memory in the weights' own format and in bfloat16, disk, and
+every step, one snapshot is taken in every place: host memory in the weights' own format and in bfloat16, disk, and
 the device if that is a GPU. Stores are emptied when they are full, as a nowcast does. Reported are medians; the time of
-a snapshot is compared with that of the updates from one snapshot to the next. The first snapshots, for which memory is
+a snapshot is compared with that of the steps from one snapshot to the next. The first snapshots, for which memory is
 allocated, are reported on their own. Results: a table here and ``results.json`` in ``results/snapshots``.
 """
 
@@ -59,23 +59,23 @@ def measure(name: str, args: argparse.Namespace, folder: Path, bar: Any) -> dict
     kinds = [*KINDS, ("device", None)] if device.type == "cuda" else KINDS
     stores = [SnapshotStore(CONTEXT, place, dtype, folder if place == "disk" else None) for place, dtype in kinds]
     taken: list[list[float]] = [[] for _ in stores]
-    updates = []
+    steps = []
     training.update()  # allocates gradients and moments
     for step in range(CONTEXT + args.repeats):
-        updates.append(seconds_of(training.update, device))
+        steps.append(seconds_of(training.update, device))
         for store, times in zip(stores, taken, strict=True):
             if store.is_full:
                 store.clear()
             times.append(seconds_of(partial(store.append, step, parameters), device))
         bar.update()
-        bar.set_postfix_str(f"{name}, update {1000 * updates[-1]:.0f} ms")
+        bar.set_postfix_str(f"{name}, update {1000 * steps[-1]:.0f} ms")
     for store in stores:
         store.close()
     return {
         "model": name,
         "device": device.type,
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "update seconds": updates,
+        "update seconds": steps,
         "snapshots": [
             {
                 "place": place,
@@ -122,8 +122,8 @@ def file_system(folder: Path) -> str:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--repeats", type=positive_int, default=15, help="measured updates and snapshots")
-    parser.add_argument("--interval", type=positive_int, default=200, help="updates from one snapshot to the next")
+    parser.add_argument("--repeats", type=positive_int, default=15, help="measured steps and snapshots")
+    parser.add_argument("--interval", type=positive_int, default=200, help="steps from one snapshot to the next")
     parser.add_argument("--sequences", type=positive_int, default=4, help="in a batch of the language models")
     parser.add_argument("--tokens", type=positive_int, default=128, help="in each sequence")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
     result = {"machine": machine, "arguments": settings, "images": IMAGES, "summary": rows, "runs": runs}
     (args.out / "results.json").write_text(json.dumps(result, indent=1))
     print(f"\n{format_table(rows)}\n")
-    print(f"an interval is {args.interval} updates; all numbers are in {args.out / 'results.json'}")
+    print(f"an interval is {args.interval} steps; all numbers are in {args.out / 'results.json'}")
     return 0
 
 

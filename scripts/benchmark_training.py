@@ -4,10 +4,11 @@
     python scripts/benchmark_training.py --models llama-25m --out results/benchmark-training-25m
 
 A model is trained on random batches several times at once in one process, one update of each in turn: plain AdamW,
-and AdamW with nowcasts on probation and snapshots in each of the places. Everything that nowcasting does is timed
+and AdamW with nowcasts in its rollback window and snapshots in each of the places. Everything that nowcasting does is
+timed
 inside these runs, with a short period. The overhead at the period asked for is *computed* from it: C snapshots (and
-the additions to their means, with ``--snapshot-average``), a restore point, a nowcast and the bookkeeping of every
-update, over the seconds of so many plain updates. For small
+the additions to their means, with ``--average-over``), a rollback copy, a nowcast and the bookkeeping of every
+update, over the seconds of so many plain steps. For small
 models whole periods are *measured* too, in the same way, and both must agree. Peak memory is measured in processes of
 their own for each kind of run. Results: a table here, ``results.json`` and ``overhead.png`` in the output folder.
 """
@@ -33,8 +34,8 @@ from tqdm import tqdm
 from nino import NowcastOptimizer
 from nino.data import build_model
 from nino.errors import NinoError
-from nino.session.judge.rule import default_probation
-from nino.snapshots.mean import check_snapshot_average
+from nino.session.judge.rule import default_rollback_window
+from nino.snapshots.mean import check_average_over
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, torch_device, whole_number
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
@@ -56,9 +57,9 @@ MAX_STEPS = 1_000_000
 HOW = {
     "measured": "'costs seconds': medians over what happened inside attached runs with the short period; 'measured "
     "percent': all time spent in nowcasting over whole periods (the sum of 'measured seconds per period'), relative to "
-    "the rest of the same updates; 'measured by difference percent': whole periods of two trainings compared, which "
+    "the rest of the same steps; 'measured by difference percent': whole periods of two trainings compared, which "
     "carries the noise of the machine; memory",
-    "computed": "'seconds per period', and 'computed percent': their sum relative to as many plain updates",
+    "computed": "'seconds per period', and 'computed percent': their sum relative to as many plain steps",
 }
 
 
@@ -80,14 +81,14 @@ def start(name: str, kind: str, args: argparse.Namespace, period: int, folder: P
             max_steps=MAX_STEPS,
             snapshots_on=kind,  # type: ignore[arg-type]
             snapshot_folder=folder if kind == "disk" else None,
-            snapshot_average=min(args.snapshot_average, period // load_nowcaster(args.nowcaster).config.context),
-            probation=max(default_probation(period), 1),
+            average_over=min(args.average_over, period // load_nowcaster(args.nowcaster).config.context),
+            rollback_window=max(default_rollback_window(period), 1),
         )
     return Training(model, optimizer, loss)
 
 
 def stopwatch(device: torch.device, waits_for_parts: bool) -> Stopwatch:
-    """On CUDA the work of the device is waited for: of each update, and to time parts alone also of each part."""
+    """On CUDA the work of the device is waited for: of each step, and to time parts alone also of each part."""
     if device.type != "cuda":
         return Stopwatch()
     wait_for_update = torch.cuda.current_stream(device).synchronize
@@ -95,7 +96,7 @@ def stopwatch(device: torch.device, waits_for_parts: bool) -> Stopwatch:
 
 
 def side_by_side(name: str, args: argparse.Namespace, period: int, periods: int) -> dict[str, list[Update]]:
-    """Train all kinds in turns over some periods; updates by kind."""
+    """Train all kinds in turns over some periods; steps by kind."""
     with tempfile.TemporaryDirectory(dir=args.snapshot_folder) as folder:
         trainings = {kind: start(name, kind, args, period, Path(folder)) for kind in (PLAIN, *args.places)}
         watches = {kind: stopwatch(args.device, period < args.period) for kind in trainings}
@@ -112,11 +113,11 @@ def side_by_side(name: str, args: argparse.Namespace, period: int, periods: int)
             if isinstance(training.optimizer, NowcastOptimizer):
                 _check_nowcasts(training.optimizer, periods)
                 training.optimizer.session.store.close()
-        return {kind: watch.updates for kind, watch in watches.items()}
+        return {kind: watch.steps for kind, watch in watches.items()}
 
 
 def updates_bar(number: int, text: str) -> Iterable[int]:
-    """Count updates and show it."""
+    """Count steps and show it."""
     bar: Iterable[int] = tqdm(range(number), desc=text, unit="update", mininterval=1, leave=False)
     return bar
 
@@ -139,7 +140,7 @@ def measure_time(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "model": name,
         "parameters": num_weights,
         "busy percent before": busy,
-        "short periods": {kind: as_lists(updates) for kind, updates in short.items()},
+        "short periods": {kind: as_lists(steps) for kind, steps in short.items()},
         "kinds": [
             summarise(name, num_weights, kind, args, short, whole)
             for kind in args.places  # one row each
@@ -164,8 +165,8 @@ def summarise(
         "parameters": num_weights,
         "snapshots on": kind,
         "costs seconds": asdict(costs),
-        "seconds per period": costs.per_period(args.period, context, args.snapshot_average),
-        "computed percent": 100 * costs.overhead(args.period, context, args.snapshot_average),
+        "seconds per period": costs.per_period(args.period, context, args.average_over),
+        "computed percent": 100 * costs.overhead(args.period, context, args.average_over),
         "measured seconds per period": spent_on(whole[kind], args.whole_periods) if whole else None,
         "measured percent": 100 * spent_in(whole[kind]) if whole else None,
         "measured by difference percent": 100 * difference(whole[PLAIN], whole[kind]) if whole else None,
@@ -173,7 +174,7 @@ def summarise(
 
 
 def measure_memory(name: str, kind: str, args: argparse.Namespace) -> dict[str, int]:
-    """Peak memory of one kind of run over one short period and an update after it; in a process of its own.
+    """Peak memory of one kind of run over one short period and a step after it; in a process of its own.
 
     Without and with the pages of snapshot files, which the system drops when memory is short.
     """
@@ -215,7 +216,7 @@ def rows_of(runs: Sequence[Mapping[str, Any]], period: int) -> list[dict[str, An
                     "bookkeeping ms": 1000 * costs["bookkeeping"],
                     "snapshot ms": 1000 * costs["snapshot"],
                     "addition ms": 1000 * costs["addition"],
-                    "restore point ms": 1000 * costs["restore_point"],
+                    "rollback copy ms": 1000 * costs["rollback_copy"],
                     "nowcast s": costs["nowcast"],
                     f"computed % at {period}": kind["computed percent"],
                     "measured %": kind["measured percent"],
@@ -248,7 +249,7 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]], period: int) -> None:
     if known:
         time.plot(*zip(*known, strict=True), "k_", markersize=30, label="measured over whole periods")
     time.axhline(1, color="0.6", linestyle=":", linewidth=0.8)
-    time.set(ylabel="% of plain training", title=f"wall-clock time, a nowcast every {period} updates")
+    time.set(ylabel="% of plain training", title=f"wall-clock time, a nowcast every {period} steps")
     for run in runs:
         for entry in run["memory"]:
             memory.bar(f"{run['model']}\n{entry['kind']}", median(entry["peak bytes"]) / 1e9, color="C4")
@@ -267,7 +268,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=["cpu", "disk"], help="where snapshots are kept")
     parser.add_argument("--nowcaster", default="nino-tiny", help="a name, or hidden-H for random weights of width H")
     parser.add_argument("--period", type=positive_int, default=1000, help="for which to report the overhead")
-    parser.add_argument("--snapshot-average", type=positive_int, default=1, help="updates that a snapshot is a mean of")
+    parser.add_argument("--average-over", type=positive_int, default=1, help="steps that a snapshot is a mean of")
     parser.add_argument("--short-period", type=positive_int, default=10, help="in which the parts are timed")
     parser.add_argument("--short-periods", type=positive_int, default=3, help="how many of them")
     parser.add_argument("--whole-periods", type=whole_number, default=1, help="measured with small models; 0 for none")
@@ -288,9 +289,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.short_period <= context:
         fail(f"--short-period {args.short_period} has no update without a snapshot; give at least {2 * context}")
     try:
-        check_snapshot_average(args.snapshot_average, args.period // context)
+        check_average_over(args.average_over, args.period // context)
     except NinoError as error:
-        fail(f"--snapshot-average: {error}")
+        fail(f"--average-over: {error}")
     if args.snapshot_folder is not None and not args.snapshot_folder.is_dir():
         fail(f"--snapshot-folder {args.snapshot_folder} is not a folder")
     return args
@@ -323,8 +324,8 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     if args.dry_run:
         kinds = ", ".join((PLAIN, *(f"snapshots on {place}" for place in args.places)))
-        updates = args.short_period * args.short_periods
-        print(f"{', '.join(args.models)}: {updates} updates each of {kinds}, with a nowcast every {args.short_period}")
+        steps = args.short_period * args.short_periods
+        print(f"{', '.join(args.models)}: {steps} steps each of {kinds}, with a nowcast every {args.short_period}")
         return 0
     make_output_folder("--out", args.out)
     runs: dict[str, dict[str, Any]] = {}

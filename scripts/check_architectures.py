@@ -149,8 +149,8 @@ def check_specimens(names: list[str]) -> list[dict[str, Any]]:
     for number, name in enumerate(names, start=1):
         row = check_specimen(name)
         rows.append(row)
-        verdict = f"FAILED: {row['failure']}" if row["failure"] else f"ok, error {row['largest error']:.0e}"
-        print(f"[{number}/{len(names)}] {name}: {verdict}", flush=True)
+        decision = f"FAILED: {row['failure']}" if row["failure"] else f"ok, error {row['largest error']:.0e}"
+        print(f"[{number}/{len(names)}] {name}: {decision}", flush=True)
     return rows
 
 

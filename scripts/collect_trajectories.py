@@ -1,14 +1,14 @@
 """Record training runs of many small models: the data on which a nowcaster is trained.
 
-    python scripts/collect_trajectories.py --data ../data --out trajectories --runs 40 --updates 4000
+    python scripts/collect_trajectories.py --data ../data --out trajectories --runs 40 --steps 4000
 
 Runs of two families are planned from one seed: ``images`` (small CNNs on CIFAR-10 and MNIST) and ``language``
 (small Llamas and GPT-2s on plain text), with varied width, depth, learning rate and batch size. Every run becomes one
 folder (see ``nino/data/trajectory.py``). Finished runs are skipped, so the same command resumes a killed collection.
 With ``--jump-with NOWCASTER --jump-period 1000`` runs are nowcast as they go, and their headers say where: so that a
 nowcaster learns from what follows a jump.
-With ``--fleet 32`` every planned run is recorded 32 times, with seeds of their own: side by side in one program, on the
-GPU if there is one.
+With ``--ensemble 32`` every planned run is recorded 32 times, with seeds of their own: side by side in one program, on
+the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -30,14 +30,11 @@ from nino import NowcastOptimizer, ScheduleConfig
 from nino.data import Trajectory, record
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
-from nino.session.jump.ramp import check_glide
-from nino.snapshots.mean import check_snapshot_average
+from nino.session.jump.ramp import check_ramp
+from nino.snapshots.mean import check_average_over
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
-from tasks.fleets import fleet_device, record_fleet, time_fleet
-from tasks.measuring import duration
-from tasks.nowcasters import load_nowcaster
-from tasks.rehearsal import random_images, random_text, time_training
-from tasks.run_plans import (
+from tasks.ensembles import ensemble_device, record_ensemble, time_ensemble
+from tasks.jump_schedules import (
     IMAGE_RATES,
     IMAGE_SETS,
     LANGUAGE_RATES,
@@ -51,6 +48,9 @@ from tasks.run_plans import (
     plan_language_run,
     state_bytes,
 )
+from tasks.measuring import duration
+from tasks.nowcasters import load_nowcaster
+from tasks.rehearsal import random_images, random_text, time_training
 from tasks.task import ImageTask, TextTask
 from tasks.workers import Report, do_all
 
@@ -65,16 +65,16 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
     for index in range(args.runs):
         choose = random.Random(f"{args.seed}-{index}")
         if args.family in ("all", "images"):
-            norm = args.fleet == 1  # fleets keep no running statistics
+            norm = args.ensemble == 1  # ensembles keep no running statistics
             rates = args.learning_rates or IMAGE_RATES
             options = {"rates": rates, "depths": args.depths, "bf16": args.bf16, "batch_norm": norm}
-            plans.append(plan_image_run(index, choose, args.updates, args.interval, args.images, **options))
+            plans.append(plan_image_run(index, choose, args.steps, args.interval, args.images, **options))
         if args.family in ("all", "language"):
             rates = args.learning_rates or LANGUAGE_RATES
-            plans.append(plan_language_run(index, choose, args.updates, args.interval, texts, rates=rates))
+            plans.append(plan_language_run(index, choose, args.steps, args.interval, texts, rates=rates))
     if args.jump_with is not None:
         plans = [with_jumps(plan, args) for plan in plans]
-    return [run for plan in plans for run in runs_of(plan, args.fleet)]
+    return [run for plan in plans for run in runs_of(plan, args.ensemble)]
 
 
 def with_jumps(plan: RunPlan, args: argparse.Namespace) -> RunPlan:
@@ -86,18 +86,18 @@ def with_jumps(plan: RunPlan, args: argparse.Namespace) -> RunPlan:
         jump_period=args.jump_period,
         jump_average=args.jump_average,
         jump_until=last_jump(plan, args),
-        jump_keep_norms=args.jump_keep_norms,
-        jump_glide=args.jump_glide,
+        jump_preserve_norms=args.jump_preserve_norms,
+        jump_ramp=args.jump_ramp,
     )
 
 
 def runs_of(plan: RunPlan, size: int) -> list[RunPlan]:
-    """The runs of a fleet, which differ in name and seed; for a fleet of one the run itself."""
+    """The runs of an ensemble, which differ in name and seed; for an ensemble of one the run itself."""
     if size == 1:
         return [plan]
     seeds = random.Random(plan.seed)
     return [
-        dataclasses.replace(plan, name=f"{plan.name}-{index:03d}", seed=seeds.randrange(2**31), fleet=plan.name)
+        dataclasses.replace(plan, name=f"{plan.name}-{index:03d}", seed=seeds.randrange(2**31), ensemble=plan.name)
         for index in range(size)
     ]
 
@@ -120,11 +120,11 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
         model,
         nowcaster,
         period=plan.jump_period,
-        max_steps=plan.updates,
-        probation=0,  # what follows a bad jump is worth knowing
-        snapshot_average=plan.jump_average,
-        keep_norms=plan.jump_keep_norms,
-        glide=plan.jump_glide,
+        max_steps=plan.steps,
+        rollback_window=0,  # what follows a bad jump is worth knowing
+        average_over=plan.jump_average,
+        preserve_norms=plan.jump_preserve_norms,
+        ramp=plan.jump_ramp,
     )
 
 
@@ -144,8 +144,8 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> None:
         training=notes_of(plan),
         architecture=plan.architecture,
     )
-    recorder.after_update(0, task.evaluate(model))
-    for step in range(1, plan.updates + 1):
+    recorder.after_step(0, task.evaluate(model))
+    for step in range(1, plan.steps + 1):
         optimizer.zero_grad()
         batch = task.batch(plan.batch_size, generator)
         with forward_format(plan):
@@ -158,9 +158,9 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> None:
         optimizer.step()
         metrics: dict[str, float] = {}
         if recorder.is_due(step):
-            is_evaluated = step % EVALUATE_EVERY < plan.interval or step == plan.updates
+            is_evaluated = step % EVALUATE_EVERY < plan.interval or step == plan.steps
             metrics = {"loss": loss.item()} | (task.evaluate(model) if is_evaluated else {})
-        recorder.after_update(step, metrics)
+        recorder.after_step(step, metrics)
         if recorder.problem:
             raise TrajectoryError(recorder.problem)
     recorder.close()
@@ -197,30 +197,30 @@ def is_finished(plan: RunPlan, out: Path) -> bool:
     return bool(run["complete"])
 
 
-def in_fleets(plans: Sequence[RunPlan]) -> list[list[RunPlan]]:
-    """The plans by what is trained side by side; a run that is of no fleet is alone."""
+def in_ensembles(plans: Sequence[RunPlan]) -> list[list[RunPlan]]:
+    """The plans by what is trained side by side; a run that is of no ensemble is alone."""
     groups: dict[str, list[RunPlan]] = {}
     for plan in plans:
-        groups.setdefault(plan.fleet or plan.name, []).append(plan)
+        groups.setdefault(plan.ensemble or plan.name, []).append(plan)
     return list(groups.values())
 
 
 def record_together(plans: list[RunPlan], report: Report, *, data: Path, out: Path) -> dict[str, str]:
-    """Record a fleet, or a run that is of none; why those runs of a fleet failed that did, by name."""
-    if plans[0].fleet:
-        return record_fleet(plans, data, out)
+    """Record an ensemble, or a run that is of none; why those runs of an ensemble failed that did, by name."""
+    if plans[0].ensemble:
+        return record_ensemble(plans, data, out)
     record_run(plans[0], data, out)
     return {}
 
 
 def record_all(groups: list[list[RunPlan]], args: argparse.Namespace) -> dict[str, str]:
-    """Record fleets and runs, several at once, with a bar; why those that failed did, by name."""
+    """Record ensembles and runs, several at once, with a bar; why those that failed did, by name."""
     failed: dict[str, str] = {}
     work = partial(record_together, data=args.data, out=args.out)
     with tqdm(total=sum(map(len, groups)), unit="run") as bar:
         for event in do_all(groups, work, args.jobs):
             failed |= event.result if event.kind == "done" else {plan.name: event.text for plan in event.job}
-            bar.set_postfix_str(event.job[0].fleet or event.job[0].name)
+            bar.set_postfix_str(event.job[0].ensemble or event.job[0].name)
             bar.update(len(event.job))
     return failed
 
@@ -233,9 +233,9 @@ def rehearsal_task(plan: RunPlan) -> ImageTask | TextTask:
 
 
 def seconds_together(plans: list[RunPlan]) -> float:
-    """About how long a fleet, or a run of none, takes; nowcasts and writing are not counted."""
-    if plans[0].fleet:
-        return plans[0].updates * time_fleet(plans, rehearsal_task(plans[0]))
+    """About how long an ensemble, or a run of none, takes; nowcasts and writing are not counted."""
+    if plans[0].ensemble:
+        return plans[0].steps * time_ensemble(plans, rehearsal_task(plans[0]))
     return run_seconds(plans[0])
 
 
@@ -243,7 +243,7 @@ def run_seconds(plan: RunPlan) -> float:
     """About how long a run takes on one thread of this machine; nowcasts and writing are not counted."""
     torch.set_num_threads(1)
     update, evaluation = time_training(rehearsal_task(plan), make_model(plan), plan.batch_size, forward_format(plan))
-    return plan.updates * (update + evaluation / max(EVALUATE_EVERY, plan.interval))
+    return plan.steps * (update + evaluation / max(EVALUATE_EVERY, plan.interval))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -267,44 +267,46 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="RATE",
         help="constant, one drawn per run; by default 1e-3 to 5e-3 for images, 2e-4 to 2e-3 for language",
     )
-    parser.add_argument("--updates", type=positive_int, default=4000, help="optimizer updates per run")
-    parser.add_argument("--interval", type=positive_int, default=25, help="optimizer updates between recorded states")
+    parser.add_argument("--steps", type=positive_int, default=4000, help="optimizer steps per run")
+    parser.add_argument("--interval", type=positive_int, default=25, help="optimizer steps between recorded states")
     parser.add_argument(
         "--bf16", action="store_true", help="train on images in bfloat16: up to twice as fast, on a CPU that has AMX"
     )
     parser.add_argument("--jump-with", metavar="NOWCASTER", help="nowcast the runs: a name, a folder or a .pt file")
     parser.add_argument(
-        "--jump-period", type=positive_int, default=1000, help="optimizer updates between jumps, with --jump-with"
+        "--jump-period", type=positive_int, default=1000, help="optimizer steps between jumps, with --jump-with"
     )
     parser.add_argument(
-        "--jump-average", type=positive_int, default=1, help="optimizer updates that a snapshot is the mean of"
+        "--jump-average", type=positive_int, default=1, help="optimizer steps that a snapshot is the mean of"
     )
     parser.add_argument(
         "--jump-until",
         type=positive_int,
         metavar="U",
-        help="every run jumps for the last time at an update up to U, drawn at random, and goes on undisturbed",
+        help="every run jumps for the last time at a step up to U, drawn at random, and goes on undisturbed",
     )
     parser.add_argument(
-        "--jump-keep-norms", action="store_true", help="matrices keep their norms in a jump, as where rates are high"
+        "--jump-preserve-norms",
+        action="store_true",
+        help="matrices keep their norms in a jump, as where rates are high",
     )
     parser.add_argument(
-        "--jump-glide",
+        "--jump-ramp",
         type=whole_number,
         default=0,
         metavar="U",
-        help="updates over which a jump is dealt out; 0 jumps at once",
+        help="steps over which a jump is dealt out; 0 jumps at once",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--fleet",
+        "--ensemble",
         type=positive_int,
         default=1,
         metavar="M",
         help="record every run M times with seeds of their own, side by side: what a GPU is quick at",
     )
     parser.add_argument(
-        "--jobs", type=positive_int, default=1, help="runs at once, one thread each; with --fleet, fleets"
+        "--jobs", type=positive_int, default=1, help="runs at once, one thread each; with --ensemble, ensembles"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="only say what would be recorded, how large it is and how long it takes"
@@ -318,13 +320,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in needed:
         if not (args.data / name).exists():
             fail(f"--data: {args.data / name} does not exist; docs/pretraining.md describes the folder")
-    if args.interval > args.updates:
-        fail(f"--interval {args.interval} is larger than --updates {args.updates}: no window could be read")
+    if args.interval > args.steps:
+        fail(f"--interval {args.interval} is larger than --steps {args.steps}: no window could be read")
     if args.jump_with is not None:
         check_jumps(args)
-    elif args.jump_until is not None or args.jump_average > 1 or args.jump_keep_norms or args.jump_glide:
+    elif args.jump_until is not None or args.jump_average > 1 or args.jump_preserve_norms or args.jump_ramp:
         fail(
-            "--jump-until, --jump-average, --jump-keep-norms, --jump-glide: say with --jump-with NOWCASTER what makes "
+            "--jump-until, --jump-average, --jump-preserve-norms, --jump-ramp: say with --jump-with NAME what makes "
             "the jumps"
         )
     return args
@@ -334,32 +336,32 @@ def check_jumps(args: argparse.Namespace) -> None:
     """Stop if the nowcaster cannot be used in this rhythm, or leaves nothing to learn from between its jumps."""
     context = load_nowcaster(args.jump_with).config.context
     schedule = ScheduleConfig(period=args.jump_period, context=context)
-    check_snapshot_average(args.jump_average, schedule.interval)
-    check_glide(args.jump_glide, args.jump_period)
-    if args.jump_until is not None and not args.jump_period <= args.jump_until < args.updates:
-        fail(f"--jump-until {args.jump_until}: expected at least --jump-period and less than --updates")
-    undisturbed = args.jump_period - args.jump_glide
+    check_average_over(args.jump_average, schedule.interval)
+    check_ramp(args.jump_ramp, args.jump_period)
+    if args.jump_until is not None and not args.jump_period <= args.jump_until < args.steps:
+        fail(f"--jump-until {args.jump_until}: expected at least --jump-period and less than --steps")
+    undisturbed = args.jump_period - args.jump_ramp
     if args.jump_until is None and undisturbed // args.interval <= context:
-        after = f" after a glide of {args.jump_glide} updates" if args.jump_glide else ""
+        after = f" after a ramp of {args.jump_ramp} steps" if args.jump_ramp else ""
         fail(
             f"--jump-period {args.jump_period}{after} holds {undisturbed // args.interval} states at --interval "
             f"{args.interval}: a window needs {context + 1} between two jumps"
         )
-    if args.jump_period >= args.updates:
-        fail(f"--jump-period {args.jump_period} is not below --updates {args.updates}: no run would jump")
+    if args.jump_period >= args.steps:
+        fail(f"--jump-period {args.jump_period} is not below --steps {args.steps}: no run would jump")
 
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     plans = plan_runs(args)
     todo = [plan for plan in plans if not is_finished(plan, args.out)]
-    groups = in_fleets(todo)
+    groups = in_ensembles(todo)
     gigabytes = sum(map(state_bytes, todo)) / 1e9
     print(
         f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
     )
     if args.dry_run:
-        at_once = 1 if args.fleet > 1 and fleet_device().type == "cuda" else args.jobs  # fleets share the GPU
+        at_once = 1 if args.ensemble > 1 and ensemble_device().type == "cuda" else args.jobs  # ensembles share the GPU
         seconds = sum(map(seconds_together, tqdm(groups, leave=False))) / at_once
         print(f"about {duration(seconds)} with --jobs {at_once}, at the speed of this machine now")
         return 0

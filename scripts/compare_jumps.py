@@ -3,12 +3,12 @@
     python scripts/compare_jumps.py --data DATA --task c10-16 --at 1000 2000 \\
         --jumps nino:nino-tiny@horizon=40 official:nino.pt@horizon=40 linear@horizon=4 --out jumps
 
-Adam trains once up to the last of the updates ``--at``. From each of them a branch per jump, and one that stays, goes
-on for ``--updates`` on the same batches. Whole trainings (scripts/evaluate_speedup.py) are the measure of a nowcaster;
+Adam trains once up to the last of the steps ``--at``. From each of them a branch per jump, and one that stays, goes
+on for ``--steps`` on the same batches. Whole trainings (scripts/evaluate_speedup.py) are the measure of a nowcaster;
 this is how to find a promising one, or a good horizon, in minutes. Use seeds that no evaluation uses.
 
 *gain* is the mean of the evaluations in the last third of a branch, minus that of the branch that stays: positive is
-better, for losses too. With ``--anneal`` the learning rate falls to zero over the last updates of every branch, which
+better, for losses too. With ``--anneal`` the learning rate falls to zero over the last steps of every branch, which
 takes noise off branches that jump and that do not, and *gain* is of the last evaluation alone.
 Results so far lie in ``OUT/jumps.json``; the same command goes on.
 """
@@ -45,34 +45,34 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, help="as for scripts/evaluate_speedup.py")
     add("--learning-rate", type=positive_float, help="by default the task's own")
     add("--seed", type=whole_number, default=100)
-    add("--at", type=positive_int, nargs="+", default=[1000, 2000], help="updates after which to jump")
+    add("--at", type=positive_int, nargs="+", default=[1000, 2000], help="steps after which to jump")
     add(
         "--jumps",
         nargs="+",
         required=True,
         metavar="JUMP",
-        help="a jump of docs/evaluation.md and @horizon=K,interval=U,average=A,glide=G,keep_norms=yes",
+        help="a jump of docs/evaluation.md and @horizon=K,interval=U,average=A,ramp=G,preserve_norms=yes",
     )
-    add("--updates", type=positive_int, default=600, help="how far branches go on")
-    add("--warmup", type=whole_number, default=0, metavar="U", help="updates over which the rate rises from zero")
+    add("--steps", type=positive_int, default=600, help="how far branches go on")
+    add("--warmup", type=whole_number, default=0, metavar="U", help="steps over which the rate rises from zero")
     add(
         "--anneal",
         type=whole_number,
         default=0,
         metavar="U",
-        help="last updates of a branch, over which it falls to it",
+        help="last steps of a branch, over which it falls to it",
     )
     add("--evaluate-every", type=positive_int, default=50)
     add("--out", type=Path, default=Path("jumps"))
     args = parser.parse_args(argv)
-    if args.anneal > args.updates:
-        fail(f"--anneal {args.anneal} is more than the {args.updates} updates of a branch")
+    if args.anneal > args.steps:
+        fail(f"--anneal {args.anneal} is more than the {args.steps} steps of a branch")
     if args.warmup > min(args.at):
-        fail(f"--warmup {args.warmup} is not over after update {min(args.at)}, where a branch begins")
+        fail(f"--warmup {args.warmup} is not over after step {min(args.at)}, where a branch begins")
     return args
 
 
-def check_jumps(jumps: list[JumpPlan], first: int, updates: int) -> tuple[int, dict[str, str | None]]:
+def check_jumps(jumps: list[JumpPlan], first: int, steps: int) -> tuple[int, dict[str, str | None]]:
     """Load every jump, so that it fails before training and not after.
 
     Returns:
@@ -85,11 +85,11 @@ def check_jumps(jumps: list[JumpPlan], first: int, updates: int) -> tuple[int, d
         weights[jump.name] = fingerprint(jump.part, nowcaster)
         if jump.horizon > config.max_horizon:
             raise NinoError(f"jump {jump.name!r}: the nowcaster looks at most {config.max_horizon} intervals ahead")
-        if jump.glide > updates:
-            raise NinoError(f"jump {jump.name!r}: its glide takes more than the {updates} updates of a branch")
+        if jump.ramp > steps:
+            raise NinoError(f"jump {jump.name!r}: its ramp takes more than the {steps} steps of a branch")
         if (config.context - 1) * jump.interval + jump.average > first:
             raise NinoError(
-                f"jump {jump.name!r}: {config.context} snapshots {jump.interval} updates apart do not fit before "
+                f"jump {jump.name!r}: {config.context} snapshots {jump.interval} steps apart do not fit before "
                 f"update {first}"
             )
         contexts.append(config.context)
@@ -152,9 +152,9 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     spec, jumps = TASKS[args.task], [parse_jump(name) for name in dict.fromkeys(args.jumps)]
     spec.check_data(args.task, args.data)
-    context, weights = check_jumps(jumps, min(args.at), args.updates)
+    context, weights = check_jumps(jumps, min(args.at), args.steps)
     rate = args.learning_rate or spec.learning_rate
-    settings = {"task": args.task, "learning_rate": rate, "seed": args.seed, "updates": args.updates}
+    settings = {"task": args.task, "learning_rate": rate, "seed": args.seed, "steps": args.steps}
     settings["evaluate_every"] = args.evaluate_every
     settings |= {name: value for name in ("warmup", "anneal") if (value := getattr(args, name))}
     make_output_folder("--out", args.out)
@@ -166,13 +166,13 @@ def main(argv: list[str]) -> int:
     if todo:
         torch.set_num_threads(1)
         trunk, last = Trunk(args.task, args.seed, rate, args.warmup), max(at for at, _ in todo)
-        with tqdm(total=last + len(todo) * args.updates, unit="update", mininterval=1) as bar:
+        with tqdm(total=last + len(todo) * args.steps, unit="update", mininterval=1) as bar:
             for _ in trunk.grow(args.data, sorted({at for at, _ in todo}), jumps, context):
                 bar.update()
             for at, jump in todo:
                 bar.set_postfix_str(_name(at, jump))
                 curve: Curve = []
-                for step, metrics in trunk.branch(args.data, at, jump, args.updates, args.evaluate_every, args.anneal):
+                for step, metrics in trunk.branch(args.data, at, jump, args.steps, args.evaluate_every, args.anneal):
                     bar.update(step - (curve[-1][0] if curve else 0))
                     curve.append((step, finite(metrics[spec.metric])))
                 results[_name(at, jump)] = curve

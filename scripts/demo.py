@@ -1,4 +1,4 @@
-"""Train two real models with Adam alone and with nowcasting, and show how many updates nowcasting saved.
+"""Train two real models with Adam alone and with nowcasting, and show how many steps nowcasting saved.
 
     python scripts/demo.py
 
@@ -122,7 +122,7 @@ def train(job: tuple[str, str], report: Report, *, args: argparse.Namespace) -> 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=args.updates,
+            max_steps=args.steps,
             per_device_train_batch_size=BATCH_SIZE[task],
             per_device_eval_batch_size=128,
             learning_rate=args.learning_rate,
@@ -165,7 +165,7 @@ def train(job: tuple[str, str], report: Report, *, args: argparse.Namespace) -> 
 
 
 def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per task and method: updates to reach Adam's final loss, final loss, time."""
+    """One row per task and method: steps to reach Adam's final loss, final loss, time."""
     rows = []
     for task in TASKS:
         target = runs[task, "adam"]["curve"][-1][1]
@@ -175,7 +175,7 @@ def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any
                 {
                     "task": task,
                     "method": method,
-                    "updates to Adam's final loss": updates_to_reach(run["curve"], target),
+                    "steps to Adam's final loss": updates_to_reach(run["curve"], target),
                     "final loss": run["curve"][-1][1],
                     "best loss": min(loss for _, loss in run["curve"]),
                     "seconds": run["seconds"],
@@ -190,14 +190,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--nowcaster", default="nino-base", help="shipped name, folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=positive_int, default=3000, help="optimizer updates of each training")
+    parser.add_argument("--steps", type=positive_int, default=3000, help="optimizer steps of each training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--jobs", type=positive_int, default=2, help="trainings at once, one thread each")
     args = parser.parse_args(argv)
     if not 0 < args.learning_rate < 1:
         fail(f"--learning-rate must be between 0 and 1, got {args.learning_rate}")
-    if args.updates < EVALUATE_EVERY:
-        fail(f"--updates must be at least {EVALUATE_EVERY}, the first evaluation; got {args.updates}")
+    if args.steps < EVALUATE_EVERY:
+        fail(f"--steps must be at least {EVALUATE_EVERY}, the first evaluation; got {args.steps}")
     return args
 
 
@@ -205,7 +205,7 @@ def run_all(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
     """Run every task with every method, several at once, and show how far each is."""
     jobs = [(task, method) for task in TASKS for method in METHODS]
     runs: dict[tuple[str, str], dict[str, Any]] = {}
-    with tqdm(total=len(jobs) * args.updates, unit="update", mininterval=1, dynamic_ncols=True) as bar:
+    with tqdm(total=len(jobs) * args.steps, unit="update", mininterval=1, dynamic_ncols=True) as bar:
         for event in do_all(jobs, partial(train, args=args), args.jobs):
             name = " ".join(event.job)
             if event.kind == "failed":
@@ -217,17 +217,17 @@ def run_all(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
     return {job: runs[job] for job in jobs}
 
 
-def verdicts(rows: list[dict[str, Any]], updates: int) -> list[str]:
+def decisions(rows: list[dict[str, Any]], steps: int) -> list[str]:
     """One plain sentence per task; Adam too may pass its final loss before the end."""
-    reached = {(row["task"], row["method"]): row["updates to Adam's final loss"] for row in rows}
+    reached = {(row["task"], row["method"]): row["steps to Adam's final loss"] for row in rows}
     sentences = []
     for task in TASKS:
         adam, nowcast = reached[task, "adam"], reached[task, "nowcast"]
         if nowcast is None:
-            text = f"nowcasting lost: it never reached Adam's final loss within {updates} updates"
+            text = f"nowcasting lost: it never reached Adam's final loss within {steps} steps"
         else:
             share = f"{100 * nowcast / adam:.0f}%"
-            text = f"nowcasting reached Adam's final loss after {nowcast} updates, Adam after {adam} ({share})"
+            text = f"nowcasting reached Adam's final loss after {nowcast} steps, Adam after {adam} ({share})"
         sentences.append(f"{task}: {text}")
     return sentences
 
@@ -239,14 +239,14 @@ def main(argv: list[str]) -> int:
     began = time.perf_counter()
     runs = run_all(args)
     rows = summarise(runs)
-    sentences = verdicts(rows, args.updates)
+    sentences = decisions(rows, args.steps)
     panels = {task: {method: runs[task, method]["curve"] for method in METHODS} for task in TASKS}
     jumps = {task: [int(report["nowcast/step"]) for report in runs[task, "nowcast"]["nowcasts"]] for task in TASKS}
     draw_curves(args.out / "curves.png", panels, jumps)
     result = {
         "arguments": settings_of(args),
         "summary": rows,
-        "verdicts": sentences,
+        "decisions": sentences,
         "runs": list(runs.values()),
         "seconds": time.perf_counter() - began,
     }

@@ -1,4 +1,4 @@
-"""Compare training methods: how many updates does each need to reach what Adam reaches?
+"""Compare training methods: how many steps does each need to reach what Adam reaches?
 
     python scripts/evaluate_speedup.py
     python scripts/evaluate_speedup.py --data ../data --tasks c10-16 --methods adam nino:nino-tiny linear --seeds 0 1 2
@@ -44,10 +44,10 @@ from tasks.comparing import (
     at_best_rates,
     by_budget,
     by_setting,
+    decisions,
     map_numbers,
     mean_curve,
     summarise,
-    verdicts,
 )
 from tasks.images import HeldOut
 from tasks.machine import describe_machine
@@ -69,7 +69,7 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     settings = {name: getattr(args, name) for name in Rhythm.__dataclass_fields__}
     rhythm = Rhythm(**settings | {name: settings[name] == "yes" for name in YES_OR_NO})
     methods = [parse_method(name, rhythm) for name in dict.fromkeys(args.methods)]
-    budgets = {task: args.updates or [TASKS[task].updates] for task in args.tasks}
+    budgets = {task: args.steps or [TASKS[task].steps] for task in args.tasks}
     shortest, longest = (of(of(of_task) for of_task in budgets.values()) for of in (min, max))
     for method in methods:
         check_jumps(method, shortest)
@@ -82,13 +82,13 @@ def plan(args: argparse.Namespace) -> list[Cell]:
             seed=seed,
             learning_rate=rate,
             schedule=schedule,
-            updates=updates,
+            steps=steps,
             evaluate_every=args.eval_every,
             warmup=args.warmup,
             held_out=args.held_out,
         )
         for task in dict.fromkeys(args.tasks)
-        for updates in dict.fromkeys(budgets[task])
+        for steps in dict.fromkeys(budgets[task])
         for schedule in dict.fromkeys(args.schedules)
         for rate in dict.fromkeys(args.learning_rates or [TASKS[task].learning_rate])
         for seed in dict.fromkeys(args.seeds)
@@ -99,13 +99,13 @@ def plan(args: argparse.Namespace) -> list[Cell]:
 def estimated_seconds(cell: Cell, finished: Iterable[Result]) -> float:
     """How long a training takes: as finished ones of the same task and method, else as on our machine."""
     same = [
-        (result["seconds"] + result["evaluation_seconds"]) / result["cell"]["updates"]
+        (result["seconds"] + result["evaluation_seconds"]) / result["cell"]["steps"]
         for result in finished
         if (result["cell"]["task"], result["cell"]["method"]) == (cell.task, cell.method)
     ]
     spec = TASKS[cell.task]
     each = spec.seconds_per_update + spec.seconds_per_evaluation / cell.evaluate_every
-    return cell.updates * (median(same) if same else each)
+    return cell.steps * (median(same) if same else each)
 
 
 def list_cells(cells: Sequence[Cell], results: Mapping[Cell, Result], jobs: int) -> None:
@@ -122,7 +122,7 @@ def train_all(cells: Sequence[Cell], args: argparse.Namespace) -> dict[Cell, str
     """Train cells, several at once, with a bar; returns those that failed, and why."""
     failed: dict[Cell, str] = {}
     work = partial(train_and_write, data=args.data or Path(), out=args.out)
-    with tqdm(total=sum(cell.updates for cell in cells), unit="update", mininterval=1, dynamic_ncols=True) as bar:
+    with tqdm(total=sum(cell.steps for cell in cells), unit="update", mininterval=1, dynamic_ncols=True) as bar:
         for event in do_all(cells, work, min(args.jobs, len(cells))):
             bar.update(event.amount)
             if event.kind == "failed":
@@ -140,13 +140,13 @@ def report(results: Mapping[Cell, Result], failed: Mapping[Cell, str], args: arg
         "Each method at its own best learning rate, against Adam at Adam's": at_best_rates(settings, goals),
         "Final quality by budget": by_budget(settings, goals),
     }
-    sentences = verdicts(settings, goals)
+    sentences = decisions(settings, goals)
     content = {
         "arguments": settings_of(args),
         "machine": describe_machine(),
         "goals": {task: asdict(goal) for task, goal in goals.items()},
         "tables": map_numbers(tables, asdict),
-        "verdicts": sentences,
+        "decisions": sentences,
         "failed": {cell.label: reason for cell, reason in failed.items()},
         "cells": [
             {**without_losses(result), "file": str(result_path(args.out, cell).relative_to(args.out))}
@@ -167,7 +167,7 @@ def goal_of(task: str, targets: Mapping[str, list[float]]) -> Goal:
 
 
 def without_losses(result: Result) -> dict[str, Any]:
-    """A result without its longest part, the loss of every update."""
+    """A result without its longest part, the loss of every step."""
     return {name: value for name, value in result.items() if name != "training_losses"}
 
 
@@ -224,15 +224,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0])
     add("--learning-rates", type=positive_float, nargs="+", help="by default each task's own")
     add("--schedules", nargs="+", choices=SCHEDULES, default=["constant"], help="of the learning rate")
-    add("--warmup", type=whole_number, default=0, metavar="U", help="updates over which the rate rises from zero")
+    add("--warmup", type=whole_number, default=0, metavar="U", help="steps over which the rate rises from zero")
     add(
         "--held-out",
         choices=get_args(HeldOut),
         default="test",
         help="what is evaluated on: choose settings on validation data",
     )
-    add("--updates", type=positive_int, nargs="+", help="one or several budgets; by default each task's own")
-    add("--period", type=positive_int, default=1000, help="updates between jumps")
+    add("--steps", type=positive_int, nargs="+", help="one or several budgets; by default each task's own")
+    add("--period", type=positive_int, default=1000, help="steps between jumps")
     add("--max-horizon", type=positive_int, help="of the first jump, in fifths of a period; by default the nowcaster's")
     add("--decay-power", type=positive_float, default=2.0, help="how fast horizons shrink; 1 is linear")
     add(
@@ -241,22 +241,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="update by which horizons have shrunk to one interval and jumps have ended, or a part of the run, as 0.67",
     )
     add(
-        "--probation",
+        "--rollback-window",
         type=int,
         default=0,
-        help="updates in which the loss must recover from a jump; 0 keeps every jump",
+        help="steps in which the loss must recover from a jump; 0 keeps every jump",
     )
     add(
-        "--snapshot-average",
+        "--average-over",
         type=positive_int,
         default=1,
-        help="updates before a snapshot over which the weights are averaged",
+        help="steps before a snapshot over which the weights are averaged",
     )
     add("--moments", choices=get_args(Moments), default="keep", help="what becomes of Adam's moments after a jump")
-    add("--keep-norms", choices=["yes", "no"], default="no", help="matrices keep their norms in a jump")
-    add("--glide", type=whole_number, default=0, help="updates over which a jump is dealt out; 0 jumps at once")
+    add("--preserve-norms", choices=["yes", "no"], default="no", help="matrices keep their norms in a jump")
+    add("--ramp", type=whole_number, default=0, help="steps over which a jump is dealt out; 0 jumps at once")
     add("--batch-norm", choices=["yes", "no"], default="yes", help="estimate running statistics anew after a jump")
-    add("--eval-every", type=positive_int, default=50, help="updates between evaluations")
+    add("--eval-every", type=positive_int, default=50, help="steps between evaluations")
     add("--targets", type=targets_of_task, nargs="+", default=[], help="TASK=VALUE,VALUE,...: other values to reach")
     add("--jobs", type=positive_int, default=2, help="trainings at once, one thread each")
     add("--out", type=Path, default=Path("results/speedup"))
@@ -265,11 +265,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.targets = dict(args.targets)
     for task in args.tasks:
         TASKS[task].check_data(task, args.data)
-        for updates in args.updates or [TASKS[task].updates]:
-            if updates < args.eval_every:
-                fail(f"--eval-every {args.eval_every} is more than the {updates} updates of a training")
-            if updates <= args.warmup:
-                fail(f"--warmup {args.warmup} leaves nothing of the {updates} updates of a training")
+        for steps in args.steps or [TASKS[task].steps]:
+            if steps < args.eval_every:
+                fail(f"--eval-every {args.eval_every} is more than the {steps} steps of a training")
+            if steps <= args.warmup:
+                fail(f"--warmup {args.warmup} leaves nothing of the {steps} steps of a training")
     return args
 
 

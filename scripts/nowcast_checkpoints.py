@@ -54,9 +54,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--horizon",
         type=positive_int,
-        help="intervals between checkpoints to look ahead (default: what the callback would choose at this update)",
+        help="intervals between checkpoints to look ahead (default: what the callback would choose at this step)",
     )
-    parser.add_argument("--keep-norms", action="store_true", help="matrices keep the norms of the last checkpoint")
+    parser.add_argument("--preserve-norms", action="store_true", help="matrices keep the norms of the last checkpoint")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="package.module:function that returns the model, if there is no config.json")
     source.add_argument("--config", type=Path, help="folder with the config.json of the transformers model")
@@ -81,7 +81,7 @@ def nowcast(args: argparse.Namespace) -> CheckpointNowcast:
             dtype=DTYPES[args.dtype],
             device=args.device,
             memory_budget=args.memory_budget,
-            keep_norms=args.keep_norms,
+            preserve_norms=args.preserve_norms,
             progress=progress_of(bar),
         )
 
@@ -101,7 +101,7 @@ def summary(result: CheckpointNowcast, out: Path) -> str:
     ahead = f"{result.horizon} intervals ahead"
     if result.steps is not None:
         interval = result.steps[1] - result.steps[0]
-        ahead = f"update {result.steps[-1]}, {result.horizon} intervals of {interval} updates ahead"
+        ahead = f"update {result.steps[-1]}, {result.horizon} intervals of {interval} steps ahead"
     frozen = f", {result.unchanged} were frozen" if result.unchanged else ""
     return (
         f"{ahead}: {result.parameters} tensors moved by {result.relative_jump:.3g} of their norm{frozen}, "

@@ -26,7 +26,7 @@ from nino.checkpoints import model_from_config
 from nino.costs import Rates, Settings, default_rates, estimate_update_seconds
 from nino.data import build_model
 from nino.errors import NinoError
-from nino.session.judge.rule import default_probation
+from nino.session.judge.rule import default_rollback_window
 from nino.session.schedule import ScheduleConfig
 from tasks.cli import (
     ArgumentParser,
@@ -67,12 +67,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--snapshots-on", choices=("cpu", "device", "disk"), default="cpu")
     parser.add_argument("--snapshot-dtype", choices=list(DTYPES), help="by default that of the parameters")
     parser.add_argument("--optimizer-bytes", type=float, help="of state per weight; by default Adam's two moments")
-    parser.add_argument("--probation", type=int, help="updates; 0 for none, by default a tenth of the period")
-    parser.add_argument("--period", type=int, default=1000, help="updates between nowcasts")
-    parser.add_argument("--glide", type=int, default=0, help="updates over which a jump is dealt out")
-    parser.add_argument("--snapshot-average", type=int, default=1, help="updates over which a snapshot is averaged")
+    parser.add_argument("--rollback-window", type=int, help="steps; 0 for none, by default a tenth of the period")
+    parser.add_argument("--period", type=int, default=1000, help="steps between nowcasts")
+    parser.add_argument("--ramp", type=int, default=0, help="steps over which a jump is dealt out")
+    parser.add_argument("--average-over", type=int, default=1, help="steps over which a snapshot is averaged")
     parser.add_argument("--seconds-per-update", type=positive_float, help="of training, or estimate it by the next two")
-    parser.add_argument("--tokens", type=amount, help="of one update, over all ranks, such as 4M")
+    parser.add_argument("--tokens", type=amount, help="of one step, over all ranks, such as 4M")
     parser.add_argument(
         "--training-rate", type=per_second(amount), help="operations per second that a rank trains at, as 400T"
     )
@@ -86,7 +86,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("results/plan"), help="folder for plan.json")
     args = parser.parse_args(argv)
     if (args.tokens is None) != (args.training_rate is None):
-        fail("--tokens and --training-rate belong together: they give the seconds of an update")
+        fail("--tokens and --training-rate belong together: they give the seconds of a step")
     if args.tokens is not None and args.seconds_per_update is not None:
         fail("give --seconds-per-update, or --tokens and --training-rate, not both")
     check_output_folder("--out", args.out)
@@ -104,10 +104,12 @@ def make_plan(args: argparse.Namespace) -> nino.RunPlan:
         "dtype": DTYPES[args.dtype],
         "snapshots_on": args.snapshots_on,
         "snapshot_dtype": DTYPES.get(args.snapshot_dtype),
-        "snapshot_average": args.snapshot_average,
-        "glide": args.glide,
+        "average_over": args.average_over,
+        "ramp": args.ramp,
         "optimizer_bytes": args.optimizer_bytes,
-        "probation": default_probation(args.period) if args.probation is None else args.probation,
+        "rollback_window": default_rollback_window(args.period)
+        if args.rollback_window is None
+        else args.rollback_window,
         "period": args.period,
         "seconds_per_update": args.seconds_per_update,
     }
@@ -132,7 +134,7 @@ def lines_of(name: str, plan: nino.RunPlan, ranks_per_host: int) -> Iterator[str
     settings, memory, work = plan.settings, plan.memory, plan.work
     sharding = {"none": "replicas", "fsdp2": "FSDP2"}[settings.sharding]
     ranks = f"{settings.world_size:,} x {settings.device}" + (f", {sharding}" if settings.world_size > 1 else "")
-    yield f"{name} on {ranks}; a nowcaster of width {plan.hidden}, every {settings.period:,} updates"
+    yield f"{name} on {ranks}; a nowcaster of width {plan.hidden}, every {settings.period:,} steps"
     yield f"{plan.weights:,} weights, {plan.nodes:,} neurons; per rank, of the one that holds the most:"
     place = {"cpu": "in host memory", "device": f"on {settings.device}", "disk": "on disk"}[settings.snapshots_on]
     host = ""
@@ -145,13 +147,13 @@ def lines_of(name: str, plan: nino.RunPlan, ranks_per_host: int) -> Iterator[str
         yield row("on its way to the disk", size(memory.under_way), "in host memory, one snapshot at a time")
     if memory.mean:
         yield row("mean of weights", size(memory.mean), f"of which a snapshot is made, on {settings.device}")
-    if memory.glide:
-        yield row("rest of a jump", size(memory.glide), f"for {settings.glide} updates after it, on {settings.device}")
-    yield row("restore point", size(memory.restore_point), f"for probation, {place}")
+    if memory.ramp:
+        yield row("rest of a jump", size(memory.ramp), f"for {settings.ramp} steps after it, on {settings.device}")
+    yield row("rollback copy", size(memory.rollback_copy), f"for rollback_window, {place}")
     yield row("kept in all", size(memory.kept), f"{place}{host}")
     yield row("during a nowcast", size(memory.nowcast), f"at most, on {settings.device}")
     if memory.backup:
-        yield row("backup in a nowcast", size(memory.backup), "snapshots are not exact, and there is no restore point")
+        yield row("backup in a nowcast", size(memory.backup), "snapshots are not exact, and there is no rollback copy")
     yield row("checkpoints grow by", size(memory.checkpoint), "at most")
     yield row("products on edges", f"{work.edge_products:.4g}", f"H x H; and {work.node_products:.4g} on neurons")
     yield row("snapshots read", size(work.moved_bytes), "per nowcast, from where they live")
@@ -162,14 +164,14 @@ def lines_of_time(plan: nino.RunPlan) -> Iterator[str]:
     """What it means in seconds, and where rates are from."""
     time, period = plan.time, plan.settings.period
     meanwhile = "while training goes on" if time.snapshots_overlap else "training waits"
-    yield row("seconds of an update", seconds(time.update), "of training")
+    yield row("seconds of a step", seconds(time.update), "of training")
     yield row("of a snapshot", seconds(time.snapshot), f"{plan.context} per period; {meanwhile}")
-    yield row("of a restore point", seconds(time.restore_point), "one per period")
+    yield row("of a rollback copy", seconds(time.rollback_copy), "one per period")
     parts = f"products {seconds(time.compute)}, reading {seconds(time.move)}, traffic {seconds(time.send)}"
     yield row("of a nowcast", seconds(time.nowcast), parts)
     overhead = "-" if plan.overhead is None else f"{100 * plan.overhead:.3g}%"
     missing = f"; not counted: {', '.join(time.not_counted)}" if time.not_counted else ""
-    yield row("overhead", overhead, f"of {period:,} updates{missing}")
+    yield row("overhead", overhead, f"of {period:,} steps{missing}")
     for rate, unit in (("nowcast_flops", "FLOP/s"), ("copy_bytes", "B/s"), ("network_bytes", "B/s")):
         value = getattr(plan.rates, rate)
         if value is not None:

@@ -41,12 +41,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--hidden", type=positive_int, help="width of the network (128)")
     add("--inputs", choices=get_args(Inputs), help="what the nowcaster reads, weights unless said otherwise")
     add("--trend", action="store_true", help="also learn how a parameter's movements go on by themselves")
-    add("--steps", type=positive_int, default=5000, help="updates of the nowcaster")
+    add("--steps", type=positive_int, default=5000, help="steps of the nowcaster")
     add("--batch", type=positive_int, default=1, help="windows per batch of the family with the largest graphs")
     add("--accumulate", type=positive_int, default=1, help="unions per batch: a batch is as many times as large")
     add("--strides", type=positive_int, nargs="+", default=[2, 4, 8], help="states between snapshots")
-    add("--interval", type=positive_int, help="read runs as if recorded every so many updates; with --average")
-    add("--average", type=positive_int, help="updates over which every state that is read is averaged")
+    add("--interval", type=positive_int, help="read runs as if recorded every so many steps; with --average")
+    add("--average", type=positive_int, help="steps over which every state that is read is averaged")
     add("--max-outputs", type=positive_int, default=4096, help="edges of a window in the loss, drawn at random")
     add(
         "--max-words",

@@ -5,9 +5,9 @@
 
 Every tenth run of a family is scored, those that scripts/pretrain_nowcaster.py holds out of the same folder, or all
 (``--all``); of a run that jumps, the stretch after its last jump. Windows begin at places spread over a run, or over
-the first ``--within`` updates of a stretch.
+the first ``--within`` steps of a stretch.
 
-*cosine* is between the predicted movement of all weights with two axes or more (means over ``--average`` updates, from
+*cosine* is between the predicted movement of all weights with two axes or more (means over ``--average`` steps, from
 the last snapshot) and the one that was recorded; *length* the one's length over the other's; *error* the squared
 distance between them as a part of the squared movement: copying the last snapshot has 1. ``linear`` goes on as over the
 last interval. Numbers tell how a nowcaster was trained, not what it saves: for that see scripts/evaluate_speedup.py.
@@ -49,11 +49,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--runs", type=Path, required=True, help="folder of trajectories (scripts/collect_trajectories.py)")
     add("--nowcasters", nargs="+", required=True, help="names, folders or published .pt files")
     add("--all", action="store_true", help="score all runs and not only the held-out ones")
-    add("--interval", type=positive_int, default=100, help="updates between snapshots")
-    add("--average", type=positive_int, default=50, help="updates over which every state is averaged")
+    add("--interval", type=positive_int, default=100, help="steps between snapshots")
+    add("--average", type=positive_int, default=50, help="steps over which every state is averaged")
     add("--horizons", type=positive_int, nargs="+", default=[3, 10, 20], help="intervals ahead")
     add("--windows", type=positive_int, default=3, help="per run")
-    add("--within", type=positive_int, help="updates after the start of a stretch in which windows begin")
+    add("--within", type=positive_int, help="steps after the start of a stretch in which windows begin")
     add("--out", type=Path, default=Path("results/scores"), help="folder for scores.json, with every single score")
     args = parser.parse_args(argv)
     return args

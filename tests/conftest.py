@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests share."""
+"""Fixtures that several files of tests partition."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ from nino.predict.engine.weights import PredictionWriter
 from nino.snapshots import Place, copying, writing
 
 STEPS, SAVED_AT, PROBATION = 20, 7, 2
-"""Nowcasts after 6, 12 and 18 of 20 updates; at the checkpoint after 7, that of 6 is on probation."""
+"""Nowcasts after 6, 12 and 18 of 20 steps; at the checkpoint after 7, that of 6 is in its rollback window."""
 
 
 class Run:
-    """A small training with a nowcast every six updates, which can be saved and resumed.
+    """A small training with a nowcast every six steps, which can be saved and resumed.
 
     Args:
         folder: for snapshots on disk.
@@ -42,12 +42,12 @@ class Run:
             settings.pop("nowcaster", None) or tiny_nowcaster(),
             snapshots_on=place,
             snapshot_folder=folder if place == "disk" else None,
-            **{"period": PERIOD, "max_steps": STEPS, "probation": PROBATION, **settings},
+            **{"period": PERIOD, "max_steps": STEPS, "rollback_window": PROBATION, **settings},
         )
         self.session = self.optimizer.session
 
     def train(self, last: int = STEPS, observed: Callable[[Tensor], Tensor] = lambda loss: loss) -> Run:
-        """Go on until ``last`` updates are done, observing what ``observed`` makes of each loss."""
+        """Go on until ``last`` steps are done, observing what ``observed`` makes of each loss."""
         while self.session.step < last:
             inputs, targets = batch(self.session.step)
             self.optimizer.zero_grad()
@@ -118,8 +118,8 @@ def half_of_a_file(stop: Callable[[], None], number: int = 1) -> None:
     writing.open = opened  # type: ignore[attr-defined]
 
 
-def file_of_the_restore_point(stop: Callable[[], None]) -> None:
-    """Of a probation with snapshots on disk: the second file of the update with the nowcast."""
+def file_of_the_rollback_copy(stop: Callable[[], None]) -> None:
+    """Of a rollback window with snapshots on disk: the second file of the step with the nowcast."""
     half_of_a_file(stop, number=2)
 
 
@@ -137,7 +137,7 @@ def half_of_a_nowcast(stop: Callable[[], None]) -> None:
 
 
 def train_and_die(folder: str, place: Place, arm: Callable[..., None], before: int, reached: Any) -> None:
-    """Save a checkpoint, and die at a point of update ``before`` + 1."""
+    """Save a checkpoint, and die at a point of step ``before`` + 1."""
     run = Run(Path(folder) / "snapshots", place).train(SAVED_AT)
     run.save(Path(folder) / "checkpoint.pt")
     run.train(before)
@@ -173,7 +173,7 @@ def train_with_accelerate(folder: Path, start: int = 0, stop: int = STEPS) -> tu
 
 
 def accelerate_and_die(folder: str, reached: Any) -> None:
-    """Save a state after 7 updates, and die while that after 9 is saved."""
+    """Save a state after 7 steps, and die while that after 9 is saved."""
     accelerator, run = train_with_accelerate(Path(folder), stop=7)
     accelerator.save_state(f"{folder}/7")
     run.train(9)
@@ -182,7 +182,7 @@ def accelerate_and_die(folder: str, reached: Any) -> None:
 
 
 def trainer_and_die(folder: str, reached: Any) -> None:
-    """With checkpoints every three updates, die while the snapshots of the third are saved."""
+    """With checkpoints every three steps, die while the snapshots of the third are saved."""
     from test_callback import callback, trainer
     from transformers import TrainerCallback
 
@@ -191,7 +191,7 @@ def trainer_and_die(folder: str, reached: Any) -> None:
             if state.global_step == 9:
                 half_of_a_torch_file(lambda: stop_for_good(reached), "nowcast.pt.part")
 
-    trainer(Path(folder), callback(probation=2), Arm(), save_strategy="steps", save_steps=3).train()
+    trainer(Path(folder), callback(rollback_window=2), Arm(), save_strategy="steps", save_steps=3).train()
 
 
 def one_of_two(folder: str, rank: int, reached: Any) -> None:
@@ -205,7 +205,7 @@ def one_of_two(folder: str, rank: int, reached: Any) -> None:
             stop_for_good(reached)
         return {name: value + 1 for name, value in newest.items()}
 
-    run, error = Run(nowcaster=ScriptedNowcaster(answer), probation=0), ""
+    run, error = Run(nowcaster=ScriptedNowcaster(answer), rollback_window=0), ""
     try:
         run.train(PERIOD)
     except Exception as caught:

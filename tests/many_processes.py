@@ -37,7 +37,7 @@ from nino.parallel.collectives import Channel
 from nino.parallel.shards import is_dtensor, local_tensor
 from nino.predict.engine import blockwise
 from nino.predict.model import build_network
-from nino.predict.work_partition import plan_share
+from nino.predict.work_partition import partition_work
 from nino.session.jump.batch_norm import BatchNormRenewal
 
 DEVICE = torch.device(os.environ.get("NINO_TEST_DEVICE", "cpu"))
@@ -101,17 +101,23 @@ def nowcast_together(
     snapshots: list[Weights],
     graph: nino.NeuralGraph,
     wanted: list[str],
-    keep_norms: bool = False,
+    preserve_norms: bool = False,
 ) -> Result:
     """Predict ``wanted`` in place; returns the distance, the bytes sent and this process's share of the work."""
     parameters = dict(model.named_parameters())
     local = [{name: shard_of(value, parameters[name]) for name, value in each.items()} for each in snapshots]
     channel, told = Channel(DEVICE), [(0, 0)]
     with channel.together():
-        share = plan_share(graph, parameters, wanted, local, channel)
+        partition = partition_work(graph, parameters, wanted, local, channel)
         live = {name: parameters[name] for name in wanted}
         jump = nowcaster.predict_(
-            live, local, 2, graph, share=share, keep_norms=keep_norms, progress=lambda *told_: told.append(told_)
+            live,
+            local,
+            2,
+            graph,
+            partition=partition,
+            preserve_norms=preserve_norms,
+            progress=lambda *told_: told.append(told_),
         )
     done, total = told[-1]
     assert done == total
@@ -122,7 +128,7 @@ def compare(
     build: Callable[[], nn.Module],
     distribute: Callable[[nn.Module], nn.Module],
     nowcaster: nino.Nowcaster,
-    keep_norms: bool = False,
+    preserve_norms: bool = False,
 ) -> Result:
     """Nowcast alone and together; every fourth parameter is frozen."""
     alone = build().to(DEVICE)
@@ -131,8 +137,8 @@ def compare(
     graph = nino.NeuralGraph.from_model(together)
     wanted = [name for index, name in enumerate(graph.shapes) if index % 4 != 3]
     live = {n: p for n, p in alone.named_parameters() if n in wanted}
-    jump = nowcaster.predict_(live, snapshots, 2, graph, keep_norms=keep_norms)
-    result = nowcast_together(nowcaster, together, snapshots, graph, wanted, keep_norms)
+    jump = nowcaster.predict_(live, snapshots, 2, graph, preserve_norms=preserve_norms)
+    result = nowcast_together(nowcaster, together, snapshots, graph, wanted, preserve_norms)
     new, expected = whole_weights(together), whole_weights(alone)
     error = sum(float((new[name] - expected[name]).double().square().sum()) for name in expected) ** 0.5
     edges = sum(block.num_edges for block in graph.parameter_blocks if block.parameter in wanted)
@@ -166,7 +172,7 @@ def table(distribute: Callable[[nn.Module], nn.Module], names: Collection[str] =
     wnn = nino.Nowcaster(build_network(tiny_config(kind="wnn")))
     results["wnn"] = compare(lambda: CASES[0].model(3), distribute, wnn)
     results["trend"] = compare(lambda: CASES[0].model(3), distribute, with_a_trend())
-    results["norms kept"] = compare(lambda: CASES[3].model(3), distribute, nowcaster, keep_norms=True)
+    results["norms kept"] = compare(lambda: CASES[3].model(3), distribute, nowcaster, preserve_norms=True)
     results["bfloat16"] = compare(lambda: CASES[0].model(3).bfloat16(), distribute, nowcaster)
     with mock.patch.object(nino.predict.work_partition, "BUCKET_BYTES", 512):  # many exchanges per round
         results["small buckets"] = compare(lambda: CASES[3].model(3), distribute, nowcaster)
@@ -245,13 +251,13 @@ def sharded_training() -> Result:
 
 
 def sharded_averages() -> Result:
-    """Snapshots that are means, on shards, and jumps that glide; saved in the middle of a mean."""
+    """Snapshots that are means, on shards, and jumps that ramp; saved in the middle of a mean."""
     model = shard(mlp().to(DEVICE))
-    optimizer = adam(model, snapshot_average=2, glide=3)
+    optimizer = adam(model, average_over=2, ramp=3)
     weights = train(model, optimizer, 0, 3)
     folder = Path(sys.argv[1]) / "averages"
     optimizer.save_history(folder)
-    other = adam(shard(mlp(seed=1).to(DEVICE)), snapshot_average=2, glide=3)
+    other = adam(shard(mlp(seed=1).to(DEVICE)), average_over=2, ramp=3)
     other.load_history(folder)
     mean, restored = (each.session.mean.state_dict() for each in (optimizer, other))
     same = [torch.equal(value, restored["means"][name]) for name, value in mean["means"].items()]
@@ -268,18 +274,18 @@ def too_far(newest: Weights) -> Weights:
     return {name: 30 * value for name, value in newest.items()}
 
 
-def on_probation(model: nn.Module) -> NowcastOptimizer:
-    """Nowcasts go much too far, each value by itself; period 12, probation 4."""
-    return adam(model, ScriptedNowcaster(too_far), period=12, probation=4)
+def is_monitored(model: nn.Module) -> NowcastOptimizer:
+    """Nowcasts go much too far, each value by itself; period 12, rollback_window 4."""
+    return adam(model, ScriptedNowcaster(too_far), period=12, rollback_window=4)
 
 
 def sharded_probation() -> Result:
-    """Roll-backs on shards; saved in the middle of a probation and resumed."""
+    """Roll-backs on shards; saved in the middle of a rollback window and resumed."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     model = shard(mlp().to(DEVICE))
-    optimizer = on_probation(model)
+    optimizer = is_monitored(model)
     weights = train(model, optimizer, 0, 14)
     folder = Path(sys.argv[1]) / "checkpoint"
     optimizer.save_history(folder / "nowcast")
@@ -289,7 +295,7 @@ def sharded_probation() -> Result:
     weights += train(model, optimizer, 14, 20)
 
     resumed = shard(mlp(seed=1).to(DEVICE))
-    other = on_probation(resumed)
+    other = is_monitored(resumed)
     model_state, optimizer_state = get_state_dict(resumed, other)
     steps = other.session.step
     state = {"model": model_state, "optimizer": optimizer_state}
@@ -458,7 +464,7 @@ def death() -> Result:
     if dist.get_rank() == 1:
         blockwise.kernels.movements = lambda *_: os._exit(0)
     errors = []
-    for action in (optimizer.session.after_update, lambda: optimizer.save_history(folder)):
+    for action in (optimizer.session.after_step, lambda: optimizer.save_history(folder)):
         try:
             action()
         except RuntimeError as error:
@@ -487,7 +493,7 @@ def hang() -> Result:
         time.sleep(3 * TIMEOUT.total_seconds())
     else:
         try:
-            optimizer.session.after_update()
+            optimizer.session.after_step()
         except RuntimeError as caught:
             error = type(caught).__name__
     restored = all(torch.equal(expected[n], local_tensor(p)) for n, p in model.named_parameters())
@@ -549,7 +555,7 @@ def recorded() -> Result:
         wrapped = nn.parallel.DistributedDataParallel(model) if name == "replicas" else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         recorder = record(wrapped, Path(sys.argv[1]) / f"recorded-{name}", interval=2, optimizer=optimizer)
-        recorder.after_update(0)
+        recorder.after_step(0)
         weights = [whole_weights(model)]
         for step in range(1, 7):
             if name == "full" and step == 2 and recorder._writer is not None:
@@ -558,7 +564,7 @@ def recorded() -> Result:
             optimizer.zero_grad()
             F.mse_loss(wrapped(inputs), targets).backward()
             optimizer.step()
-            recorder.after_update(step)
+            recorder.after_step(step)
             weights.append(whole_weights(model))
         recorder.close()
         result[name] = {"weights": weights[::2], "problem": recorder.problem}
@@ -594,14 +600,14 @@ def accelerated() -> Result:
 
 
 def accelerated_resume() -> Result:
-    """Saved with Accelerate in a probation, and resumed; every process has losses of its own."""
+    """Saved with Accelerate in a rollback window, and resumed; every process has losses of its own."""
     from accelerate import Accelerator
 
     accelerator, folder = Accelerator(cpu=DEVICE.type == "cpu"), Path(sys.argv[1])
 
     def begin(seed: int) -> tuple[nn.Module, NowcastOptimizer]:
         model = mlp(seed=seed)
-        prepared, optimizer = accelerator.prepare(model, on_probation(model))
+        prepared, optimizer = accelerator.prepare(model, is_monitored(model))
         return prepared, optimizer.optimizer
 
     def numbers(optimizer: NowcastOptimizer) -> list[dict[str, Any]]:
@@ -626,13 +632,13 @@ def accelerated_resume() -> Result:
 
 
 def trainer() -> Result:
-    """The Trainer's callback; saved in a probation and resumed."""
+    """The Trainer's callback; saved in a rollback window and resumed."""
     import test_callback
 
     folder = Path(sys.argv[1])
 
     def run(**settings: Any) -> Result:
-        callback = test_callback.callback(probation=3)
+        callback = test_callback.callback(rollback_window=3)
         host = test_callback.trainer(folder, callback, ddp_backend="gloo", save_strategy="steps", save_steps=7)
         host.train(**settings)
         return {
@@ -714,7 +720,7 @@ def unlike_settings() -> Result:
         channel = Channel(DEVICE)
         try:
             with channel.together():
-                plan_share(graph, parameters, wanted, snapshots, channel, [horizon])
+                partition_work(graph, parameters, wanted, snapshots, channel, [horizon])
             messages.append("")
         except nino.NinoError as error:
             messages.append(str(error))
@@ -722,9 +728,9 @@ def unlike_settings() -> Result:
 
 
 def unlike_norms() -> Result:
-    """Only process 1 keeps norms, or glides."""
+    """Only process 1 keeps norms, or ramps."""
     results = {}
-    for name, setting in (("norms", {"keep_norms": dist.get_rank() == 1}), ("glide", {"glide": dist.get_rank()})):
+    for name, setting in (("norms", {"preserve_norms": dist.get_rank() == 1}), ("ramp", {"ramp": dist.get_rank()})):
         model = mlp()
         optimizer = adam(model, **setting)
         results[name] = {"weights": train(model, optimizer, 0, PERIOD + 1), "reports": reports_of(optimizer)}
@@ -732,8 +738,8 @@ def unlike_norms() -> Result:
 
 
 def gliding_replicas() -> Result:
-    """Saved in the middle of a glide, with a probation, and resumed."""
-    settings: dict[str, Any] = {"glide": 3, "probation": 2}
+    """Saved in the middle of a ramp, with a rollback window, and resumed."""
+    settings: dict[str, Any] = {"ramp": 3, "rollback_window": 2}
     model = nn.parallel.DistributedDataParallel(mlp())
     optimizer = adam(model, **settings)
     train(model, optimizer, 0, PERIOD + 2)
@@ -769,7 +775,7 @@ def normed_replicas() -> Result:
     for value in (1.0, 2.0, 6.0):
         own = value + 10 * dist.get_rank()
         model(torch.tensor([[own - 1, own], [own + 1, own]]))
-        renewal.after_update()
+        renewal.after_step()
         means.append(model.module.running_mean.tolist())
     return {"means": means}
 

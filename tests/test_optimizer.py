@@ -143,7 +143,7 @@ def test_it_is_an_optimizer_that_shares_groups_and_state_with_the_base() -> None
     assert wrapper.param_groups is base.param_groups
     assert wrapper.state is base.state
     assert wrapper.defaults == base.defaults
-    assert repr(wrapper).startswith("NowcastOptimizer(every 6 updates, AdamW (")
+    assert repr(wrapper).startswith("NowcastOptimizer(every 6 steps, AdamW (")
 
     run.load(run.save())  # the base makes new groups and state when it loads
     assert wrapper.param_groups is base.param_groups
@@ -248,7 +248,7 @@ def test_a_closure_counts_as_one_update_and_its_loss_is_observed(base: str) -> N
 
 
 def test_updates_that_the_grad_scaler_skips_are_not_counted() -> None:
-    # Gradients overflow in the calls 2 and 5 of 8: six real updates, so the nowcast follows the eighth call.
+    # Gradients overflow in the calls 2 and 5 of 8: six real steps, so the nowcast follows the eighth call.
     model = mlp()
     wrapper = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

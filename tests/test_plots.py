@@ -77,10 +77,10 @@ def test_the_smoothed_curve_is_drawn_beside_the_raw_one_and_not_across_jumps() -
 
 
 def test_smoothing_by_hand() -> None:
-    # A window of 3, a jump after update 4, one value unknown: [1 3], [1 3 5], [3 5], [5]; [8], [8 6], [6].
+    # A window of 3, a jump after step 4, one value unknown: [1 3], [1 3 5], [3 5], [5]; [8], [8 6], [6].
     values = np.array([1.0, 3.0, 5.0, math.nan, 8.0, math.nan, 6.0])
     assert smooth(values, np.arange(1, 8), [4], 3).tolist() == [2, 3, 4, 5, 8, 7, 6]
-    # Of every tenth update: a jump after update 25 falls between the second and the third.
+    # Of every tenth update: a jump after step 25 falls between the second and the third.
     assert smooth(np.array([2.0, 4.0, 9.0]), np.array([10, 20, 30]), [25], 3).tolist() == [3, 3, 9]
     assert math.isnan(smooth(np.array([math.nan, 1.0]), np.arange(2), [0], 3)[0])
 

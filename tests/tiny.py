@@ -13,7 +13,7 @@ from nino.predict.engine.weights import Jump
 from nino.predict.model import build_network
 
 PERIOD = 6
-"""With a context of 3: snapshots after 2, 4, 6, 8, ... updates, nowcasts after 6, 12, 18, ..."""
+"""With a context of 3: snapshots after 2, 4, 6, 8, ... steps, nowcasts after 6, 12, 18, ..."""
 
 Weights = dict[str, Tensor]
 
@@ -65,7 +65,7 @@ def mlp(seed: int = 0) -> nn.Sequential:
 
 
 def batch(index: int) -> tuple[Tensor, Tensor]:
-    """The training data of update ``index``."""
+    """The training data of step ``index``."""
     generator = torch.Generator().manual_seed(1000 + index)
     inputs = torch.randn(8, 4, generator=generator)
     return inputs, torch.stack([inputs.sum(1), inputs.prod(1)], dim=1)

@@ -34,7 +34,7 @@ class CheckpointNowcast:
     checkpoints: list[str]
     """Where the snapshots came from, oldest first."""
     steps: list[int] | None
-    """The updates after which they were saved, if that is known."""
+    """The steps after which they were saved, if that is known."""
     horizon: int
     """How far ahead, in intervals between checkpoints."""
     relative_jump: float
@@ -59,7 +59,7 @@ def nowcast_checkpoints(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     memory_budget: int | None = None,
-    keep_norms: bool = False,
+    preserve_norms: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckpointNowcast:
     """Predict from saved checkpoints and write the prediction as a new checkpoint.
@@ -79,7 +79,7 @@ def nowcast_checkpoints(
         dtype: in which the network computes.
         device: where it computes; by default on the CPU.
         memory_budget: bytes, as in :meth:`Nowcaster.predict_`.
-        keep_norms: whether matrices keep the norms that they have in the last checkpoint, as there.
+        preserve_norms: whether matrices keep the norms that they have in the last checkpoint, as there.
         progress: called with the work done and the total.
 
     Raises:
@@ -120,7 +120,7 @@ def nowcast_checkpoints(
                 dtype=dtype,
                 device=device,
                 memory_budget=memory_budget,
-                keep_norms=keep_norms,
+                preserve_norms=preserve_norms,
                 progress=progress,
             )
             _write_ties(new.tensors, {name: entries[name] for name in moving})
@@ -161,7 +161,7 @@ def _warn_at_the_end(steps: Sequence[int] | None, trainer_state: Mapping[str, An
     end = trainer_state.get("max_steps")
     if steps is not None and isinstance(end, int) and 0 < end <= steps[-1]:
         logger.warning(
-            "training was to end after %d updates and has: a nowcast needs training after it: resume with more updates",
+            "training was to end after %d steps and has: a nowcast needs training after it: resume with more steps",
             end,
         )
 

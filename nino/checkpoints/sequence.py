@@ -1,6 +1,6 @@
 """Which checkpoints make a series that a nowcast can read: of one model, in order, evenly spaced.
 
-After how many updates a checkpoint was saved is in the Trainer's state; elsewhere it is the number at the end of its
+After how many steps a checkpoint was saved is in the Trainer's state; elsewhere it is the number at the end of its
 name.
 """
 
@@ -48,16 +48,16 @@ def find_checkpoints(paths: Sequence[str | Path], context: int) -> list[Path]:
         for older in sorted(saved, reverse=True):
             series = [newest - age * (newest - older) for age in reversed(range(context))]
             if older < newest and all(step in saved for step in series):
-                logger.info("nowcasting from the checkpoints of updates %s", ", ".join(map(str, series)))
+                logger.info("nowcasting from the checkpoints of steps %s", ", ".join(map(str, series)))
                 return [saved[step] for step in series]
-    raise NinoError(f"{given[0]} holds no {context} evenly spaced checkpoints: those of updates {sorted(saved)}")
+    raise NinoError(f"{given[0]} holds no {context} evenly spaced checkpoints: those of steps {sorted(saved)}")
 
 
 def check_series(checkpoints: Sequence[Checkpoint]) -> list[int] | None:
     """Refuse checkpoints that are not a series of one model.
 
     Returns:
-        The updates after which they were saved; ``None`` if nothing says, so that the given order is trusted.
+        The steps after which they were saved; ``None`` if nothing says, so that the given order is trusted.
 
     Raises:
         SnapshotError: if they are of different models, out of order, unevenly spaced or given twice.
@@ -68,19 +68,19 @@ def check_series(checkpoints: Sequence[Checkpoint]) -> list[int] | None:
     steps = _steps_of(checkpoints)
     if steps is None:
         logger.warning(
-            "neither a trainer_state.json nor the names of the checkpoints say after how many updates they were saved: "
+            "neither a trainer_state.json nor the names of the checkpoints say after how many steps they were saved: "
             "they are taken to be evenly spaced, in the order given"
         )
         return None
     gaps = [newer - older for older, newer in pairwise(steps)]
     if min(gaps) < 1:
-        raise SnapshotError(f"checkpoints must be given oldest first, got those of updates {steps}; change the order")
+        raise SnapshotError(f"checkpoints must be given oldest first, got those of steps {steps}; change the order")
     if len(set(gaps)) > 1:
-        raise SnapshotError(f"checkpoints must be evenly spaced, got those of updates {steps}; choose others")
+        raise SnapshotError(f"checkpoints must be evenly spaced, got those of steps {steps}; choose others")
     jumps = _jumps_between(checkpoints[0], checkpoints[-1], steps)
     if jumps:
         logger.warning(
-            "a nowcast after update %s lies between these checkpoints, and a prediction across a jump is poor; "
+            "a nowcast after step %s lies between these checkpoints, and a prediction across a jump is poor; "
             "better take %d that were saved after it",
             ", ".join(map(str, jumps)),
             len(checkpoints),
@@ -105,7 +105,7 @@ def _steps_of(checkpoints: Sequence[Checkpoint]) -> list[int] | None:
     if 0 < len(known) < len(steps):
         unknown = next(c.path for c, step in zip(checkpoints, steps, strict=True) if step is None)
         raise SnapshotError(
-            f"nothing says after how many updates {unknown} was saved, as it does of the others; let its name end in "
+            f"nothing says after how many steps {unknown} was saved, as it does of the others; let its name end in "
             "that number"
         )
     return known or None
@@ -173,7 +173,7 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
 def _jumps_between(first: Checkpoint, last: Checkpoint, steps: list[int]) -> list[int]:
     """Updates after which a nowcast that the Trainer's log knows of parts the checkpoints.
 
-    A nowcast in the training process comes before its update's checkpoint; one outside comes after the checkpoint that
+    A nowcast in the training process comes before its step's checkpoint; one outside comes after the checkpoint that
     it was made from, whose own log does not know of it.
     """
     inside, outside = _logged_jumps(last.trainer_state)

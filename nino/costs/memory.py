@@ -17,7 +17,7 @@ from nino.predict.model.networks import build_network
 from nino.session.schedule import ScheduleConfig
 
 COUNTER_BYTES = 4
-"""torch's Adam counts the updates of every parameter in a float32."""
+"""torch's Adam counts the steps of every parameter in a float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,12 @@ class MemoryPlan:
     """Host memory for the one snapshot that is being written to disk while training goes on; 0 in other places."""
     mean: int
     """What is added up for averaged snapshots, where the parameters are; 0 without."""
-    glide: int
+    ramp: int
     """What is left of a jump that is dealt out, where the parameters are; 0 if jumps are not."""
-    restore_point: int
-    """Copies of parameters, buffers and optimizer state, kept where the snapshots are; 0 without probation."""
+    rollback_copy: int
+    """Copies of parameters, buffers and optimizer state, kept where the snapshots are; 0 without a rollback window."""
     backup: int
-    """For the seconds of a nowcast: an exact copy of the weights, if neither a snapshot nor a restore point is one."""
+    """For the seconds of a nowcast: an exact copy of the weights, if neither a snapshot nor a rollback copy is one."""
     nowcast: int
     """For the seconds of a nowcast, where the parameters are: node features, sums, a strip, a tile. An upper bound."""
     checkpoint: int
@@ -50,7 +50,7 @@ class MemoryPlan:
     @property
     def kept(self) -> int:
         """What is held all the time, where the snapshots are: buffers are allocated once and used again."""
-        return self.snapshots + self.restore_point
+        return self.snapshots + self.rollback_copy
 
 
 def plan_memory(
@@ -76,14 +76,14 @@ def plan_memory(
     weights = sum(elements[name] * formats[name].itemsize for name in trained)
     kept_in = {name: settings.snapshot_dtype or formats[name] for name in trained}
     snapshot = sum(elements[name] * kept_in[name].itemsize for name in trained)
-    restore_point = 0
-    if settings.probation:
+    rollback_copy = 0
+    if settings.rollback_window:
         buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
-        restore_point = weights + buffers + _optimizer_bytes(elements, formats, trained, settings.optimizer_bytes)
-    averages = settings.snapshot_average > 1
+        rollback_copy = weights + buffers + _optimizer_bytes(elements, formats, trained, settings.optimizer_bytes)
+    averages = settings.average_over > 1
     is_exact = not averages and all(kept_in[name] == formats[name] for name in trained)
     exact = sum(elements[name] * max(formats[name].itemsize, torch.float32.itemsize) for name in trained)
-    mean, glide = (exact if averages else 0), (exact if settings.glide else 0)
+    mean, ramp = (exact if averages else 0), (exact if settings.ramp else 0)
     return MemoryPlan(
         parameters=sum(elements[name] * formats[name].itemsize for name in elements),
         trained=weights,
@@ -91,11 +91,11 @@ def plan_memory(
         snapshots=config.context * snapshot,
         under_way=snapshot if settings.snapshots_on == "disk" else 0,
         mean=mean,
-        glide=glide,
-        restore_point=restore_point,
-        backup=0 if is_exact or settings.probation else weights,
+        ramp=ramp,
+        rollback_copy=rollback_copy,
+        backup=0 if is_exact or settings.rollback_window else weights,
         nowcast=_nowcast_bytes(graph, config, torch.device(settings.device)),
-        checkpoint=_checkpoint_bytes(snapshot, restore_point, glide, settings, schedule) + mean,
+        checkpoint=_checkpoint_bytes(snapshot, rollback_copy, ramp, settings, schedule) + mean,
     )
 
 
@@ -125,15 +125,15 @@ def _nowcast_bytes(graph: NeuralGraph, config: NowcasterConfig, device: torch.de
 
 
 def _checkpoint_bytes(
-    snapshot: int, restore_point: int, glide: int, settings: Settings, schedule: ScheduleConfig
+    snapshot: int, rollback_copy: int, ramp: int, settings: Settings, schedule: ScheduleConfig
 ) -> int:
     """The most that is saved at once: nearly all snapshots before a nowcast, or what is kept for a while after it.
 
-    The last snapshot and the nowcast belong to one update, after which the snapshots are forgotten; the restore point
-    is forgotten in the last update of the probation, which begins when the weights have arrived.
+    The last snapshot and the nowcast belong to one step, after which the snapshots are forgotten; the rollback copy
+    is forgotten in the last update of the rollback window, which begins when the weights have arrived.
     """
     before = (schedule.context - 1) * snapshot
-    on_the_way = restore_point + glide + (max(settings.glide - 1, 0) // schedule.interval) * snapshot
-    lasts = settings.probation + settings.glide if settings.probation else 0
-    arrived = restore_point + (max(lasts - 1, 0) // schedule.interval) * snapshot
+    on_the_way = rollback_copy + ramp + (max(settings.ramp - 1, 0) // schedule.interval) * snapshot
+    lasts = settings.rollback_window + settings.ramp if settings.rollback_window else 0
+    arrived = rollback_copy + (max(lasts - 1, 0) // schedule.interval) * snapshot
     return max(before, on_the_way, arrived)

@@ -60,7 +60,7 @@ def estimate_update_seconds(parameters: int, tokens: int, flops: float, world_si
 
     Args:
         parameters: of the model.
-        tokens: of an update, over all ranks and micro-batches.
+        tokens: of a step, over all ranks and micro-batches.
         flops: that training reaches per rank and second.
         world_size: ranks.
 
@@ -85,8 +85,8 @@ class TimePlan:
     snapshot: float | None
     snapshots_overlap: bool
     """Whether training goes on meanwhile."""
-    restore_point: float | None
-    """0 without probation."""
+    rollback_copy: float | None
+    """0 without a rollback window."""
     compute: float | None
     """Of a nowcast: its products."""
     move: float | None
@@ -105,7 +105,7 @@ class TimePlan:
         snapshots = {} if self.snapshots_overlap else {"copying snapshots": self.snapshot}
         parts = {
             **snapshots,
-            "copying restore points": self.restore_point,
+            "copying rollback copies": self.rollback_copy,
             "products": self.compute,
             "reading snapshots": self.move,
             "traffic": self.send,
@@ -117,7 +117,7 @@ class TimePlan:
         if self.update is None or self.nowcast is None:
             return None
         snapshots = 0.0 if self.snapshots_overlap else context * (self.snapshot or 0.0)
-        return (snapshots + (self.restore_point or 0.0) + self.nowcast) / (period * self.update)
+        return (snapshots + (self.rollback_copy or 0.0) + self.nowcast) / (period * self.update)
 
 
 def plan_time(
@@ -133,7 +133,7 @@ def plan_time(
         update=settings.seconds_per_update,
         snapshot=seconds(memory.snapshot, rates.copy_bytes),
         snapshots_overlap=(settings.device, settings.snapshots_on) == ("cuda", "cpu"),
-        restore_point=seconds(memory.restore_point, rates.copy_bytes),
+        rollback_copy=seconds(memory.rollback_copy, rates.copy_bytes),
         compute=seconds(flops, rates.nowcast_flops),
         move=seconds(work.moved_bytes, rates.copy_bytes),
         send=seconds(work.traffic_bytes, rates.network_bytes),

@@ -1,8 +1,8 @@
 """The plan of one run: a pure function of shapes and settings.
 
 Nothing is run and nothing of the model's size is made: the model may be on the meta device. The sizes are those of the
-code that will run: snapshots as :class:`nino.snapshots.SnapshotStore` keeps them, restore points as
-:class:`nino.session.jump.rollback.RestorePoint` does, the engine's own bound on its memory and count of the work.
+code that will run: snapshots as :class:`nino.snapshots.SnapshotStore` keeps them, rollback copies as
+:class:`nino.session.jump.rollback.RollbackCopy` does, the engine's own bound on its memory and count of the work.
 
 With FSDP2 a rank holds the rows (first dimension) of every parameter that ``torch.chunk`` deals to it; rank 0 holds the
 most, and is what is planned for.
@@ -26,10 +26,10 @@ from nino.graph.builder import check_graph
 from nino.graph.ir import NeuralGraph
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.nowcaster import Nowcaster
-from nino.session.judge.rule import default_probation
+from nino.session.judge.rule import default_rollback_window
 from nino.session.schedule import ScheduleConfig
 from nino.snapshots import Place
-from nino.snapshots.mean import check_snapshot_average
+from nino.snapshots.mean import check_average_over
 
 LONGEST_SHOWN = 60
 
@@ -79,10 +79,10 @@ def plan(
     dtype: torch.dtype | None = None,
     snapshots_on: Place = "cpu",
     snapshot_dtype: torch.dtype | None = None,
-    snapshot_average: int = 1,
-    glide: int = 0,
+    average_over: int = 1,
+    ramp: int = 0,
     optimizer_bytes: float | None = None,
-    probation: int | None = None,
+    rollback_window: int | None = None,
     period: int = 1000,
     seconds_per_update: float | None = None,
     rates: Rates | None = None,
@@ -97,15 +97,15 @@ def plan(
         sharding: ``"fsdp2"`` if parameters are sharded over all processes, ``"none"`` for replicas.
         device: what the parameters are on in training.
         dtype: of the parameters in training; ``None`` for the model's own.
-        snapshots_on: where snapshots and restore points are: ``"cpu"``, the parameters' ``"device"`` or ``"disk"``.
+        snapshots_on: where snapshots and rollback copies are: ``"cpu"``, the parameters' ``"device"`` or ``"disk"``.
         snapshot_dtype: format of snapshots; ``None`` for the parameters' own.
-        snapshot_average: updates over which a snapshot is averaged; 1 for none. The times do not hold
+        average_over: steps over which a snapshot is averaged; 1 for none. The times do not hold
             what adding up takes.
-        glide: updates over which a jump is dealt out; 0 for at once. The times do not hold what that takes.
+        ramp: steps over which a jump is dealt out; 0 for at once. The times do not hold what that takes.
         optimizer_bytes: optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype.
-        probation: updates that a nowcast has to prove itself; 0 for none, and no restore points; ``None`` for
-            :func:`nino.session.judge.rule.default_probation` of the period.
-        period: optimizer updates between nowcasts.
+        rollback_window: steps that a nowcast has to prove itself; 0 for none, and no rollback copies; ``None`` for
+            :func:`nino.session.judge.rule.default_rollback_window` of the period.
+        period: optimizer steps between nowcasts.
         seconds_per_update: of training; without it there is no overhead. See :func:`estimate_update_seconds`.
         rates: of the machine; by default what was measured on two cores of a CPU, as far as that applies.
         graph: of the model, if it was wired before: by tracing, if it is of no known family.
@@ -128,10 +128,10 @@ def plan(
         dtype=dtype,
         snapshots_on=snapshots_on,
         snapshot_dtype=snapshot_dtype,
-        snapshot_average=check_snapshot_average(snapshot_average, schedule.interval),
-        glide=glide,
+        average_over=check_average_over(average_over, schedule.interval),
+        ramp=ramp,
         optimizer_bytes=optimizer_bytes,
-        probation=default_probation(period) if probation is None else probation,
+        rollback_window=default_rollback_window(period) if rollback_window is None else rollback_window,
         period=period,
         seconds_per_update=seconds_per_update,
     )

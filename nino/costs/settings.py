@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 
 from nino.errors import NinoError
-from nino.session.judge.rule import probation_of
-from nino.session.jump.ramp import check_glide
+from nino.session.judge.rule import rollback_config
+from nino.session.jump.ramp import check_ramp
 from nino.snapshots import Place
 
 Sharding = Literal["none", "fsdp2"]
@@ -31,19 +31,19 @@ class Settings:
     dtype: torch.dtype | None
     """Of the parameters in training; ``None`` for the model's own."""
     snapshots_on: Place
-    """Where snapshots and restore points are kept."""
+    """Where snapshots and rollback copies are kept."""
     snapshot_dtype: torch.dtype | None
     """Format of snapshots; ``None`` for the parameters' own."""
-    snapshot_average: int
+    average_over: int
     """Updates over which a snapshot is averaged; 1 for none."""
-    glide: int
+    ramp: int
     """Updates over which a jump is dealt out; 0 for at once."""
     optimizer_bytes: float | None
     """Optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype."""
-    probation: int
-    """Updates that a nowcast has to prove itself; 0 for none, and no restore points."""
+    rollback_window: int
+    """Updates that a nowcast has to prove itself; 0 for none, and no rollback copies."""
     period: int
-    """Optimizer updates between nowcasts."""
+    """Optimizer steps between nowcasts."""
     seconds_per_update: float | None
     """Of training; ``None`` if unknown: then there is no overhead either."""
 
@@ -60,7 +60,7 @@ class Settings:
         if self.optimizer_bytes is not None and not (_is_number(self.optimizer_bytes) and self.optimizer_bytes >= 0):
             raise NinoError(f"optimizer_bytes must be bytes per weight, at least 0; got {self.optimizer_bytes!r}")
         check_positive("seconds_per_update", self.seconds_per_update)
-        probation_of(self.period, self.probation, check_glide(self.glide, self.period))
+        rollback_config(self.period, self.rollback_window, check_ramp(self.ramp, self.period))
 
     def rows(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The rows of a parameter that rank 0 holds, which are the most, and all of its rows.

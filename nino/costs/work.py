@@ -74,7 +74,7 @@ def snapshot_reads(context: int, inputs: Inputs = "weights") -> tuple[int, int]:
 
 
 def _bytes_read(config: NowcasterConfig, memory: MemoryPlan) -> int:
-    """The last snapshot is exact: if need be it is the restore point's, or the backup."""
+    """The last snapshot is exact: if need be it is the rollback copy's, or the backup."""
     of_last, of_others = snapshot_reads(config.context, config.inputs)
     return of_last * memory.trained + of_others * memory.snapshot
 

@@ -59,7 +59,7 @@ def read_memmap(
         architecture: of the model of all runs; a row is its parameters in the order of ``named_parameters()``, each
             flattened.
         num_states: states of each run.
-        interval: optimizer updates between two states.
+        interval: optimizer steps between two states.
         training: what is known of the runs, ``family`` for instance.
         dtype: of the numbers.
 

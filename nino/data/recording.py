@@ -1,7 +1,7 @@
-"""Recording any training run: every so many optimizer updates the trainable weights go to a trajectory folder.
+"""Recording any training run: every so many optimizer steps the trainable weights go to a trajectory folder.
 
 A recording serves later work and must not harm the run that it is made of. So whatever is wrong with its settings is an
-error before the first update, and whatever fails after that is one warning, and the run goes on unrecorded.
+error before the first step, and whatever fails after that is one warning, and the run goes on unrecorded.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def record(
     Args:
         model: in training; its floating-point parameters that are not frozen are recorded.
         folder: of this one run; an unfinished recording in it is replaced, or gone on with if ``step`` is not 0.
-        interval: optimizer updates between states.
+        interval: optimizer steps between states.
         optimizer: gives its name and, at each state, its learning rate.
         training: anything JSON to note about the run: ``family`` (by which reports of a pretraining are grouped), batch
             size, data; by default with the optimizer's name and torch's seed. Of a run that goes on, what has changed.
         architecture: for models that :func:`nino.data.describe_model` cannot describe. What it builds has parameters of
             the same shapes in the same order, whatever their names.
         dtype: number format on disk, ``"float32"`` or ``"float16"``.
-        step: optimizer updates done so far. States of later updates, of a run that was killed after its checkpoint, are
+        step: optimizer steps done so far. States of later steps, of a run that was killed after its checkpoint, are
             dropped.
         session: of the nowcasts in this run, whose jumps are noted; of a ``NowcastOptimizer`` by default its own.
 
@@ -64,10 +64,10 @@ def record(
 
     Example:
         >>> recorder = nino.data.record(model, "runs/first", optimizer=optimizer)          # doctest: +SKIP
-        >>> recorder.after_update(0)                                                       # doctest: +SKIP
+        >>> recorder.after_step(0)                                                       # doctest: +SKIP
         >>> for step, batch in enumerate(batches, start=1):                                # doctest: +SKIP
         ...     loss = train_on(batch)
-        ...     recorder.after_update(step, {"loss": loss})
+        ...     recorder.after_step(step, {"loss": loss})
         >>> recorder.close()                                                               # doctest: +SKIP
     """
     _check_number("interval", interval, 1)
@@ -112,20 +112,20 @@ class Recorder:
         self._jumps = self._jumps_so_far()
 
     def is_due(self, step: int) -> bool:
-        """Whether a state is recorded after ``step`` updates; for metrics that are worth computing only then."""
+        """Whether a state is recorded after ``step`` steps; for metrics that are worth computing only then."""
         return step % self._interval == 0 and step > self._last
 
-    def after_update(
+    def after_step(
         self, step: int, metrics: Mapping[str, float] | None = None, *, learning_rate: float | None = None
     ) -> None:
-        """Tell that ``step`` optimizer updates are done (not micro-batches), and record if that is due. Never fails.
+        """Tell that ``step`` optimizer steps are done (not micro-batches), and record if that is due. Never fails.
 
-        Call it after every update, with sharded parameters in every process, and before the first one with 0.
+        Call it after every step, with sharded parameters in every process, and before the first one with 0.
 
         Args:
-            step: updates done.
+            step: steps done.
             metrics: of these weights; what is not one finite number is left out.
-            learning_rate: of this update, for callers that come after the scheduler's step; by default the largest
+            learning_rate: of this step, for callers that come after the scheduler's step; by default the largest
                 that the optimizer's groups hold now.
         """
         is_due = self.is_due(step)
@@ -183,11 +183,11 @@ class Recorder:
             return set()
         reports = [report for report in self._session.reports if report.accepted]
         undone = {("undone", report.step) for report in reports if report.rolled_back}
-        return undone | {("jumped", report.step) for report in reports} | {("glided", self._session.glide.shares)}
+        return undone | {("jumped", report.step) for report in reports} | {("ramped", self._session.ramp.shares)}
 
     def _stop(self, step: int, error: Exception) -> None:
         self.problem = str(error) or repr(error)
-        logger.warning("recording stops after update %d, training goes on: %s", step, self.problem)
+        logger.warning("recording stops after step %d, training goes on: %s", step, self.problem)
         self._writer = None
 
 

@@ -1,6 +1,6 @@
-"""A recorded run as if it had been recorded less often, every state the mean of the weights over some updates.
+"""A recorded run as if it had been recorded less often, every state the mean of the weights over some steps.
 
-Means hold less of the noise of single updates. A nowcaster that is to read averaged snapshots learns from what it will
+Means hold less of the noise of single steps. A nowcaster that is to read averaged snapshots learns from what it will
 read; and where the mean of the weights goes is easier to learn than where a single state goes.
 """
 
@@ -21,23 +21,23 @@ class ResampledRun(RecordedStates):
     Args:
         run: as it was recorded. Stretches whose states lie at another distance than the first two are left out: a run
             that is resumed may go on with another interval.
-        interval: optimizer updates between two states; a multiple of the run's.
-        average: optimizer updates before a state over which the recorded states are averaged, its own among them: with
-            states every 25 updates, 100 is the mean of four. No mean reaches over a jump or a gap in the recording.
+        interval: optimizer steps between two states; a multiple of the run's.
+        average: optimizer steps before a state over which the recorded states are averaged, its own among them: with
+            states every 25 steps, 100 is the mean of four. No mean reaches over a jump or a gap in the recording.
 
     Raises:
-        TrajectoryError: if the run has too few states, or lies at other updates.
+        TrajectoryError: if the run has too few states, or lies at other steps.
 
     Example:
-        A run with states after 0, 25, 50, ... updates, ``interval=50`` and ``average=75`` has states after 50, 100, ...
-        updates: the first is the mean of 0, 25 and 50, the second of 50, 75 and 100.
+        A run with states after 0, 25, 50, ... steps, ``interval=50`` and ``average=75`` has states after 50, 100, ...
+        steps: the first is the mean of 0, 25 and 50, the second of 50, 75 and 100.
     """
 
     def __init__(self, run: RecordedStates, *, interval: int, average: int) -> None:
         recorded = run.steps[1] - run.steps[0] if len(run) > 1 else 0
         if recorded == 0 or interval < recorded or interval % recorded or average < recorded or average % recorded:
             raise TrajectoryError(
-                f"{run.folder} has a state every {recorded or '?'} updates: expected multiples of it, "
+                f"{run.folder} has a state every {recorded or '?'} steps: expected multiples of it, "
                 f"got interval {interval} and average {average}"
             )
         self.folder, self.complete = run.folder, run.complete
@@ -51,7 +51,7 @@ class ResampledRun(RecordedStates):
                 self._segments.append(range(len(self._ends), len(self._ends) + len(ends)))
                 self._ends += ends
         if not self._ends:
-            raise TrajectoryError(f"{run.folder} has too few states for means over {average} updates")
+            raise TrajectoryError(f"{run.folder} has too few states for means over {average} steps")
         self.steps = [run.steps[end] for end in self._ends]
         self.learning_rates = [run.learning_rates[end] for end in self._ends]
         self.metrics = [run.metrics[end] for end in self._ends]
@@ -62,7 +62,7 @@ class ResampledRun(RecordedStates):
 
     def describe(self) -> str:
         """As of a run that was recorded so, and over what the means are."""
-        return f"{super().describe()}, means over {self._average} updates"
+        return f"{super().describe()}, means over {self._average} steps"
 
     def states(self, indices: Sequence[int]) -> Tensor:
         """Return the asked-for means as float32 ``[len(indices), num_elements]``.

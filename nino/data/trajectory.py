@@ -9,10 +9,10 @@ is read without touching the rest. ``trajectory.json`` (rewritten atomically aft
      "architecture": {...},                       # see nino.data.architecture; null if it cannot be described
      "parameters": [["0.weight", [16, 3, 3, 3]], ...],
      "training": {"optimizer": "AdamW", "lr": 0.003, "seed": 1, ...},
-     "steps": [0, 25, 50, ...],                   # optimizer updates done when each state was taken
-     "learning_rates": [0.003, 0.003, ...],       # one per state, of the update before it; null if unknown
+     "steps": [0, 25, 50, ...],                   # optimizer steps done when each state was taken
+     "learning_rates": [0.003, 0.003, ...],       # one per state, of the step before it; null if unknown
      "metrics": [{"loss": 2.30}, ...],            # one record per state
-     "jumps": [500],                              # updates after which the weights were moved by something else
+     "jumps": [500],                              # steps after which the weights were moved by something else
      "complete": true}
 
 A state of the very update at which the weights jumped is of after the jump. Version 1 has neither ``learning_rates``
@@ -58,7 +58,7 @@ class RecordedStates:
     complete: bool
     parameters: Parameters
     steps: list[int]
-    """Optimizer updates done at each state."""
+    """Optimizer steps done at each state."""
     learning_rates: list[float | None]
     metrics: list[dict[str, float]]
     jumps: list[int]
@@ -137,11 +137,11 @@ class RecordedStates:
         """One line that tells this run's states from those of a longer, shorter or differently read one.
 
         Example:
-            ``"101 states after updates 0, 50, 100, ... 5000"``
+            ``"101 states after steps 0, 50, 100, ... 5000"``
         """
         steps = self.steps
         listed = ", ".join(map(str, steps[:3])) + (f", ... {steps[-1]}" if len(steps) > 3 else "")
-        return f"{len(self)} states after updates {listed}"
+        return f"{len(self)} states after steps {listed}"
 
     def segments(self) -> list[range]:
         """Where training went on undisturbed: stretches of states that lie equally far apart, with no jump between.

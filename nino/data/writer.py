@@ -86,11 +86,11 @@ class TrajectoryWriter:
 
     @classmethod
     def reopen(cls, folder: str | Path, step: int, training: Mapping[str, Any] | None = None) -> TrajectoryWriter:
-        """Go on with a recording, from the checkpoint after ``step`` updates; states of later updates are dropped.
+        """Go on with a recording, from the checkpoint after ``step`` steps; states of later steps are dropped.
 
         Args:
             folder: of the recording.
-            step: updates done.
+            step: steps done.
             training: what has changed of its settings.
 
         Raises:
@@ -136,13 +136,13 @@ class TrajectoryWriter:
         learning_rate: float | None = None,
         finite_only: bool = False,
     ) -> None:
-        """Add the state after ``step`` optimizer updates; ``state`` maps every parameter name to its tensor.
+        """Add the state after ``step`` optimizer steps; ``state`` maps every parameter name to its tensor.
 
         Args:
             step: more than at the last state.
             state: of every parameter, on any device and of any dtype.
             metrics: of this state; numbers that are not finite are left out.
-            learning_rate: of the update before the state.
+            learning_rate: of the step before the state.
             finite_only: refuse a state that holds NaN or infinity in the format on disk.
 
         Raises:
@@ -190,7 +190,7 @@ class TrajectoryWriter:
         self._write_header()
 
     def note_jump(self, step: int) -> None:
-        """Say that the weights after ``step`` updates are not where the optimizer led: a nowcast, or its undoing."""
+        """Say that the weights after ``step`` steps are not where the optimizer led: a nowcast, or its undoing."""
         self._refuse_company()
         if not self._header["jumps"] or step > self._header["jumps"][-1]:
             self._header["jumps"].append(int(step))
@@ -217,7 +217,7 @@ class TrajectoryWriter:
         if not len(numbers):
             return
         if finite_only and not torch.isfinite(numbers).all():
-            raise TrajectoryError(f"{self.folder}: {name} holds NaN or infinity in {self.dtype} after {step} updates")
+            raise TrajectoryError(f"{self.folder}: {name} holds NaN or infinity in {self.dtype} after {step} steps")
         left = memoryview(numbers.contiguous().numpy().data).cast("B")
         while left:  # the system may take less at once, of large ones it does
             left = left[file.write(left) :]

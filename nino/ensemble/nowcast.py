@@ -1,4 +1,4 @@
-"""Nowcasting a fleet: the disjoint union of its models' graphs goes through the network at once."""
+"""Nowcasting an ensemble: the disjoint union of its models' graphs goes through the network at once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from nino.predict.model.config import Inputs
 from nino.predict.model.networks import EdgeInputs
 from nino.predict.nowcaster import Nowcaster
 from nino.predict.standardise import EPSILON, Standardiser
-from nino.predict.unchanged import keep_still, where_still
+from nino.predict.unchanged import keep_unchanged, unchanged_mask
 
 
-class FleetNowcaster:
+class EnsembleNowcaster:
     """Predicts what :meth:`nino.Nowcaster.predict` predicts of every model, edge by edge.
 
     Args:
@@ -37,7 +37,9 @@ class FleetNowcaster:
     def __init__(self, nowcaster: Nowcaster, graph: NeuralGraph, size: int, device: torch.device) -> None:
         nowcaster.check_fits(graph)
         if type(nowcaster) is not Nowcaster:
-            raise NinoError(f"fleets are nowcast by a network, and {type(nowcaster).__name__} predicts in its own way")
+            raise NinoError(
+                f"ensembles are nowcast by a network, and {type(nowcaster).__name__} predicts in its own way"
+            )
         self.config, self.size = nowcaster.config, size
         self._network = deepcopy(nowcaster.network).to(device)
         self._edges = EdgeList(graph)
@@ -50,13 +52,15 @@ class FleetNowcaster:
         self._words = graph.words().repeat(size).to(device)
 
     @torch.no_grad()
-    def predict(self, snapshots: Sequence[Mapping[str, Tensor]], horizon: int, *, keep_norms: bool = False) -> Stacked:
+    def predict(
+        self, snapshots: Sequence[Mapping[str, Tensor]], horizon: int, *, preserve_norms: bool = False
+    ) -> Stacked:
         """Where the weights of all models will be.
 
         Args:
             snapshots: by name ``[M, *shape]``, oldest first.
             horizon: snapshot intervals ahead.
-            keep_norms: whether matrices keep the norms of the last snapshot.
+            preserve_norms: whether matrices keep the norms of the last snapshot.
 
         Returns:
             By name ``[M, *shape]``; what is the same in all snapshots is as it is there. What is not finite is not
@@ -73,8 +77,8 @@ class FleetNowcaster:
         scalers, states, still = {}, {}, {}
         for name in snapshots[0]:
             values = torch.stack([snapshot[name] for snapshot in snapshots])
-            still[name] = where_still(values)
-            scalers[name] = measure_fleet(values, self.config.inputs)
+            still[name] = unchanged_mask(values)
+            scalers[name] = measure_ensemble(values, self.config.inputs)
             states[name] = scalers[name].encode_(values)
         moved = self._network(self._inputs(states, scalers), horizon).unflatten(0, (self.size, -1))
         each = [self._edges.parameters(movement) for movement in moved]
@@ -83,9 +87,9 @@ class FleetNowcaster:
             for name, scaler in scalers.items()
         }
         last = snapshots[-1]
-        if keep_norms:
+        if preserve_norms:
             predicted = {name: _with_norms_of(last[name], value, still[name]) for name, value in predicted.items()}
-        return {name: keep_still(value, last[name], still[name]) for name, value in predicted.items()}
+        return {name: keep_unchanged(value, last[name], still[name]) for name, value in predicted.items()}
 
     def _inputs(self, states: Mapping[str, Tensor], scalers: Mapping[str, Standardiser]) -> EdgeInputs:
         by_edge = self._edges.features({name: state.flatten(0, 1) for name, state in states.items()})
@@ -112,7 +116,7 @@ def _with_norms_of(last: Tensor, predicted: Tensor, still: Tensor | None) -> Ten
     return predicted * factor_to_keep(old, new).to(predicted).view(-1, *[1] * (predicted.ndim - 1))
 
 
-def measure_fleet(values: Tensor, inputs: Inputs) -> Standardiser:
+def measure_ensemble(values: Tensor, inputs: Inputs) -> Standardiser:
     """:meth:`Standardiser.of` for M models at once.
 
     Args:

@@ -1,4 +1,4 @@
-"""Fleets: models of one architecture with weights of their own, trained side by side in one program.
+"""Ensembles: models of one architecture with weights of their own, trained side by side in one program.
 
 A small model keeps no GPU busy. With the parameters of M models stacked and the loss mapped over them
 (``torch.func``), an update of all takes hardly longer than one of a single model, and as its kernels are always the
@@ -25,10 +25,10 @@ Stacked = dict[str, Tensor]
 Loss = Callable[[Any, Batch], Tensor]
 """Of a model, or what can be called like one, on a batch."""
 WARMUP_UPDATES = 3
-"""Before an update is recorded on a GPU."""
+"""Before a step is recorded on a GPU."""
 
 
-class Fleet:
+class Ensemble:
     """M models that are trained side by side by AdamW at a constant rate.
 
     Args:
@@ -71,13 +71,13 @@ class Fleet:
         self._losses = torch.zeros(self.size, device=device)
 
     def update(self, batch: Batch) -> Tensor:
-        """One update of every model on its own batch.
+        """One step of every model on its own batch.
 
         Args:
             batch: tensors of ``[M, ...]``, always of the same shapes, on the device.
 
         Returns:
-            The losses before the update: ``[M]``, on a GPU overwritten by the next one.
+            The losses before the step: ``[M]``, on a GPU overwritten by the next one.
         """
         if self.device.type != "cuda":
             return self._update(batch)
@@ -124,7 +124,7 @@ class Fleet:
         return torch.stack([loss(row, part) for row, part in zip(rows, zip(*batch, strict=True), strict=True)])
 
     def _record(self, batch: Batch) -> torch.cuda.CUDAGraph:
-        """Record the kernels of an update; the fleet is afterwards as it was before."""
+        """Record the kernels of a step; the ensemble is afterwards as it was before."""
         self._batch = tuple(part.clone() for part in batch)
         before = {name: value.detach().clone() for name, value in self.parameters.items()}
         stream = torch.cuda.Stream()
@@ -146,11 +146,11 @@ class Fleet:
 def _check(models: Sequence[nn.Module]) -> None:
     """Refuse what the models have beside weights of their own that are trained."""
     if frozen := [name for name, parameter in models[0].named_parameters() if not parameter.requires_grad]:
-        raise NinoError(f"a fleet trains all parameters, and {frozen[0]} is frozen; train such a model alone")
+        raise NinoError(f"an ensemble trains all parameters, and {frozen[0]} is frozen; train such a model alone")
     for name, module in models[0].named_modules():
         if getattr(module, "running_mean", None) is not None or hasattr(module, "parametrizations"):
-            raise NinoError(f"a fleet's models have parameters alone, and {name} keeps statistics; train it alone")
+            raise NinoError(f"an ensemble's models have parameters alone, and {name} keeps statistics; train it alone")
     others = [dict(model.named_buffers()) for model in models[1:]]
     for name, buffer in models[0].named_buffers():
         if not all(torch.equal(buffer, other[name]) for other in others):
-            raise NinoError(f"a fleet's models share their buffers, and {name} is not the same in all")
+            raise NinoError(f"an ensemble's models share their buffers, and {name} is not the same in all")

@@ -86,11 +86,11 @@ class GraphBuilder:
         self._axes[name] = Axis(name, size, permutable, within and within.root, reason=reason)
         return self._axes[name]
 
-    def group(self, name: str, *axes: Axis, is_words: bool = False) -> NeuronGroup:
+    def group(self, name: str, *axes: Axis, is_vocabulary: bool = False) -> NeuronGroup:
         """Add a neuron group; without axes it is a single node."""
         if name in self._groups:
             raise GraphError(f"neuron group {name!r} exists already; every group needs a name of its own")
-        self._groups[name] = NeuronGroup(name, axes, is_words)
+        self._groups[name] = NeuronGroup(name, axes, is_vocabulary)
         return self._groups[name]
 
     def dense(

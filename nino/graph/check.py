@@ -60,8 +60,8 @@ class WiringReport:
     """What is wrong, naming the axis and the parameters; ``None`` if nothing is."""
 
     def __str__(self) -> str:
-        verdict = "wiring: ok" if self.ok else f"wiring: NOT ok, {self.first_failure}"
-        return "\n".join([verdict, *(f"  {axis}" for axis in self.groups)])
+        decision = "wiring: ok" if self.ok else f"wiring: NOT ok, {self.first_failure}"
+        return "\n".join([decision, *(f"  {axis}" for axis in self.groups)])
 
 
 @torch.no_grad()

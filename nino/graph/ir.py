@@ -165,7 +165,7 @@ class NeuronGroup:
 
     name: str
     axes: tuple[Axis, ...]
-    is_words: bool = False
+    is_vocabulary: bool = False
     """Whether neuron i is word i of the vocabulary (some weights have a table row per word)."""
 
     def __post_init__(self) -> None:
@@ -344,7 +344,8 @@ class NeuralGraph:
     def words(self) -> Tensor:
         """For every node 1 + the index of its word, or 0 for all that are not words: int64 ``[num_nodes]``."""
         parts = [
-            torch.arange(1, g.size + 1) if g.is_words else torch.zeros(g.size, dtype=torch.long) for g in self.groups
+            torch.arange(1, g.size + 1) if g.is_vocabulary else torch.zeros(g.size, dtype=torch.long)
+            for g in self.groups
         ]
         return torch.cat(parts)
 

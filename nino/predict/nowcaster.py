@@ -26,10 +26,10 @@ from nino.predict.engine import predict_blockwise, predict_edgewise
 from nino.predict.engine.blockwise import MESSAGE_VECTORS, Progress
 from nino.predict.engine.hardware import fusing_pays, product_dtype
 from nino.predict.engine.tiling import Sizes
-from nino.predict.engine.weights import Jump, PredictionWriter, SnapshotReader, StoredSnapshots, bytes_of_copies
+from nino.predict.engine.weights import Jump, PredictionWriter, SnapshotReader, SnapshotViews, bytes_of_copies
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import Network, Trend, build_network, build_network_with_weights
-from nino.predict.partition import WHOLE, Share
+from nino.predict.partition import WHOLE, Partition
 from nino.predict.standardise import check_snapshots, is_finite, measure_snapshots, piece_size, pieces_of
 from nino.system.signals import or_undone
 
@@ -178,10 +178,11 @@ class Nowcaster:
         Raises:
             CheckpointError: naming both sizes.
         """
-        num_words = max((group.size for group in graph.groups if group.is_words), default=0)
-        if 0 < self.config.num_words <= num_words:
+        vocabulary_size = max((group.size for group in graph.groups if group.is_vocabulary), default=0)
+        if 0 < self.config.vocabulary_size <= vocabulary_size:
             raise CheckpointError(
-                f"this nowcaster's table has rows for {self.config.num_words - 1} words, the model has {num_words}; "
+                f"this nowcaster's table has rows for {self.config.vocabulary_size - 1} words, the model has "
+                f"{vocabulary_size}; "
                 "use a nowcaster without a word table"
             )
 
@@ -198,7 +199,7 @@ class Nowcaster:
         memory_budget: int | None = None,
         fuse: bool | None = None,
         progress: Progress | None = None,
-        keep_norms: bool = False,
+        preserve_norms: bool = False,
     ) -> dict[str, Tensor]:
         """Predict the weights ``horizon`` snapshot intervals after the last snapshot.
 
@@ -219,7 +220,7 @@ class Nowcaster:
                 100 MB on a GPU).
             fuse: whether the blockwise engine compiles its inner loop (``torch.compile``); ``None`` where it pays.
             progress: called by the blockwise engine with the work done and the total.
-            keep_norms: whether every parameter of two or more axes is scaled to the norm that it has in the last
+            preserve_norms: whether every parameter of two or more axes is scaled to the norm that it has in the last
                 snapshot, up to rounding in its dtype (one that is zero there, or predicted so, is not). Elements that
                 stay as they are are not scaled: the others get the norm that they have there, and so does the whole.
 
@@ -234,7 +235,7 @@ class Nowcaster:
         self._check_arguments(horizon, graph, positions, engine, dtype, memory_budget)
         check_snapshots(snapshots, graph.shapes, self.config.context)
         out = {name: snapshots[-1][name].detach().clone() for name in graph.shapes}
-        how = _Computation(engine, dtype, _device(snapshots, device), memory_budget, fuse, progress, keep_norms)
+        how = _Computation(engine, dtype, _device(snapshots, device), memory_budget, fuse, progress, preserve_norms)
         self._predict_into(out, snapshots, horizon, graph, positions, how)
         return out
 
@@ -252,9 +253,9 @@ class Nowcaster:
         memory_budget: int | None = None,
         fuse: bool | None = None,
         progress: Progress | None = None,
-        keep_norms: bool = False,
+        preserve_norms: bool = False,
         backup: Mapping[str, Tensor] | None = None,
-        share: Share = WHOLE,
+        partition: Partition = WHOLE,
     ) -> Jump:
         """Predict straight into live parameters, piece by piece: no second copy of the weights is made.
 
@@ -274,10 +275,10 @@ class Nowcaster:
             memory_budget: as in :meth:`predict`.
             fuse: as in :meth:`predict`.
             progress: as in :meth:`predict`.
-            keep_norms: as in :meth:`predict`.
+            preserve_norms: as in :meth:`predict`.
             backup: holds what ``parameters`` hold now, bit for bit, in memory of its own; by default the last snapshot.
-            share: this process's, if several work together; sessions plan it with
-                :func:`nino.predict.work_partition.plan_share` and call this within
+            partition: this process's, if several work together; sessions plan it with
+                :func:`nino.predict.work_partition.partition_work` and call this within
                 :meth:`nino.parallel.collectives.Channel.together`. Of parameters that are sharded with FSDP2,
                 ``snapshots`` hold the local shards.
 
@@ -289,13 +290,13 @@ class Nowcaster:
             NinoError: as :meth:`predict`.
         """
         self._check_arguments(horizon, graph, positions, "blockwise", dtype, memory_budget)
-        shapes = {name: share.held_rows(name, shape).shape(shape) for name, shape in graph.shapes.items()}
+        shapes = {name: partition.held_rows(name, shape).shape(shape) for name, shape in graph.shapes.items()}
         check_snapshots(snapshots, shapes, self.config.context)
         live = _live(parameters, graph)
         backup = snapshots[-1] if backup is None else backup
         _check_backup(live, backup)
         how = _Computation(
-            "blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress, keep_norms, share
+            "blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress, preserve_norms, partition
         )
 
         def put_back() -> None:
@@ -318,14 +319,14 @@ class Nowcaster:
     ) -> Jump:
         device, exact = how.device, torch.promote_types(how.dtype, torch.float32)
         network = self._network(device, how.dtype if how.engine == "edges" else exact)
-        share = how.share
-        held = bytes_of_copies(graph, *snapshots, tensors, share=share) + self._bytes_of_copy(network)
-        held += share.extra_bytes(graph.groups, MESSAGE_VECTORS * self.config.hidden, exact.itemsize)
+        partition = how.partition
+        held = bytes_of_copies(graph, *snapshots, tensors, partition=partition) + self._bytes_of_copy(network)
+        held += partition.extra_bytes(graph.groups, MESSAGE_VECTORS * self.config.hidden, exact.itemsize)
         sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, held)
-        scalers = measure_snapshots(snapshots, graph.shapes, device, share, self.config.inputs)
+        scalers = measure_snapshots(snapshots, graph.shapes, device, partition, self.config.inputs)
         node_features = graph.positions(self.config.num_positions) if positions is None else positions
-        stored = StoredSnapshots(graph, snapshots, share)
-        writer = PredictionWriter(graph, tensors, scalers, stored, share, how.keep_norms)
+        stored = SnapshotViews(graph, snapshots, partition)
+        writer = PredictionWriter(graph, tensors, scalers, stored, partition, how.preserve_norms)
         with _full_precision(device):
             if how.engine == "edges":
                 predict_edgewise(network, graph, snapshots, scalers, writer, node_features, horizon)
@@ -341,10 +342,10 @@ class Nowcaster:
                     product_dtype=product_dtype(how.dtype, device),
                     fuse=fusing_pays(graph.num_edges, device) if how.fuse is None else how.fuse,
                     progress=how.progress,
-                    share=share,
+                    partition=partition,
                 )
         jump = writer.finish()
-        return jump if share is WHOLE else jump.over_processes(share, device)
+        return jump if partition is WHOLE else jump.over_processes(partition, device)
 
     def _network(self, device: torch.device, dtype: torch.dtype) -> Network:
         """The network, or where it must be moved or converted a copy: it may hold a large table of words."""
@@ -402,8 +403,8 @@ class _Computation:
     memory_budget: int | None
     fuse: bool | None
     progress: Progress | None
-    keep_norms: bool
-    share: Share = WHOLE
+    preserve_norms: bool
+    partition: Partition = WHOLE
 
 
 def _device(snapshots: Sequence[Mapping[str, Tensor]], device: torch.device | str | None) -> torch.device:
@@ -443,7 +444,7 @@ def _check_backup(parameters: Mapping[str, Tensor], snapshot: Mapping[str, Tenso
             if not is_finite(parameter):
                 raise SnapshotError(f"{name} holds NaN or infinity; there is nothing to nowcast from")
             raise SnapshotError(
-                f"the last snapshot does not hold the present values of {name}; take it after the last update, in the "
+                f"the last snapshot does not hold the present values of {name}; take it after the last step, in the "
                 "parameters' own dtype, so that they can be restored from it"
             )
     shared = _shared_memory(parameters, {name: snapshot[name] for name in parameters})

@@ -15,7 +15,7 @@ from nino.graph.ir import EdgeBlock, NeuronGroup
 from nino.graph.rows import Place, Rows, whole_place
 
 
-class Share:
+class Partition:
     """All of the work: what a process does that is alone."""
 
     def held_rows(self, name: str, shape: tuple[int, ...]) -> Rows:
@@ -66,4 +66,4 @@ class Share:
         del tensors
 
 
-WHOLE = Share()
+WHOLE = Partition()

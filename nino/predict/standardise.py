@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nino.errors import SnapshotError
 from nino.predict.model.config import Inputs
-from nino.predict.partition import WHOLE, Share
+from nino.predict.partition import WHOLE, Partition
 
 EPSILON = 1e-6
 PIECE = {"cpu": 2**18, "cuda": 2**20}
@@ -161,7 +161,7 @@ def _products(snapshots: Sequence[Tensor], device: torch.device | str, dtype: to
     return total
 
 
-def add_moments(parts: Sequence[tuple[Moments, bool]], share: Share) -> list[Moments]:
+def add_moments(parts: Sequence[tuple[Moments, bool]], partition: Partition) -> list[Moments]:
     """Join what every process measured on its own rows, for several parameters at once.
 
     As in one process, differences from a number that is near are summed: here from the mean of the process with the
@@ -169,17 +169,17 @@ def add_moments(parts: Sequence[tuple[Moments, bool]], share: Share) -> list[Mom
 
     Args:
         parts: per parameter, what this process measured, and whether the first row is among its own.
-        share: adds up.
+        partition: adds up.
     """
     means = torch.stack([part.mean for part, _ in parts])
     squares = torch.stack([part.squares for part, _ in parts])
     numbers = torch.tensor([part.number for part, _ in parts]).to(means)
     has_first = torch.tensor([has_first for _, has_first in parts], device=means.device)
-    centres = share.add_(torch.where(has_first, means, 0))
+    centres = partition.add_(torch.where(has_first, means, 0))
     away = torch.where(numbers > 0, means - centres, 0)
     moves = torch.stack([part.moves for part, _ in parts])
     sums = torch.stack([numbers, numbers * away, squares + numbers * away**2], dim=1)
-    sums = share.add_(torch.cat([sums, moves.flatten(1)], dim=1))
+    sums = partition.add_(torch.cat([sums, moves.flatten(1)], dim=1))
     numbers, away, squares = sums[:, 0], sums[:, 1] / sums[:, 0], sums[:, 2] - sums[:, 1] ** 2 / sums[:, 0]
     moves = sums[:, 3:].view_as(moves)
     joined = zip(numbers.tolist(), centres + away, squares.clamp(min=0), moves, parts, strict=True)
@@ -216,7 +216,7 @@ def measure_snapshots(
     snapshots: Sequence[Mapping[str, Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
     device: torch.device | str | None = None,
-    share: Share = WHOLE,
+    partition: Partition = WHOLE,
     inputs: Inputs = "weights",
 ) -> dict[str, Standardiser]:
     """Measure every parameter's snapshots, each process those of its own rows.
@@ -225,7 +225,7 @@ def measure_snapshots(
         snapshots: oldest first.
         shapes: of the parameters, by name.
         device: where to compute; by default where the snapshots lie.
-        share: says which rows are this process's own, and adds up.
+        partition: says which rows are this process's own, and adds up.
         inputs: of the nowcaster.
 
     Raises:
@@ -233,18 +233,18 @@ def measure_snapshots(
     """
     measured = {}
     for name, shape in shapes.items():
-        held, own = share.held_rows(name, shape), share.own_rows(name, shape)
+        held, own = partition.held_rows(name, shape), partition.own_rows(name, shape)
         moments = Moments.of([own.of(held, snapshot[name]) for snapshot in snapshots], device, inputs)
         measured[name] = moments, own.start == 0 and len(own) > 0
     joined = [part for part, _ in measured.values()]
-    if share is not WHOLE:
-        joined = add_moments(list(measured.values()), share)
+    if partition is not WHOLE:
+        joined = add_moments(list(measured.values()), partition)
     scalers = {name: moments.standardiser(inputs) for name, moments in zip(measured, joined, strict=True)}
     for name, scaler in scalers.items():
         if not bool(torch.isfinite(scaler.std)):
             broken = [age for age, snapshot in enumerate(snapshots) if not is_finite(snapshot[name])]
             what = "holds NaN or infinity" if broken else "holds numbers too large to measure"
-            if share is not WHOLE and bool(torch.isfinite(measured[name][0].squares)):
+            if partition is not WHOLE and bool(torch.isfinite(measured[name][0].squares)):
                 what = "holds NaN, infinity or numbers too large to measure in the rows of another process"
             raise SnapshotError(
                 f"snapshot {broken[0] if broken else 0}: {name} {what}; nowcast again from healthy snapshots"

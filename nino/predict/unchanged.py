@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def where_still(snapshots: Sequence[Tensor] | Tensor) -> Tensor | None:
+def unchanged_mask(snapshots: Sequence[Tensor] | Tensor) -> Tensor | None:
     """Which elements are the same in all snapshots, bit for bit but for the sign of zero.
 
     The first and the last are compared first: hardly an element that moves is the same in both, and the others need not
@@ -37,7 +37,7 @@ def where_still(snapshots: Sequence[Tensor] | Tensor) -> Tensor | None:
     return still
 
 
-def keep_still(new: Tensor, present: Tensor, still: Tensor | None) -> Tensor:
+def keep_unchanged(new: Tensor, present: Tensor, still: Tensor | None) -> Tensor:
     """What is predicted of some weights, but of those that are still what they are at present, bit for bit."""
     new = new.to(present)
     return new if still is None else torch.where(still.to(present.device), present, new)

@@ -22,7 +22,7 @@ from nino.graph.ir import EdgeBlock, NeuralGraph, NeuronGroup, Slots
 from nino.graph.rows import Place, Rows, block_shape, place_of
 from nino.parallel.collectives import Channel
 from nino.parallel.shards import Holding, local_tensors
-from nino.predict.partition import WHOLE, Share
+from nino.predict.partition import WHOLE, Partition
 from nino.predict.standardise import pieces_of
 
 BUCKET_BYTES = 2**25
@@ -46,7 +46,7 @@ class Replicas:
     """For each process, the rows on which it works, by parameter."""
 
 
-class SharedWork(Share):
+class WorkPartition(Partition):
     """This process's part of a nowcast.
 
     Args:
@@ -69,17 +69,17 @@ class SharedWork(Share):
             self._own |= nothing | some.rows[some.ranks.index(channel.rank)]
 
     def held_rows(self, name: str, shape: tuple[int, ...]) -> Rows:
-        """As :class:`Share`."""
+        """As :class:`Partition`."""
         del shape
         return self._held[name]
 
     def own_rows(self, name: str, shape: tuple[int, ...]) -> Rows:
-        """As :class:`Share`."""
+        """As :class:`Partition`."""
         del shape
         return self._own[name]
 
     def place(self, block: EdgeBlock) -> Place:
-        """As :class:`Share`; the targets of a block without a parameter are divided evenly."""
+        """As :class:`Partition`; the targets of a block without a parameter are divided evenly."""
         if block.parameter is not None:
             return place_of(block, self._own[block.parameter])
         targets, sources = block_shape(block)
@@ -87,7 +87,7 @@ class SharedWork(Share):
         return slice(*cuts), slice(0, sources)
 
     def buckets(self, groups: Sequence[NeuronGroup], width: int) -> Iterator[Sequence[NeuronGroup]]:
-        """As :class:`Share`; groups of neurons together, as far as their sums fit into one exchange."""
+        """As :class:`Partition`; groups of neurons together, as far as their sums fit into one exchange."""
         bucket: list[NeuronGroup] = []
         for group in groups:
             if bucket and sum(other.size for other in [*bucket, group]) * width * 4 > BUCKET_BYTES:
@@ -97,16 +97,16 @@ class SharedWork(Share):
         yield bucket
 
     def extra_bytes(self, groups: Sequence[NeuronGroup], width: int, itemsize: int) -> int:
-        """As :class:`Share`: the sums of a bucket, and the rows that are on their way."""
+        """As :class:`Partition`: the sums of a bucket, and the rows that are on their way."""
         largest = max(sum(group.size for group in bucket) for bucket in self.buckets(groups, width))
         return largest * width * itemsize + (BUCKET_BYTES if self._replicas else 0)
 
     def add_(self, sums: Tensor) -> Tensor:
-        """As :class:`Share`."""
+        """As :class:`Partition`."""
         return self.channel.add_(sums)
 
     def exchange(self, tensors: Mapping[str, Tensor]) -> None:
-        """As :class:`Share`: the rows that each process predicted are broadcast to those who hold them too."""
+        """As :class:`Partition`: the rows that each process predicted are broadcast to those who hold them too."""
         parcels = [
             (some, rank, parcel)
             for some in self._replicas
@@ -126,14 +126,14 @@ class SharedWork(Share):
                 piece.copy_(place.view(piece.shape))
 
 
-def plan_share(
+def partition_work(
     graph: NeuralGraph,
     parameters: Mapping[str, Tensor],
     wanted: Collection[str],
     snapshots: Sequence[Mapping[str, Tensor]],
     channel: Channel,
     same: Sequence[int] = (),
-) -> Share:
+) -> Partition:
     """Decide who works on which rows; all processes call this and come to one plan.
 
     Replicas are dealt out if their weights and snapshots are alike. If only the weights are (they were just averaged,
@@ -179,7 +179,7 @@ def plan_share(
         parts = [(name, holdings[name].rows, costs[name]) for name in names]
         dealt = deal(parts, min(workers, len(ranks)), len(ranks))
         replicas.append(Replicas(holdings[names[0]].group, ranks, tuple(names), dealt))
-    return SharedWork(channel, {name: holding.rows for name, holding in holdings.items()}, replicas, workers)
+    return WorkPartition(channel, {name: holding.rows for name, holding in holdings.items()}, replicas, workers)
 
 
 def deal(

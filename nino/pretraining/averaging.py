@@ -9,13 +9,13 @@ from nino.predict.model.networks import Network
 
 
 def averaged(network: Network, decay: float) -> AveragedModel:
-    """An average that ``update_parameters(network)`` moves after every update; its ``module`` is a network.
+    """An average that ``update_parameters(network)`` moves after every step; its ``module`` is a network.
 
-    The decay grows to its final value, ``(1 + n) / (10 + n)`` after n updates: else the average would remember the
+    The decay grows to its final value, ``(1 + n) / (10 + n)`` after n steps: else the average would remember the
     random weights that training began with for long.
     """
 
-    def move(average: Tensor, current: Tensor, num_updates: Tensor | int) -> Tensor:
-        return average.lerp(current, 1 - min(decay, (1 + int(num_updates)) / (10 + int(num_updates))))
+    def move(average: Tensor, current: Tensor, num_steps: Tensor | int) -> Tensor:
+        return average.lerp(current, 1 - min(decay, (1 + int(num_steps)) / (10 + int(num_steps))))
 
     return AveragedModel(network, avg_fn=move)

@@ -21,7 +21,7 @@ class PretrainingConfig:
     accumulate: int = 1
     """Unions that a batch is computed in, one after another: a batch is as many times as large."""
     sampling: Sampling = field(default_factory=Sampling)
-    """What an update looks at of a window."""
+    """What a step looks at of a window."""
     loss: Loss = "absolute"
     """See :mod:`nino.pretraining.objective`."""
     lr: float = 3e-3

@@ -37,7 +37,7 @@ STATE_FILE = "training.pt"
 LOG_FILE = "training.json"
 STATE_KEYS = {"settings", "network", "average", "optimizer", "step", "skipped", "seconds", "history"}
 WARMUP_STEPS = 100
-RIVALS = ("copy", "linear")
+BASELINES = ("copy", "linear")
 LEARNED = 0.99
 """A nowcaster that has learned something has at most this part of the error of copying."""
 CHANGEABLE = ("workers", "wandb")
@@ -153,7 +153,7 @@ class _Pretraining:
         return self.finish()
 
     def update(self, windows: Sequence[Window]) -> None:
-        """One update on this process's share of a batch, union by union."""
+        """One step on this process's share of a batch, union by union."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * learning_rate_factor(self.step, self.config.steps)
         accelerator, device = self.accelerator, self.accelerator.device
@@ -177,7 +177,7 @@ class _Pretraining:
             if self.average is not None:
                 self.average.update_parameters(self.network)
             self.losses += loss
-            self.updates += 1
+            self.steps += 1
         else:
             self.skipped += 1
 
@@ -187,7 +187,7 @@ class _Pretraining:
 
     def _start_measuring(self) -> None:
         self.losses = torch.zeros((), device=self.accelerator.device)
-        self.edges, self.updates, self.began = 0, 0, time.perf_counter()
+        self.edges, self.steps, self.began = 0, 0, time.perf_counter()
 
     def _measure_floor(self, window: Window) -> None:
         """What the products of an edge cost, and how fast this device could do them."""
@@ -204,7 +204,7 @@ class _Pretraining:
         edges = torch.tensor(float(self.edges), device=self.accelerator.device)
         edges = self.accelerator.reduce(edges, reduction="sum").item()
         floor = edges * self.least_seconds_per_edge / self.accelerator.num_processes
-        train = {"train": self.losses.item() / self.updates} if self.updates else {}
+        train = {"train": self.losses.item() / self.steps} if self.steps else {}
         return {**train, "edges_per_s": edges / seconds, "floor_fraction": floor / seconds}
 
     def report(self, record: dict[str, Any]) -> None:
@@ -331,8 +331,10 @@ def one_line(record: Mapping[str, float]) -> str:
     for name, error in record.items():
         family, _, rest = name.partition("/")
         if rest == "nowcaster":
-            rivals = [f"{rival} {record[key]:.4g}" for rival in RIVALS if (key := f"{family}/{rival}") in record]
-            parts.append(f"{family} {error:.4g} ({', '.join(rivals)})")
+            baselines = [
+                f"{baseline} {record[key]:.4g}" for baseline in BASELINES if (key := f"{family}/{baseline}") in record
+            ]
+            parts.append(f"{family} {error:.4g} ({', '.join(baselines)})")
     if record.get("skipped"):
-        parts.append(f"{record['skipped']:g} updates skipped")
+        parts.append(f"{record['skipped']:g} steps skipped")
     return f"step {record['step']:g}: {', '.join(parts)}, {record['edges_per_s']:.3g} edges/s"

@@ -1,7 +1,7 @@
-"""What a nowcaster is trained for, and the rivals it must beat on held-out runs.
+"""What a nowcaster is trained for, and the baselines it must beat on held-out runs.
 
 *absolute*, the published loss: the mean absolute error of standardised weights over the edges that carry parameters and
-all horizons (NiNo, section 3.3). It is dominated by what moves most (far horizons, the first updates of a run, high
+all horizons (NiNo, section 3.3). It is dominated by what moves most (far horizons, the first steps of a run, high
 learning rates), and its best answer is the median of the paths that a weight may take.
 
 *levelled*: the same, divided at horizon h by the square root of h, as a random walk grows, so that near horizons count
@@ -51,7 +51,7 @@ def total_error(predicted: Tensor, window: Window, loss: Loss = "absolute") -> t
     return errors.sum(), counts.sum()
 
 
-def rivals(window: Window) -> dict[str, Tensor]:
+def baselines(window: Window) -> dict[str, Tensor]:
     """Predictions that need no learning: nothing moves, or everything goes on as in the last interval."""
     return {
         "copy": torch.zeros_like(window.targets),

@@ -2,7 +2,8 @@
 
 A trend maps ten numbers per parameter to factors of a few columns: a weight's own movements and what the network
 predicts of it (:class:`nino.predict.model.networks.Trend`). Trained along with a network, on absolute errors and a
-few windows at a time, it gains half of what it can (docs/lab-notes.md, 2026-11-26). So a table of weights is drawn from many
+few windows at a time, it gains half of what it can (docs/lab-notes.md, 2026-11-26). So a table of weights is drawn
+from many
 windows once, the network predicts them all, and the trend is fitted to its rows by squared errors, whose best answer is
 the mean of the paths that a weight may take.
 """
@@ -110,8 +111,8 @@ def fit(trend: Trend, rows: Rows, *, steps: int, batch: int, lr: float, generato
     Args:
         trend: is changed in place; asks for no gradients afterwards, as in a nowcaster.
         rows: weights of all kinds of runs.
-        steps: updates.
-        batch: rows per update.
+        steps: steps.
+        batch: rows per step.
         lr: highest learning rate.
         generator: of random numbers.
     """

@@ -1,4 +1,4 @@
-"""Errors on held-out runs, beside those of rivals that need no learning: by family, and by how far ahead."""
+"""Errors on held-out runs, beside those of baselines that need no learning: by family, and by how far ahead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from nino.pretraining.objective import Measure, errors_by_horizon, rivals
+from nino.pretraining.objective import Measure, baselines, errors_by_horizon
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 
@@ -19,7 +19,7 @@ MEASURES: dict[Measure, str] = {"absolute": "", "squared": "/squared"}
 
 @torch.no_grad()
 def validate(network: nn.Module, source: WindowSource, windows_per_run: int, device: torch.device) -> dict[str, float]:
-    """Mean absolute error per family and horizon, of the network and of its rivals, on the same windows every time.
+    """Mean absolute error per family and horizon, of the network and of its baselines, on the same windows every time.
 
     Returns:
         ``{"<family>/nowcaster": ..., "<family>/copy": ..., "<family>/linear": ...}`` over all horizons, and the same of
@@ -30,7 +30,7 @@ def validate(network: nn.Module, source: WindowSource, windows_per_run: int, dev
         generator = torch.Generator().manual_seed(0)
         for _ in range(windows_per_run * len(members)):
             window = source.load(source.draw(family, generator), generator, SAMPLING).to(device)
-            for name, predicted in {"nowcaster": network(window.inputs, window.horizons), **rivals(window)}.items():
+            for name, predicted in {"nowcaster": network(window.inputs, window.horizons), **baselines(window)}.items():
                 for measure, suffix in MEASURES.items():
                     errors = torch.stack(errors_by_horizon(predicted, window, measure))
                     totals[f"{family}/{name}{suffix}"].append(errors)

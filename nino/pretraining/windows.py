@@ -59,7 +59,7 @@ class Window:
     mask: Tensor
     """bool ``[O, 9, K]``: which targets exist (position used, horizon within the run)."""
     last_steps: Tensor
-    """``[O, 9]``: movement from the last snapshot but one to the last, for the linear rival."""
+    """``[O, 9]``: movement from the last snapshot but one to the last, for the linear baseline."""
     movement: Tensor
     """``[O, K]``: how far the weights of the edge's parameter move from the last snapshot, root mean square; 1 where
     no target exists."""

@@ -1,10 +1,10 @@
-"""How far to look when the learning rate changes: horizons measured in learning-rate mass, not in updates.
+"""How far to look when the learning rate changes: horizons measured in learning-rate mass, not in steps.
 
 A nowcaster continues the path that the snapshots show, at their pace. With Adam the length of that path is about
 proportional to the sum of the learning rates along it, the *learning-rate mass*. Under a decaying rate the same number
-of updates holds less of it, so the horizon shrinks in that proportion; at a constant rate nothing changes.
+of steps holds less of it, so the horizon shrinks in that proportion; at a constant rate nothing changes.
 
-What is to come is guessed from what was seen, so that every front end agrees and no scheduler has to be known: a rate
+What is to come is guessed from what was seen, so that every integration agrees and no scheduler has to be known: a rate
 that has been falling goes on falling in a straight line, at least as steeply as to be zero at the end of the run.
 That is exact for a linear decay, close for a cosine, and short for an exponential one.
 """
@@ -25,7 +25,7 @@ SMALLEST_RISE = 1e-3
 def learning_rate_of(optimizer: Optimizer | None) -> float | None:
     """The largest learning rate of an optimizer's groups; ``None`` if it has none, or sets its own as it goes.
 
-    Ask before a scheduler steps: afterwards it is the rate of the coming update. A rate that is a tensor on a device
+    Ask before a scheduler steps: afterwards it is the rate of the coming step. A rate that is a tensor on a device
     is waited for.
 
     Example:
@@ -59,16 +59,16 @@ def horizon_by_mass(horizon: int, rates: Iterable[float], step: int, config: Sch
     Args:
         horizon: snapshot intervals ahead, if the learning rate stayed as it was.
         rates: learning rates at the snapshots, oldest first.
-        step: optimizer updates done.
-        config: its ``interval`` is the distance of the snapshots in updates, ``max_steps`` the end of the run.
+        step: optimizer steps done.
+        config: its ``interval`` is the distance of the snapshots in steps, ``max_steps`` the end of the run.
 
     Returns:
         Snapshot intervals at the pace of the snapshots that hold the same learning-rate mass as the next ``horizon``
         intervals will; 0 if that is less than half of one.
 
     Example:
-        Linear decay over 10,000 updates, seen at updates 200, 400, .. 1000. The rates of the history average 0.94, so
-        an interval of it holds 0.94 * 200 = 188. The next 40 intervals are 8,000 updates, along which the rate falls
+        Linear decay over 10,000 steps, seen at steps 200, 400, .. 1000. The rates of the history average 0.94, so
+        an interval of it holds 0.94 * 200 = 188. The next 40 intervals are 8,000 steps, along which the rate falls
         from 0.9 to 0.1: their mass is 8000 * (0.9 + 0.1) / 2 = 4,000, or 21.3 intervals.
 
         >>> config = ScheduleConfig(period=1000, max_steps=10_000)
@@ -81,9 +81,9 @@ def horizon_by_mass(horizon: int, rates: Iterable[float], step: int, config: Sch
     if len(rates) < 2 or rates[-1] >= rates[0]:
         return horizon
     now, pace = rates[-1], sum(rates) / len(rates)
-    updates_to_zero = now / ((rates[0] - now) / ((len(rates) - 1) * config.interval))
+    steps_to_zero = now / ((rates[0] - now) / ((len(rates) - 1) * config.interval))
     if config.max_steps is not None:
-        updates_to_zero = min(updates_to_zero, max(config.max_steps - step, 0))
-    updates = min(horizon * config.interval, updates_to_zero)
-    mass = now * updates * (1 - updates / (2 * updates_to_zero)) if updates_to_zero else 0.0
+        steps_to_zero = min(steps_to_zero, max(config.max_steps - step, 0))
+    steps = min(horizon * config.interval, steps_to_zero)
+    mass = now * steps * (1 - steps / (2 * steps_to_zero)) if steps_to_zero else 0.0
     return min(round(mass / (pace * config.interval)), horizon)

@@ -25,20 +25,20 @@ class NowcastReport:
     """What one nowcast did."""
 
     step: int
-    """Optimizer updates done."""
+    """Optimizer steps done."""
     horizon: int
     """Snapshot intervals ahead."""
     accepted: bool
     """Whether the weights were replaced."""
     rolled_back: bool = False
-    """Whether they were put back after the probation, since the loss did not recover."""
-    updates_undone: int = 0
+    """Whether they were put back after the rollback window, since the loss did not recover."""
+    steps_undone: int = 0
     """Updates that were lost with it then."""
     left_out: bool = False
     """Whether no nowcast was tried, on purpose."""
     reason: str = ""
     """Why not, if they were not replaced, or why they were put back."""
-    glide: int = 0
+    ramp: int = 0
     """Updates over which the weights were moved; 0 for at once."""
     seconds: float = 0.0
     """Wall-clock time of the prediction and of writing it back."""
@@ -46,18 +46,18 @@ class NowcastReport:
     """What this process put into exchanges with others for it."""
     snapshot_bytes: int = 0
     """Size of the snapshots that this process held, wherever it keeps them."""
-    restore_bytes: int = 0
-    """Size of the copy that the nowcast can be undone from, if it was on probation."""
+    rollback_bytes: int = 0
+    """Size of the copy that the nowcast can be undone from, if it was in its rollback window."""
     relative_jump: float = math.nan
     """Norm of the change over the norm of the weights."""
     relative_jump_by_kind: Mapping[str, float] = field(default_factory=dict, hash=False)
     """The same of the weights of each kind, by the name of their edge type: ``linear``, ``query``, ``norm``, ..."""
     loss_before: float = math.nan
-    """Mean training loss of the last updates before the jump; NaN if no losses were observed."""
+    """Mean training loss of the last steps before the jump; NaN if no losses were observed."""
     loss_at: float = math.nan
-    """Training loss of the first update after the weights have arrived."""
+    """Training loss of the first step after the weights have arrived."""
     loss_after: float = math.nan
-    """Mean training loss of the second half of the probation; NaN without one."""
+    """Mean training loss of the second half of the rollback window; NaN without one."""
 
     @property
     def outcome(self) -> Outcome:
@@ -75,11 +75,11 @@ class NowcastReport:
             "nowcast/horizon": self.horizon,
             "nowcast/accepted": float(self.accepted),
             "nowcast/rolled_back": float(self.rolled_back),
-            "nowcast/updates_undone": self.updates_undone or math.nan,
+            "nowcast/steps_undone": self.steps_undone or math.nan,
             "nowcast/left_out": float(self.left_out),
-            "nowcast/glide": self.glide or math.nan,
+            "nowcast/ramp": self.ramp or math.nan,
             "nowcast/seconds": self.seconds,
-            "nowcast/bytes": self.snapshot_bytes + self.restore_bytes,
+            "nowcast/bytes": self.snapshot_bytes + self.rollback_bytes,
             "nowcast/bytes_sent": self.bytes_sent or math.nan,
             "nowcast/jump/all": self.relative_jump,
             **{f"nowcast/jump/{kind}": jump for kind, jump in self.relative_jump_by_kind.items()},
@@ -100,7 +100,7 @@ class NowcastReport:
 
     def __str__(self) -> str:
         """One line for a person."""
-        begin = f"nowcast after update {self.step}"
+        begin = f"nowcast after step {self.step}"
         if self.rolled_back:
             return f"{begin} was undone, training goes on from there: {self.reason}"
         if not self.accepted:
@@ -109,7 +109,7 @@ class NowcastReport:
         known = ", ".join(f"{loss:.4g} {when}" for when, loss in losses if not math.isnan(loss))
         return (
             f"{begin}: {self.horizon} intervals ahead, weights moved by {self.relative_jump:.3g} of their norm"
-            + (f" over {self.glide} updates" if self.glide else "")
+            + (f" over {self.ramp} steps" if self.ramp else "")
             + f", {self.seconds:.1f} s"
             + (f"; loss {known}" if known else "")
         )
@@ -117,29 +117,29 @@ class NowcastReport:
 
 @dataclass
 class OpenReport:
-    """A report that waits for the losses after the jump: of the first update after it, or of those of the probation."""
+    """A report that waits for the losses after the jump: of the first step, or of the rollback window."""
 
     report: NowcastReport
-    updates_to_come: int
-    on_probation: bool = False
+    steps_to_come: int
+    is_monitored: bool = False
     before: list[float] = field(default_factory=list)
-    """Training losses before the jump, oldest first; of a nowcast on probation."""
+    """Training losses before the jump, oldest first; of a nowcast in its rollback window."""
     after: list[Loss] = field(default_factory=list)
     """Since the weights have arrived."""
     on_the_way: int = 0
     """Updates until then."""
 
     def book(self, loss: Loss | None) -> bool:
-        """Count one update and its loss, if that is known; whether the report is complete then."""
-        self.updates_to_come -= 1
+        """Count one step and its loss, if that is known; whether the report is complete then."""
+        self.steps_to_come -= 1
         if self.on_the_way:
             self.on_the_way -= 1
         elif loss is not None:
             self.after.append(loss)
-        return self.updates_to_come <= 0
+        return self.steps_to_come <= 0
 
     def with_losses(self) -> NowcastReport:
-        """The report with the loss of the first update after the weights have arrived."""
+        """The report with the loss of the first step after the weights have arrived."""
         return replace(self.report, loss_at=float(self.after[0])) if self.after else self.report
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,18 +157,18 @@ class OpenReport:
         after: list[Loss] = [float(loss) for loss in state["after"]]
         opened = OpenReport(
             _read_report(state["report"]),
-            index(state["updates_to_come"]),
-            bool(state["on_probation"]),
+            index(state["steps_to_come"]),
+            bool(state["is_monitored"]),
             before,
             after,
             index(state.get("on_the_way", 0)),
         )
         if (
-            opened.updates_to_come < 0
+            opened.steps_to_come < 0
             or opened.on_the_way < 0
-            or (opened.on_probation and len(before) < MIN_LOSSES_BEFORE)
+            or (opened.is_monitored and len(before) < MIN_LOSSES_BEFORE)
         ):
-            raise ValueError(f"a report that waits for {opened.updates_to_come} losses and knows {len(before)}")
+            raise ValueError(f"a report that waits for {opened.steps_to_come} losses and knows {len(before)}")
         return opened
 
 

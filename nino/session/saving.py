@@ -149,7 +149,7 @@ def with_own_numbers(state: Mapping[str, Any], numbers: Mapping[str, Any]) -> di
 
     try:
         if numbers["step"] != state["step"]:
-            raise CheckpointError(f"saved after {numbers['step']} updates, the snapshots after {state['step']}")
+            raise CheckpointError(f"saved after {numbers['step']} steps, the snapshots after {state['step']}")
         return _put_back(numbers, find)
     except (LookupError, TypeError, ValueError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"damaged: {error!r}") from error

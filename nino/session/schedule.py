@@ -1,6 +1,6 @@
-"""When to take a snapshot, when to nowcast and how far: pure functions of (updates done, config).
+"""When to take a snapshot, when to nowcast and how far: pure functions of (steps done, config).
 
-Context C snapshots are taken evenly over a period of K optimizer updates; at its end the weights are nowcast. Early
+Context C snapshots are taken evenly over a period of K optimizer steps; at its end the weights are nowcast. Early
 nowcasts look far ahead and late ones near: with N nowcasts in a run their horizons are
 ``round(linspace(sqrt(max_horizon), 1, N) ** 2)``, the published schedule (NiNo, arXiv:2409.04434, section 4).
 """
@@ -20,18 +20,18 @@ class ScheduleConfig:
     """The rhythm of snapshots and nowcasts."""
 
     period: int = 1000
-    """Optimizer updates between two nowcasts (K)."""
+    """Optimizer steps between two nowcasts (K)."""
     context: int = 5
     """Snapshots that a nowcast reads (C)."""
     max_steps: int | None = None
-    """Optimizer updates of the whole run; ``None`` if unknown: every nowcast then looks ``context`` intervals, one
+    """Optimizer steps of the whole run; ``None`` if unknown: every nowcast then looks ``context`` intervals, one
     period, ahead, unless ``until`` is known."""
     max_horizon: int = 40
     """The first nowcast's horizon, in snapshot intervals."""
     decay_power: float = 2.0
     """How fast horizons shrink over the run; 1 is linear."""
     until: int | None = None
-    """Optimizer updates by which horizons have shrunk to one interval, and after which nothing is nowcast; ``None``:
+    """Optimizer steps by which horizons have shrunk to one interval, and after which nothing is nowcast; ``None``:
     those of the whole run."""
 
     def __post_init__(self) -> None:
@@ -44,9 +44,7 @@ class ScheduleConfig:
             if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
                 raise NinoError(f"{name} must be a whole number of at least 1 or None, got {steps!r}")
         if self.until is not None and self.until <= self.period:
-            raise NinoError(
-                f"until={self.until} leaves no nowcast: expected more than the period, {self.period} updates"
-            )
+            raise NinoError(f"until={self.until} leaves no nowcast: expected more than the period, {self.period} steps")
         if not isinstance(self.decay_power, (int, float)) or not self.decay_power > 0:
             raise NinoError(f"decay_power must be a positive number, got {self.decay_power!r}")
         if self.decay_power < LEAST_DECAY_POWER:
@@ -60,19 +58,19 @@ class ScheduleConfig:
 
     @property
     def interval(self) -> int:
-        """Optimizer updates between two snapshots."""
+        """Optimizer steps between two snapshots."""
         return self.period // self.context
 
     @property
     def end(self) -> int | None:
-        """Optimizer updates by which nowcasting ends, if it is known: ``until`` or ``max_steps``, what comes first."""
+        """Optimizer steps by which nowcasting ends, if it is known: ``until`` or ``max_steps``, what comes first."""
         return min((steps for steps in (self.until, self.max_steps) if steps is not None), default=None)
 
 
 def is_over(step: int, config: ScheduleConfig) -> bool:
     """Whether the last nowcast of a plan that ends with ``until`` lies before ``step``: no later snapshot is ever read.
 
-    Without ``until`` a plan is never over: a run that is resumed may be given more updates.
+    Without ``until`` a plan is never over: a run that is resumed may be given more steps.
 
     Example:
         >>> [step for step in range(1, 31) if is_over(step, ScheduleConfig(period=10, until=25))]
@@ -82,7 +80,7 @@ def is_over(step: int, config: ScheduleConfig) -> bool:
 
 
 def is_snapshot_step(step: int, config: ScheduleConfig) -> bool:
-    """Whether a snapshot is due after ``step`` updates.
+    """Whether a snapshot is due after ``step`` steps.
 
     Example:
         >>> [step for step in range(1, 21) if is_snapshot_step(step, ScheduleConfig(period=10))]
@@ -92,7 +90,7 @@ def is_snapshot_step(step: int, config: ScheduleConfig) -> bool:
 
 
 def is_nowcast_step(step: int, config: ScheduleConfig) -> bool:
-    """Whether a nowcast is due after ``step`` updates; not after the last, since training must go on from a jump.
+    """Whether a nowcast is due after ``step`` steps; not after the last, since training must go on from a jump.
 
     Example:
         >>> [step for step in range(1, 31) if is_nowcast_step(step, ScheduleConfig(period=10, max_steps=30))]
@@ -105,7 +103,7 @@ def horizon_at(step: int, config: ScheduleConfig) -> int:
     """Return how many snapshot intervals ahead the nowcast of the period that ``step`` lies in looks.
 
     Args:
-        step: optimizer updates done; steps beyond the end count as the last.
+        step: optimizer steps done; steps beyond the end count as the last.
         config: ``max_horizon`` in snapshot intervals.
 
     Example:

@@ -17,12 +17,12 @@ from nino.parallel.shards import compute_device, local_tensor, refuse_unsupporte
 from nino.predict.nowcaster import Nowcaster
 from nino.session.changes import describe_changes
 from nino.session.first_inputs import FirstInputs
-from nino.system.signals import held_back
+from nino.system.signals import defer_signals
 
 logger = logging.getLogger(__name__)
 
 
-class LiveModel:
+class TrainingTarget:
     """A model, the optimizer that trains it and the graph on which a nowcaster reads it.
 
     Args:
@@ -68,7 +68,7 @@ class LiveModel:
         return {name: parameter for name, parameter in self.trained().items() if name in self.graph.shapes}
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """All that the optimizer updates, by name; some may not be in the graph."""
+        """All that the optimizer steps, by name; some may not be in the graph."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         updated = {id(parameter) for group in groups for parameter in group["params"]}
         return {
@@ -181,7 +181,7 @@ class LiveModel:
 @torch.no_grad()
 def write_parameters(parameters: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     """Write new values into live parameters in place, so that storages, ties and views survive."""
-    with held_back():
+    with defer_signals():
         for name, parameter in parameters.items():
             local_tensor(parameter).copy_(new[name])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class Kept:
+class StoredSnapshot:
     """One stored snapshot."""
 
     tensors: dict[str, Tensor]
@@ -23,13 +23,13 @@ class Kept:
     """Whether someone may hold its tensors for good: they must never be overwritten."""
 
 
-class Keeper(Protocol):
+class SnapshotBackend(Protocol):
     """A place for snapshots."""
 
-    def keep(self, parameters: Mapping[str, Tensor]) -> Kept:
+    def keep(self, parameters: Mapping[str, Tensor]) -> StoredSnapshot:
         """Copy the parameters; the copy may still be under way on return (see ``finish``)."""
 
-    def release(self, kept: Kept) -> None:
+    def release(self, kept: StoredSnapshot) -> None:
         """Let go of a snapshot; its memory may be held for a later one."""
 
     def trim(self) -> None:

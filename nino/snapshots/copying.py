@@ -1,9 +1,9 @@
 """Copying weights to host memory while a CUDA device goes on training.
 
-Three things have to happen in order: the update that a snapshot is of, the copy, and the next change of the weights.
+Three things have to happen in order: the step that a snapshot is of, the copy, and the next change of the weights.
 On one stream they would, but the device would not compute while it copies. So the copy has a stream of its own:
 
-- the side stream waits for the training stream, that is for the update,
+- the side stream waits for the training stream, that is for the step,
 - the training stream waits for the copy, but only when an optimizer is about to change the weights: the forward and
   backward passes in between run at the same time as the copy,
 - the host waits for the copy before anyone reads it.

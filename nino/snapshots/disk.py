@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nino.errors import SnapshotError
-from nino.snapshots.backend import Kept
+from nino.snapshots.backend import StoredSnapshot
 from nino.snapshots.folder import OwnFolder
 from nino.snapshots.writing import PartialFile, Writer
 
@@ -43,7 +43,7 @@ FORMATS = {
 }
 
 
-class DiskKeeper:
+class DiskBackend:
     """Keeps snapshots in a folder.
 
     A snapshot is copied to host memory and written from there while training goes on; then the copy makes room for the
@@ -70,10 +70,10 @@ class DiskKeeper:
             raise SnapshotError(f"snapshot_folder={str(folder)!r} cannot be used: {error}") from error
         self._numbers = count(1)
         self._writer = Writer()
-        self._under_way: Kept | None = None
+        self._under_way: StoredSnapshot | None = None
         weakref.finalize(self, self._writer.wait)
 
-    def keep(self, parameters: Mapping[str, Tensor]) -> Kept:
+    def keep(self, parameters: Mapping[str, Tensor]) -> StoredSnapshot:
         """Write a file and map it, or begin to. Formats that a file does not know are in it as bytes."""
         self.finish()
         unknown = {name: tensor for name, tensor in parameters.items() if (self.dtype or tensor.dtype) not in FORMATS}
@@ -82,7 +82,7 @@ class DiskKeeper:
             kept.tensors[name] = kept.tensors[name].view(tensor.dtype).view(tensor.shape)
         return kept
 
-    def _keep(self, parameters: Mapping[str, Tensor]) -> Kept:
+    def _keep(self, parameters: Mapping[str, Tensor]) -> StoredSnapshot:
         if not self._folder.path.is_dir():  # deleted, as cleaners of temporary folders do
             self._folder.close()
             self._folder = OwnFolder(self._parent)
@@ -94,9 +94,9 @@ class DiskKeeper:
             values = (_on_host(parameters[name], orders[name], formats[name]) for name in names)
             if not self._in_background:
                 file.complete(values)
-                return Kept(map_tensors(path, orders), path)
+                return StoredSnapshot(map_tensors(path, orders), path)
             copies = dict(zip(names, values, strict=True))
-            kept = Kept({name: copies[name].permute(_inverse(order)) for name, order in orders.items()}, path)
+            kept = StoredSnapshot({name: copies[name].permute(_inverse(order)) for name, order in orders.items()}, path)
             self._writer.start(partial(_complete, file, [*copies.values()], kept, orders, self._folder))
             self._under_way = kept
             return kept
@@ -105,7 +105,7 @@ class DiskKeeper:
             path.unlink(missing_ok=True)
             raise
 
-    def release(self, kept: Kept) -> None:
+    def release(self, kept: StoredSnapshot) -> None:
         """Delete the file; who holds its tensors can still read them."""
         if kept is self._under_way:
             with contextlib.suppress(Exception):  # of what nobody wants any more
@@ -165,7 +165,7 @@ def _on_host(tensor: Tensor, order: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def _complete(
-    file: PartialFile, values: list[Tensor], kept: Kept, orders: Mapping[str, list[int]], folder: OwnFolder
+    file: PartialFile, values: list[Tensor], kept: StoredSnapshot, orders: Mapping[str, list[int]], folder: OwnFolder
 ) -> None:
     """Fill a file, and map it where the copies were; ``folder`` must stay until then."""
     file.complete(values)

@@ -1,4 +1,4 @@
-"""A folder of one's own inside a folder that several runs and processes may share.
+"""A folder of one's own inside a folder that several runs and processes may partition.
 
 Its name holds host, process and a random token, and a file in it is locked for as long as the process lives: the
 system drops the lock however the process ends. A folder of this host whose lock is free is thus the leftover of a

@@ -1,4 +1,4 @@
-"""The mean of a model's weights over some updates: a snapshot with less of the optimizer's noise in it."""
+"""The mean of a model's weights over some steps: a snapshot with less of the optimizer's noise in it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,30 @@ MOST_ADDED = 20
 """Weights that a mean is made of at most: more of them cost time and hardly change it."""
 
 
-def is_added(step: int, interval: int, updates: int) -> bool:
-    """Whether the weights after ``step`` updates count in a snapshot's mean over the last ``updates`` of an interval.
+def is_added(step: int, interval: int, steps: int) -> bool:
+    """Whether the weights after ``step`` steps count in a snapshot's mean over the last ``steps`` of an interval.
 
     Example:
-        >>> [step for step in range(1, 21) if is_added(step, interval=10, updates=3)]
+        >>> [step for step in range(1, 21) if is_added(step, interval=10, steps=3)]
         [8, 9, 10, 18, 19, 20]
     """
-    return counts(-step % interval, updates)
+    return counts(-step % interval, steps)
 
 
-def counts(to_come: int, updates: int) -> bool:
-    """Whether weights count in a mean over ``updates`` that is due ``to_come`` updates later."""
-    return 0 <= to_come < updates and to_come % -(-updates // MOST_ADDED) == 0
+def counts(to_come: int, steps: int) -> bool:
+    """Whether weights count in a mean over ``steps`` that is due ``to_come`` steps later."""
+    return 0 <= to_come < steps and to_come % -(-steps // MOST_ADDED) == 0
 
 
-def check_snapshot_average(updates: int, interval: int) -> int:
-    """Return the number if a snapshot can be the mean over so many updates.
+def check_average_over(steps: int, interval: int) -> int:
+    """Return the number if a snapshot can be the mean over so many steps.
 
     Raises:
         NinoError: if it is not at least 1 and at most the interval between snapshots.
     """
-    if not isinstance(updates, int) or isinstance(updates, bool) or not 1 <= updates <= interval:
-        raise NinoError(
-            f"snapshot_average must be 1 to {interval} updates, the interval between snapshots, got {updates!r}"
-        )
-    return updates
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= interval:
+        raise NinoError(f"average_over must be 1 to {interval} steps, the interval between snapshots, got {steps!r}")
+    return steps
 
 
 class RunningMean:

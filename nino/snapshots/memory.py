@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nino.snapshots.backend import Kept
+from nino.snapshots.backend import StoredSnapshot
 from nino.snapshots.copying import Copier, copier_for
 
 Form = tuple[tuple[Any, ...], ...]
 
 
-class MemoryKeeper:
+class MemoryBackend:
     """Keeps snapshots in memory.
 
     Args:
@@ -26,10 +26,10 @@ class MemoryKeeper:
     def __init__(self, on_host: bool, dtype: torch.dtype | None) -> None:
         self.on_host = on_host
         self.dtype = dtype
-        self._free: list[Kept] = []  # buffers for coming snapshots, the longest unused first
+        self._free: list[StoredSnapshot] = []  # buffers for coming snapshots, the longest unused first
         self._copiers: dict[torch.device, Copier] = {}
 
-    def keep(self, parameters: Mapping[str, Tensor]) -> Kept:
+    def keep(self, parameters: Mapping[str, Tensor]) -> StoredSnapshot:
         """Copy into free buffers, or into new ones if there are none of the parameters' form."""
         sources = {name: parameter.detach() for name, parameter in parameters.items()}
         form = _form_of(sources)
@@ -42,12 +42,12 @@ class MemoryKeeper:
             if device not in self._copiers:
                 self._copiers[device] = copier_for(device, self.on_host)
             self._copiers[device].copy([buffers[name] for name in names], [sources[name] for name in names])
-        return Kept(buffers, form)
+        return StoredSnapshot(buffers, form)
 
-    def release(self, kept: Kept) -> None:
+    def release(self, kept: StoredSnapshot) -> None:
         """Hold the buffers for a later snapshot, unless someone may still read them."""
         if not kept.is_lent:
-            self._free.append(Kept(kept.tensors, kept.origin))
+            self._free.append(StoredSnapshot(kept.tensors, kept.origin))
 
     def trim(self) -> None:
         """Give the free buffers back."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nino.errors import SnapshotError
 from nino.parallel.shards import local_tensors
-from nino.snapshots.backend import Keeper, Kept
-from nino.snapshots.disk import DiskKeeper
-from nino.snapshots.memory import MemoryKeeper
+from nino.snapshots.backend import SnapshotBackend, StoredSnapshot
+from nino.snapshots.disk import DiskBackend
+from nino.snapshots.memory import MemoryBackend
 
 Place = Literal["cpu", "device", "disk"]
 
@@ -52,7 +52,7 @@ class SnapshotStore:
         self.dtype = dtype
         self.folder = folder
         self.steps: list[int] = []
-        self._kept: list[Kept] = []
+        self._kept: list[StoredSnapshot] = []
         self.in_background = in_background
         self._keeper = _keeper(place, dtype, folder, in_background)
 
@@ -85,12 +85,12 @@ class SnapshotStore:
         return sum(tensor.nbytes for kept in self._kept for tensor in kept.tensors.values())
 
     def append(self, step: int, parameters: Mapping[str, Tensor], are_live: bool = True) -> None:
-        """Copy the parameters after ``step`` updates; the oldest snapshot makes room if there are C already.
+        """Copy the parameters after ``step`` steps; the oldest snapshot makes room if there are C already.
 
         Args:
-            step: updates done.
+            step: steps done.
             parameters: by name.
-            are_live: whether these are the weights themselves, and not their mean over some updates.
+            are_live: whether these are the weights themselves, and not their mean over some steps.
 
         Of sharded parameters the local shards are copied. If that fails, all snapshots are forgotten, for what they
         take may be what the run lacks.
@@ -170,7 +170,7 @@ class SnapshotStore:
             return lacking
         with contextlib.suppress(OSError):  # the history that this one takes the place of
             self.finish()
-        copies: list[Kept] = []
+        copies: list[StoredSnapshot] = []
         try:
             for snapshot, was_exact in zip(state["snapshots"], exact, strict=True):
                 copies.append(self._copy_saved(snapshot, was_exact, parameters))
@@ -197,10 +197,12 @@ class SnapshotStore:
             copy.is_exact = is_exact
         self._replace(history["steps"], copies)
 
-    def _copy(self, parameters: Mapping[str, Tensor]) -> Kept:
+    def _copy(self, parameters: Mapping[str, Tensor]) -> StoredSnapshot:
         return self._keeper.keep(parameters)
 
-    def _copy_saved(self, saved: Mapping[str, Tensor], was_exact: bool, parameters: Mapping[str, Tensor]) -> Kept:
+    def _copy_saved(
+        self, saved: Mapping[str, Tensor], was_exact: bool, parameters: Mapping[str, Tensor]
+    ) -> StoredSnapshot:
         beside = self.place == "device"
         # In the order in which they are taken: buffers are used again if they are of the same form.
         names = [name for name in parameters if name in saved]
@@ -210,7 +212,7 @@ class SnapshotStore:
         )
         return copy
 
-    def _replace(self, steps: list[int], kept: list[Kept]) -> None:
+    def _replace(self, steps: list[int], kept: list[StoredSnapshot]) -> None:
         for old in self._kept:
             self._keeper.release(old)
         self.steps, self._kept = list(steps), kept
@@ -228,7 +230,7 @@ def _check_state(
         raise SnapshotError(f"saved history is damaged: {error!r}") from error
     if not len(steps) == len(shapes) == len(exact) <= context or steps != sorted(set(steps)):
         raise SnapshotError(
-            f"saved history is damaged: {len(shapes)} snapshots after updates {steps} (at most {context})"
+            f"saved history is damaged: {len(shapes)} snapshots after steps {steps} (at most {context})"
         )
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     for taken in shapes:
@@ -238,7 +240,7 @@ def _check_state(
     return steps, exact
 
 
-def _keeper(place: Place, dtype: torch.dtype | None, folder: str | Path | None, in_background: bool) -> Keeper:
+def _keeper(place: Place, dtype: torch.dtype | None, folder: str | Path | None, in_background: bool) -> SnapshotBackend:
     if place not in get_args(Place):
         raise SnapshotError(
             f"snapshots live on 'cpu', on the parameters' 'device' or on 'disk', got snapshots_on={place!r}"
@@ -248,7 +250,7 @@ def _keeper(place: Place, dtype: torch.dtype | None, folder: str | Path | None, 
     if place != "disk":
         if folder is not None:
             raise SnapshotError(f"snapshot_folder is only for snapshots on 'disk', but they are kept on {place!r}")
-        return MemoryKeeper(on_host=place == "cpu", dtype=dtype)
+        return MemoryBackend(on_host=place == "cpu", dtype=dtype)
     if folder is None:
         raise SnapshotError("snapshots on 'disk' need a snapshot_folder to be written to")
-    return DiskKeeper(Path(folder), dtype, in_background)
+    return DiskBackend(Path(folder), dtype, in_background)

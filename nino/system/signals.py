@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Hold back the signals that Python functions handle; afterwards the handlers run, and may raise."""
     gate = _Gate(is_closed=True)
     try:

@@ -1,1 +1,1 @@
-"""The training tasks that the scripts share: data, model shapes and the loop's batches."""
+"""The training tasks that the scripts partition: data, model shapes and the loop's batches."""

@@ -1,7 +1,7 @@
 """Branches of one training: the same weights, optimizer state and coming batches, with and without a jump.
 
-What a jump is worth shows some hundred updates after it: right after it the loss is higher. A branch costs those
-updates instead of a whole training, and because all branches see the same batches, small differences show.
+What a jump is worth shows some hundred steps after it: right after it the loss is higher. A branch costs those
+steps instead of a whole training, and because all branches see the same batches, small differences show.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch.optim import AdamW, Optimizer
 from nino import Nowcaster
 from nino.errors import NinoError
 from nino.session.jump.batch_norm import BatchNormRenewal
-from nino.session.jump.ramp import Glide
+from nino.session.jump.ramp import Ramp
 from nino.session.target import write_parameters
-from nino.snapshots.mean import RunningMean, check_snapshot_average, counts
+from nino.snapshots.mean import RunningMean, check_average_over, counts
 from tasks.methods import Part, Rhythm, check_keeps_norms, load_jump, parse_method, yes_or_no
 from tasks.speedup import TASKS, SpeedupTask
 from tasks.task import Batch, Task
 
 Snapshots = dict[tuple[int, int], dict[str, Tensor]]
-"""By update and by the number of updates that they are averaged over."""
+"""By update and by the number of steps that they are averaged over."""
 STAY = "stay"
 """The branch without a jump."""
 
@@ -44,9 +44,9 @@ class JumpPlan:
     """Updates between snapshots."""
     average: int
     """Updates over which each of them is averaged."""
-    keep_norms: bool = False
+    preserve_norms: bool = False
     """Whether matrices keep their norms."""
-    glide: int = 0
+    ramp: int = 0
     """Updates over which the jump is dealt out."""
 
 
@@ -56,7 +56,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-SETTINGS = {"horizon": _count, "interval": _count, "average": _count, "glide": _count, "keep_norms": yes_or_no}
+SETTINGS = {"horizon": _count, "interval": _count, "average": _count, "ramp": _count, "preserve_norms": yes_or_no}
 
 
 def parse_jump(name: str) -> JumpPlan:
@@ -75,25 +75,25 @@ def parse_jump(name: str) -> JumpPlan:
         try:
             values[key] = SETTINGS[key](value)
         except (KeyError, ValueError):
-            expected = "horizon=K, interval=U, average=A or glide=G, whole numbers, or keep_norms=yes"
+            expected = "horizon=K, interval=U, average=A or ramp=G, whole numbers, or preserve_norms=yes"
             raise NinoError(f"jump {name!r}: expected {expected}, got {setting!r}") from None
     if "horizon" not in values:
         raise NinoError(f"jump {name!r}: say how far, for example {text}@horizon=10")
-    check_snapshot_average(values["average"], values["interval"])
+    check_average_over(values["average"], values["interval"])
     jump = JumpPlan(name=name, part=part, **values)
-    check_keeps_norms(part, jump.keep_norms)
+    check_keeps_norms(part, jump.preserve_norms)
     return jump
 
 
 @dataclass
 class Trunk:
-    """A training of Adam, kept at the updates where branches begin.
+    """A training of Adam, kept at the steps where branches begin.
 
     Args:
         task: by name.
         seed: of the initial weights and the batches.
         learning_rate: after a warm-up, constant.
-        warmup: updates over which it rises from zero.
+        warmup: steps over which it rises from zero.
     """
 
     task: str
@@ -104,7 +104,7 @@ class Trunk:
     """By update: ``model`` and ``optimizer``, state dicts; ``snapshots``, by update and average."""
 
     def grow(self, data: Path, at: Sequence[int], jumps: Sequence[JumpPlan], context: int) -> Iterator[int]:
-        """Train up to the last of some updates; yields after every update how many are done."""
+        """Train up to the last of some steps; yields after every step how many are done."""
         spec, task, model, optimizer = self._begin(data)
         due = {(point - j.interval * i, j.average) for point in at for j in jumps for i in range(context)}
         means = {key: RunningMean() for key in due}
@@ -125,36 +125,36 @@ class Trunk:
             yield step
 
     def branch(
-        self, data: Path, at: int, jump: JumpPlan | None, updates: int, evaluate_every: int, anneal: int = 0
+        self, data: Path, at: int, jump: JumpPlan | None, steps: int, evaluate_every: int, anneal: int = 0
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Jump (or not) after update ``at`` and train on; yields updates since and metrics, the jump itself first.
+        """Jump (or not) after step ``at`` and train on; yields steps since and metrics, the jump itself first.
 
-        Over the last ``anneal`` updates the learning rate falls to zero.
+        Over the last ``anneal`` steps the learning rate falls to zero.
         """
         spec, task, model, optimizer = self._begin(data)
         state = copy.deepcopy(self.states[at])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        renewal, glide = BatchNormRenewal(model), Glide(0 if jump is None else jump.glide)
+        renewal, ramp = BatchNormRenewal(model), Ramp(0 if jump is None else jump.ramp)
         if jump is not None:
             nowcaster = load_jump(jump.part)
             (example, *_) = task.batch(2, torch.Generator())
             parameters, before = dict(model.named_parameters()), state["model"]
             write_parameters(parameters, _nowcast(nowcaster, model, state["snapshots"], at, jump, example))
-            if jump.glide:
+            if jump.ramp:
                 start = state["snapshots"][at, jump.average]
-                glide.begin(parameters, start, {name: before[name] for name in parameters})
+                ramp.begin(parameters, start, {name: before[name] for name in parameters})
             else:
                 renewal.begin()
         yield 0, task.evaluate(model)
         batches = task.batches(spec.batch_size, torch.Generator().manual_seed((self.seed * 1_000_003 + at) % 2**63))
-        for step in range(1, updates + 1):
-            self._set_rate(optimizer, min((updates - step + 1) / anneal, 1.0) if anneal else 1.0)
+        for step in range(1, steps + 1):
+            self._set_rate(optimizer, min((steps - step + 1) / anneal, 1.0) if anneal else 1.0)
             _update(task, model, optimizer, next(batches))
-            if glide.after_update(dict(model.named_parameters()), optimizer):
+            if ramp.after_step(dict(model.named_parameters()), optimizer):
                 renewal.begin()
-            renewal.after_update()
-            if step % evaluate_every == 0 or step == updates:
+            renewal.after_step()
+            if step % evaluate_every == 0 or step == steps:
                 yield step, task.evaluate(model)
 
     def _set_rate(self, optimizer: Optimizer, factor: float) -> None:
@@ -175,7 +175,7 @@ def _nowcast(
     context = nowcaster.config.context
     read = [snapshots[at - jump.interval * i, jump.average] for i in reversed(range(context))]
     graph = nowcaster.graph_of(model, example)
-    return nowcaster.predict(read, horizon=jump.horizon, graph=graph, keep_norms=jump.keep_norms)
+    return nowcaster.predict(read, horizon=jump.horizon, graph=graph, preserve_norms=jump.preserve_norms)
 
 
 def _update(task: Task, model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:

@@ -31,12 +31,12 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 STABLE = 0.8
 """The part of a ``wsd`` run before its rate falls."""
 PATIENCE = 200
-"""Updates without a finite loss after which a training ends; a nowcast on probation is taken back earlier."""
+"""Updates without a finite loss after which a training ends; a nowcast in its rollback window is taken back earlier."""
 DIGITS = 4
 """Decimals of training losses."""
 
 Progress = Callable[[int, str], None]
-"""Called with the number of updates done since the last call, and what to say."""
+"""Called with the number of steps done since the last call, and what to say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Cell:
     seed: int
     learning_rate: float
     schedule: str
-    updates: int
+    steps: int
     evaluate_every: int
     rhythm: Rhythm | None
     """``None`` for methods without one."""
@@ -62,7 +62,7 @@ class Cell:
     @property
     def label(self) -> str:
         """What a person calls it."""
-        return f"{self.task} {self.method} seed {self.seed} lr {self.learning_rate:g} {self.schedule} {self.updates:,}"
+        return f"{self.task} {self.method} seed {self.seed} lr {self.learning_rate:g} {self.schedule} {self.steps:,}"
 
     def as_record(self) -> dict[str, Any]:
         """Plain values, for JSON; later settings only where somebody set them, so that older cells keep their names."""
@@ -71,7 +71,7 @@ class Cell:
             del record["warmup"]
         if self.held_out == "test":
             del record["held_out"]
-        for name in ("until", "keep_norms", "glide") if self.rhythm is not None else ():
+        for name in ("until", "preserve_norms", "ramp") if self.rhythm is not None else ():
             if not record["rhythm"][name]:
                 del record["rhythm"][name]
         return record
@@ -81,7 +81,7 @@ class Cell:
         """Readable, and different for every other cell."""
         digest = hashlib.sha256(json.dumps([CELL_VERSION, self.as_record()], sort_keys=True).encode()).hexdigest()
         method = re.sub(r"[^\w.+-]+", "-", self.method)[-60:]
-        parts = (self.task, method, f"seed{self.seed}", f"lr{self.learning_rate:g}", self.schedule, str(self.updates))
+        parts = (self.task, method, f"seed{self.seed}", f"lr{self.learning_rate:g}", self.schedule, str(self.steps))
         return ".".join([*parts, digest[:10], "json"])
 
 
@@ -93,7 +93,7 @@ def make_cell(
     seed: int,
     learning_rate: float,
     schedule: str,
-    updates: int,
+    steps: int,
     evaluate_every: int,
     warmup: int = 0,
     held_out: HeldOut = "test",
@@ -105,7 +105,7 @@ def make_cell(
         seed=seed,
         learning_rate=learning_rate,
         schedule=schedule,
-        updates=updates,
+        steps=steps,
         evaluate_every=evaluate_every,
         rhythm=method.rhythm if method.has_rhythm else None,
         weights=weights,
@@ -114,8 +114,8 @@ def make_cell(
     )
 
 
-def learning_rate_factor(schedule: str, step: int, updates: int, warmup: int = 0) -> float:
-    """What the learning rate of update ``step`` (from 0) is multiplied by; during a warm-up it rises from zero.
+def learning_rate_factor(schedule: str, step: int, steps: int, warmup: int = 0) -> float:
+    """What the learning rate of step ``step`` (from 0) is multiplied by; during a warm-up it rises from zero.
 
     Example:
         >>> [learning_rate_factor("linear", step, 4) for step in range(4)]
@@ -127,7 +127,7 @@ def learning_rate_factor(schedule: str, step: int, updates: int, warmup: int = 0
     """
     if step < warmup:
         return (step + 1) / warmup
-    done = step / updates
+    done = step / steps
     if schedule == "linear":
         return 1 - done
     if schedule == "cosine":
@@ -145,14 +145,14 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
     model = spec.build()
     # After the model: building a nowcaster draws random numbers.
     method = parse_method(cell.method, cell.rhythm or Rhythm())
-    setup = Setup(method, model, cell.learning_rate, spec.weight_decay, cell.updates)
+    setup = Setup(method, model, cell.learning_rate, spec.weight_decay, cell.steps)
     batches = task.batches(spec.batch_size, torch.Generator().manual_seed(cell.seed))
     clock = Clock()
     losses: list[float] = []
     curve: list[dict[str, float | None]] = []
     reported = 0
-    for step in range(1, cell.updates + 1):
-        setup.set_learning_rate(learning_rate_factor(cell.schedule, step - 1, cell.updates, cell.warmup))
+    for step in range(1, cell.steps + 1):
+        setup.set_learning_rate(learning_rate_factor(cell.schedule, step - 1, cell.steps, cell.warmup))
         setup.optimizer.zero_grad()
         loss = task.loss(model, next(batches))
         loss.backward()
@@ -160,7 +160,7 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
         if has_diverged(losses):
             break
         setup.update(loss)
-        if step % cell.evaluate_every and step < cell.updates:
+        if step % cell.evaluate_every and step < cell.steps:
             continue
         spent = clock.spent()
         with clock.paused(), setup.evaluated():
@@ -169,7 +169,7 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
         curve.append({name: finite(value) for name, value in point.items()})
         progress(step - reported, f"update {step:,}, {spec.metric} {metrics[spec.metric]:.4f}")
         reported = step
-    progress(cell.updates - reported, "diverged" if has_diverged(losses) else "done")
+    progress(cell.steps - reported, "diverged" if has_diverged(losses) else "done")
     return {
         "cell": cell.as_record(),
         "metric": spec.metric,

@@ -75,10 +75,10 @@ class Setting:
     task: str
     learning_rate: float
     schedule: str
-    updates: int
+    steps: int
 
     def __str__(self) -> str:
-        return f"{self.task}, lr {self.learning_rate:g}, {self.schedule}, {self.updates:,} updates"
+        return f"{self.task}, lr {self.learning_rate:g}, {self.schedule}, {self.steps:,} steps"
 
 
 Runs = dict[str, dict[int, Result]]
@@ -90,7 +90,7 @@ def by_setting(results: Iterable[Result]) -> dict[Setting, Runs]:
     settings: dict[Setting, Runs] = defaultdict(lambda: defaultdict(dict))
     for result in results:
         cell = result["cell"]
-        setting = Setting(cell["task"], cell["learning_rate"], cell["schedule"], cell["updates"])
+        setting = Setting(cell["task"], cell["learning_rate"], cell["schedule"], cell["steps"])
         settings[setting][cell["method"]][cell["seed"]] = result
     return settings
 
@@ -101,7 +101,7 @@ def curve_of(result: Result, metric: str) -> Curve:
 
 
 def final_value(result: Result, metric: str) -> float | None:
-    """The value after the last update; ``None`` of a training that diverged."""
+    """The value after the last step; ``None`` of a training that diverged."""
     return result["curve"][-1].get(metric) if result["curve"] and not result["diverged"] else None
 
 
@@ -117,7 +117,7 @@ def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
     own, adams = (None if run is None else first_update(run, goal, target) for run in (result, adam))
     return {
         "to Adam's best": own,
-        "% of Adam's updates": percent(own, adams),
+        "% of Adam's steps": percent(own, adams),
         "again": (again := first_update(result, goal, target, own + LASTING) if own is not None else None),
         "again, %": percent(again, adams),
         **{f"to {value:g}": first_update(result, goal, value) for value in goal.targets},
@@ -132,15 +132,15 @@ def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
 
 
 def percent(own: int | None, other: int | None) -> float | None:
-    """A number of updates in percent of another, if both are known."""
+    """A number of steps in percent of another, if both are known."""
     return 100 * own / other if own is not None and other else None
 
 
 def percent_undone(result: Result) -> float | None:
-    """Part of the updates that probations took back, in percent; ``None`` if none could be."""
-    probation = (result["cell"].get("rhythm") or {}).get("probation", 0)
-    undone = sum(nowcast.get("nowcast/updates_undone", 0) for nowcast in result["nowcasts"])
-    return 100 * undone / result["cell"]["updates"] if probation else None
+    """Part of the steps that rollback windows took back, in percent; ``None`` if none could be."""
+    rollback_window = (result["cell"].get("rhythm") or {}).get("rollback_window", 0)
+    undone = sum(nowcast.get("nowcast/steps_undone", 0) for nowcast in result["nowcasts"])
+    return 100 * undone / result["cell"]["steps"] if rollback_window else None
 
 
 def loss_rise(result: Result, before: int = 40, window: int = 5) -> float | None:
@@ -148,8 +148,8 @@ def loss_rise(result: Result, before: int = 40, window: int = 5) -> float | None
 
     Args:
         result: of a training.
-        before: updates before the jump over whose losses the mean is taken.
-        window: updates after it over which the mean is taken, where that is highest.
+        before: steps before the jump over whose losses the mean is taken.
+        window: steps after it over which the mean is taken, where that is highest.
     """
     rises = []
     for nowcast in result["nowcasts"]:
@@ -164,7 +164,7 @@ def loss_rise(result: Result, before: int = 40, window: int = 5) -> float | None
 
 
 def first_update(result: Result, goal: Goal, target: float | None, since: int = 0) -> int | None:
-    """When a training first reached a target, from an update on."""
+    """When a training first reached a target, from a step on."""
     if target is None:
         return None
     curve = [point for point in curve_of(result, goal.metric) if point[0] >= since]
@@ -194,9 +194,9 @@ def at_best_rates(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -
     """
     families: dict[tuple[str, str, int], dict[float, Runs]] = defaultdict(dict)
     for setting, runs in settings.items():
-        families[setting.task, setting.schedule, setting.updates][setting.learning_rate] = runs
+        families[setting.task, setting.schedule, setting.steps][setting.learning_rate] = runs
     rows = []
-    for (task, schedule, updates), by_rate in families.items():
+    for (task, schedule, steps), by_rate in families.items():
         goal = goals[task]
         methods = dict.fromkeys(method for runs in by_rate.values() for method in runs)
         best = {method: best_rate(by_rate, method, goal) for method in methods if len(by_rate) > 1}
@@ -206,7 +206,7 @@ def at_best_rates(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -
             adam_rate = best.get(ADAM)
             adams = by_rate[adam_rate][ADAM] if adam_rate is not None else {}
             numbers = [measure(result, adams.get(seed), goal) for seed, result in by_rate[rate][method].items()]
-            named = {"task": task, "schedule": schedule, "updates": updates, "method": method, "best lr": rate}
+            named = {"task": task, "schedule": schedule, "steps": steps, "method": method, "best lr": rate}
             rows.append({**named, "seeds": len(numbers), **over_seeds(numbers)})
     return rows
 
@@ -227,17 +227,17 @@ def best_rate(by_rate: Mapping[float, Runs], method: str, goal: Goal) -> float |
 def by_budget(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[Row]:
     """Final quality q(T): a row per method, learning rate and schedule, a column per budget, if there are several.
 
-    Further columns answer how many updates a method needs to end where Adam ends with each budget, at the learning rate
+    Further columns answer how many steps a method needs to end where Adam ends with each budget, at the learning rate
     that is Adam's best at it.
     """
     budgets: dict[str, list[int]] = defaultdict(list)
     finals: dict[tuple[str, float, str, str], dict[int, Spread | None]] = defaultdict(dict)
     for setting, runs in settings.items():
-        if setting.updates not in budgets[setting.task]:
-            budgets[setting.task].append(setting.updates)
+        if setting.steps not in budgets[setting.task]:
+            budgets[setting.task].append(setting.steps)
         for method, seeds in runs.items():
             values = [final_value(result, goals[setting.task].metric) for result in seeds.values()]
-            finals[setting.task, setting.learning_rate, setting.schedule, method][setting.updates] = spread(values)
+            finals[setting.task, setting.learning_rate, setting.schedule, method][setting.steps] = spread(values)
     rows = []
     for (task, rate, schedule, method), row in finals.items():
         if len(budgets[task]) > 1:
@@ -267,7 +267,7 @@ def updates_for(target: float, ends: Mapping[int, float]) -> int | None:
     return None
 
 
-def verdicts(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[str]:
+def decisions(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[str]:
     """Plain sentences: every method against Adam (or else the first), and later nowcasters against the first."""
     sentences = []
     for setting, runs in settings.items():
@@ -298,7 +298,7 @@ def compare(runs: Runs, method: str, reference: str, goal: Goal) -> str:
     finals = {
         name: spread([final_value(runs[name][seed], goal.metric) for seed in seeds]) for name in (method, reference)
     }
-    text = f"{reference}'s best, there after {spread(needed)} updates, {method} reached "
+    text = f"{reference}'s best, there after {spread(needed)} steps, {method} reached "
     if None in reached or not reached:
         count = sum(update is not None for update in reached)
         text += "never" if not count else f"with {count} of {len(reached)} seeds, after {spread(reached)}"
@@ -317,7 +317,7 @@ def never_jumped(result: Result) -> bool:
 
 
 def mean_curve(results: Iterable[Result], metric: str) -> Curve:
-    """The mean over seeds, at the updates that all have."""
+    """The mean over seeds, at the steps that all have."""
     curves = [{step: value for step, value in curve_of(result, metric)} for result in results]
     shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return [[step, fmean(curve[step] for curve in curves)] for step in shared]

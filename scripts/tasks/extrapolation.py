@@ -2,7 +2,7 @@
 
 With snapshots ``x_0 .. x_m`` and movements ``u_i = x_{i+1} - x_i``, every method here jumps to
 ``x_m + sum_i a_i u_i`` and differs only in the numbers ``a_i``. As subclasses of :class:`nino.Nowcaster` they are
-driven by the same session, so they jump at the same updates with the same horizons.
+driven by the same session, so they jump at the same steps with the same horizons.
 """
 
 from __future__ import annotations

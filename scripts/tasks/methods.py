@@ -9,7 +9,8 @@ bad jump            ``untrained[:hidden]``, ``scaled:FACTOR:NAME-OR-FOLDER-OR-PT
 ==================  =====================================================================================
 
 At most one of each. ``@`` and settings at the end hold for this method's jumps alone:
-``nino:nino-tiny@max_horizon=12,probation=0``. A new method is one row in ``KINDS`` and one branch where it is set up.
+``nino:nino-tiny@max_horizon=12,rollback_window=0``. A new method is one row in ``KINDS`` and one branch where it is
+set up.
 """
 
 from __future__ import annotations
@@ -28,13 +29,11 @@ from torch.optim import AdamW, Optimizer
 from nino import Nowcaster, NowcastOptimizer, NowcastReport, ScheduleConfig
 from nino.errors import NinoError
 from nino.predict.model import NowcasterConfig, build_network
-from nino.session.judge.rule import probation_of
-from nino.session.jump.ramp import check_glide
+from nino.session.judge.rule import rollback_config
+from nino.session.jump.ramp import check_ramp
 from nino.session.optimizer_state.moments import Moments, check_moments
-from nino.snapshots.mean import check_snapshot_average
-from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
-from tasks.nowcasters import load_weights
-from tasks.rivals import (
+from nino.snapshots.mean import check_average_over
+from tasks.baselines import (
     ExponentialAverage,
     Follower,
     LatestAverage,
@@ -45,6 +44,8 @@ from tasks.rivals import (
     find_muon,
     find_schedule_free,
 )
+from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
+from tasks.nowcasters import load_weights
 
 ADAM = "adam"
 SNAPSHOTS_PER_PERIOD = 5
@@ -55,22 +56,22 @@ class Rhythm:
     """When and how far to jump."""
 
     period: int = 1000
-    """Optimizer updates between jumps."""
+    """Optimizer steps between jumps."""
     max_horizon: int | None = None
     """The first jump's horizon in snapshot intervals; ``None`` for the nowcaster's longest."""
     decay_power: float = 2.0
     """How fast horizons shrink; 1 is linear."""
-    probation: int = 0
+    rollback_window: int = 0
     """Updates in which the training loss must recover, else the jump is undone; 0 for never."""
     moments: Moments = "keep"
     """What becomes of the optimizer's moments after a jump."""
-    keep_norms: bool = False
+    preserve_norms: bool = False
     """Whether matrices keep their norms in a jump."""
-    glide: int = 0
+    ramp: int = 0
     """Updates over which a jump is dealt out."""
     batch_norm: bool = True
     """Whether batch norms estimate their running statistics anew after a jump."""
-    snapshot_average: int = 1
+    average_over: int = 1
     """Updates before a snapshot over which the weights are averaged."""
     until: int | float | None = None
     """The update by which horizons have shrunk to one interval and jumps have ended, or if less than 1 the part of the
@@ -79,13 +80,13 @@ class Rhythm:
     def __post_init__(self) -> None:
         check_moments(self.moments)
         if self.until is not None and 1 <= self.until <= self.period:
-            raise NinoError(f"until={self.until} leaves no jump: expected more than the period, {self.period} updates")
+            raise NinoError(f"until={self.until} leaves no jump: expected more than the period, {self.period} steps")
 
-    def last_update(self, updates: int) -> int | None:
-        """``until`` in a run of so many updates."""
-        return round(self.until * updates) if isinstance(self.until, float) else self.until
+    def last_update(self, steps: int) -> int | None:
+        """``until`` in a run of so many steps."""
+        return round(self.until * steps) if isinstance(self.until, float) else self.until
 
-    def schedule(self, nowcaster: Nowcaster, updates: int) -> ScheduleConfig:
+    def schedule(self, nowcaster: Nowcaster, steps: int) -> ScheduleConfig:
         """The schedule of a run.
 
         Raises:
@@ -97,13 +98,13 @@ class Rhythm:
         schedule = ScheduleConfig(
             period=self.period,
             context=nowcaster.config.context,
-            max_steps=updates,
+            max_steps=steps,
             max_horizon=longest if self.max_horizon is None else self.max_horizon,
             decay_power=self.decay_power,
-            until=self.last_update(updates),
+            until=self.last_update(steps),
         )
-        check_snapshot_average(self.snapshot_average, schedule.interval)
-        check_glide(self.glide, self.period)
+        check_average_over(self.average_over, schedule.interval)
+        check_ramp(self.ramp, self.period)
         return schedule
 
 
@@ -187,7 +188,7 @@ def _outer_step(text: str) -> tuple[int, float, float]:
     except ValueError:
         step = 0, 0.0, 0.0
     if not (step[0] >= 1 and 0 < step[1] < math.inf and 0 < step[2] < 1):
-        raise ValueError("updates, a rate and a momentum between 0 and 1 after colons")
+        raise ValueError("steps, a rate and a momentum between 0 and 1 after colons")
     return step
 
 
@@ -255,14 +256,14 @@ def yes_or_no(text: str) -> bool:
 
 
 def update_or_part(text: str) -> int | float:
-    """Reads an update's number, or a part of a run such as 0.67."""
+    """Reads a step's number, or a part of a run such as 0.67."""
     value = float(text) if "." in text else int(text)
     if not (0 < value < 1 if isinstance(value, float) else value >= 1):
         raise ValueError
     return value
 
 
-YES_OR_NO = ("batch_norm", "keep_norms")
+YES_OR_NO = ("batch_norm", "preserve_norms")
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "decay_power": float,
     "until": update_or_part,
@@ -323,7 +324,7 @@ def load_jump(part: Part) -> Nowcaster:
     return nowcaster
 
 
-def check_method(method: Method, updates: int) -> str | None:
+def check_method(method: Method, steps: int) -> str | None:
     """Load everything that a method needs, so that it fails before training and not after.
 
     Returns:
@@ -340,32 +341,32 @@ def check_method(method: Method, updates: int) -> str | None:
         return None
     nowcaster = load_jump(method.jump)
     try:
-        method.rhythm.schedule(nowcaster, updates)
-        check_keeps_norms(method.jump, method.rhythm.keep_norms)
-        probation_of(method.rhythm.period, method.rhythm.probation, method.rhythm.glide)
+        method.rhythm.schedule(nowcaster, steps)
+        check_keeps_norms(method.jump, method.rhythm.preserve_norms)
+        rollback_config(method.rhythm.period, method.rhythm.rollback_window, method.rhythm.ramp)
     except NinoError as error:
         _refuse(method.name, str(error))
     return fingerprint(method.jump, nowcaster)
 
 
-def check_keeps_norms(jump: Part, keep_norms: bool) -> None:
+def check_keeps_norms(jump: Part, preserve_norms: bool) -> None:
     """Refuse what a jump cannot do.
 
     Raises:
         NinoError: if it is to keep norms and has no parameters to keep them of.
     """
-    if keep_norms and jump.kind in ("linear", "rre"):
+    if preserve_norms and jump.kind in ("linear", "rre"):
         raise NinoError(f"{jump.kind} extrapolates all weights at once and keeps no norms")
 
 
-def check_jumps(method: Method, updates: int) -> None:
+def check_jumps(method: Method, steps: int) -> None:
     """Refuse a method that would be called nowcasting and is not.
 
     Raises:
-        NinoError: if a run of so many updates ends before its first jump.
+        NinoError: if a run of so many steps ends before its first jump.
     """
-    if method.jump is not None and method.rhythm.period >= updates:
-        _refuse(method.name, f"never jumps in {updates} updates: its period of {method.rhythm.period} is no shorter")
+    if method.jump is not None and method.rhythm.period >= steps:
+        _refuse(method.name, f"never jumps in {steps} steps: its period of {method.rhythm.period} is no shorter")
 
 
 def fingerprint(jump: Part, nowcaster: Nowcaster) -> str | None:
@@ -386,12 +387,10 @@ class Setup:
         model: to be trained.
         learning_rate: of the optimizer.
         weight_decay: of the optimizer.
-        updates: of the whole run.
+        steps: of the whole run.
     """
 
-    def __init__(
-        self, method: Method, model: nn.Module, learning_rate: float, weight_decay: float, updates: int
-    ) -> None:
+    def __init__(self, method: Method, model: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> None:
         base = _base_optimizer(method.optimizer, model, learning_rate, weight_decay)
         self.optimizer: Optimizer = base
         self.rates = [group["lr"] for group in base.param_groups]
@@ -404,16 +403,16 @@ class Setup:
                 model,
                 nowcaster,
                 period=rhythm.period,
-                max_steps=updates,
+                max_steps=steps,
                 max_horizon=rhythm.max_horizon,
                 decay_power=rhythm.decay_power,
-                until=rhythm.last_update(updates),
-                probation=rhythm.probation,
+                until=rhythm.last_update(steps),
+                rollback_window=rhythm.rollback_window,
                 moments=rhythm.moments,
-                keep_norms=rhythm.keep_norms,
-                glide=rhythm.glide,
+                preserve_norms=rhythm.preserve_norms,
+                ramp=rhythm.ramp,
                 batch_norm=rhythm.batch_norm,
-                snapshot_average=rhythm.snapshot_average,
+                average_over=rhythm.average_over,
             )
 
     @property
@@ -427,13 +426,13 @@ class Setup:
             group["lr"] = rate * factor
 
     def update(self, loss: torch.Tensor) -> None:
-        """One update with the gradients of ``loss``, and a jump if one is due."""
+        """One step with the gradients of ``loss``, and a jump if one is due."""
         was_gliding = self._is_gliding
         if isinstance(self.optimizer, NowcastOptimizer):
             self.optimizer.observe(loss)
         self.optimizer.step()
         for follower in self.followers:
-            follower.after_update()
+            follower.after_step()
             if was_gliding and not self._is_gliding:
                 follower.arrive()
         jumps = sum(report.accepted + report.rolled_back for report in self.reports)
@@ -444,7 +443,7 @@ class Setup:
 
     @property
     def _is_gliding(self) -> bool:
-        return isinstance(self.optimizer, NowcastOptimizer) and self.optimizer.session.glide.is_on
+        return isinstance(self.optimizer, NowcastOptimizer) and self.optimizer.session.ramp.is_on
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ class Split:
         if not self.train or not self.held_out:
             fail(
                 f"--runs {folder}: {len(self.train + self.held_out)} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} "
-                "of one family are needed, a fleet counting as one"
+                "of one family are needed, an ensemble counting as one"
             )
 
 
@@ -58,8 +58,8 @@ def find_runs(folder: Path) -> Split:
 def split_runs(folder: Path) -> Split:
     """Deal the finished runs of a folder.
 
-    A fleet's runs differ in their seeds alone, and a run that jumps (``...-jumps``) is up to its first jump the run of
-    that name that does not: they are held out together or not at all.
+    An ensemble's runs differ in their seeds alone, and a run that jumps (``...-jumps``) is up to its first jump the
+    run of that name that does not: they are held out together or not at all.
 
     Raises:
         TrajectoryError: if one of the runs is damaged, foreign or of another version, finished or not.
@@ -75,7 +75,7 @@ def split_runs(folder: Path) -> Split:
             split.unfinished.append(str(path))
             continue
         training = header["training"]
-        together = str(training.get("fleet") or path.name).removesuffix("-jumps")
+        together = str(training.get("ensemble") or path.name).removesuffix("-jumps")
         families[str(training.get("family", "unknown"))][together].append(str(path))
     for family, groups in families.items():
         if len(groups) <= HOLD_OUT_EVERY // 2:

@@ -1,4 +1,4 @@
-"""How long a training will take: some updates on random data of the right size are timed, nothing is read."""
+"""How long a training will take: some steps on random data of the right size are timed, nothing is read."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def random_text(vocab_size: int) -> TextTask:
 def time_training(
     task: Task, model: nn.Module, batch_size: int, forward: AbstractContextManager[object]
 ) -> tuple[float, float]:
-    """Seconds of one update with AdamW, and of one evaluation, on this machine as busy as it is now.
+    """Seconds of one step with AdamW, and of one evaluation, on this machine as busy as it is now.
 
     Args:
         task: gives batches, losses and the evaluation.
         model: is trained.
-        batch_size: of an update.
+        batch_size: of a step.
         forward: entered for every loss, such as an autocast.
     """
     optimizer, generator = torch.optim.AdamW(model.parameters()), torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""How the scripts show results: updates to a target, a plain table, curves as a picture."""
+"""How the scripts show results: steps to a target, a plain table, curves as a picture."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], jumps: Ma
     Args:
         path: of the PNG.
         panels: task -> method -> ``[[update, loss], ...]``.
-        jumps: task -> updates after which a nowcast happened.
+        jumps: task -> steps after which a nowcast happened.
     """
     draw_panels(path, [Panel(task, curves, jumps.get(task, ())) for task, curves in panels.items()])
 
@@ -95,7 +95,7 @@ def draw_panels(path: Path, panels: Sequence[Panel], panels_per_row: int = 3) ->
         if target is not None:
             axes.axhline(target, color="C0", linestyle=":", linewidth=0.8)
         scale = "log" if panel.is_loss else "linear"
-        axes.set(title=panel.title, xlabel="optimizer updates", ylabel=panel.quantity, yscale=scale)
+        axes.set(title=panel.title, xlabel="optimizer steps", ylabel=panel.quantity, yscale=scale)
         axes.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ class SpeedupTask:
     learning_rate: float
     weight_decay: float
     batch_size: int
-    updates: int
+    steps: int
     seconds_per_update: float
     """On one thread of a server of 2023; only for estimates."""
     seconds_per_evaluation: float
@@ -101,7 +101,7 @@ def _image_task(
     name: str = "cifar10",
     metric: str = "eval_accuracy",
     batch_size: int = 128,
-    updates: int = 3_000,
+    steps: int = 3_000,
 ) -> SpeedupTask:
     """A model of images in parquet files, at the published learning rate."""
     return SpeedupTask(
@@ -114,7 +114,7 @@ def _image_task(
         learning_rate=3e-3,
         weight_decay=0.0,
         batch_size=batch_size,
-        updates=updates,
+        steps=steps,
         seconds_per_update=seconds_per_update,
         seconds_per_evaluation=seconds_per_evaluation,
     )
@@ -136,7 +136,7 @@ def _cnn(
         seconds_per_evaluation,
         targets=targets,
         name=name,
-        updates=10_000,
+        steps=10_000,
     )
 
 
@@ -153,7 +153,7 @@ def _language_model(
         learning_rate=2e-4,
         weight_decay=1e-2,
         batch_size=16,
-        updates=5_000,
+        steps=5_000,
         seconds_per_update=seconds_per_update,
         seconds_per_evaluation=seconds_per_evaluation,
     )
@@ -169,7 +169,7 @@ def _digits_task(norm: bool) -> SpeedupTask:
         learning_rate=1e-3,
         weight_decay=0.0,
         batch_size=64,
-        updates=3_000,
+        steps=3_000,
         seconds_per_update=0.0045,
         seconds_per_evaluation=0.005,
     )
@@ -204,7 +204,7 @@ TASKS: dict[str, SpeedupTask] = {
     "unet-8": _image_task(
         UNET, _noisy_images, 0.02, 0.35, targets=DENOISING_TARGETS, metric="eval_loss", batch_size=16
     ),
-    "lstm-64": replace(_language_model(LSTM, 0.017, 0.2), learning_rate=2e-2, updates=3_000),
+    "lstm-64": replace(_language_model(LSTM, 0.017, 0.2), learning_rate=2e-2, steps=3_000),
     "digits-16": _digits_task(norm=False),
     "digits-16-norm": _digits_task(norm=True),
 }

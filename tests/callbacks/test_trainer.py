@@ -214,7 +214,7 @@ def test_a_model_of_an_unknown_family_is_traced_on_its_first_batch(tmp_path: Pat
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_log_history_and_losses(tmp_path: Path, accumulation: int) -> None:
-    # Losses are known one update after a nowcast, so it is logged then. Evaluations leave no trace in them.
+    # Losses are known one step after a nowcast, so it is logged then. Evaluations leave no trace in them.
     nowcast = callback()
     run = trainer(
         tmp_path,
@@ -341,7 +341,7 @@ def test_a_nowcast_whose_probation_the_end_cuts_short_is_logged(tmp_path: Path) 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 14
 
-    nowcast = callback(probation=4)  # after the nowcast at 12, the run is stopped at 14
+    nowcast = callback(rollback_window=4)  # after the nowcast at 12, the run is stopped at 14
     run = trainer(tmp_path, nowcast, Stop(), max_steps=24)
     run.train()
 
@@ -379,7 +379,7 @@ def test_real_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], dict[int, dict[str, float]]]:
-    """An uninterrupted run with checkpoints after 3, 6, 9 and 12 updates: its folder, weights and nowcast numbers."""
+    """An uninterrupted run with checkpoints after 3, 6, 9 and 12 steps: its folder, weights and nowcast numbers."""
     folder = tmp_path_factory.mktemp("whole")
     run = trainer(folder, callback(), save_strategy="steps", save_steps=3)
     run.train()
@@ -397,7 +397,7 @@ def test_a_resumed_training_logs_what_an_uninterrupted_one_does(
 
     assert_same(weights_of(run.model), whole[1])
     resumed, uninterrupted = numbers(run.state.log_history), whole[2]
-    assert resumed.keys() == uninterrupted.keys()  # that of update 6 too, which the checkpoint of update 6 waits for
+    assert resumed.keys() == uninterrupted.keys()  # that of step 6 too, which the checkpoint of step 6 waits for
     for step, values in resumed.items():
         assert values == pytest.approx({**uninterrupted[step], "nowcast/seconds": values["nowcast/seconds"]})
     assert hooks_of(run.model) == 0
@@ -405,7 +405,7 @@ def test_a_resumed_training_logs_what_an_uninterrupted_one_does(
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of another run, with checkpoints after 3, 6 and 9 updates."""
+    """The folder of another run, with checkpoints after 3, 6 and 9 steps."""
     folder = tmp_path_factory.mktemp("other")
     trainer(folder, callback(), model=llama(seed=5), save_strategy="steps", save_steps=3, max_steps=9).train()
     return folder / "out"
@@ -439,14 +439,14 @@ def test_snapshots_of_other_weights_are_left_out(
 
 
 def test_a_trial_of_a_search_keeps_to_its_own_folder(tmp_path: Path, other: Path) -> None:
-    class Trial(Trainer):
+    class Monitor(Trainer):
         def _get_output_dir(self, trial: Any) -> str:
             return str(tmp_path / "out" / "run-0")
 
     shutil.copytree(other, tmp_path / "out")
     earlier = (tmp_path / "out" / "checkpoint-3" / "nowcast.pt").read_bytes()
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
-    run = Trial(model=llama(), args=arguments(tmp_path, **settings), train_dataset=tokens(), callbacks=[callback()])
+    run = Monitor(model=llama(), args=arguments(tmp_path, **settings), train_dataset=tokens(), callbacks=[callback()])
 
     run.train()
 

@@ -90,11 +90,13 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def expected(
-    paths: Sequence[Path], model: nn.Module, horizon: int = 3, *, keep_norms: bool = False
+    paths: Sequence[Path], model: nn.Module, horizon: int = 3, *, preserve_norms: bool = False
 ) -> dict[str, Tensor]:
     """What :meth:`Nowcaster.predict` says of the same checkpoints."""
     engine = nowcaster()
-    return engine.predict([read(path) for path in paths], horizon, engine.graph_of(model), keep_norms=keep_norms)
+    return engine.predict(
+        [read(path) for path in paths], horizon, engine.graph_of(model), preserve_norms=preserve_norms
+    )
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -284,7 +286,7 @@ def test_default_horizon_is_that_of_the_callback(
     assert nowcast_checkpoints(first, tmp_path / "a", nowcaster()).horizon == 4
     assert not warnings_of(caplog)
     assert nowcast_checkpoints(last, tmp_path / "b", nowcaster()).horizon == 1
-    assert ["training was to end after 30 updates and has" in message for message in warnings_of(caplog)] == [True]
+    assert ["training was to end after 30 steps and has" in message for message in warnings_of(caplog)] == [True]
 
     paths = write_files(tmp_path)  # nothing is known of the run: one period of five, were the nowcaster able to
     assert nowcast_checkpoints(paths, tmp_path / "c.safetensors", nowcaster(), model=convnet()).horizon == 4
@@ -316,7 +318,7 @@ def test_a_jump_between_the_checkpoints_is_noticed(
         caplog.clear()
         nowcast_checkpoints(paths, tmp_path / "next", nowcaster(), 1)
         shutil.rmtree(tmp_path / "next")
-        assert any("a nowcast after update 10 lies between" in message for message in warnings_of(caplog)) == apart
+        assert any("a nowcast after step 10 lies between" in message for message in warnings_of(caplog)) == apart
 
 
 def test_a_jump_of_the_callback_between_the_checkpoints_is_noticed(
@@ -329,7 +331,7 @@ def test_a_jump_of_the_callback_between_the_checkpoints_is_noticed(
         caplog.clear()
         paths = [tmp_path / "run" / f"checkpoint-{step}" for step in range(first, first + 5)]
         nowcast_checkpoints(paths, tmp_path / f"new-{first}", nowcaster(), 1)
-        # Both jumps, after updates 5 and 10, are in the checkpoints of these updates.
+        # Both jumps, after steps 5 and 10, are in the checkpoints of these steps.
         assert any("lies between" in message for message in warnings_of(caplog)) == apart, first
 
 
@@ -799,7 +801,7 @@ def test_script_on_a_trainer_folder(tmp_path: Path, run_folder: Path) -> None:
     options = ["--nowcaster", tmp_path / "nowcaster", "--horizon", 3, "--memory-budget", "64MB"]
     result = run(*checkpoints_of(run_folder), "--out", "new", *options, folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "update 10, 3 intervals of 2 updates ahead" in result.stdout and "resume training from it" in result.stdout
+    assert "update 10, 3 intervals of 2 steps ahead" in result.stdout and "resume training from it" in result.stdout
     assert "snapshots of" in result.stderr and "stay behind" in result.stderr
     assert json.loads((tmp_path / "new" / "nowcast.json").read_text())["horizon"] == 3
     for name, value in expected(checkpoints_of(run_folder), llama()).items():
@@ -816,7 +818,7 @@ def test_what_other_processes_saved_stays_behind_too(
         (last / name).mkdir()
         torch.save([{"open_report": {"report": {"step": 9, "accepted": True}}}], last / name / "numbers.pt")
     nowcast_checkpoints([tmp_path / "run"], tmp_path / "new", nowcaster(), 3)
-    assert "a nowcast after update 9 lies between" in caplog.text
+    assert "a nowcast after step 9 lies between" in caplog.text
     assert [path.name for path in (tmp_path / "new").glob("nowcast*")] == ["nowcast.json"]
 
 
@@ -838,7 +840,7 @@ def nothing():
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["--keep-norms"]])
+@pytest.mark.parametrize("flags", [[], ["--preserve-norms"]])
 def test_script_with_a_model_of_the_current_folder(tmp_path: Path, flags: list[str]) -> None:
     paths = write_files(tmp_path, ".pt")
     (tmp_path / "mine.py").write_text(MODULE)
@@ -846,7 +848,7 @@ def test_script_with_a_model_of_the_current_folder(tmp_path: Path, flags: list[s
     options = ["--out", "new.pt", "--nowcaster", tmp_path / "nowcaster", "--horizon", 3, "--dtype", "float32"]
     result = run(*paths, *options, *flags, "--model", "mine:build", folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    prediction = expected(paths, convnet(), keep_norms=bool(flags))
+    prediction = expected(paths, convnet(), preserve_norms=bool(flags))
     assert_same({name: read(tmp_path / "new.pt")[name] for name in prediction}, prediction)
 
 

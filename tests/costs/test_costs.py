@@ -39,13 +39,13 @@ def _freeze_some(model: nn.Module) -> nn.Module:
     return model
 
 
-def _train(model: nn.Module, updates: int, **settings: Any) -> tuple[nino.NowcastOptimizer, list[int]]:
-    """Train on random gradients; how many bytes of nowcasting state a checkpoint after each update holds."""
+def _train(model: nn.Module, steps: int, **settings: Any) -> tuple[nino.NowcastOptimizer, list[int]]:
+    """Train on random gradients; how many bytes of nowcasting state a checkpoint after each step holds."""
     trained = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trained, lr=1e-4)
     optimizer = nino.NowcastOptimizer(adam, model, tiny_nowcaster(), **settings)
     saved = []
-    for _ in range(updates):
+    for _ in range(steps):
         for parameter in trained:
             parameter.grad = 1e-3 * torch.randn_like(parameter)
         optimizer.observe(1.0)
@@ -63,30 +63,30 @@ def _bytes_in(state: Any) -> int:
 
 
 @pytest.mark.parametrize("snapshot_dtype", [None, torch.bfloat16], ids=["exact", "bfloat16"])
-@pytest.mark.parametrize("probation", [0, 1, 4], ids=["no probation", "short", "with snapshots"])
+@pytest.mark.parametrize("rollback_window", [0, 1, 4], ids=["no rollback_window", "short", "with snapshots"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_memory_is_what_a_run_takes(family: str, probation: int, snapshot_dtype: torch.dtype | None) -> None:
-    """To the byte: snapshots, restore point, and the largest of all checkpoints of two periods."""
+def test_memory_is_what_a_run_takes(family: str, rollback_window: int, snapshot_dtype: torch.dtype | None) -> None:
+    """To the byte: snapshots, rollback copy, and the largest of all checkpoints of two periods."""
     model = _freeze_some(FAMILIES[family]())
     planned = nino.plan(
-        model, tiny_config(), period=6, probation=probation, snapshot_dtype=snapshot_dtype, device="cpu"
+        model, tiny_config(), period=6, rollback_window=rollback_window, snapshot_dtype=snapshot_dtype, device="cpu"
     ).memory
-    settings = {"period": 6, "probation": probation, "snapshot_dtype": snapshot_dtype, "max_steps": 100}
+    settings = {"period": 6, "rollback_window": rollback_window, "snapshot_dtype": snapshot_dtype, "max_steps": 100}
     optimizer, saved = _train(model, 14, **settings)
-    assert optimizer.session.store.nbytes == planned.snapshot  # of update 14
+    assert optimizer.session.store.nbytes == planned.snapshot  # of step 14
     assert planned.snapshots == 3 * planned.snapshot
-    assert saved[4] == 2 * planned.snapshot  # of updates 2 and 4; the third is taken and used after update 6
-    assert saved[5] == planned.restore_point
+    assert saved[4] == 2 * planned.snapshot  # of steps 2 and 4; the third is taken and used after step 6
+    assert saved[5] == planned.rollback_copy
     assert max(saved) == planned.checkpoint
     assert planned.trained == sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert planned.parameters == sum(p.nbytes for p in model.parameters())
-    assert planned.backup == (planned.trained if snapshot_dtype and not probation else 0)
+    assert planned.backup == (planned.trained if snapshot_dtype and not rollback_window else 0)
 
 
 def test_memory_of_averaged_snapshots() -> None:
     """A mean in float32 while it is added up, in checkpoints too; and a backup, since no snapshot is exact."""
     model = _freeze_some(FAMILIES["cnn"]())
-    settings = {"period": 6, "probation": 0, "snapshot_average": 2}
+    settings = {"period": 6, "rollback_window": 0, "average_over": 2}
     planned = nino.plan(model, tiny_config(), device="cpu", **settings).memory
     assert planned.mean == planned.trained == planned.backup
     saved = _train(model, 14, **settings)[1]
@@ -95,18 +95,18 @@ def test_memory_of_averaged_snapshots() -> None:
     assert half.mean == planned.mean and half.trained == planned.trained / 2
 
 
-@pytest.mark.parametrize("probation", [0, 2])
-@pytest.mark.parametrize("glide", [4, 6])
-def test_memory_of_jumps_that_are_dealt_out(glide: int, probation: int) -> None:
-    """The rest of a jump in float32, in checkpoints too: beside 0 or 1 snapshots, and the restore point."""
+@pytest.mark.parametrize("rollback_window", [0, 2])
+@pytest.mark.parametrize("ramp", [4, 6])
+def test_memory_of_jumps_that_are_dealt_out(ramp: int, rollback_window: int) -> None:
+    """The rest of a jump in float32, in checkpoints too: beside 0 or 1 snapshots, and the rollback copy."""
     model = _freeze_some(FAMILIES["cnn"]())
-    settings = {"period": 12, "probation": probation, "glide": glide}
+    settings = {"period": 12, "rollback_window": rollback_window, "ramp": ramp}
     planned = nino.plan(model, tiny_config(), device="cpu", **settings).memory
-    assert planned.glide == planned.trained
+    assert planned.ramp == planned.trained
     saved = _train(model, 26, **settings)[1]
-    on_the_way = saved[12 + glide - 2]
-    assert on_the_way == planned.glide + planned.restore_point + (glide == 6) * planned.snapshot
-    assert max(saved) == planned.checkpoint == max(on_the_way, 2 * planned.snapshot, saved[12 + glide])
+    on_the_way = saved[12 + ramp - 2]
+    assert on_the_way == planned.ramp + planned.rollback_copy + (ramp == 6) * planned.snapshot
+    assert max(saved) == planned.checkpoint == max(on_the_way, 2 * planned.snapshot, saved[12 + ramp])
 
 
 @pytest.mark.parametrize("family", WIDE)
@@ -205,9 +205,9 @@ def test_the_fullest_rank_holds_what_fsdp2_deals_to_it() -> None:
     model = nn.Sequential(nn.Linear(7, 10), nn.Linear(10, 2))
     held = sum(parameter.chunk(4)[0].numel() for parameter in model.parameters())
     assert held == 3 * 7 + 3 + 1 * 10 + 1
-    plan = nino.plan(model, world_size=4, sharding="fsdp2", probation=10, optimizer_bytes=2)
+    plan = nino.plan(model, world_size=4, sharding="fsdp2", rollback_window=10, optimizer_bytes=2)
     assert plan.memory.snapshots == 5 * 4 * held
-    assert plan.memory.restore_point == (4 + 2) * held
+    assert plan.memory.rollback_copy == (4 + 2) * held
     alone = nino.plan(model)
     assert 0.25 < plan.work.edge_products / alone.work.edge_products < 0.4
 
@@ -234,11 +234,11 @@ def test_seconds_and_overhead_by_hand() -> None:
     model = nn.Linear(100, 100, bias=False)
     config = NowcasterConfig(hidden=10)
     rates = Rates(nowcast_flops=1e6, copy_bytes=1e4, network_bytes=1e3)
-    settings = {"device": "cpu", "period": 100, "probation": 10, "seconds_per_update": 10.0}
+    settings = {"device": "cpu", "period": 100, "rollback_window": 10, "seconds_per_update": 10.0}
     plan = nino.plan(model, config, rates=rates, **settings)
     assert plan.work.edge_products == 3 * 100 * 100 + 200  # and one for each self loop
     assert plan.time.snapshot == 4.0
-    assert plan.time.restore_point == pytest.approx(12.0, rel=1e-3)
+    assert plan.time.rollback_copy == pytest.approx(12.0, rel=1e-3)
     products = 2 * 10**2 * (plan.work.edge_products + plan.work.node_products) / 1e6
     assert plan.time.nowcast == products
     assert plan.overhead == pytest.approx((5 * 4 + 12 + products) / 1000, rel=1e-3)
@@ -249,7 +249,7 @@ def test_seconds_and_overhead_by_hand() -> None:
 
 def test_what_no_rate_is_known_for_is_named() -> None:
     plan = nino.plan(nn.Linear(10, 10), world_size=2, seconds_per_update=1.0)
-    assert plan.time.not_counted == ("copying restore points", "reading snapshots", "traffic")
+    assert plan.time.not_counted == ("copying rollback copies", "reading snapshots", "traffic")
     assert plan.time.move is None and plan.overhead is not None
     assert nino.plan(nn.Linear(10, 10)).overhead is None
     assert nino.plan(nn.Linear(10, 10), device="cpu", seconds_per_update=1.0).time.not_counted == ()
@@ -296,8 +296,8 @@ def test_the_largest_model_is_planned_without_memory() -> None:
         ({"sharding": "zero"}, "sharding must be one of ['none', 'fsdp2'], got 'zero'"),
         ({"snapshots_on": "moon"}, "snapshots_on must be one of ['cpu', 'device', 'disk']"),
         ({"dtype": torch.int64}, "dtype must be a floating point torch.dtype"),
-        ({"period": 12, "probation": 5}, "period=12 must be a multiple of context=5"),
-        ({"period": 50, "probation": 100}, "probation=100 must end before the next nowcast"),
+        ({"period": 12, "rollback_window": 5}, "period=12 must be a multiple of context=5"),
+        ({"period": 50, "rollback_window": 100}, "rollback_window=100 must end before the next nowcast"),
         ({"period": 12}, "period=12 must be a multiple of context=5"),
         ({"period": "1000"}, "period must be a whole number of at least 1, got '1000'"),
         ({"optimizer_bytes": "8"}, "optimizer_bytes must be bytes per weight, at least 0; got '8'"),
@@ -315,10 +315,10 @@ def test_bad_settings_are_refused(settings: dict[str, Any], expected: str) -> No
 
 
 def test_probation_is_a_part_of_the_period_unless_told_otherwise() -> None:
-    """As of the optimizer: a short period brings a short probation."""
+    """As of the optimizer: a short period brings a short rollback window."""
     plans = {period: nino.plan(nn.Linear(10, 10), period=period) for period in (5, 100, 1000)}
-    assert {period: plan.settings.probation for period, plan in plans.items()} == {5: 0, 100: 10, 1000: 100}
-    assert plans[5].memory.restore_point == 0 < plans[100].memory.restore_point
+    assert {period: plan.settings.rollback_window for period, plan in plans.items()} == {5: 0, 100: 10, 1000: 100}
+    assert plans[5].memory.rollback_copy == 0 < plans[100].memory.rollback_copy
 
 
 def test_a_graph_that_was_traced_is_planned_for() -> None:

@@ -32,13 +32,13 @@ def train(
     model: nn.Module | None = None,
     **settings: Any,
 ) -> dict[int, dict[str, Tensor]]:
-    """A training that is recorded; returns the weights after each update."""
+    """A training that is recorded; returns the weights after each step."""
     model = mlp() if model is None else model
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=20)
     recorder = record(model, folder, interval=INTERVAL, optimizer=optimizer, step=first, **settings)
     if first == 0:
-        recorder.after_update(0)
+        recorder.after_step(0)
     weights = {first: weights_of(model)}
     for step in range(first + 1, last + 1):
         optimizer.zero_grad()
@@ -46,7 +46,7 @@ def train(
         loss = F.mse_loss(model(inputs), targets)
         loss.backward()
         optimizer.step()
-        recorder.after_update(step, {"loss": loss.item(), "worst": float("nan")})
+        recorder.after_step(step, {"loss": loss.item(), "worst": float("nan")})
         scheduler.step()
         weights[step] = weights_of(model)
     recorder.close()
@@ -70,7 +70,7 @@ def test_a_loop_is_recorded_with_all_that_is_known_of_it(tmp_path: Path) -> None
     run = Trajectory(tmp_path)
     assert run.steps == [0, 3, 6, 9, 12] and run.complete and run.jumps == []
     assert_holds(run, weights)
-    # Linear from 1e-2 to 1e-3 in 20 updates: update n has the factor 1 - 0.9 * (n - 1) / 20.
+    # Linear from 1e-2 to 1e-3 in 20 steps: update n has the factor 1 - 0.9 * (n - 1) / 20.
     assert run.learning_rates == pytest.approx([1e-2 * (1 - 0.9 * max(n - 1, 0) / 20) for n in run.steps])
     assert run.training == {"optimizer": "AdamW", "seed": 11, "family": "toys"}
     assert run.metrics[0] == {} and list(run.metrics[1]) == ["loss"]
@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_in_the_same_folder(tmp_path: Path) -> None:
     with open(tmp_path / "killed" / STATES_FILE, "ab") as file:
         file.write(b"half a state")
     model = mlp()
-    model.load_state_dict(expected[7])  # the last checkpoint was after update 7: the states of 9 and later are void
+    model.load_state_dict(expected[7])  # the last checkpoint was after step 7: the states of 9 and later are void
     resumed = train(tmp_path / "killed", first=7, model=model)
 
     run = Trajectory(tmp_path / "killed")
@@ -124,7 +124,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(
 
     assert_same(weights[13], expected[13])
     assert [record.getMessage() for record in caplog.records] == [
-        "recording stops after update 6, training goes on: [Errno 28] No space left on device"
+        "recording stops after step 6, training goes on: [Errno 28] No space left on device"
     ]
     run = Trajectory(tmp_path / "run")
     assert run.steps == [0, 3] and not run.complete
@@ -138,13 +138,13 @@ def test_a_run_that_diverges_is_recorded_until_then(tmp_path: Path, caplog: pyte
     for step in range(4):
         if step == 2:
             nn.init.constant_(model[2].bias, 1e5)  # finite, but not in the format on disk
-        recorder.after_update(step)
+        recorder.after_step(step)
     recorder.close()
     assert Trajectory(tmp_path).steps == [0, 1, 2, 3]
 
     recorder = record(model, tmp_path / "half", interval=1, dtype="float16")
-    recorder.after_update(0)
-    assert "2.bias holds NaN or infinity in float16 after 0 updates" in recorder.problem
+    recorder.after_step(0)
+    assert "2.bias holds NaN or infinity in float16 after 0 steps" in recorder.problem
     assert len(caplog.records) == 1
 
 
@@ -168,7 +168,7 @@ def test_a_jump_that_is_undone_is_a_second_jump(tmp_path: Path) -> None:
     recorder_folder = tmp_path / "run"
     far = ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()})
     optimizer = NowcastOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-2), model, far, period=12, max_steps=24, probation=2
+        torch.optim.AdamW(model.parameters(), lr=1e-2), model, far, period=12, max_steps=24, rollback_window=2
     )
     recorder = record(model, recorder_folder, interval=1, optimizer=optimizer)
     for step in range(1, 18):
@@ -178,17 +178,17 @@ def test_a_jump_that_is_undone_is_a_second_jump(tmp_path: Path) -> None:
         loss.backward()
         optimizer.observe(loss)
         optimizer.step()
-        recorder.after_update(step)
+        recorder.after_step(step)
     (report,) = optimizer.reports
     assert report.rolled_back
     recorder.close()
-    assert Trajectory(recorder_folder).jumps == [12, 12 + report.updates_undone]
+    assert Trajectory(recorder_folder).jumps == [12, 12 + report.steps_undone]
 
 
 def test_unequal_distances_are_segments_of_their_own(tmp_path: Path) -> None:
     recorder = record(mlp(), tmp_path, interval=5)
     for step in (0, 5, 10, 25, 30, 35, 50):
-        recorder.after_update(step)
+        recorder.after_step(step)
     recorder.close()
     assert Trajectory(tmp_path).segments() == [range(0, 3), range(3, 6), range(6, 7)]
 
@@ -276,7 +276,7 @@ def test_a_model_of_ones_own_is_recorded_to_train_on(tmp_path: Path) -> None:
         model.load_state_dict(dict(zip(model.state_dict(), OWN.state_dict().values(), strict=True)))
         recorder = record(model, tmp_path / name, interval=1, architecture=architecture)
         for step in range(7):
-            recorder.after_update(step)
+            recorder.after_step(step)
             for parameter in model.parameters():
                 parameter.data.add_(0.1 * parameter.data.abs().sqrt())
         recorder.close()
@@ -305,15 +305,15 @@ def test_an_architecture_of_another_model_is_refused_before_training(
 def test_two_recordings_in_one_folder_do_not_mix(tmp_path: Path) -> None:
     first, second = (record(constant(value), tmp_path, interval=1) for value in (1.0, 2.0))
     for step in range(3):
-        second.after_update(step)
-    first.after_update(0)
+        second.after_step(step)
+    first.after_step(0)
     assert "another one in the same folder" in first.problem and not second.problem
     first.close()
-    second.after_update(3)
+    second.after_step(3)
     second.close()
     run = Trajectory(tmp_path)
     assert run.complete and run.states(range(4)).eq(2).all()
-    second.after_update(4)
+    second.after_step(4)
     assert Trajectory(tmp_path).complete
 
 
@@ -326,7 +326,7 @@ def constant(value: float) -> nn.Module:
 
 def test_states_without_their_header_are_not_replaced(tmp_path: Path) -> None:
     recorder = record(constant(1.0), tmp_path, interval=1)
-    recorder.after_update(0)
+    recorder.after_step(0)
     (tmp_path / "trajectory.json").rename(tmp_path / "elsewhere.json")
     with pytest.raises(TrajectoryError, match="put it back, or remove the folder"):
         record(constant(2.0), tmp_path, interval=1)
@@ -338,7 +338,7 @@ def test_states_without_their_header_are_not_replaced(tmp_path: Path) -> None:
 def test_a_live_loss_is_a_metric(tmp_path: Path) -> None:
     model = constant(1.0)
     recorder = record(model, tmp_path)
-    recorder.after_update(0, {"loss": model(torch.ones(1, 2)).sum()})
+    recorder.after_step(0, {"loss": model(torch.ones(1, 2)).sum()})
     assert not recorder.problem and Trajectory(tmp_path).metrics == [{"loss": 6.0}]
 
 
@@ -379,16 +379,16 @@ def test_the_trainer_is_recorded_and_resumes(tmp_path: Path) -> None:
     assert run.steps == [0, 3, 6, 9, 12] and run.complete
     for index in range(1, 5):
         assert_same(run.split(run.states([index])[0]), seen.weights[run.steps[index]])
-    # Linear decay to zero in 14 updates: update n has the factor 1 - (n - 1) / 14.
+    # Linear decay to zero in 14 steps: update n has the factor 1 - (n - 1) / 14.
     assert run.learning_rates == pytest.approx([1e-2 * (1 - max(n - 1, 0) / 14) for n in run.steps])
     assert run.training["optimizer"] == "AdamW" and run.training["family"] == "text"
-    assert (run.training["seed"], run.training["batch_size"], run.training["updates"]) == (3, 8, 14)
-    # Logs of updates 2, 4, ..: that of 6 belongs to the state of 6, that of 2 goes to the state of 3, and so on.
+    assert (run.training["seed"], run.training["batch_size"], run.training["steps"]) == (3, 8, 14)
+    # Logs of steps 2, 4, ..: that of 6 belongs to the state of 6, that of 2 goes to the state of 3, and so on.
     assert ["loss" in metrics for metrics in run.metrics] == [False, True, True, True, True]
     rebuilt = build_model(run.architecture or {})
     assert {n: tuple(p.shape) for n, p in rebuilt.named_parameters()} == dict(run.parameters)
 
-    # Killed after its last update: it is resumed from the checkpoint after 5 updates.
+    # Killed after its last step: it is resumed from the checkpoint after 5 steps.
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
     again = TrajectoryRecorder(tmp_path / "killed", INTERVAL)
     resumed = trainer(tmp_path, again, **settings)

@@ -36,8 +36,16 @@ def of_section(section: str) -> list[Snippet]:
 
 def test_every_door_has_a_recipe() -> None:
     assert BEGINNING.section == ""
-    doors = {"Plain loop", "Trainer", "Accelerate", "Fine-tuning with LoRA", "Resuming", "Reading the logs", "Plots"}
-    assert doors <= set(SECTIONS)
+    integrations = {
+        "Plain loop",
+        "Trainer",
+        "Accelerate",
+        "Fine-tuning with LoRA",
+        "Resuming",
+        "Reading the logs",
+        "Plots",
+    }
+    assert integrations <= set(SECTIONS)
     (sharded,) = of_section("FSDP2")
     compile(sharded.code, "FSDP2", "exec")  # needs several processes: run by the distributed tests
 

@@ -1,4 +1,4 @@
-"""Fleets: every model is trained, nowcast and recorded as it would be alone."""
+"""Ensembles: every model is trained, nowcast and recorded as it would be alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nino import NeuralGraph, Nowcaster, NowcasterConfig
 from nino.data import Trajectory, build_model
-from nino.ensemble.nowcast import FleetNowcaster
-from nino.ensemble.training import Fleet
+from nino.ensemble.nowcast import EnsembleNowcaster
+from nino.ensemble.training import Ensemble
 from nino.errors import NinoError
 from nino.predict.model import build_network
 from nino.predict.model.config import Inputs
@@ -47,9 +47,9 @@ def models_of(name: str) -> list[nn.Module]:
     return [build_model(ARCHITECTURES[name]) for _ in range(SIZE)]
 
 
-def batches_of(task: ImageTask | TextTask, updates: int) -> list[list[tuple[Tensor, ...]]]:
+def batches_of(task: ImageTask | TextTask, steps: int) -> list[list[tuple[Tensor, ...]]]:
     generator = torch.Generator().manual_seed(1)
-    return [[task.batch(4, generator) for _ in range(SIZE)] for _ in range(updates)]
+    return [[task.batch(4, generator) for _ in range(SIZE)] for _ in range(steps)]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -65,10 +65,10 @@ def test_every_model_is_trained_as_it_would_be_alone(
         pytest.skip("on a GPU losses are mapped")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     task, alone = a_task(name), models_of(name)
-    fleet = Fleet(models_of(name), task.loss, torch.device(device), lr=1e-2, weight_decay=0.1, mapped=mapped)
+    ensemble = Ensemble(models_of(name), task.loss, torch.device(device), lr=1e-2, weight_decay=0.1, mapped=mapped)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1) for model in alone]
-    for batches in batches_of(task, updates=5):
-        losses = fleet.update(tuple(torch.stack(parts).to(device) for parts in zip(*batches, strict=True)))
+    for batches in batches_of(task, steps=5):
+        losses = ensemble.update(tuple(torch.stack(parts).to(device) for parts in zip(*batches, strict=True)))
         for index, (model, optimizer, batch) in enumerate(zip(alone, optimizers, batches, strict=True)):
             optimizer.zero_grad()
             loss = task.loss(model, batch)
@@ -78,7 +78,7 @@ def test_every_model_is_trained_as_it_would_be_alone(
     tolerance = 1e-3 if device == "cuda" else 1e-4
     for index, model in enumerate(alone):
         for parameter_name, parameter in model.named_parameters():
-            found = fleet.parameters[parameter_name][index]
+            found = ensemble.parameters[parameter_name][index]
             torch.testing.assert_close(found.cpu(), parameter, rtol=tolerance, atol=tolerance)
 
 
@@ -105,27 +105,27 @@ def with_frozen_bias() -> nn.Module:
 )
 def test_models_that_are_more_than_their_parameters_are_refused(models: list[nn.Module], words: str) -> None:
     with pytest.raises(NinoError, match=words):
-        Fleet(models, a_task("cnn").loss, CPU, lr=1e-3)
+        Ensemble(models, a_task("cnn").loss, CPU, lr=1e-3)
 
 
 def test_the_models_themselves_stay_as_they_are() -> None:
     task, models = a_task("cnn"), models_of("cnn")
     before = [parameter.clone() for parameter in models[0].parameters()]
-    fleet = Fleet(models, task.loss, CPU, lr=1e-2)
-    fleet.update(tuple(torch.stack(parts) for parts in zip(*batches_of(task, 1)[0], strict=True)))
-    changed = fleet.as_model(1)
+    ensemble = Ensemble(models, task.loss, CPU, lr=1e-2)
+    ensemble.update(tuple(torch.stack(parts) for parts in zip(*batches_of(task, 1)[0], strict=True)))
+    changed = ensemble.as_model(1)
     assert all(torch.equal(parameter, old) for parameter, old in zip(models[0].parameters(), before, strict=True))
     for name, parameter in changed.named_parameters():
-        assert torch.equal(parameter, fleet.parameters[name][1])
+        assert torch.equal(parameter, ensemble.parameters[name][1])
 
 
-def test_what_cannot_be_nowcast_in_a_fleet_is_refused() -> None:
+def test_what_cannot_be_nowcast_in_a_ensemble_is_refused() -> None:
     from tasks.extrapolation import LinearExtrapolator
 
     graph = NeuralGraph.from_model(models_of("cnn")[0])
     with pytest.raises(NinoError, match="LinearExtrapolator predicts in its own way"):
-        FleetNowcaster(LinearExtrapolator(), graph, SIZE, CPU)
-    nowcaster = FleetNowcaster(Nowcaster(build_network(NowcasterConfig(hidden=8, max_horizon=10))), graph, SIZE, CPU)
+        EnsembleNowcaster(LinearExtrapolator(), graph, SIZE, CPU)
+    nowcaster = EnsembleNowcaster(Nowcaster(build_network(NowcasterConfig(hidden=8, max_horizon=10))), graph, SIZE, CPU)
     with pytest.raises(NinoError, match="a horizon of 1 to 10, got 0 and 40"):
         nowcaster.predict([], 40)
 
@@ -133,7 +133,7 @@ def test_what_cannot_be_nowcast_in_a_fleet_is_refused() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("inputs", "trend"), [("weights", False), ("movements", False), ("movements", True)])
 @pytest.mark.parametrize("kind", ["nino", "wnn"])
-def test_a_fleet_is_nowcast_as_each_model_alone(
+def test_a_ensemble_is_nowcast_as_each_model_alone(
     name: str, kind: Literal["nino", "wnn"], inputs: Inputs, trend: bool
 ) -> None:
     torch.manual_seed(0)
@@ -148,58 +148,58 @@ def test_a_fleet_is_nowcast_as_each_model_alone(
         moved = [[p + 0.01 * age * torch.randn_like(p) for p in model.parameters()] for model in models]
         names = [name for name, _ in models[0].named_parameters()]
         snapshots.append({n: torch.stack(ps).detach() for n, ps in zip(names, zip(*moved, strict=True), strict=True)})
-    fleet = FleetNowcaster(nowcaster, graph, SIZE, CPU)
-    for keep_norms in (False, True):
-        found = fleet.predict(snapshots, horizon=7, keep_norms=keep_norms)
+    ensemble = EnsembleNowcaster(nowcaster, graph, SIZE, CPU)
+    for preserve_norms in (False, True):
+        found = ensemble.predict(snapshots, horizon=7, preserve_norms=preserve_norms)
         for index in range(SIZE):
             own = [{n: value[index] for n, value in snapshot.items()} for snapshot in snapshots]
-            expected = nowcaster.predict(own, 7, graph, engine="edges", keep_norms=keep_norms)
+            expected = nowcaster.predict(own, 7, graph, engine="edges", preserve_norms=preserve_norms)
             assert any((expected[n] - own[-1][n]).abs().max() > 1e-3 for n in expected)
             for n, value in expected.items():
                 torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
 
 
-def fleet_arguments(data: Path, out: Path, *more: str, family: str = "images") -> list[str]:
+def ensemble_arguments(data: Path, out: Path, *more: str, family: str = "images") -> list[str]:
     arguments = ["--data", data, "--out", out, "--family", family, "--images", "cifar10", "--runs", 1]
-    return [*map(str, arguments), "--updates", "30", "--interval", "1", "--fleet", "2", *more]
+    return [*map(str, arguments), "--steps", "30", "--interval", "1", "--ensemble", "2", *more]
 
 
 @pytest.mark.parametrize(("family", "jumping"), [("images", False), ("images", True), ("language", True)])
-def test_a_fleet_is_recorded_as_each_run_alone(
+def test_a_ensemble_is_recorded_as_each_run_alone(
     family: str, jumping: bool, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from collect_trajectories import parse_args, plan_runs, record_run
 
-    from tasks.fleets import record_fleet
+    from tasks.ensembles import record_ensemble
 
-    monkeypatch.setattr("tasks.fleets.fleet_device", lambda: CPU)
+    monkeypatch.setattr("tasks.ensembles.ensemble_device", lambda: CPU)
     Nowcaster(build_network(NowcasterConfig(hidden=8, max_horizon=12))).save_pretrained(tmp_path / "nowcaster")
     jumps = ["--jump-with", str(tmp_path / "nowcaster"), "--jump-period", "10"]
     jumps += ["--jump-average", "2", "--jump-until", "20"]
-    jumps += ["--jump-keep-norms", "--jump-glide", "3"] if family == "language" else []
-    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path, *(jumps if jumping else []), family=family)))
+    jumps += ["--jump-preserve-norms", "--jump-ramp", "3"] if family == "language" else []
+    plans = plan_runs(parse_args(ensemble_arguments(data_folder, tmp_path, *(jumps if jumping else []), family=family)))
     assert len(plans) == 2 and plans[0].seed != plans[1].seed and plans[0].jump_until == plans[1].jump_until
-    assert record_fleet(plans, data_folder, tmp_path / "fleet") == {}
+    assert record_ensemble(plans, data_folder, tmp_path / "ensemble") == {}
     for plan in plans:
         record_run(plan, data_folder, tmp_path / "alone")
-        fleet, alone = (Trajectory(tmp_path / kind / plan.name) for kind in ("fleet", "alone"))
-        assert fleet.complete and fleet.steps == alone.steps and fleet.learning_rates == alone.learning_rates
-        assert fleet.jumps == alone.jumps and bool(alone.jumps) == jumping
+        ensemble, alone = (Trajectory(tmp_path / kind / plan.name) for kind in ("ensemble", "alone"))
+        assert ensemble.complete and ensemble.steps == alone.steps and ensemble.learning_rates == alone.learning_rates
+        assert ensemble.jumps == alone.jumps and bool(alone.jumps) == jumping
         if family == "language":
             assert set(alone.jumps) >= {10, 11, 12, 13} and 14 not in alone.jumps
-        assert fleet.parameters == alone.parameters and fleet.training == alone.training
+        assert ensemble.parameters == alone.parameters and ensemble.training == alone.training
         places = list(range(len(alone)))
-        np.testing.assert_allclose(fleet.states(places), alone.states(places), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(ensemble.states(places), alone.states(places), rtol=1e-3, atol=1e-4)
 
 
-def test_the_rest_of_a_fleet_is_recorded_as_in_the_whole(data_folder: Path, tmp_path: Path) -> None:
+def test_the_rest_of_a_ensemble_is_recorded_as_in_the_whole(data_folder: Path, tmp_path: Path) -> None:
     from collect_trajectories import parse_args, plan_runs
 
-    from tasks.fleets import record_fleet
+    from tasks.ensembles import record_ensemble
 
-    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path)))
-    assert record_fleet(plans, data_folder, tmp_path / "whole") == {}
-    assert record_fleet(plans[1:], data_folder, tmp_path / "rest") == {}
+    plans = plan_runs(parse_args(ensemble_arguments(data_folder, tmp_path)))
+    assert record_ensemble(plans, data_folder, tmp_path / "whole") == {}
+    assert record_ensemble(plans[1:], data_folder, tmp_path / "rest") == {}
     whole, rest = (Trajectory(tmp_path / kind / plans[1].name) for kind in ("whole", "rest"))
     assert torch.equal(whole.states([30]), rest.states([30])) and whole.training == rest.training
 
@@ -207,17 +207,17 @@ def test_the_rest_of_a_fleet_is_recorded_as_in_the_whole(data_folder: Path, tmp_
 def test_a_run_that_breaks_ends_alone(data_folder: Path, tmp_path: Path) -> None:
     from collect_trajectories import parse_args, plan_runs
 
-    from tasks.fleets import Writers, make_fleet, on_device
-    from tasks.run_plans import load_task
+    from tasks.ensembles import Writers, make_ensemble, on_device
+    from tasks.jump_schedules import load_task
 
-    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path)))
+    plans = plan_runs(parse_args(ensemble_arguments(data_folder, tmp_path)))
     task = on_device(load_task(plans[0], data_folder, tmp_path), CPU)
-    fleet = make_fleet(plans, task, CPU)
-    writers = Writers(plans, tmp_path, fleet)
+    ensemble = make_ensemble(plans, task, CPU)
+    writers = Writers(plans, tmp_path, ensemble)
     writers.append(0)
-    broken = {name: value.detach().clone() for name, value in fleet.parameters.items()}
+    broken = {name: value.detach().clone() for name, value in ensemble.parameters.items()}
     next(iter(broken.values()))[1] = torch.nan
-    fleet.move_to(broken)
+    ensemble.move_to(broken)
     writers.append(1, torch.tensor([1.0, torch.nan]))
     writers.append(2, torch.tensor([1.0, torch.nan]))
     writers.note_jump(2, torch.tensor([True, True]))
@@ -230,12 +230,12 @@ def test_a_run_that_breaks_ends_alone(data_folder: Path, tmp_path: Path) -> None
 def test_a_run_whose_folder_another_recording_takes_ends_alone(data_folder: Path, tmp_path: Path) -> None:
     from collect_trajectories import parse_args, plan_runs
 
-    from tasks.fleets import Writers, make_fleet, on_device
-    from tasks.run_plans import load_task
+    from tasks.ensembles import Writers, make_ensemble, on_device
+    from tasks.jump_schedules import load_task
 
-    plans = plan_runs(parse_args(fleet_arguments(data_folder, tmp_path)))
-    fleet = make_fleet(plans, on_device(load_task(plans[0], data_folder, tmp_path), CPU), CPU)
-    writers = Writers(plans, tmp_path, fleet)
+    plans = plan_runs(parse_args(ensemble_arguments(data_folder, tmp_path)))
+    ensemble = make_ensemble(plans, on_device(load_task(plans[0], data_folder, tmp_path), CPU), CPU)
+    writers = Writers(plans, tmp_path, ensemble)
     writers.append(0)
     header = tmp_path / plans[1].name / "trajectory.json"
     header.write_text(header.read_text() + " ")
@@ -246,10 +246,10 @@ def test_a_run_whose_folder_another_recording_takes_ends_alone(data_folder: Path
     assert whole.complete and whole.jumps == [0]
 
 
-def test_fleets_from_the_command_line(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ensembles_from_the_command_line(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from collect_trajectories import main
 
-    arguments = fleet_arguments(data_folder, tmp_path / "out")
+    arguments = ensemble_arguments(data_folder, tmp_path / "out")
     assert main([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("2 runs planned") and not (tmp_path / "out").exists()
     assert main(arguments) == 0
@@ -261,8 +261,8 @@ def test_fleets_from_the_command_line(data_folder: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_batches_of_a_fleet_are_those_of_each_run_alone(shift: int) -> None:
-    from tasks.fleets import draw_batches
+def test_batches_of_a_ensemble_are_those_of_each_run_alone(shift: int) -> None:
+    from tasks.ensembles import draw_batches
     from tasks.images import load_digits
 
     task = ImageTask(load_digits(), shift=shift)
@@ -275,26 +275,26 @@ def test_batches_of_a_fleet_are_those_of_each_run_alone(shift: int) -> None:
 def test_plans_are_compared_on_many_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from compare_plans import main
 
-    nowcast = "nino:nino-tiny@period=20,snapshot_average=2"
-    gliding = f"{nowcast},glide=10"
-    settings = ["--seeds", "2", "--updates", "60", "--eval-every", "20", "--out", str(tmp_path)]
-    assert main(["--methods", "adam", nowcast, gliding, *settings]) == 0
+    nowcast = "nino:nino-tiny@period=20,average_over=2"
+    ramping = f"{nowcast},ramp=10"
+    settings = ["--seeds", "2", "--steps", "60", "--eval-every", "20", "--out", str(tmp_path)]
+    assert main(["--methods", "adam", nowcast, ramping, *settings]) == 0
     table = capsys.readouterr().out
-    assert [line.split()[0] for line in table.splitlines()[2:]] == ["adam", nowcast, gliding]
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["adam", nowcast, ramping]
     found = json.loads((tmp_path / "plans.json").read_text())
-    assert (tmp_path / "plans.png").exists() and list(found["runs"]) == ["adam", nowcast, gliding]
-    adam, jumped, glided = ([run["curve"] for run in runs] for runs in found["runs"].values())
+    assert (tmp_path / "plans.png").exists() and list(found["runs"]) == ["adam", nowcast, ramping]
+    adam, jumped, ramped = ([run["curve"] for run in runs] for runs in found["runs"].values())
     assert [[point["step"] for point in curve] for curve in adam] == [[20, 40, 60]] * 2
     assert adam[0] != adam[1]
-    for plain, jump, glide in zip(adam, jumped, glided, strict=True):
-        assert glide[0] == plain[0]  # it sets out where the weights are
-        assert plain[-1] not in (jump[-1], glide[-1]) and jump[-1] != glide[-1]
+    for plain, jump, ramp in zip(adam, jumped, ramped, strict=True):
+        assert ramp[0] == plain[0]  # it sets out where the weights are
+        assert plain[-1] not in (jump[-1], ramp[-1]) and jump[-1] != ramp[-1]
 
 
 def test_a_plan_without_its_counterpart_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from compare_plans import main
 
-    settings = ["--seeds", "1", "--updates", "30", "--eval-every", "10", "--out", str(tmp_path)]
+    settings = ["--seeds", "1", "--steps", "30", "--eval-every", "10", "--out", str(tmp_path)]
     nowcast = "nino:nino-tiny@period=20"
     assert main(["--methods", f"ema+{nowcast}", "adam", nowcast, *settings]) == 0
     header, _, alone, *_ = capsys.readouterr().out.splitlines()
@@ -307,7 +307,7 @@ def test_plans_are_compared_with_an_average_on_both_sides(tmp_path: Path, capsys
     from tasks.comparing import Goal
 
     nowcast = "nino:nino-tiny@period=20"
-    settings = ["--seeds", "2", "--updates", "50", "--eval-every", "10", "--learning-rate", "0.01"]
+    settings = ["--seeds", "2", "--steps", "50", "--eval-every", "10", "--learning-rate", "0.01"]
     assert main(["--methods", "adam", "ema", nowcast, f"ema+{nowcast}", *settings, "--out", str(tmp_path)]) == 0
     runs = json.loads((tmp_path / "plans.json").read_text())["runs"]
     adam, ema, jumped, both = ([point["eval_accuracy"] for point in curves[0]["curve"]] for curves in runs.values())
@@ -331,7 +331,7 @@ def test_a_method_that_fails_costs_only_itself(
         return train(method, args)
 
     monkeypatch.setattr(compare_plans, "train", fail_with_jumps)
-    settings = ["--seeds", "2", "--updates", "20", "--eval-every", "20", "--out", str(tmp_path)]
+    settings = ["--seeds", "2", "--steps", "20", "--eval-every", "20", "--out", str(tmp_path)]
     assert compare_plans.main(["--methods", "nino:nino-tiny@period=10", "adam", *settings]) == 1
     printed = capsys.readouterr()
     assert [line.split()[0] for line in printed.out.splitlines()[2:]] == ["adam"]
@@ -365,9 +365,9 @@ def test_plans_that_diverge_are_told_apart() -> None:
         (["--methods", "muon"], "expected adam or nowcasts of it"),
         (["--methods", "linear"], "nowcasts of it by a network"),
         (["--methods", "adam", "--task", "c10-16", "--data", "nowhere"], "does not exist"),
-        (["--methods", "nino:nino-tiny@period=41", "--updates", "60"], "period=41 must be a multiple of context=5"),
-        (["--methods", "nino:nino-tiny@period=50", "--updates", "40"], "never jumps in 40 updates"),
-        (["--methods", "adam", "--updates", "30", "--budget", "20"], "--budget 20 is less than --updates 30"),
+        (["--methods", "nino:nino-tiny@period=41", "--steps", "60"], "period=41 must be a multiple of context=5"),
+        (["--methods", "nino:nino-tiny@period=50", "--steps", "40"], "never jumps in 40 steps"),
+        (["--methods", "adam", "--steps", "30", "--budget", "20"], "--budget 20 is less than --steps 30"),
     ],
 )
 def test_plans_that_cannot_be_compared_are_one_line(
@@ -384,7 +384,7 @@ def test_plans_that_cannot_be_compared_are_one_line(
     assert words in line
 
 
-def test_a_fleet_is_held_out_as_a_whole(tmp_path: Path) -> None:
+def test_a_ensemble_is_held_out_as_a_whole(tmp_path: Path) -> None:
     from recordings import MLP, record_walk
 
     from tasks.recorded_runs import split_runs
@@ -392,7 +392,7 @@ def test_a_fleet_is_held_out_as_a_whole(tmp_path: Path) -> None:
     for index in range(12):
         folder = record_walk(tmp_path / f"mlp-{index:02d}", MLP, "mlp", num_states=2)
         header = json.loads((folder / "trajectory.json").read_text())
-        header["training"]["fleet"] = f"mlp-{index // 2}"
+        header["training"]["ensemble"] = f"mlp-{index // 2}"
         (folder / "trajectory.json").write_text(json.dumps(header))
     split = split_runs(tmp_path)
     assert [Path(folder).name for folder in split.held_out] == ["mlp-10", "mlp-11"]

@@ -77,7 +77,7 @@ def assert_refused_together(results: Results, places: list[str], culprit: int = 
     for rank, found in enumerate(results):
         reason = "CUDA out of memory" if rank == culprit else "another process refused it"
         said = found["after all"]["said"]
-        refused = [f"nowcast after update {step} was refused, training goes on: {reason}" for step in steps]
+        refused = [f"nowcast after step {step} was refused, training goes on: {reason}" for step in steps]
         failed = [place in places for place in FAULTS]
         if rank in (0, culprit):  # the first process speaks for all; who failed says why
             lines = [line for line in said if "refused" in line]
@@ -91,9 +91,9 @@ def assert_refused_together(results: Results, places: list[str], culprit: int = 
         assert_same(found["after all"]["weights"], results[0]["after all"]["weights"])
 
 
-def train_alone(model: nn.Module, optimizer: NowcastOptimizer, updates: int) -> list[Weights]:
+def train_alone(model: nn.Module, optimizer: NowcastOptimizer, steps: int) -> list[Weights]:
     weights = []
-    for index in range(updates):
+    for index in range(steps):
         inputs, targets = batch(index)
         optimizer.zero_grad()
         loss = F.mse_loss(model(inputs), targets)
@@ -119,10 +119,10 @@ def assert_trained_as_alone(results: Results, **settings: Any) -> None:
         assert found["reports"] == [(step, True, False, "") for step in (6, 12, 18)]
         for step in range(1, PERIOD):
             assert_same(found["weights"][step - 1], alone[step - 1])
-        arrival = PERIOD + settings.get("glide", 0)
-        before, after = alone[PERIOD - 2], alone[arrival - 1]
+        arbaseline = PERIOD + settings.get("ramp", 0)
+        before, after = alone[PERIOD - 2], alone[arbaseline - 1]
         jump = sum(float((after[n] - before[n]).square().sum()) for n in after) ** 0.5
-        for step in (arrival, 20):
+        for step in (arbaseline, 20):
             tolerance = EQUAL if step == PERIOD else 100 * EQUAL  # later Adam's rounding adds up
             new, expected = found["weights"][step - 1], alone[step - 1]
             rounding = 2**-24 * sum(float(value.square().sum()) for value in expected.values()) ** 0.5
@@ -135,7 +135,7 @@ def assert_rolled_back_as_alone(results: Results) -> None:
     """A nowcast that acts on each weight alone does the same on shards, to the last bit; so does its roll-back."""
     model = mlp()
     nowcaster = ScriptedNowcaster(lambda newest: {name: 30 * value for name, value in newest.items()})
-    optimizer = optimizer_of(model, nowcaster, period=12, probation=4)
+    optimizer = optimizer_of(model, nowcaster, period=12, rollback_window=4)
     alone = train_alone(model, optimizer, 20)
     assert optimizer.reports[0].rolled_back
     for found in results:
@@ -145,7 +145,7 @@ def assert_rolled_back_as_alone(results: Results) -> None:
 
 
 def assert_resumed_exactly(results: Results) -> None:
-    """Saved by DCP in a probation, loaded into another model: the run goes on to the last bit."""
+    """Saved by DCP in a rollback window, loaded into another model: the run goes on to the last bit."""
     for found in results:
         assert found["counted while loading"] == 0  # DCP calls step() to make the optimizer's state
         assert found["resumed reports"] == found["reports"]
@@ -159,7 +159,14 @@ def assert_traffic_follows_neurons(results: Results) -> None:
         assert 1.9 < sent["128"] / sent["64"] <= 2  # four times the weights, twice the neurons
 
 
-SHARDED = ["sharded_table", "traffic", "sharded_training", "sharded_averages", "sharded_probation", "sharded_faults"]
+SHARDED = [
+    "sharded_table",
+    "traffic",
+    "sharded_training",
+    "sharded_averages",
+    "sharded_rollback_window",
+    "sharded_faults",
+]
 
 
 def assert_shards_are_nowcast(found: dict[str, Results]) -> None:
@@ -168,10 +175,10 @@ def assert_shards_are_nowcast(found: dict[str, Results]) -> None:
         assert 0 < row["bytes"] - row["planned bytes"] < 1000
     assert_traffic_follows_neurons(found["traffic"])
     assert_trained_as_alone(found["sharded_training"])
-    assert_trained_as_alone(found["sharded_averages"], snapshot_average=2, glide=3)
+    assert_trained_as_alone(found["sharded_averages"], average_over=2, ramp=3)
     assert all(run["restored"] for run in found["sharded_averages"])
-    assert_rolled_back_as_alone(found["sharded_probation"])
-    assert_resumed_exactly(found["sharded_probation"])
+    assert_rolled_back_as_alone(found["sharded_rollback_window"])
+    assert_resumed_exactly(found["sharded_rollback_window"])
     assert_refused_together(found["sharded_faults"], PLACES)
 
 
@@ -204,7 +211,7 @@ def test_two_processes_with_shards(tmp_path: Path) -> None:
         assert run == {"reports": [(PERIOD, True, False, "")], "wirings": ["exact", "per-parameter"]}
     for saved in found["sharded_callback"]:
         assert saved == {"steps": [2, 4], "same": True, "step": 5}
-    refused_saves = [run["refused save"] for run in found["sharded_probation"]]
+    refused_saves = [run["refused save"] for run in found["sharded_rollback_window"]]
     assert refused_saves == [("CheckpointError", True), ("PeerFailureError", True)]
     assert_recorded_by_the_first(tmp_path, found["recorded"])
     for run in found["guide"]:
@@ -218,7 +225,7 @@ def test_two_processes_with_shards(tmp_path: Path) -> None:
 
 
 def assert_resumed_by_one_process(folder: Path) -> None:
-    """Snapshots that two processes saved are read by one; what is on probation is not, and that is said."""
+    """Snapshots that two processes saved are read by one; what is in its rollback window is not, and that is said."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = fully_shard(mlp(), mesh=init_device_mesh("cpu", (1,)))
@@ -247,7 +254,7 @@ def test_two_replicas(tmp_path: Path) -> None:
         assert [message[: len(refused)] for message in run["messages"]] == [refused, refused, refused, ""]
     plain = mlp()
     unmoved = train_alone(plain, optimizer_of(plain, tiny_nowcaster(), period=2 * PERIOD), PERIOD + 1)
-    for run in [each[name] for each in found["unlike_norms"] for name in ("norms", "glide")]:
+    for run in [each[name] for each in found["unlike_norms"] for name in ("norms", "ramp")]:
         assert [(step, accepted, reason[: len(refused)]) for step, accepted, _, reason in run["reports"]] == [
             (PERIOD, False, refused)
         ]
@@ -265,7 +272,7 @@ def test_two_replicas(tmp_path: Path) -> None:
         assert run["hooks"] == 0
         assert_same(run["weights"], found["traced_replicas"][0]["weights"])
     for run in found["normed_replicas"]:
-        for mean, expected in zip(run["means"], (6.0, 6.5, 8.0), strict=True):  # of both, and of all updates so far
+        for mean, expected in zip(run["means"], (6.0, 6.5, 8.0), strict=True):  # of both, and of all steps so far
             assert mean == pytest.approx([expected] * 2, rel=1e-4)
     first, second = found["accelerated_resume"]
     for run in (first, second):

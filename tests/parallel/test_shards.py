@@ -28,7 +28,7 @@ from nino.graph import BlockKind, EdgeBlock, EdgeType
 from nino.graph.builder import GraphBuilder
 from nino.graph.rows import Place, Rows, num_edges_at, place_of, view_rows, whole_place
 from nino.parallel.shards import local_tensor
-from nino.predict.partition import Share
+from nino.predict.partition import Partition
 from nino.predict.standardise import Moments, Standardiser, add_moments
 from nino.predict.work_partition import deal
 from nino.session import NowcastSession
@@ -97,7 +97,7 @@ def test_dealing_leaves_nothing_out_and_is_even(number: int) -> None:
 # Measuring
 
 
-class Summing(Share):
+class Summing(Partition):
     """Adds up over threads."""
 
     def __init__(self, number: int) -> None:
@@ -119,12 +119,12 @@ class Summing(Share):
 )
 def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
     cuts = [0, 13, 40, 40]  # the last process has nothing
-    share, found = Summing(3), {}
+    partition, found = Summing(3), {}
 
     def work(rank: int) -> None:
         own = values[cuts[rank] : cuts[rank + 1]]
         moments = Moments.of(own.split(2, dim=1), inputs="movements")
-        found[rank] = add_moments([(moments, rank == 0)], share)[0].standardiser("movements")
+        found[rank] = add_moments([(moments, rank == 0)], partition)[0].standardiser("movements")
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -180,11 +180,11 @@ def test_rows_of_hand_made_blocks_are_predicted_as_the_whole(case: Case) -> None
     sums, found = Summing(NUMBER), {}
 
     def work(rank: int) -> None:
-        share = OwnRows(sums, rank, graph)
-        rows = {name: share.held_rows(name, shape) for name, shape in graph.shapes.items()}
+        partition = OwnRows(sums, rank, graph)
+        rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
         own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
         found[rank] = {name: tensor.clone() for name, tensor in own[-1].items()}
-        caster.predict_(found[rank], own, 1, graph, dtype=torch.float64, share=share)
+        caster.predict_(found[rank], own, 1, graph, dtype=torch.float64, partition=partition)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(NUMBER)]
     for thread in threads:
@@ -302,10 +302,10 @@ def test_what_cannot_be_nowcast_is_refused(spoil: Any, message: str, when: str, 
     with pytest.raises(NinoError, match=message) as caught:
         if when == "before":
             NowcastSession(spoil(model), tiny_nowcaster(), period=PERIOD)
-        else:  # as a framework's prepare() does; refused at the first update
+        else:  # as a framework's prepare() does; refused at the first step
             session = NowcastSession(model, tiny_nowcaster(), period=PERIOD)
-            session.live.module = spoil(model)
-            session.after_update()
+            session.target.module = spoil(model)
+            session.after_step()
     assert "\n" not in str(caught.value)
 
 
@@ -395,7 +395,7 @@ def test_damaged_histories_are_refused_by_name(what: str, process_group: None, t
 
 
 def _saved_and_going_on(folder: Path) -> tuple[nn.Module, NowcastOptimizer]:
-    """A training that saved after 3 updates and stands at 5."""
+    """A training that saved after 3 steps and stands at 5."""
     model = _sharded()
     optimizer = _optimizer(model)
     _train(model, optimizer, 0, 3)

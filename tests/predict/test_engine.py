@@ -19,7 +19,7 @@ from nino import NeuralGraph, Nowcaster
 from nino.graph.ir import EdgeBlock
 from nino.predict.engine import fusion, hardware, kernels, predict_blockwise, predict_edgewise
 from nino.predict.engine.tiling import Sizes, places
-from nino.predict.engine.weights import Place, PredictionWriter, SnapshotReader, StoredSnapshots, piece_of
+from nino.predict.engine.weights import Place, PredictionWriter, SnapshotReader, SnapshotViews, piece_of
 from nino.predict.model import NowcasterConfig, build_network
 from nino.predict.standardise import measure_snapshots
 
@@ -142,7 +142,7 @@ configs = st.builds(
     context=st.sampled_from([2, 5]),
     max_horizon=st.just(6),
     num_positions=st.sampled_from([1, 8]),
-    num_words=st.sampled_from([0, 7]),
+    vocabulary_size=st.sampled_from([0, 7]),
     inputs=st.sampled_from(["weights", "movements", "movements and trend"]),
 )
 
@@ -172,7 +172,7 @@ class Movements(PredictionWriter):
 
     def __init__(self, graph: NeuralGraph, dtype: torch.dtype) -> None:
         empty = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in graph.shapes.items()}
-        super().__init__(graph, empty, {}, StoredSnapshots(graph, []))
+        super().__init__(graph, empty, {}, SnapshotViews(graph, []))
 
     def write(self, block: EdgeBlock, place: Place, last: Tensor, movement: Tensor) -> None:
         piece_of(block, self.tensors[str(block.parameter)], place).copy_(movement)
@@ -184,7 +184,7 @@ def _blockwise(
     """Standardised movements by the blockwise engine."""
     dtype = network.head.weight.dtype
     scalers = measure_snapshots(snapshots, graph.shapes, inputs=network.config.inputs)
-    reader = SnapshotReader(StoredSnapshots(graph, snapshots), scalers, torch.device("cpu"), dtype)
+    reader = SnapshotReader(SnapshotViews(graph, snapshots), scalers, torch.device("cpu"), dtype)
     found = Movements(graph, dtype)
     positions = graph.positions(network.config.num_positions)
     predict_blockwise(network, graph, reader, found, positions, horizon, sizes, **options)
@@ -272,7 +272,7 @@ def test_bfloat16_products_stay_near_the_definition(
 @pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_every_family(case: Case) -> None:
     graph = case.graph(case.build())
-    config = NowcasterConfig(hidden=8, max_horizon=6, num_words=VOCABULARY + 1)
+    config = NowcasterConfig(hidden=8, max_horizon=6, vocabulary_size=VOCABULARY + 1)
     network = _random_network(config, 0, torch.float64)
     snapshots = _random_snapshots(graph, config.context, 0, torch.float64)
     slow = _edgewise(network, graph, snapshots, 4)

@@ -228,7 +228,7 @@ def test_predictions(case: Case, weights: str, engine: Any) -> None:
             case.snapshots, k, case.graph, positions=case.tensors["node_pos"], engine=engine
         )
         errors[k] = float((case.flat(predicted) - golden).norm() / (golden - last).norm())
-    assert max(errors.values()) <= UPDATE_TOLERANCE, f"relative error of the update per horizon: {errors}"
+    assert max(errors.values()) <= UPDATE_TOLERANCE, f"relative error of the step per horizon: {errors}"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from nino.predict.model.segments import has_torch_scatter, segment_mean
 
 needs_torch_scatter = pytest.mark.skipif(not has_torch_scatter(), reason="torch_scatter is not installed")
 BACKENDS = ["native", pytest.param("torch_scatter", marks=needs_torch_scatter)]
-NINO = NowcasterConfig(hidden=6, context=3, max_horizon=4, num_positions=2, num_words=4)
+NINO = NowcasterConfig(hidden=6, context=3, max_horizon=4, num_positions=2, vocabulary_size=4)
 WNN = NowcasterConfig(kind="wnn", hidden=6, context=3, max_horizon=4)
 TREND = replace(NINO, inputs="movements", trend=True)
 WNN_TREND = replace(WNN, inputs="movements", trend=True)
@@ -49,7 +49,7 @@ def _random_inputs(
         index=torch.stack([source, target]),
         type=torch.randint(1, 15, (num_edges,), generator=generator),
         positions=torch.randn(num_nodes, config.num_positions, generator=generator, dtype=torch.float64),
-        words=torch.randint(max(config.num_words, 1), (num_nodes,), generator=generator),
+        words=torch.randint(max(config.vocabulary_size, 1), (num_nodes,), generator=generator),
         num_outputs=num_outputs,
         products=moves @ moves.mT / 10 if config.trend else None,
     )

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import nino
 from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, NowcasterConfig, NowcastOptimizer, SnapshotError
-from nino.predict.engine.weights import PredictionWriter, StoredSnapshots, factor_to_keep
+from nino.predict.engine.weights import PredictionWriter, SnapshotViews, factor_to_keep
 from nino.predict.model import build_network
 from nino.predict.nowcaster import CONFIG_FILE, WEIGHTS_FILE, shipped_nowcasters
 from nino.predict.standardise import measure_snapshots
 
 Snapshots = list[dict[str, Tensor]]
-CONFIG = NowcasterConfig(hidden=8, context=3, num_words=7)
+CONFIG = NowcasterConfig(hidden=8, context=3, vocabulary_size=7)
 WNN_CONFIG = NowcasterConfig(kind="wnn", hidden=8, context=3)
 
 
@@ -83,18 +83,18 @@ def test_a_stretched_nowcaster_goes_the_same_way_further(config: NowcasterConfig
 @pytest.mark.parametrize("engine", ["blockwise", "edges"])
 def test_norms_are_kept_if_asked_for(name: str, engine: Any) -> None:
     (case,) = (case for case in CASES if case.name == name)
-    graph, nowcaster = NeuralGraph.from_model(case.model(0)), _nowcaster(replace(CONFIG, num_words=0))
+    graph, nowcaster = NeuralGraph.from_model(case.model(0)), _nowcaster(replace(CONFIG, vocabulary_size=0))
     snapshots = _snapshots(graph, dtype=torch.float64)
     zero = next(n for n, shape in graph.shapes.items() if len(shape) >= 2)
     snapshots[-1][zero] = torch.zeros_like(snapshots[-1][zero])
     free = nowcaster.predict(snapshots, 4, graph, engine=engine)
-    kept = nowcaster.predict(snapshots, 4, graph, engine=engine, keep_norms=True)
+    kept = nowcaster.predict(snapshots, 4, graph, engine=engine, preserve_norms=True)
     for n, last in snapshots[-1].items():
         factor = last.norm() / free[n].norm() if last.ndim >= 2 and n != zero else 1.0
         torch.testing.assert_close(kept[n], factor * free[n])
 
     live = {n: last.clone() for n, last in snapshots[-1].items()}
-    jump = nowcaster.predict_(live, snapshots, 4, graph, keep_norms=True)
+    jump = nowcaster.predict_(live, snapshots, 4, graph, preserve_norms=True)
     if engine == "blockwise":
         assert _equal(live, kept)
     squares = sum(float((live[n] - last).square().sum()) for n, last in snapshots[-1].items())
@@ -106,7 +106,7 @@ def test_norms_are_kept_if_asked_for(name: str, engine: Any) -> None:
 def test_norms_are_kept_up_to_rounding(dtype: torch.dtype) -> None:
     graph, nowcaster = _graph(), _nowcaster(CONFIG)
     snapshots = _snapshots(graph, dtype=dtype)
-    kept = nowcaster.predict(snapshots, 4, graph, keep_norms=True)
+    kept = nowcaster.predict(snapshots, 4, graph, preserve_norms=True)
     for name, last in snapshots[-1].items():
         if last.ndim >= 2:
             assert float(kept[name].float().norm() / last.float().norm()) == pytest.approx(1, abs=4e-3)
@@ -123,7 +123,7 @@ def test_norms_that_overflow_are_refused() -> None:
     scalers = measure_snapshots(snapshots, graph.shapes)
     name = next(n for n, shape in graph.shapes.items() if len(shape) >= 2)
     tensors = {name: torch.full(graph.shapes[name], 3e4, dtype=torch.float16)}
-    writer = PredictionWriter(graph, tensors, scalers, StoredSnapshots(graph, snapshots), keep_norms=True)
+    writer = PredictionWriter(graph, tensors, scalers, SnapshotViews(graph, snapshots), preserve_norms=True)
     block = next(block for block in graph.parameter_blocks if block.parameter == name)
     writer._sums[name, block.type] = torch.tensor([1.0, 16.0, 1.0, 0.0], dtype=torch.float64)
     with pytest.raises(SnapshotError, match=r"is NaN or infinite in torch\.float16") as error:
@@ -262,7 +262,7 @@ def _config(**changes: Any) -> str:
         (_config(hidden=-1), ["hidden", "at least 1", "-1"]),
         (_config(hidden="8"), ["hidden", "'8'"]),
         (_config(context=1), ["context", "at least 2", "1"]),
-        (_config(num_words=-2), ["num_words", "-2"]),
+        (_config(vocabulary_size=-2), ["vocabulary_size", "-2"]),
         (_config(hidden=16), [WEIGHTS_FILE, CONFIG_FILE]),
         (_config(hidden=10**7), [WEIGHTS_FILE, CONFIG_FILE]),
         (_config(kind="wnn"), [WEIGHTS_FILE, CONFIG_FILE]),
@@ -376,7 +376,7 @@ def test_published_files_load(config: NowcasterConfig, nested: bool, tmp_path: P
     loaded = Nowcaster.from_official(tmp_path / "published.pt")
     assert (loaded.config.kind, loaded.config.hidden, loaded.config.context) == (config.kind, 8, 3)
     assert loaded.config.max_horizon == config.max_horizon
-    assert loaded.config.num_words == config.num_words
+    assert loaded.config.vocabulary_size == config.vocabulary_size
     assert loaded.config.wiring == "official"
     assert _equal(loaded.network.state_dict(), _nowcaster(config).network.state_dict())
     loaded.save_pretrained(tmp_path / "converted")
@@ -577,7 +577,7 @@ def test_vocabularies_larger_than_the_word_table_are_refused() -> None:
     _refused(CheckpointError, "6 words", VOCABULARY, graph=graph)  # a table of 7 rows: 6 words and all other neurons
     with pytest.raises(CheckpointError):
         _nowcaster().check_fits(graph)
-    fits = _nowcaster(NowcasterConfig(hidden=8, context=3, num_words=VOCABULARY + 1))
+    fits = _nowcaster(NowcasterConfig(hidden=8, context=3, vocabulary_size=VOCABULARY + 1))
     assert fits.predict(_snapshots(graph), 5, graph).keys() == graph.shapes.keys()
 
 

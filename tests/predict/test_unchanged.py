@@ -13,10 +13,10 @@ from tiny import PERIOD, Weights, tiny_config, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
 import nino
-from nino.ensemble.nowcast import FleetNowcaster
+from nino.ensemble.nowcast import EnsembleNowcaster
 from nino.graph import NeuralGraph
 from nino.predict.model import build_network
-from nino.predict.unchanged import where_still
+from nino.predict.unchanged import unchanged_mask
 
 CONTEXT = 3
 CPU = torch.device("cpu")
@@ -59,10 +59,10 @@ SETTINGS = pytest.mark.parametrize("settings", [{}, {"kind": "wnn"}, {"inputs": 
 
 
 @MODELS
-@pytest.mark.parametrize("keep_norms", [False, True])
+@pytest.mark.parametrize("preserve_norms", [False, True])
 @SETTINGS
 def test_what_never_moved_stays_in_both_engines_and_in_place(
-    name: str, keep_norms: bool, dtype: torch.dtype, settings: dict[str, Any]
+    name: str, preserve_norms: bool, dtype: torch.dtype, settings: dict[str, Any]
 ) -> None:
     (case,) = (case for case in CASES if case.name == name)
     torch.manual_seed(0)
@@ -70,10 +70,10 @@ def test_what_never_moved_stays_in_both_engines_and_in_place(
     snapshots, moving = history(dict(graph.shapes), dtype)
     last, rounding = snapshots[-1], 0.02 if dtype == torch.bfloat16 else 1e-4
     live = {n: value.clone() for n, value in last.items()}
-    jump = nowcaster.predict_(live, snapshots, 3, graph, keep_norms=keep_norms)
+    jump = nowcaster.predict_(live, snapshots, 3, graph, preserve_norms=preserve_norms)
     check(live, last, moving)
     for engine in ("blockwise", "edges"):
-        new = nowcaster.predict(snapshots, 3, graph, engine=engine, keep_norms=keep_norms)  # type: ignore[arg-type]
+        new = nowcaster.predict(snapshots, 3, graph, engine=engine, preserve_norms=preserve_norms)  # type: ignore[arg-type]
         check(new, last, moving)
         for n, value in new.items():
             torch.testing.assert_close(value, live[n], rtol=rounding, atol=1e-4)
@@ -81,7 +81,7 @@ def test_what_never_moved_stays_in_both_engines_and_in_place(
     assert jump.distance**2 == pytest.approx(float(sum(changes)), rel=rounding)
     norms = [value.double().square().sum() for value in last.values()]
     assert jump.norm**2 == pytest.approx(float(sum(norms)), rel=1e-5)
-    for n, value in live.items() if keep_norms else ():
+    for n, value in live.items() if preserve_norms else ():
         if value.ndim >= 2:
             assert float(value.double().norm()) == pytest.approx(float(last[n].double().norm()), rel=0.2 * rounding)
 
@@ -91,31 +91,31 @@ def test_a_jump_of_what_never_moved_is_none() -> None:
     last = weights_of(model)
     parameters = dict(model.named_parameters())
     graph = NeuralGraph.from_model(model)
-    jump = tiny_nowcaster().predict_(parameters, [last] * CONTEXT, 3, graph, keep_norms=True)
+    jump = tiny_nowcaster().predict_(parameters, [last] * CONTEXT, 3, graph, preserve_norms=True)
     assert jump.distance == 0 and jump.norm == pytest.approx(float(sum(w.square().sum() for w in last.values())) ** 0.5)
     assert all(torch.equal(parameter, last[name]) for name, parameter in parameters.items())
 
 
 def test_zeros_of_both_signs_are_the_same_and_the_newest_stays() -> None:
     zero, one = torch.tensor([0.0, -0.0, 1.0]), torch.tensor([-0.0, 0.0, 2.0])
-    still = where_still([zero, one, zero])
+    still = unchanged_mask([zero, one, zero])
     assert still is not None and still.tolist() == [True, True, False]
-    assert where_still([one[2:], one[2:], zero[2:]]) is None
-    assert where_still([zero[2:], one[2:], zero[2:]]) is None  # it went, and came back
+    assert unchanged_mask([one[2:], one[2:], zero[2:]]) is None
+    assert unchanged_mask([zero[2:], one[2:], zero[2:]]) is None  # it went, and came back
 
 
-@pytest.mark.parametrize("keep_norms", [False, True])
+@pytest.mark.parametrize("preserve_norms", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"inputs": "movements"}])
-def test_fleets_keep_what_each_model_alone_keeps(keep_norms: bool, settings: dict[str, Any]) -> None:
+def test_ensembles_keep_what_each_model_alone_keeps(preserve_norms: bool, settings: dict[str, Any]) -> None:
     graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)))
     nowcaster = nino.Nowcaster(build_network(replace(tiny_config(), **settings)))
     shapes = {name: (2, *shape) for name, shape in graph.shapes.items()}
     snapshots, moving = history(shapes, torch.float32)
-    found = FleetNowcaster(nowcaster, graph, 2, CPU).predict(snapshots, 3, keep_norms=keep_norms)
+    found = EnsembleNowcaster(nowcaster, graph, 2, CPU).predict(snapshots, 3, preserve_norms=preserve_norms)
     check(found, snapshots[-1], moving)
     for index in range(2):
         own = [{n: value[index] for n, value in snapshot.items()} for snapshot in snapshots]
-        alone = nowcaster.predict(own, 3, graph, keep_norms=keep_norms)
+        alone = nowcaster.predict(own, 3, graph, preserve_norms=preserve_norms)
         for n, value in alone.items():
             torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
 
@@ -142,7 +142,7 @@ class Sparse(nn.Module):
         return self.head(hidden) + 0 * self.unused(hidden).sum()
 
 
-@pytest.mark.parametrize("settings", [{}, {"keep_norms": True}, {"snapshot_average": 2}, {"probation": 2}])
+@pytest.mark.parametrize("settings", [{}, {"preserve_norms": True}, {"average_over": 2}, {"rollback_window": 2}])
 def test_padding_masks_and_unseen_words_survive_a_training(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = Sparse()

@@ -27,7 +27,7 @@ from nino.pretraining.averaging import averaged
 from nino.pretraining.batching import Batches, deal, union
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import _Pretraining, learning_rate_factor, pretrain
-from nino.pretraining.objective import errors_by_horizon, rivals, total_error
+from nino.pretraining.objective import baselines, errors_by_horizon, total_error
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.throughput import flops_per_edge
 from nino.pretraining.validation import validate
@@ -96,7 +96,7 @@ def test_some_horizons_are_those_of_all(sources: tuple[WindowSource, WindowSourc
     exists = whole.mask[..., horizons - 1]
     assert torch.equal(some.mask, exists) and 0 < exists.sum() < exists.numel()
     torch.testing.assert_close(some.targets[exists], whole.targets[..., horizons - 1][exists])
-    torch.testing.assert_close(rivals(some)["linear"], rivals(whole)["linear"][..., horizons - 1])
+    torch.testing.assert_close(baselines(some)["linear"], baselines(whole)["linear"][..., horizons - 1])
     predicted = network(whole.inputs)[..., horizons - 1]
     torch.testing.assert_close(network(some.inputs, some.horizons), predicted)
     torch.testing.assert_close(network(whole.inputs, horizon=int(horizons[1])), predicted[..., 1])
@@ -132,8 +132,8 @@ def test_loss_counts_only_existing_targets(tmp_path: Path) -> None:
     error, count = total_error(torch.zeros_like(window.targets), window)
     assert count == source.runs[0].trajectory.num_elements * 3  # states 5, 6, 7
     assert error == pytest.approx(window.targets.abs().sum().item(), rel=1e-5)
-    # A straight line is what the linear rival predicts exactly; on a drifting walk it beats standing still.
-    linear = rivals(window)["linear"]
+    # A straight line is what the linear baseline predicts exactly; on a drifting walk it beats standing still.
+    linear = baselines(window)["linear"]
     torch.testing.assert_close(linear[..., 4], 5 * window.last_steps)
 
 
@@ -312,7 +312,7 @@ def test_an_update_without_finite_gradients_is_skipped_and_counted(
     training.update([window])
     before = {name: value.clone() for name, value in training.result.state_dict().items()}
     training.update([replace(window, targets=window.targets * float("nan"))])
-    assert (training.skipped, training.updates) == (1, 1)
+    assert (training.skipped, training.steps) == (1, 1)
     assert all(torch.equal(value, before[name]) for name, value in training.result.state_dict().items())
     assert math.isfinite(training._measured()["train"])
 
@@ -446,7 +446,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, sources: tuple[
     for others, words in (
         (WindowSource(runs, CONFIG, (1, 3)), r"data, strides: \[1, 2\] there, \[1, 3\] here"),
         (WindowSource(runs[:1], CONFIG, (1, 2)), "data, runs, .*: 30 states .* there, nothing here"),
-        (WindowSource(means, CONFIG, (1, 2)), "data, runs, .* there, 29 states .* means over 50 updates here"),
+        (WindowSource(means, CONFIG, (1, 2)), "data, runs, .* there, 29 states .* means over 50 steps here"),
     ):
         with pytest.raises(CheckpointError, match=words):
             pretrain(config, CONFIG, others, held_out, tmp_path / "out")

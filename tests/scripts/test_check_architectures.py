@@ -132,10 +132,10 @@ def test_some_are_checked_without_writing(run: Run, tmp_path: Path) -> None:
 def test_an_own_model_is_checked(run: Run) -> None:
     done = run("check_architectures", "--model", "own_models:build")
     assert done.returncode == 0, done.stderr
-    first, verdict, *axes = done.stdout.splitlines()
+    first, decision, *axes = done.stdout.splitlines()
     assert first.startswith("Twins: 46 parameters in ")
     assert "wiring exact (traced)" in first
-    assert verdict == "wiring: ok"
+    assert decision == "wiring: ok"
     assert sum("passed" in axis for axis in axes) == 1
 
 

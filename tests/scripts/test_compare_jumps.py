@@ -16,7 +16,7 @@ from tasks import branching
 from tasks.branching import JumpPlan
 from tasks.methods import Part
 
-SMALL = ("--task", "digits-16", "--at", "20", "12", "--updates", "6", "--evaluate-every", "3")
+SMALL = ("--task", "digits-16", "--at", "20", "12", "--steps", "6", "--evaluate-every", "3")
 JUMPS = ("scaled:0:nino-tiny@horizon=40,interval=2", "linear@horizon=4,interval=2")
 
 
@@ -33,8 +33,8 @@ def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
     assert branches[f"20 {JUMPS[0]}"] == branches["20 stay"], "a jump of no length changes nothing"
     assert branches["20 stay"] != branches["12 stay"]
 
-    mean, gliding = f"{JUMPS[0]},average=2", f"{JUMPS[1]},glide=4"
-    again = run(*SMALL, "--jumps", *JUMPS, mean, gliding, "--out", tmp_path)
+    mean, ramping = f"{JUMPS[0]},average=2", f"{JUMPS[1]},ramp=4"
+    again = run(*SMALL, "--jumps", *JUMPS, mean, ramping, "--out", tmp_path)
     assert again.returncode == 0, again.stderr
     longer = json.loads((tmp_path / "jumps.json").read_text())["branches"]
     assert {name: longer[name] for name in branches} == branches
@@ -42,24 +42,24 @@ def test_branches_share_all_but_the_jump_and_are_kept(tmp_path: Path) -> None:
     assert longer[f"20 {JUMPS[1]}"][0][1] < 3, "a step as long as the last four"
     assert longer[f"20 {mean}"][0] != branches["20 stay"][0], "the jump is to the mean of the last two weights"
     assert longer[f"20 {mean}"][0][1] == pytest.approx(branches["20 stay"][0][1], abs=0.1)
-    glide, jump, stay = (longer[f"20 {name}"] for name in (gliding, JUMPS[1], "stay"))
-    assert glide[0] == stay[0] and glide not in (stay, jump), "it sets out where weights are"
+    ramp, jump, stay = (longer[f"20 {name}"] for name in (ramping, JUMPS[1], "stay"))
+    assert ramp[0] == stay[0] and ramp not in (stay, jump), "it sets out where weights are"
     assert JUMPS[1] in again.stdout and "gain" in again.stdout
 
 
 def test_annealed_branches(tmp_path: Path) -> None:
-    settings = (*SMALL[:-4], "--updates", "8", "--evaluate-every", "2", "--warmup", "5", "--anneal", "4")
-    kept = f"{JUMPS[0].replace(':0:', ':5:')},keep_norms=yes"
-    done = run(*settings, "--jumps", kept, kept.removesuffix(",keep_norms=yes"), "--out", tmp_path)
+    settings = (*SMALL[:-4], "--steps", "8", "--evaluate-every", "2", "--warmup", "5", "--anneal", "4")
+    kept = f"{JUMPS[0].replace(':0:', ':5:')},preserve_norms=yes"
+    done = run(*settings, "--jumps", kept, kept.removesuffix(",preserve_norms=yes"), "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     branches = json.loads((tmp_path / "jumps.json").read_text())["branches"]
-    assert branches[f"20 {kept}"][0] != branches[f"20 {kept.removesuffix(',keep_norms=yes')}"][0]
+    assert branches[f"20 {kept}"][0] != branches[f"20 {kept.removesuffix(',preserve_norms=yes')}"][0]
 
     steady = run(*settings[:-2], "--jumps", kept, "--out", tmp_path / "steady")
     assert steady.returncode == 0, steady.stderr
     constant = json.loads((tmp_path / "steady" / "jumps.json").read_text())["branches"]
     for name, curve in constant.items():
-        assert curve[:3] == branches[name][:3], "the rate falls after update 4"
+        assert curve[:3] == branches[name][:3], "the rate falls after step 4"
 
 
 def test_a_falling_rate_is_zero_after_the_last_update(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_models_of_no_known_family_are_traced(monkeypatch: pytest.MonkeyPatch) -
     snapshots = {(at, 1): {name: p + at for name, p in inside.named_parameters()} for at in range(5)}
     nowcaster = Nowcaster(build_network(NowcasterConfig(hidden=4)))
     seen: list[NeuralGraph] = []
-    monkeypatch.setattr(nowcaster, "predict", lambda read, horizon, graph, keep_norms: seen.append(graph))
+    monkeypatch.setattr(nowcaster, "predict", lambda read, horizon, graph, preserve_norms: seen.append(graph))
     jump = JumpPlan(name="", part=Part("nino", ""), horizon=1, interval=1, average=1)
     branching._nowcast(nowcaster, inside, snapshots, 4, jump, example)
     assert seen[0].wiring == "exact"
@@ -119,13 +119,13 @@ def test_foreign_results_are_refused_and_kept(tmp_path: Path, text: str, expecte
     [
         (("--jumps", "linear"), "say how far, for example linear@horizon=10"),
         (("--jumps", "adam@horizon=1"), "expected a jump such as linear@horizon=4"),
-        (("--jumps", "linear@horizon=0"), "expected horizon=K, interval=U, average=A or glide=G"),
-        (("--jumps", "linear@horizon=1,interval=2,average=3"), "snapshot_average must be 1 to 2 updates"),
-        (("--jumps", "linear@horizon=1,keep_norms=maybe"), "or keep_norms=yes, got 'keep_norms=maybe'"),
-        (("--jumps", "linear@horizon=1,interval=2,keep_norms=yes"), "linear extrapolates all weights at once"),
-        (("--jumps", f"{JUMPS[1]},glide=7"), "its glide takes more than the 6 updates of a branch"),
-        (("--jumps", JUMPS[1], "--anneal", "7"), "--anneal 7 is more than the 6 updates of a branch"),
-        (("--jumps", JUMPS[1], "--warmup", "13"), "--warmup 13 is not over after update 12"),
+        (("--jumps", "linear@horizon=0"), "expected horizon=K, interval=U, average=A or ramp=G"),
+        (("--jumps", "linear@horizon=1,interval=2,average=3"), "average_over must be 1 to 2 steps"),
+        (("--jumps", "linear@horizon=1,preserve_norms=maybe"), "or preserve_norms=yes, got 'preserve_norms=maybe'"),
+        (("--jumps", "linear@horizon=1,interval=2,preserve_norms=yes"), "linear extrapolates all weights at once"),
+        (("--jumps", f"{JUMPS[1]},ramp=7"), "its ramp takes more than the 6 steps of a branch"),
+        (("--jumps", JUMPS[1], "--anneal", "7"), "--anneal 7 is more than the 6 steps of a branch"),
+        (("--jumps", JUMPS[1], "--warmup", "13"), "--warmup 13 is not over after step 12"),
         (("--jumps", "linear@horizon=1,interval=5"), "do not fit before update 12"),
         (("--jumps", "nino:nino-tiny@horizon=41,interval=2"), "at most 40 intervals ahead"),
         (("--task", "c10-16", "--jumps", JUMPS[1]), "task c10-16 needs --data FOLDER"),

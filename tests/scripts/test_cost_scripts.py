@@ -20,30 +20,30 @@ from tasks.overhead import Costs, Update, difference, spent_in, spent_on
 
 
 def test_costs_of_a_period_by_hand() -> None:
-    """Ten updates of 1 s: bookkeeping 0.01 s each, 2 snapshots of 0.1 s, restore point 0.3 s, nowcast 0.5 s."""
+    """Ten steps of 1 s: bookkeeping 0.01 s each, 2 snapshots of 0.1 s, rollback copy 0.3 s, nowcast 0.5 s."""
     plain = [Update(seconds=1.0), Update(seconds=1.0), Update(seconds=5.0)]  # somebody else used the machine
     attached = [
         Update(seconds=1.01, nowcasting=0.01),
         Update(seconds=1.11, nowcasting=0.11, snapshot=0.1),
-        Update(seconds=1.9, nowcasting=0.9, snapshot=0.1, restore_point=0.3, prediction=0.45),
+        Update(seconds=1.9, nowcasting=0.9, snapshot=0.1, rollback_copy=0.3, prediction=0.45),
     ]
     costs = Costs.of(plain, attached)
     assert costs.update == 1.0
-    assert costs.nowcast == pytest.approx(0.5)  # whatever of the update is neither snapshot nor restore point
-    parts = {"bookkeeping": 0.1, "snapshots": 0.2, "means": 0, "restore point": 0.3, "nowcast": 0.5}
+    assert costs.nowcast == pytest.approx(0.5)  # whatever of the step is neither snapshot nor rollback copy
+    parts = {"bookkeeping": 0.1, "snapshots": 0.2, "means": 0, "rollback copy": 0.3, "nowcast": 0.5}
     assert costs.per_period(10, 2) == pytest.approx(parts)
     assert costs.overhead(10, 2) == pytest.approx(1.1 / 10)
-    spent = {"bookkeeping": 0.02, "snapshots": 0.2, "means": 0, "restore point": 0.3, "nowcast": 0.5}
+    spent = {"bookkeeping": 0.02, "snapshots": 0.2, "means": 0, "rollback copy": 0.3, "nowcast": 0.5}
     assert spent_on(attached, 1) == pytest.approx(spent)
     assert spent_in(attached) == pytest.approx(1.02 / 3)
     assert difference(plain[:2], attached[:2]) == pytest.approx(0.06)
 
 
 def test_means_are_counted_apart() -> None:
-    """Of ten updates with a nowcast each, two snapshots are means over 3 updates, over 30 with at most 20 additions."""
+    """Of ten steps with a nowcast each, two snapshots are means over 3 steps, over 30 with at most 20 additions."""
     attached = [
         Update(seconds=1.03, nowcasting=0.03, addition=0.02),
-        Update(seconds=1.93, nowcasting=0.93, snapshot=0.1, addition=0.02, restore_point=0.3, prediction=0.45),
+        Update(seconds=1.93, nowcasting=0.93, snapshot=0.1, addition=0.02, rollback_copy=0.3, prediction=0.45),
     ]
     costs = Costs.of([Update(seconds=1.0)], attached)
     assert (costs.bookkeeping, costs.addition, costs.nowcast) == pytest.approx((0.01, 0.02, 0.51))
@@ -51,14 +51,14 @@ def test_means_are_counted_apart() -> None:
     assert costs.per_period(1000, 5, average=30)["means"] == pytest.approx(5 * 15 * 0.02)
     assert costs.overhead(10, 2, average=3) == pytest.approx((0.1 + 0.2 + 0.12 + 0.3 + 0.51) / 10)
     assert spent_on(attached, 1) == pytest.approx(
-        {"bookkeeping": 0.01, "snapshots": 0.1, "means": 0.04, "restore point": 0.3, "nowcast": 0.51}
+        {"bookkeeping": 0.01, "snapshots": 0.1, "means": 0.04, "rollback copy": 0.3, "nowcast": 0.51}
     )
 
 
 def test_training_is_measured_in_part_and_in_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All in this process: how long and how large it is does not matter here."""
     monkeypatch.setattr(benchmark_training, "in_fresh_process", lambda function, *args: function(*args))
-    options = "--nowcaster hidden-8 --images 4 --period 20 --snapshot-average 2 --short-periods 2 --device cpu"
+    options = "--nowcaster hidden-8 --images 4 --period 20 --average-over 2 --short-periods 2 --device cpu"
     assert benchmark_training.main([*options.split(), "--memory-repeats", "1", "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     (measured,) = result["runs"]
@@ -68,11 +68,11 @@ def test_training_is_measured_in_part_and_in_whole(tmp_path: Path, monkeypatch: 
     for kind in measured["kinds"]:
         assert all(seconds > 0 for seconds in kind["costs seconds"].values())
         assert kind["computed percent"] > 0 and kind["measured percent"] > 0
-    updates = measured["short periods"]["cpu"]
-    assert [step for step, seconds in enumerate(updates["snapshot"], 1) if seconds] == list(range(2, 21, 2))
-    assert [step for step, seconds in enumerate(updates["addition"], 1) if seconds] == list(range(1, 21))
-    assert [step for step, seconds in enumerate(updates["restore_point"], 1) if seconds] == [10, 20]
-    assert [step for step, seconds in enumerate(updates["prediction"], 1) if seconds] == [10, 20]
+    steps = measured["short periods"]["cpu"]
+    assert [step for step, seconds in enumerate(steps["snapshot"], 1) if seconds] == list(range(2, 21, 2))
+    assert [step for step, seconds in enumerate(steps["addition"], 1) if seconds] == list(range(1, 21))
+    assert [step for step, seconds in enumerate(steps["rollback_copy"], 1) if seconds] == [10, 20]
+    assert [step for step, seconds in enumerate(steps["prediction"], 1) if seconds] == [10, 20]
     assert not any(measured["short periods"]["plain"]["nowcasting"])
     assert (tmp_path / "out" / "overhead.png").stat().st_size > 0
 
@@ -125,7 +125,7 @@ def test_a_plan_of_a_config_file_and_of_its_folder(tmp_path: Path, capsys: pytes
         assert plan_run.main([str(source), *options, "--out", str(out)]) == 0
         plans.append(json.loads((out / "plan.json").read_text()))
     printed = capsys.readouterr().out
-    assert "FSDP2" in printed and "not counted: copying restore points, reading snapshots, traffic" in printed
+    assert "FSDP2" in printed and "not counted: copying rollback copies, reading snapshots, traffic" in printed
     assert plans[0].pop("model") == str(tmp_path) and plans[1].pop("model") == str(tmp_path / "other.json")
     assert plans[0] == plans[1]
     weights = 2 * 100 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
@@ -150,8 +150,8 @@ def test_a_plan_of_a_config_file_and_of_its_folder(tmp_path: Path, capsys: pytes
         (plan_run.main, [str(SCRIPTS)], ["config.json does not exist"]),
         (
             benchmark_training.main,
-            ["--snapshot-average", "201"],
-            ["--snapshot-average: snapshot_average must be 1 to 200"],
+            ["--average-over", "201"],
+            ["--average-over: average_over must be 1 to 200"],
         ),
         (benchmark_training.main, ["--short-period", "13"], ["--short-period 13 is no multiple of the context 5"]),
         (benchmark_training.main, ["--short-period", "5"], ["no update without a snapshot; give at least 10"]),
@@ -170,7 +170,7 @@ def test_bad_input_is_one_line(
 
 def test_a_dry_run_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_training.main(["--dry-run", "--places", "cpu", "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == "cnn-14k: 30 updates each of plain, snapshots on cpu, with a nowcast every 10\n"
+    assert capsys.readouterr().out == "cnn-14k: 30 steps each of plain, snapshots on cpu, with a nowcast every 10\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -187,7 +187,7 @@ def test_the_plan_takes_rates_per_second_and_a_tenth_of_the_period(
     options = ["--period", "100", "--rate", "10T/s", "--copy-rate", "25GB/s", "--network-rate", "1TB"]
     assert plan_run.main(["cnn-14k", *options, "--out", str(tmp_path)]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["settings"]["probation"] == 10
+    assert plan["settings"]["rollback_window"] == 10
     assert [plan["rates"][name] for name in ("nowcast_flops", "copy_bytes", "network_bytes")] == [1e13, 25e9, 1e12]
 
 
@@ -231,7 +231,7 @@ def test_the_documented_runs_are_what_the_script_plans(
         cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in page.splitlines()) if len(cells) == 6
     }
     monkeypatch.chdir(tmp_path)
-    names = {"snapshots, host memory": "snapshots  ", "restore point, host memory": "restore point "}
+    names = {"snapshots, host memory": "snapshots  ", "rollback copy, host memory": "rollback copy "}
     names |= {
         "GPU memory in a nowcast, at most": "during a nowcast",
         "checkpoints grow by, at most": "checkpoints grow by",

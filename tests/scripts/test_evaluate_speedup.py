@@ -23,6 +23,7 @@ from torch import nn
 
 from nino import NeuralGraph, NinoError
 from nino.graph.architectures import is_known
+from tasks.baselines import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, OuterNesterov, hidden_matrices
 from tasks.cells import Cell, Clock, learning_rate_factor, make_cell, read_result, train, train_and_write
 from tasks.comparing import (
     Goal,
@@ -30,19 +31,18 @@ from tasks.comparing import (
     best_rate,
     by_budget,
     by_setting,
+    decisions,
     loss_rise,
     map_numbers,
     mean_curve,
     percent_undone,
     spread,
     summarise,
-    verdicts,
 )
 from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
 from tasks.images import load_parquet_images
 from tasks.methods import Rhythm, Setup, check_method, load_jump, parse_method
 from tasks.report import format_markdown
-from tasks.rivals import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, OuterNesterov, hidden_matrices
 from tasks.speedup import TASKS
 from tasks.task import DenoisingTask, TextTask
 from tasks.text import TextData
@@ -51,7 +51,7 @@ from tasks.workers import do_all
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_speedup.py"
 GOLDEN = Path(os.environ.get("NINO_GOLDEN", Path(__file__).parents[3] / "shared" / "golden")) / "official"
 RHYTHM = Rhythm(period=10)
-BEFORE_JUMP = ["nino:nino-tiny", "linear", "rre:0.2", "nino:nino-tiny@max_horizon=5,probation=2"]
+BEFORE_JUMP = ["nino:nino-tiny", "linear", "rre:0.2", "nino:nino-tiny@max_horizon=5,rollback_window=2"]
 METHODS = [
     "adam",
     *BEFORE_JUMP,
@@ -65,11 +65,11 @@ METHODS = [
 
 
 def cell_of(method: str, **settings: Any) -> Cell:
-    """A training of a few updates on the digits."""
+    """A training of a few steps on the digits."""
     values: dict[str, Any] = {"task": "digits-16", "seed": 0, "learning_rate": 1e-3, "schedule": "constant"}
-    values |= {"updates": 12, "evaluate_every": 5, **settings}
+    values |= {"steps": 12, "evaluate_every": 5, **settings}
     parsed = parse_method(method, RHYTHM)
-    return make_cell(values.pop("task"), parsed, check_method(parsed, values["updates"]), **values)
+    return make_cell(values.pop("task"), parsed, check_method(parsed, values["steps"]), **values)
 
 
 def run_cell(method: str, data: Path = Path(), **settings: Any) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproce
 
 
 def options_of(out: Path) -> list[str]:
-    return ["--methods", *METHODS, "--updates", "12", "--eval-every", "5", "--period", "10", "--out", str(out)]
+    return ["--methods", *METHODS, "--steps", "12", "--eval-every", "5", "--period", "10", "--out", str(out)]
 
 
 def results_of(out: Path) -> dict[str, dict[str, Any]]:
@@ -111,7 +111,7 @@ def test_every_method_trains_and_is_reported(
         assert [jump["nowcast/step"] for jump in jumps] == ([10] if parse_method(method, RHYTHM).jump else [])
     assert results[BEFORE_JUMP[-1]]["nowcasts"][0]["nowcast/horizon"] == 5
     content = json.loads((out / "results.json").read_text())
-    assert not content["failed"] and len(content["cells"]) == 11 and len(content["verdicts"]) == 11
+    assert not content["failed"] and len(content["cells"]) == 11 and len(content["decisions"]) == 11
     assert all("training_losses" not in cell and (out / cell["file"]).is_file() for cell in content["cells"])
     table = (out / "table.md").read_text()
     assert "| muon+lookahead+ema+linear |" in table and "## digits-16:" in table
@@ -156,7 +156,7 @@ def test_the_same_command_resumes(
 def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in TASKS["mnist-16"].files:
         (tmp_path / name).write_text("no parquet")
-    options = ["--data", str(tmp_path), "--updates", "4", "--eval-every", "2", "--out", str(tmp_path / "out")]
+    options = ["--data", str(tmp_path), "--steps", "4", "--eval-every", "2", "--out", str(tmp_path / "out")]
     code = main(["--tasks", "mnist-16", "digits-16", "--methods", "adam", "--jobs", "1", *options])
     output = capsys.readouterr()
     assert code == 1
@@ -180,40 +180,43 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         (["--methods", "wnn:nino-tiny"], ["wnn:nino-tiny holds the weights of a nino"]),
         (["--methods", "official:no.pt"], ["no.pt"]),
         (["--methods", "lookahead:0"], ["lookahead expects a whole number of at least 1"]),
-        (["--methods", "snoo:5"], ["snoo expects updates, a rate and a momentum between 0 and 1"]),
-        (["--methods", "snoo:5:0.7:1"], ["snoo expects updates, a rate and a momentum between 0 and 1"]),
+        (["--methods", "snoo:5"], ["snoo expects steps, a rate and a momentum between 0 and 1"]),
+        (["--methods", "snoo:5:0.7:1"], ["snoo expects steps, a rate and a momentum between 0 and 1"]),
         (["--methods", "ema:2"], ["ema expects a number between 0 and 1"]),
         (["--methods", "linear:3"], ["linear expects nothing"]),
         (
             ["--methods", "linear@horizon=3"],
-            ["setting 'horizon' is none of batch_norm, decay_power, glide, keep_norms, max_horizon"],
+            ["setting 'horizon' is none of batch_norm, decay_power, ramp, preserve_norms, max_horizon"],
         ),
         (["--methods", "linear@max_horizon=x"], ["max_horizon expects a whole number, got 'x'"]),
         (["--methods", "linear@period=60,period=70"], ["period is set twice"]),
         (["--methods", "adam@period=60"], ["what stands behind @ says when to jump, and it does not"]),
         (["--methods", "ema@period=60"], ["what stands behind @ says when to jump, and it does not"]),
-        (["--methods", "linear@glide=900"], ["glide must be 0 (a jump at once) to"]),
-        (["--methods", "linear@glide=500,probation=500"], ["probation=500 and a glide of 500 must end before"]),
-        (["--methods", "snoo:5:inf:0.5"], ["snoo expects updates, a rate and a momentum between 0 and 1"]),
+        (["--methods", "linear@ramp=900"], ["ramp must be 0 (a jump at once) to"]),
+        (
+            ["--methods", "linear@ramp=500,rollback_window=500"],
+            ["rollback_window=500 and a ramp of 500 must end before"],
+        ),
+        (["--methods", "snoo:5:inf:0.5"], ["snoo expects steps, a rate and a momentum between 0 and 1"]),
         (["--methods", "linear@batch_norm=1"], ["batch_norm expects yes or no"]),
-        (["--methods", "linear@keep_norms=yes"], ["linear extrapolates all weights at once and keeps no norms"]),
+        (["--methods", "linear@preserve_norms=yes"], ["linear extrapolates all weights at once and keeps no norms"]),
         (["--methods", "linear@moments=forget"], ["moments must be one of"]),
         (
             ["--methods", "linear@until=1000"],
-            ["until=1000 leaves no jump: expected more than the period, 1000 updates"],
+            ["until=1000 leaves no jump: expected more than the period, 1000 steps"],
         ),
-        (["--methods", "linear@snapshot_average=201"], ["snapshot_average must be 1 to 200 updates"]),
+        (["--methods", "linear@average_over=201"], ["average_over must be 1 to 200 steps"]),
         (["--methods", "scaled:nino-tiny"], ["scaled expects a number and a name"]),
         (["--methods", "linear@until=1.5"], ["until expects a number, got '1.5'"]),
         (["--methods", "linear@max_horizon=41"], ["max_horizon=41 is beyond"]),
         (["--methods", "linear@period=13"], ["period=13 must be a multiple of context=5"]),
         (
-            ["--methods", "linear@probation=1000"],
-            ["probation=1000 must end before the next nowcast, period=1000 updates later"],
+            ["--methods", "linear@rollback_window=1000"],
+            ["rollback_window=1000 must end before the next nowcast, period=1000 steps later"],
         ),
-        (["--methods", "linear", "--updates", "1000", "5000"], ["'linear': never jumps in 1000 updates"]),
-        (["--updates", "100", "--warmup", "100"], ["--warmup 100 leaves nothing of the 100 updates"]),
-        (["--updates", "40"], ["--eval-every 50 is more than the 40 updates"]),
+        (["--methods", "linear", "--steps", "1000", "5000"], ["'linear': never jumps in 1000 steps"]),
+        (["--steps", "100", "--warmup", "100"], ["--warmup 100 leaves nothing of the 100 steps"]),
+        (["--steps", "40"], ["--eval-every 50 is more than the 40 steps"]),
         (["--learning-rates", "-1"], ["expected a positive number"]),
         (["--targets", "c10-16=high"], ["expected TASK=VALUE,VALUE"]),
     ],
@@ -241,7 +244,7 @@ def test_schedule_free_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_cells_are_every_combination() -> None:
     options = ["--methods", "adam", "linear@period=50", "--seeds", "0", "1", "--learning-rates", "1e-3", "3e-3"]
-    arguments = parse_args([*options, "--schedules", "linear", "wsd", "--updates", "100", "200"])
+    arguments = parse_args([*options, "--schedules", "linear", "wsd", "--steps", "100", "200"])
     cells = plan(arguments)
     assert len(cells) == len(set(cells)) == len({cell.file_name for cell in cells}) == 32
     assert [cell.method for cell in cells[:4]] == ["adam", "linear@period=50"] * 2
@@ -253,7 +256,7 @@ def test_file_names_change_with_what_matters() -> None:
         "digits-16",
         parse_method("linear", replace(RHYTHM, period=20)),
         None,
-        **{name: getattr(linear, name) for name in ("seed", "learning_rate", "schedule", "updates", "evaluate_every")},
+        **{name: getattr(linear, name) for name in ("seed", "learning_rate", "schedule", "steps", "evaluate_every")},
     )
     assert linear.file_name != other.file_name
     assert cell_of("adam").rhythm is None and cell_of("ema").rhythm is None and cell_of("lawa").rhythm == RHYTHM
@@ -278,7 +281,7 @@ def test_training_is_reproducible(tmp_path: Path) -> None:
 
 
 def test_a_result_is_whole_or_not_there(tmp_path: Path) -> None:
-    cell = cell_of("adam", updates=4, evaluate_every=2)
+    cell = cell_of("adam", steps=4, evaluate_every=2)
     assert read_result(tmp_path, cell) is None
     said: list[int] = []
     threads = torch.get_num_threads()
@@ -292,7 +295,7 @@ def test_a_result_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_a_training_that_diverges_ends_early() -> None:
-    result = run_cell("adam", learning_rate=1e30, updates=300, evaluate_every=100)
+    result = run_cell("adam", learning_rate=1e30, steps=300, evaluate_every=100)
     assert result["diverged"] and 200 <= len(result["training_losses"]) < 300
     assert result["training_losses"][-1] is None and result["curve"][0]["eval_loss"] is None
     json.dumps(result, allow_nan=False)
@@ -355,7 +358,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("task", [name for name in TASKS if not name.startswith("digits")])
 def test_tasks_train(task: str, data_folder: Path) -> None:
     TASKS[task].check_data(task, data_folder)
-    result = run_cell("adam", data_folder, task=task, updates=2, evaluate_every=2)
+    result = run_cell("adam", data_folder, task=task, steps=2, evaluate_every=2)
     assert result["metric"] in result["curve"][0] and len(result["training_losses"]) == 2
 
 
@@ -427,11 +430,11 @@ def test_noise_is_new_in_training_and_the_same_in_evaluation(data_folder: Path) 
 
 
 def test_methods_are_read() -> None:
-    method = parse_method("muon+lookahead:6+ema+nino:my/folder@max_horizon=12,decay_power=1,probation=50", RHYTHM)
+    method = parse_method("muon+lookahead:6+ema+nino:my/folder@max_horizon=12,decay_power=1,rollback_window=50", RHYTHM)
     assert method.optimizer.kind == "muon" and method.jump is not None and method.jump.value == "my/folder"
     assert method.slow is not None and method.slow.value == 6
     assert method.average is not None and method.average.value == 0.999
-    assert method.rhythm == Rhythm(period=10, max_horizon=12, decay_power=1.0, probation=50)
+    assert method.rhythm == Rhythm(period=10, max_horizon=12, decay_power=1.0, rollback_window=50)
     assert parse_method("linear", RHYTHM).optimizer.kind == "adam"
 
 
@@ -481,9 +484,9 @@ def test_schedule_free_is_evaluated_in_its_mode(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(optimizer.state[p]["z"], p) for p in model.parameters())  # restarted by the jump
 
 
-def setup_of(method: str, updates: int = 20) -> tuple[Setup, nn.Module]:
+def setup_of(method: str, steps: int = 20) -> tuple[Setup, nn.Module]:
     model = mlp()
-    return Setup(parse_method(method, RHYTHM), model, 1e-2, 0.0, updates), model
+    return Setup(parse_method(method, RHYTHM), model, 1e-2, 0.0, steps), model
 
 
 def update(setup: Setup, model: nn.Module) -> None:
@@ -526,31 +529,31 @@ def test_reduced_rank_extrapolation_finds_the_fixed_point() -> None:
 
 
 def test_jumps_follow_the_schedule_of_nowcasting() -> None:
-    """The horizons of a run of 40 updates with a jump every 10, as a nowcaster's."""
+    """The horizons of a run of 40 steps with a jump every 10, as a nowcaster's."""
     for method in ("linear", "rre"):
-        nowcasts = run_cell(method, updates=40, evaluate_every=40)["nowcasts"]
+        nowcasts = run_cell(method, steps=40, evaluate_every=40)["nowcasts"]
         assert [(n["nowcast/step"], n["nowcast/horizon"]) for n in nowcasts] == [(10, 40), (20, 21), (30, 8)]
-    steep = run_cell("linear@max_horizon=10,decay_power=1", updates=40, evaluate_every=40)["nowcasts"]
+    steep = run_cell("linear@max_horizon=10,decay_power=1", steps=40, evaluate_every=40)["nowcasts"]
     assert [n["nowcast/horizon"] for n in steep] == [10, 7, 4]
 
 
 def test_jumps_end_before_the_run_does() -> None:
-    """A run that is nowcast as one of 31 updates would be, and goes on."""
-    shorter = run_cell("linear@until=31", updates=50, evaluate_every=25)
+    """A run that is nowcast as one of 31 steps would be, and goes on."""
+    shorter = run_cell("linear@until=31", steps=50, evaluate_every=25)
     assert [(n["nowcast/step"], n["nowcast/horizon"]) for n in shorter["nowcasts"]] == [(10, 40), (20, 13), (30, 1)]
     assert shorter["curve"][-1]["step"] == 50 and shorter["cell"]["rhythm"]["until"] == 31
-    unused = run_cell("linear@until=99", updates=40, evaluate_every=40)["nowcasts"]
+    unused = run_cell("linear@until=99", steps=40, evaluate_every=40)["nowcasts"]
     assert [n["nowcast/horizon"] for n in unused] == [40, 21, 8], "as if it were not set"
 
 
 def test_jumps_end_after_a_part_of_the_run() -> None:
-    part, update = (run_cell(f"linear@until={until}", updates=50, evaluate_every=25) for until in ("0.62", "31"))
+    part, update = (run_cell(f"linear@until={until}", steps=50, evaluate_every=25) for until in ("0.62", "31"))
     assert [n["nowcast/horizon"] for n in part["nowcasts"]] == [n["nowcast/horizon"] for n in update["nowcasts"]]
     assert part["training_losses"] == update["training_losses"]
 
 
 def test_a_warm_up_is_of_the_rate_alone() -> None:
-    warm, cold = (run_cell("adam", updates=20, evaluate_every=20, warmup=warmup) for warmup in (10, 0))
+    warm, cold = (run_cell("adam", steps=20, evaluate_every=20, warmup=warmup) for warmup in (10, 0))
     assert warm["cell"]["warmup"] == 10 and "warmup" not in cold["cell"], "older cells keep their names"
     assert warm["training_losses"][0] == cold["training_losses"][0], "the same weights and batch"
     assert warm["training_losses"][5] > cold["training_losses"][5] > 0
@@ -558,7 +561,7 @@ def test_a_warm_up_is_of_the_rate_alone() -> None:
 
 
 def test_choosing_is_done_on_other_data_than_measuring(data_folder: Path) -> None:
-    settings = {"task": "c10-16", "updates": 2, "evaluate_every": 1}
+    settings = {"task": "c10-16", "steps": 2, "evaluate_every": 1}
     measured, chosen = (run_cell("adam", data_folder, held_out=which, **settings) for which in ("test", "validation"))
     assert chosen["cell"]["held_out"] == "validation" and "held_out" not in measured["cell"]
     assert cell_of("adam", held_out="validation").file_name != cell_of("adam").file_name
@@ -568,10 +571,10 @@ def test_choosing_is_done_on_other_data_than_measuring(data_folder: Path) -> Non
 
 
 def test_cells_from_before_there_was_an_end_of_jumps_keep_their_names() -> None:
-    cell = cell_of("linear", updates=40, evaluate_every=40)
+    cell = cell_of("linear", steps=40, evaluate_every=40)
     assert "until" not in cell.as_record()["rhythm"]
-    assert cell_of("linear@until=31", updates=40, evaluate_every=40).file_name != cell.file_name
-    assert cell_of("linear@glide=3", updates=40, evaluate_every=40).file_name != cell.file_name
+    assert cell_of("linear@until=31", steps=40, evaluate_every=40).file_name != cell.file_name
+    assert cell_of("linear@ramp=3", steps=40, evaluate_every=40).file_name != cell.file_name
 
 
 def test_lookahead_goes_back_half_of_the_way() -> None:
@@ -600,9 +603,9 @@ def test_outer_nesterov_goes_further_the_longer_it_went_that_way() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     outer = OuterNesterov(optimizer, model, every=2, rate=0.5, momentum=0.5)
 
-    def weights(updates: int) -> list[float]:
+    def weights(steps: int) -> list[float]:
         seen = []
-        for _ in range(updates):
+        for _ in range(steps):
             model.weight.grad = torch.full((1, 1), -1.0)
             optimizer.step()
             seen.append(model.weight.item())
@@ -623,8 +626,8 @@ def test_averages_are_evaluated_and_forgotten_at_a_jump() -> None:
     for value in (1.0, 2.0, 4.0):
         with torch.no_grad():
             model.weight.fill_(value)
-        average.after_update()
-        latest.after_update()
+        average.after_step()
+        latest.after_step()
     # Decays min(0.2, 2/11), min(0.2, 3/12), min(0.2, 4/13): 9/11, then 0.2 * 9/11 + 0.8 * 2, then 0.2 * .. + 0.8 * 4.
     with average.evaluated():
         assert model.weight.item() == pytest.approx(0.2 * (0.2 * 9 / 11 + 1.6) + 3.2)
@@ -711,8 +714,8 @@ LOSS = Goal("eval_loss", False, (2.0,))
 
 
 def result(method: str, values: list[float | None], seed: int = 0, **settings: Any) -> dict[str, Any]:
-    """A hand-made result: values of both metrics after 10, 20, ... updates."""
-    cell = {"task": "t", "method": method, "seed": seed, "learning_rate": 0.1, "schedule": "constant", "updates": 40}
+    """A hand-made result: values of both metrics after 10, 20, ... steps."""
+    cell = {"task": "t", "method": method, "seed": seed, "learning_rate": 0.1, "schedule": "constant", "steps": 40}
     curve = [{"step": 10 * (i + 1), "eval_accuracy": v, "eval_loss": v} for i, v in enumerate(values)]
     diverged = settings.pop("diverged", False)
     nowcasts = [{"nowcast/seconds": 0.5}, {"nowcast/seconds": 0.25}]
@@ -742,9 +745,9 @@ def test_numbers_of_hand_made_curves() -> None:
         ACCURACY,
     )
     adam, nino = rows["adam"], rows["nino:x"]
-    # Adam's best of seed 0 is 0.7 (after 30 updates), of seed 1 0.8 (after 40), which nino:x reaches with seed 0 only.
-    assert adam["to Adam's best"] == "35 ± 7.1" and adam["% of Adam's updates"] == "100 ± 0"
-    assert nino["to Adam's best"] == "20 (1 of 2)" and nino["% of Adam's updates"] == "66.67 (1 of 2)"
+    # Adam's best of seed 0 is 0.7 (after 30 steps), of seed 1 0.8 (after 40), which nino:x reaches with seed 0 only.
+    assert adam["to Adam's best"] == "35 ± 7.1" and adam["% of Adam's steps"] == "100 ± 0"
+    assert nino["to Adam's best"] == "20 (1 of 2)" and nino["% of Adam's steps"] == "66.67 (1 of 2)"
     assert adam["to 0.5"] == "20 ± 0" and adam["to 0.9"] is None and nino["to 0.9"] == "40 (1 of 2)"
     assert nino["final"] == "0.825 ± 0.11" and adam["best"] == "0.75 ± 0.071" and nino["seeds"] == 2
     assert nino["nowcasting s"] == "0.75 ± 0" and (adam["wall s"], adam["CPU s"]) == ("9 ± 0", "8 ± 0")
@@ -756,7 +759,7 @@ def test_numbers_of_losses_and_divergence() -> None:
         [result("adam", [3.0, 2.0, 2.5, None], diverged=True), result("linear", [2.5, 2.1, 2.0, 1.5])], LOSS
     )
     assert rows["adam"]["to Adam's best"] == "20" and rows["adam"]["final"] is None and rows["adam"]["best"] == "2"
-    assert rows["linear"]["to Adam's best"] == "30" and rows["linear"]["% of Adam's updates"] == "150"
+    assert rows["linear"]["to Adam's best"] == "30" and rows["linear"]["% of Adam's steps"] == "150"
     alone = summary_of([result("linear", [1.0])], LOSS)
     assert alone["linear"]["to Adam's best"] is None and alone["linear"]["to 2"] == "10"
 
@@ -777,22 +780,22 @@ def test_own_best_rates() -> None:
 
 
 def test_quality_by_budget() -> None:
-    results = [result("adam", [3.0, 2.0], updates=20), result("adam", [3.0, 2.0, 1.0, 0.5]), result("lawa", [2.0])]
+    results = [result("adam", [3.0, 2.0], steps=20), result("adam", [3.0, 2.0, 1.0, 0.5]), result("lawa", [2.0])]
     adam, lawa = map_numbers(by_budget(by_setting(results), {"t": LOSS}), str)
     assert (adam["q(20)"], adam["q(40)"]) == ("2", "0.5") and (lawa["q(20)"], lawa["q(40)"]) == (None, "2")
     assert by_budget(by_setting(results[1:]), {"t": LOSS}) == []
 
 
 def test_updates_for_the_quality_that_adam_ends_with() -> None:
-    # Adam ends at 1 after 20 updates; linear at 2 after 10 and at 0.5 after 40: two thirds of the way in quality, so
+    # Adam ends at 1 after 20 steps; linear at 2 after 10 and at 0.5 after 40: two thirds of the way in quality, so
     # two thirds in the logarithm: 10 * 4^(2/3) = 25.
     results = [
         result("adam", [2.0, 1.0]),
         result("linear", [2.0]),
         result("linear", [3.0, 2.0, 1.0, 0.5]),
     ]
-    for run, updates in zip(results, (20, 10, 40), strict=True):
-        run["cell"]["updates"] = updates
+    for run, steps in zip(results, (20, 10, 40), strict=True):
+        run["cell"]["steps"] = steps
     rows = {row["method"]: row for row in map_numbers(by_budget(by_setting(results), {"t": LOSS}), str)}
     assert rows["linear"]["for Adam's q(20)"] == "25"
     assert rows["linear"]["for Adam's q(40)"] is None and rows["adam"]["for Adam's q(20)"] is None
@@ -813,9 +816,9 @@ def test_by_how_much_a_jump_lifts_the_training_loss() -> None:
 
 def test_updates_that_probations_took_back() -> None:
     run = result("nino:x", [1.0] * 4)
-    run["cell"]["rhythm"] = {"probation": 2}
-    run["nowcasts"] = [{"nowcast/updates_undone": 2}, {"nowcast/rolled_back": 0.0}, {"nowcast/updates_undone": 1}]
-    assert percent_undone(run) == 100 * 3 / run["cell"]["updates"]
+    run["cell"]["rhythm"] = {"rollback_window": 2}
+    run["nowcasts"] = [{"nowcast/steps_undone": 2}, {"nowcast/rolled_back": 0.0}, {"nowcast/steps_undone": 1}]
+    assert percent_undone(run) == 100 * 3 / run["cell"]["steps"]
     run["cell"]["rhythm"] = None
     assert percent_undone(run) is None
 
@@ -827,25 +830,25 @@ def test_sentences_compare_with_adam_and_between_weights() -> None:
         result("nino:new", [0.7, 0.7, 0.6, 0.6]),
         result("linear", [0.1, 0.2, 0.3, 0.4]),
     ]
-    setting = "t, lr 0.1, constant, 40 updates: "
-    assert [text.removeprefix(setting) for text in verdicts(by_setting(runs), {"t": ACCURACY})] == [
-        "adam's best, there after 30 updates, nino:old reached after 20 (67%); final 0.7 against 0.6",
-        "adam's best, there after 30 updates, nino:new reached after 10 (33%); final 0.6 against 0.6",
-        "adam's best, there after 30 updates, linear reached never; final 0.4 against 0.6",
-        "nino:old's best, there after 30 updates, nino:new reached after 10 (33%); final 0.6 against 0.7",
+    setting = "t, lr 0.1, constant, 40 steps: "
+    assert [text.removeprefix(setting) for text in decisions(by_setting(runs), {"t": ACCURACY})] == [
+        "adam's best, there after 30 steps, nino:old reached after 20 (67%); final 0.7 against 0.6",
+        "adam's best, there after 30 steps, nino:new reached after 10 (33%); final 0.6 against 0.6",
+        "adam's best, there after 30 steps, linear reached never; final 0.4 against 0.6",
+        "nino:old's best, there after 30 steps, nino:new reached after 10 (33%); final 0.6 against 0.7",
     ]
-    without_adam = verdicts(by_setting(runs[1:3]), {"t": ACCURACY})
+    without_adam = decisions(by_setting(runs[1:3]), {"t": ACCURACY})
     assert len(without_adam) == 1 and "nino:new reached after 10 (33%)" in without_adam[0]
     two_seeds = [*runs[:2], result("adam", [0.9], seed=1), result("nino:old", [0.1], seed=1)]
-    assert "with 1 of 2 seeds, after 20" in verdicts(by_setting(two_seeds), {"t": ACCURACY})[0]
-    apart = verdicts(by_setting([runs[0], result("linear", [1.0], seed=5)]), {"t": ACCURACY})
+    assert "with 1 of 2 seeds, after 20" in decisions(by_setting(two_seeds), {"t": ACCURACY})[0]
+    apart = decisions(by_setting([runs[0], result("linear", [1.0], seed=5)]), {"t": ACCURACY})
     assert "no seed in common" in apart[0]
 
 
 def test_what_is_reached_for_a_moment_is_told_from_what_lasts() -> None:
-    adam = result("adam", [0.1, 0.1, 0.5, 0.4, 0.4], updates=50)
+    adam = result("adam", [0.1, 0.1, 0.5, 0.4, 0.4], steps=50)
     adam["curve"][2]["step"], adam["curve"][3]["step"], adam["curve"][4]["step"] = 200, 250, 300
-    nino = result("nino:x", [0.6, 0.2, 0.2, 0.5, 0.6], updates=50)
+    nino = result("nino:x", [0.6, 0.2, 0.2, 0.5, 0.6], steps=50)
     for point, step in zip(nino["curve"], (50, 100, 149, 150, 200), strict=True):
         point["step"] = step
     row = summary_of([adam, nino], ACCURACY)["nino:x"]
@@ -856,9 +859,9 @@ def test_what_is_reached_for_a_moment_is_told_from_what_lasts() -> None:
 
 def test_a_verdict_says_that_no_jump_was_kept() -> None:
     adam, nino = result("adam", [0.4, 0.5]), result("nino:x", [0.4, 0.5])
-    assert "without a jump" not in verdicts(by_setting([adam, nino]), {"t": ACCURACY})[0]
+    assert "without a jump" not in decisions(by_setting([adam, nino]), {"t": ACCURACY})[0]
     nino["nowcasts"] = [{"nowcast/accepted": 0.0}] * 2
-    (sentence,) = verdicts(by_setting([adam, nino]), {"t": ACCURACY})
+    (sentence,) = decisions(by_setting([adam, nino]), {"t": ACCURACY})
     assert "(100%), without a jump, since every nowcast failed or was undone; final" in sentence
 
 

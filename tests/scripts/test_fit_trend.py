@@ -115,7 +115,7 @@ def test_the_script_leaves_the_network_and_foretells_better(tmp_path: Path, caps
         ({"--start-from": str(tmp_path / "one")}, "has no trend yet"),
         ({"--out": str(tmp_path / "start")}, "holds a nowcaster already"),
         ({"--lr": "-1"}, "--lr -1: expected a positive number"),
-        ({"--interval": "30"}, "has a state every 25 updates"),
+        ({"--interval": "30"}, "has a state every 25 steps"),
         ({"--start-from": "hidden-8"}, "reads movements and has no trend yet"),
     ]
     for changed, message in refused:

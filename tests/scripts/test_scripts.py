@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nino import TrajectoryError
 from tasks.images import convnet
-from tasks.run_plans import make_model
+from tasks.jump_schedules import make_model
 
 ALL_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
 
@@ -50,7 +50,7 @@ def test_help_says_what_it_does(script: str) -> None:
             ["--runs", ".", "--out", "x", "--start-from", "nino-tiny", "--hidden", "8"],
             ["--start-from", "leave out", "--hidden"],
         ),
-        ("demo.py", ["--updates", "3"], ["--updates", "at least 100"]),
+        ("demo.py", ["--steps", "3"], ["--steps", "at least 100"]),
         ("demo.py", ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
         ("plot_graph.py", ["--model", "llama-2t"], ["'llama-2t' is neither a file nor one of cnn-14k, "]),
     ],
@@ -126,7 +126,7 @@ def test_collect_then_pretrain(
 
     monkeypatch.setattr(tasks.rehearsal, "EVAL_IMAGES", 200)
     runs = tmp_path / "runs"
-    arguments = ["--data", data_folder, "--out", runs, "--updates", 12, "--interval", 1, "--jobs", 2, "--runs"]
+    arguments = ["--data", data_folder, "--out", runs, "--steps", 12, "--interval", 1, "--jobs", 2, "--runs"]
     assert collect_trajectories.main([*map(str, arguments), "1", "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert "2 runs planned, 0 already recorded" in planned
@@ -151,11 +151,11 @@ def test_a_run_of_another_plan_is_neither_skipped_nor_replaced(data_folder: Path
     from collect_trajectories import is_finished, parse_args, plan_runs, record_run
 
     options = ["--data", data_folder, "--out", tmp_path, "--family", "images", "--runs", 1, "--interval", 1]
-    (plan,) = plan_runs(parse_args([*map(str, options), "--updates", "2"]))
+    (plan,) = plan_runs(parse_args([*map(str, options), "--steps", "2"]))
     assert not is_finished(plan, tmp_path)
     record_run(plan, data_folder, tmp_path)
     assert is_finished(plan, tmp_path)
-    for changes in ({"updates": 3}, {"seed": 7}, {"jump_with": "nino-tiny"}):
+    for changes in ({"steps": 3}, {"seed": 7}, {"jump_with": "nino-tiny"}):
         with pytest.raises(TrajectoryError, match=rf"with {next(iter(changes))} .*planned is .*choose another --out"):
             is_finished(dataclasses.replace(plan, **changes), tmp_path)
     states = tmp_path / plan.name / "states.bin"
@@ -188,7 +188,7 @@ def test_times_are_of_the_format_that_is_trained_in(
 
     import tasks.rehearsal
 
-    arguments = ["--data", data_folder, "--out", tmp_path, "--family", "images", "--runs", 1, "--updates", 50]
+    arguments = ["--data", data_folder, "--out", tmp_path, "--family", "images", "--runs", 1, "--steps", 50]
     (plan,) = plan_runs(parse_args([*map(str, arguments), *(["--bf16"] if bf16 else [])]))
     monkeypatch.setattr(tasks.rehearsal, "EVAL_IMAGES", 200)
     seen = set()
@@ -211,7 +211,7 @@ def test_recorded_runs_that_jump(data_folder: Path, tmp_path: Path) -> None:
     from nino.data import Trajectory
     from nino.pretraining.windows import WindowSource
 
-    arguments = ["--family", "images", "--runs", 1, "--updates", 50, "--interval", 2]
+    arguments = ["--family", "images", "--runs", 1, "--steps", 50, "--interval", 2]
     options = ["--data", data_folder, "--out", tmp_path, *arguments]
     (plan,) = plan_runs(parse_args([*map(str, options), "--jump-with", "hidden-8", "--jump-period", "20"]))
     record_run(plan, data_folder, tmp_path)
@@ -241,7 +241,7 @@ def test_batch_norms_are_as_before_when_jumps_are_over(
 
     made = []
     monkeypatch.setattr(collect_trajectories, "make_model", lambda plan: made.append(make_model(plan)) or made[-1])
-    options = ["--family", "images", "--images", "cifar10", "--runs", 1, "--updates", 24, "--interval", 2]
+    options = ["--family", "images", "--images", "cifar10", "--runs", 1, "--steps", 24, "--interval", 2]
     jumping = ["--jump-with", "hidden-8", "--jump-period", 10, "--jump-until", 10]
     arguments = map(str, ["--data", data_folder, "--out", tmp_path, *options, *jumping])
     (plan,) = collect_trajectories.plan_runs(collect_trajectories.parse_args([*arguments]))
@@ -251,7 +251,7 @@ def test_batch_norms_are_as_before_when_jumps_are_over(
     assert norms and all((norm.momentum, int(norm.num_batches_tracked)) == (0.1, 24) for norm in norms)
 
 
-@pytest.mark.parametrize("option", ["--jump-until", "--jump-average", "--jump-glide"])
+@pytest.mark.parametrize("option", ["--jump-until", "--jump-average", "--jump-ramp"])
 def test_settings_of_jumps_without_a_nowcaster_are_one_line(
     option: str, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,9 +272,9 @@ def test_settings_of_jumps_without_a_nowcaster_are_one_line(
         ("no-such", 100, "no nowcaster 'no-such'"),
         ("hidden-8", 99, "period=99 must be a multiple of context=5"),
         ("hidden-8", 125, "--jump-period 125 holds 5 states at --interval 25: a window needs 6"),
-        ("hidden-8", 4000, "--jump-period 4000 is not below --updates 4000"),
-        ("hidden-8", "160 --jump-glide 30", "--jump-period 160 after a glide of 30 updates holds 5 states"),
-        ("hidden-8", "160 --jump-glide 100", "glide must be 0 (a jump at once) to 80 updates"),
+        ("hidden-8", 4000, "--jump-period 4000 is not below --steps 4000"),
+        ("hidden-8", "160 --jump-ramp 30", "--jump-period 160 after a ramp of 30 steps holds 5 states"),
+        ("hidden-8", "160 --jump-ramp 100", "ramp must be 0 (a jump at once) to 80 steps"),
         ("hidden-8", "500 --jump-until 400", "--jump-until 400: expected at least --jump-period"),
     ],
 )
@@ -311,7 +311,7 @@ def test_recorded_text_and_images_are_split_before_training() -> None:
 
 
 def test_demo_tells_wins_and_losses_alike() -> None:
-    from demo import summarise, verdicts
+    from demo import decisions, summarise
 
     def finished(task: str, method: str, curve: list[list[float]]) -> dict[str, object]:
         return {"task": task, "method": method, "curve": curve, "seconds": 1.0, "nowcast_seconds": 0.0, "nowcasts": []}
@@ -322,14 +322,14 @@ def test_demo_tells_wins_and_losses_alike() -> None:
         ("cnn-digits", "adam"): finished("cnn-digits", "adam", [[100, 1.0], [200, 0.5]]),
         ("cnn-digits", "nowcast"): finished("cnn-digits", "nowcast", [[100, 1.0], [200, 0.6]]),
     }
-    won, lost = verdicts(summarise(runs), 200)  # type: ignore[arg-type]
-    assert won == "llama-pydoc: nowcasting reached Adam's final loss after 100 updates, Adam after 200 (50%)"
-    assert lost == "cnn-digits: nowcasting lost: it never reached Adam's final loss within 200 updates"
+    won, lost = decisions(summarise(runs), 200)  # type: ignore[arg-type]
+    assert won == "llama-pydoc: nowcasting reached Adam's final loss after 100 steps, Adam after 200 (50%)"
+    assert lost == "cnn-digits: nowcasting lost: it never reached Adam's final loss within 200 steps"
 
 
 @pytest.mark.slow
 def test_demo_runs_end_to_end(tmp_path: Path) -> None:
-    result = run("demo.py", "--updates", 1100, "--out", tmp_path / "demo", timeout=1200)
+    result = run("demo.py", "--steps", 1100, "--out", tmp_path / "demo", timeout=1200)
     assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "demo" / "results.json").read_text())
     nowcast_runs = [r for r in content["runs"] if r["method"] == "nowcast"]

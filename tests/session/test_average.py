@@ -1,4 +1,4 @@
-"""Snapshots that are means over some updates: which weights count, and that the live ones are never lost for them."""
+"""Snapshots that are means over some steps: which weights count, and that the live ones are never lost for them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nino import NinoError, NowcastOptimizer, NowcastSession
 from nino.snapshots.mean import MOST_ADDED, RunningMean, is_added
 
 PERIOD, AVERAGE = 12, 3
-"""With a context of 3: snapshots after 4, 8, 12 updates, of three weights each."""
+"""With a context of 3: snapshots after 4, 8, 12 steps, of three weights each."""
 
 
 def counting(nowcaster: ScriptedNowcaster, dtype: torch.dtype = torch.float32) -> NowcastSession:
     model = nn.Linear(2, 1, bias=False, dtype=dtype)
     nn.init.zeros_(model.weight)
-    return NowcastSession(nn.Sequential(model), nowcaster, period=PERIOD, snapshot_average=AVERAGE)
+    return NowcastSession(nn.Sequential(model), nowcaster, period=PERIOD, average_over=AVERAGE)
 
 
 def count_on(session: NowcastSession, times: int) -> None:
@@ -29,7 +29,7 @@ def count_on(session: NowcastSession, times: int) -> None:
     for _ in range(times):
         with torch.no_grad():
             next(session.model.parameters()).add_(1)
-        session.after_update()
+        session.after_step()
 
 
 def add(amount: float) -> Callable[[Weights], Weights]:
@@ -52,7 +52,7 @@ def test_snapshots_are_means_and_the_jump_starts_from_the_last_one(dtype: torch.
 def test_after_the_last_nowcast_of_a_plan_nothing_is_kept_or_added_up() -> None:
     nowcaster = ScriptedNowcaster(add(100))
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
-    session = NowcastSession(model, nowcaster, period=PERIOD, snapshot_average=AVERAGE, until=PERIOD + 2)
+    session = NowcastSession(model, nowcaster, period=PERIOD, average_over=AVERAGE, until=PERIOD + 2)
     count_on(session, PERIOD - 1)
     assert len(session.store) and session.mean.count
     count_on(session, PERIOD)
@@ -90,15 +90,15 @@ def test_no_room_for_the_mean_costs_the_mean_alone(
     assert session.model[0].weight[0, 0] == 112
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [line.split(",")[0] for line in warnings] == [
-        f"no mean of the weights after update {step}" for step in (6, 11)
+        f"no mean of the weights after step {step}" for step in (6, 11)
     ]
 
 
 def test_a_mean_of_many_updates_is_made_of_twenty() -> None:
-    added = [step for step in range(1, 1001) if is_added(step, interval=200, updates=100)]
+    added = [step for step in range(1, 1001) if is_added(step, interval=200, steps=100)]
     assert len(added) == 5 * MOST_ADDED and all(200 - 100 < (step - 1) % 200 + 1 <= 200 for step in added)
     assert {step for step in added if step % 200 == 0} == {200, 400, 600, 800, 1000}, "the last one always counts"
-    assert [step for step in range(1, 9) if is_added(step, interval=4, updates=1)] == [4, 8]
+    assert [step for step in range(1, 9) if is_added(step, interval=4, steps=1)] == [4, 8]
 
 
 def test_mean_is_computed_in_float32() -> None:
@@ -113,12 +113,12 @@ def test_mean_is_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("average", [0, 5, 2.0, True])
 def test_averages_out_of_range_are_one_line(average: float) -> None:
-    with pytest.raises(NinoError, match="snapshot_average must be 1 to 4 updates"):
-        NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD, snapshot_average=average)  # type: ignore[arg-type]
+    with pytest.raises(NinoError, match="average_over must be 1 to 4 steps"):
+        NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD, average_over=average)  # type: ignore[arg-type]
 
 
-def train(updates: range, model: nn.Module, optimizer: NowcastOptimizer) -> None:
-    for index in updates:
+def train(steps: range, model: nn.Module, optimizer: NowcastOptimizer) -> None:
+    for index in steps:
         inputs, targets = batch(index)
         optimizer.zero_grad()
         loss = F.mse_loss(model(inputs), targets)
@@ -130,7 +130,9 @@ def train(updates: range, model: nn.Module, optimizer: NowcastOptimizer) -> None
 def begin() -> tuple[nn.Module, NowcastOptimizer]:
     model = mlp()
     adam = torch.optim.Adam(model.parameters(), lr=1e-2)
-    return model, NowcastOptimizer(adam, model, tiny_nowcaster(), period=PERIOD, probation=2, snapshot_average=AVERAGE)
+    return model, NowcastOptimizer(
+        adam, model, tiny_nowcaster(), period=PERIOD, rollback_window=2, average_over=AVERAGE
+    )
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 11, 12, 13])
@@ -169,10 +171,10 @@ def test_a_state_without_means_resumes() -> None:
 @pytest.mark.parametrize("average", [1, 2])
 def test_a_mean_over_other_updates_is_not_gone_on_with(average: int) -> None:
     model, optimizer = begin()
-    train(range(3), model, optimizer)  # one of three updates that the snapshot after four is the mean of
+    train(range(3), model, optimizer)  # one of three steps that the snapshot after four is the mean of
     other = mlp()
     adam = torch.optim.Adam(other.parameters(), lr=1e-2)
-    changed = NowcastOptimizer(adam, other, tiny_nowcaster(), period=PERIOD, probation=2, snapshot_average=average)
+    changed = NowcastOptimizer(adam, other, tiny_nowcaster(), period=PERIOD, rollback_window=2, average_over=average)
     other.load_state_dict(model.state_dict())
     changed.load_state_dict(optimizer.state_dict())
     assert changed.session.mean.count == 0

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import nino
 from nino import GraphError, NinoError, NowcastOptimizer
 from nino.predict.engine.weights import PredictionWriter
-from nino.session.judge.rule import Evidence, ProbationConfig, has_recovered
+from nino.session.judge.rule import Evidence, RollbackConfig, has_recovered
 
 TIMEOUT_S = 120
 """For things that take a second on a machine with nothing else to do."""
@@ -71,7 +71,7 @@ def uninterrupted() -> dict[str, Tensor]:
         ("cpu", dying.half_of_a_snapshot_in_memory, 7),
         ("disk", dying.half_of_a_file, 7),
         ("cpu", dying.half_of_a_nowcast, 11),
-        ("disk", dying.file_of_the_restore_point, 11),
+        ("disk", dying.file_of_the_rollback_copy, 11),
     ],
 )
 def test_a_killed_run_resumes_as_if_nothing_had_happened(
@@ -125,9 +125,9 @@ def test_a_full_disk_under_the_history(small_disk: Path, caplog: pytest.LogCaptu
     run.train(PERIOD)
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     assert len(warnings_in(caplog)) == 2  # not one for every snapshot
-    assert warnings_in(caplog)[0] == "no snapshot after update 2, training goes on: [Errno 28] No space left on device"
+    assert warnings_in(caplog)[0] == "no snapshot after step 2, training goes on: [Errno 28] No space left on device"
     assert warnings_in(caplog)[1] == (
-        "nowcast after update 6 was refused, training goes on: 0 of 3 snapshots were taken since the history began; "
+        "nowcast after step 6 was refused, training goes on: 0 of 3 snapshots were taken since the history began; "
         "the last try: [Errno 28] No space left on device"
     )
 
@@ -138,14 +138,14 @@ def test_a_full_disk_under_the_history(small_disk: Path, caplog: pytest.LogCaptu
     assert len(warnings_in(caplog)) == 2 + sum(report.rolled_back for report in run.optimizer.reports)
 
 
-def test_a_full_disk_under_the_restore_point(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_under_the_rollback_copy(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(small_disk / "snapshots", "disk")
     filler = fill_up(small_disk, free_bytes=3 * os.sysconf("SC_PAGE_SIZE"))  # a page for every snapshot
     run.train(PERIOD)
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     assert warnings_in(caplog) == [
-        "nowcast after update 6 was refused, training goes on: [Errno 28] No space left on device"
+        "nowcast after step 6 was refused, training goes on: [Errno 28] No space left on device"
     ]
 
     filler.unlink()
@@ -192,7 +192,7 @@ def test_two_runs_share_a_folder(tmp_path: Path, uninterrupted: dict[str, Tensor
     gc.collect()
 
     assert_same(weights_of(first.model), uninterrupted)
-    assert len(list(tmp_path.glob("*/snapshot-*"))) == 1  # of the first after update 20
+    assert len(list(tmp_path.glob("*/snapshot-*"))) == 1  # of the first after step 20
 
 
 # NaN
@@ -208,7 +208,7 @@ def test_nan_losses_before_a_nowcast_are_no_reason_to_trust_it(caplog: pytest.Lo
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     assert warnings_in(caplog) == [
-        "nowcast after update 6 was refused, training goes on: 6 of the last 6 training losses are NaN or infinite, so "
+        "nowcast after step 6 was refused, training goes on: 6 of the last 6 training losses are NaN or infinite, so "
         "it could not be judged"
     ]
     assert [report.accepted for report in run.train(STEPS).optimizer.reports] == [False, True, True]
@@ -236,7 +236,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_speak_against_a_good_one() 
 @pytest.mark.parametrize("which", ["before", "after", "error_variance"])
 def test_evidence_that_is_not_finite_speaks_against_a_nowcast(which: str, broken: float) -> None:
     evidence = {"before": 1.0, "after": 1.0, "error_variance": 0.0, which: broken}
-    assert not has_recovered(Evidence(**evidence), ProbationConfig(updates=4), 100)
+    assert not has_recovered(Evidence(**evidence), RollbackConfig(steps=4), 100)
 
 
 def test_losses_that_become_nan_in_the_probation_undo_the_nowcast() -> None:
@@ -256,7 +256,7 @@ def test_nan_weights_are_never_nowcast_and_memory_is_bounded() -> None:
     healthy = weights_of(run.model)
     nn.init.constant_(run.model[0].bias, math.nan)
     sizes = {len(run.train(step).session.store) for step in range(PERIOD + PROBATION, 10 * PERIOD)}
-    assert max(sizes) == 2  # the third is of the update with the nowcast
+    assert max(sizes) == 2  # the third is of the step with the nowcast
     assert [report.accepted for report in run.optimizer.reports][1:] == [False] * 8
 
     with torch.no_grad():
@@ -339,7 +339,7 @@ def test_a_model_that_changes_between_snapshots(change: Any, line: str, caplog: 
         model[0].requires_grad_(False)
     if change is remove:
         model.append(nn.Linear(2, 2))
-    run = Run(model=model, probation=0)
+    run = Run(model=model, rollback_window=0)
     if change is add_a_group:
         _in_optimizer(run, model[2].parameters())
     run.train(9)
@@ -349,7 +349,7 @@ def test_a_model_that_changes_between_snapshots(change: Any, line: str, caplog: 
     assert [report.accepted for report in run.optimizer.reports] == [True, False, True]
     assert [message for message in warnings_in(caplog) if "no family" not in message] == [
         f"the model has changed by update 10, snapshots start afresh: {line}",
-        "nowcast after update 12 was refused, training goes on: 2 of 3 snapshots were taken since the history began",
+        "nowcast after step 12 was refused, training goes on: 2 of 3 snapshots were taken since the history began",
     ]
     assert run.session.store.steps == [20]
     assert run.session.trainable_parameters().keys() == dict(run.model.named_parameters()).keys()
@@ -362,7 +362,7 @@ def test_a_change_right_before_a_nowcast_is_no_lack_of_losses(caplog: pytest.Log
 
     assert warnings_in(caplog) == [
         "the model has changed by update 12, snapshots start afresh: replaced: 2.bias, 2.weight",
-        "nowcast after update 12 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
+        "nowcast after step 12 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
     ]
 
 
@@ -370,16 +370,16 @@ def test_a_vocabulary_that_outgrows_the_nowcaster_ends_nowcasting_and_not_the_ru
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pytest.importorskip("transformers")
-    from test_callback import llama
+    from test_trainer import llama
 
     model = llama()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(num_words=33), period=PERIOD)
+    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(vocabulary_size=33), period=PERIOD)
 
-    def train(updates: int) -> None:
+    def train(steps: int) -> None:
         words = torch.tensor([[1, 2, 3]])
         base.param_groups[0]["params"] = list(model.parameters())
-        for _ in range(updates):
+        for _ in range(steps):
             optimizer.zero_grad()
             model(input_ids=words, labels=words).loss.backward()
             optimizer.step()
@@ -399,19 +399,21 @@ def test_a_vocabulary_that_outgrows_the_nowcaster_ends_nowcasting_and_not_the_ru
     )
     assert warnings_in(caplog) == [
         f"the model has changed by update 10, {start_afresh}",
-        f"nowcast after update 12 {refused}",
-        f"nowcast after update 18 {refused}",
+        f"nowcast after step 12 {refused}",
+        f"nowcast after step 18 {refused}",
         f"the model has changed by update 22, {start_afresh}",
-        "nowcast after update 24 was refused, training goes on: 2 of 3 snapshots were taken since the history began",
+        "nowcast after step 24 was refused, training goes on: 2 of 3 snapshots were taken since the history began",
     ]
 
 
 def test_a_model_that_is_completed_after_it_was_wrapped(caplog: pytest.LogCaptureFixture) -> None:
-    run = Run(probation=0)
+    run = Run(rollback_window=0)
     append(run)
     run.train(PERIOD - 1)
     last = weights_of(run.model[3])
-    run.session.live.nowcaster = ScriptedNowcaster(lambda newest: {name: value + 10 for name, value in newest.items()})
+    run.session.target.nowcaster = ScriptedNowcaster(
+        lambda newest: {name: value + 10 for name, value in newest.items()}
+    )
     run.train(PERIOD)
 
     assert (run.model[3].weight - last["weight"]).min() > 9
@@ -442,12 +444,12 @@ def test_a_module_that_is_replaced_in_the_probation_is_not_overwritten(caplog: p
     assert not run.optimizer.reports[0].rolled_back
     assert (run.model[2].weight - fresh).abs().max() < 0.1
     assert warnings_in(caplog) == [
-        "the model has changed by update 8, snapshots start afresh, the nowcast after update 6 is not judged: "
+        "the model has changed by update 8, snapshots start afresh, the nowcast after step 6 is not judged: "
         "replaced: 2.bias, 2.weight"
     ]
 
 
-@pytest.mark.parametrize("saved_at", [PERIOD + 1, PERIOD + 2], ids=["on probation", "with a snapshot"])
+@pytest.mark.parametrize("saved_at", [PERIOD + 1, PERIOD + 2], ids=["in its rollback window", "with a snapshot"])
 def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
     saved_at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -462,12 +464,12 @@ def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
     resumed.model[0].requires_grad_(True)
     resumed.train(2 * PERIOD)
 
-    unjudged = ", the nowcast after update 6 is not judged" if saved_at == PERIOD + 1 else ""
+    unjudged = ", the nowcast after step 6 is not judged" if saved_at == PERIOD + 1 else ""
     change = f"snapshots start afresh{unjudged}: now trained: 0.bias, 0.weight"
     expected = [f"the model has changed by update {saved_at}, {change}"]
     if saved_at == PERIOD + 2:  # of three snapshots one is lost, as in a run that was not interrupted
         why = "2 of 3 snapshots were taken since the history began"
-        expected.append(f"nowcast after update 12 was refused, training goes on: {why}")
+        expected.append(f"nowcast after step 12 was refused, training goes on: {why}")
     assert warnings_in(caplog) == expected
     assert resumed.optimizer.reports[-1].accepted == (saved_at == PERIOD + 1)
 
@@ -541,16 +543,14 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
 def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
     run.train(PERIOD + PROBATION - 1)
-    after_update = run.session.after_update
-    monkeypatch.setattr(
-        run.session, "after_update", lambda: (interrupt_copies(monkeypatch, signal.SIGINT), after_update())
-    )
+    after_step = run.session.after_step
+    monkeypatch.setattr(run.session, "after_step", lambda: (interrupt_copies(monkeypatch, signal.SIGINT), after_step()))
     with pytest.raises(KeyboardInterrupt):
         run.train(PERIOD + PROBATION)
     monkeypatch.undo()
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
-    assert run.optimizer.reports[0].rolled_back and run.session.trial.trust.failures == 1
+    assert run.optimizer.reports[0].rolled_back and run.session.monitor.backoff.failures == 1
     run.save(tmp_path / "checkpoint.pt")  # as who is interrupted does
     resumed = Run(nowcaster=run.session.nowcaster).load(tmp_path / "checkpoint.pt").train()
     assert_same(weights_of(resumed.model), weights_of(run.train().model))
@@ -581,12 +581,12 @@ def test_a_report_that_nobody_could_take_does_not_end_the_run(caplog: pytest.Log
         if report.step < 18:
             raise OSError("no connection to the dashboard")
 
-    run = Run(on_report=take, probation=0).train()
+    run = Run(on_report=take, rollback_window=0).train()
 
     assert seen == [6, 12, 18]
     assert [report.accepted for report in run.optimizer.reports] == [True] * 3
     assert warnings_in(caplog) == [
-        f"on_report failed for the nowcast after update {step}, training goes on: no connection to the dashboard"
+        f"on_report failed for the nowcast after step {step}, training goes on: no connection to the dashboard"
         for step in (6, 12)
     ]
 
@@ -606,7 +606,7 @@ def test_a_run_shorter_than_a_period_is_plain_training_and_can_be_extended(tmp_p
 
 
 def test_a_run_of_unknown_length_nowcasts_to_its_end() -> None:
-    run = Run(max_steps=None, probation=0).train(5 * PERIOD)
+    run = Run(max_steps=None, rollback_window=0).train(5 * PERIOD)
 
     assert [(r.step, r.horizon, r.accepted) for r in run.optimizer.reports] == [
         (step, 3, True) for step in (6, 12, 18, 24, 30)
@@ -636,10 +636,10 @@ def test_a_run_that_is_killed_while_accelerate_saves_its_state(tmp_path: Path, p
 def whole() -> Any:
     """A Trainer's uninterrupted run: its weights and reports."""
     pytest.importorskip("transformers")
-    from test_callback import callback, trainer
+    from test_trainer import callback, trainer
 
     with TemporaryDirectory() as folder:
-        nowcast = callback(probation=2)
+        nowcast = callback(rollback_window=2)
         run = trainer(Path(folder), nowcast)
         run.train()
     return weights_of(run.model), reports_of(nowcast)
@@ -652,13 +652,13 @@ def reports_of(nowcast: Any) -> list[nino.NowcastReport]:
 def test_a_trainer_that_is_killed_while_snapshots_are_saved(
     tmp_path: Path, processes: Any, whole: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from test_callback import callback, llama, trainer
+    from test_trainer import callback, llama, trainer
 
     kill_at_its_point(processes, dying.trainer_and_die, str(tmp_path))
     checkpoints = tmp_path / "out"
     assert (checkpoints / "checkpoint-9" / "nowcast.pt.part").is_file()
 
-    nowcast = callback(probation=2)
+    nowcast = callback(rollback_window=2)
     last = trainer(tmp_path, nowcast, model=llama(seed=1))
     last.train(resume_from_checkpoint=str(checkpoints / "checkpoint-9"))
     assert [(report.step, report.accepted) for report in nowcast.reports] == [(12, False)]  # 2 of 3 snapshots
@@ -666,7 +666,7 @@ def test_a_trainer_that_is_killed_while_snapshots_are_saved(
         sum("nowcast.pt does not exist: nowcasting goes on with a fresh" in text for text in warnings_in(caplog)) == 1
     )
 
-    nowcast = callback(probation=2)
+    nowcast = callback(rollback_window=2)
     last_good = trainer(tmp_path, nowcast, model=llama(seed=1), save_strategy="steps", save_steps=3)
     last_good.train(resume_from_checkpoint=str(checkpoints / "checkpoint-6"))
     assert_same(weights_of(last_good.model), whole[0])
@@ -675,7 +675,7 @@ def test_a_trainer_that_is_killed_while_snapshots_are_saved(
 
 
 def test_a_full_disk_under_a_checkpoint(small_disk: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
-    from test_callback import callback, trainer
+    from test_trainer import callback, trainer
     from transformers import TrainerCallback
 
     class Fill(TrainerCallback):
@@ -694,7 +694,7 @@ def test_a_full_disk_under_a_checkpoint(small_disk: Path, whole: Any, caplog: py
     stale.parent.mkdir(parents=True)
     stale.touch()
     fill = Fill()
-    run = trainer(small_disk, fill, callback(probation=2), Clear(), save_strategy="steps", save_steps=3)
+    run = trainer(small_disk, fill, callback(rollback_window=2), Clear(), save_strategy="steps", save_steps=3)
     run.train()
 
     assert_same(weights_of(run.model), whole[0])
@@ -709,8 +709,8 @@ def test_a_full_disk_under_a_checkpoint(small_disk: Path, whole: Any, caplog: py
 
 
 def test_evaluation_and_generation_change_nothing(tmp_path: Path, whole: Any) -> None:
-    # With snapshots after 2, 4, 6 ... and probations from 7 to 8 and from 13 to 14, in the middle of both.
-    from test_callback import callback, tokens, trainer
+    # With snapshots after 2, 4, 6 ... and rollback windows from 7 to 8 and from 13 to 14, in the middle of both.
+    from test_trainer import callback, tokens, trainer
     from transformers import TrainerCallback
 
     class Generate(TrainerCallback):
@@ -723,7 +723,7 @@ def test_evaluation_and_generation_change_nothing(tmp_path: Path, whole: Any) ->
             model(input_ids=words, labels=words)
             model.train()
 
-    nowcast = callback(probation=2)
+    nowcast = callback(rollback_window=2)
     run = trainer(tmp_path, Generate(), nowcast, eval_dataset=tokens(8), eval_strategy="steps", eval_steps=1)
     run.train()
 
@@ -733,9 +733,9 @@ def test_evaluation_and_generation_change_nothing(tmp_path: Path, whole: Any) ->
 
 
 def test_a_trainer_that_is_given_epochs_only(tmp_path: Path, whole: Any) -> None:
-    from test_callback import callback, trainer
+    from test_trainer import callback, trainer
 
-    nowcast = callback(probation=2)
+    nowcast = callback(rollback_window=2)
     run = trainer(tmp_path, nowcast, max_steps=-1, num_train_epochs=14 / 16)
     run.train()
 

@@ -1,4 +1,5 @@
-"""A model of no known family is traced on its first batch, through every door, and training is none the wiser."""
+"""A model of no known family is traced on its first batch, through every integration, and training is none the
+wiser."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def inputs_of(index: int) -> Tensor:
 
 def wrap(model: nn.Module, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(base, model, tiny_nowcaster(), **{"period": PERIOD, "probation": 0, **settings})
+    return NowcastOptimizer(base, model, tiny_nowcaster(), **{"period": PERIOD, "rollback_window": 0, **settings})
 
 
 def update(model: Callable[..., Tensor], optimizer: torch.optim.Optimizer, index: int, **more: Any) -> float:
@@ -132,25 +133,25 @@ def test_a_copy_waits_for_a_batch_of_its_own(clone: Callable[[Any], Any]) -> Non
     assert (optimizer.session.graph.wiring, hooks_of(model)) == ("per-parameter", 1)
 
 
-@pytest.mark.parametrize("door", ["plain", "accelerate", "callback"])
-def test_every_door_traces(door: str, tmp_path: Path, quick_collections: None) -> None:
+@pytest.mark.parametrize("integration", ["plain", "accelerate", "callback"])
+def test_every_door_traces(integration: str, tmp_path: Path, quick_collections: None) -> None:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
-    import doors
+    import integrations
 
-    class Net(doors.Net):
+    class Net(integrations.Net):
         def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
             first, middle, last = self.layers
             hidden = first(inputs)
             outputs = last(hidden + middle(hidden))
             return {"loss": F.mse_loss(outputs, labels), "logits": outputs}
 
-    setting = doors.Setting(build=lambda: Net(nn.Linear(16, 6), nn.Linear(6, 6), nn.Linear(6, 2)))
-    trained = {"plain": doors.plain, **doors.DOORS}[door](setting, tmp_path)
+    setting = integrations.Setting(build=lambda: Net(nn.Linear(16, 6), nn.Linear(6, 6), nn.Linear(6, 2)))
+    trained = {"plain": integrations.plain, **integrations.INTEGRATIONS}[integration](setting, tmp_path)
 
     assert trained.session.graph.family == "traced"
     assert hooks_of(trained.model) == 0
-    expected = doors.plain(setting, tmp_path)
+    expected = integrations.plain(setting, tmp_path)
     assert trained.nowcasts == expected.nowcasts
     assert_same(trained.weights, expected.weights)
 
@@ -484,7 +485,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(saved_after: int) -> None:
             update(model, optimizer, index)
         yield
 
-    settings, end = {"probation": 3, "max_steps": 40}, 2 * PERIOD + 2
+    settings, end = {"rollback_window": 3, "max_steps": 40}, 2 * PERIOD + 2
     model = branched()
     optimizer = wrap(model, **settings)
     next(train(model, optimizer, 0, saved_after))

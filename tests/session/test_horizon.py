@@ -36,7 +36,7 @@ def test_a_constant_rate_changes_nothing() -> None:
 
 
 def test_linear_decay_by_hand() -> None:
-    # At 5,000 the rates are 0.58 .. 0.5, mean 0.54. Ten intervals are 2,000 updates, along which the rate falls from
+    # At 5,000 the rates are 0.58 .. 0.5, mean 0.54. Ten intervals are 2,000 steps, along which the rate falls from
     # 0.5 to 0.3: mass 800. At the pace of the history, 0.54 * 200 = 108 an interval, that is 7.4 intervals.
     assert horizon_by_mass(10, seen(linear, 5000), 5000, CONFIG) == 7
     # At 9,000 five intervals reach the end: 0.1 * 1,000 / 2 = 50 of 0.14 * 200 = 28 an interval, 1.8.
@@ -47,8 +47,8 @@ def test_linear_decay_by_hand() -> None:
 
 @pytest.mark.parametrize("step", range(1000, 10_000, 1000))
 def test_cosine_comes_close_to_the_true_mass_and_stays_below_what_a_constant_rate_allows(step: int) -> None:
-    updates = min(10 * INTERVAL, 10_000 - step)
-    true = sum(cosine((step + update) / 10_000) for update in range(updates))
+    steps = min(10 * INTERVAL, 10_000 - step)
+    true = sum(cosine((step + update) / 10_000) for update in range(steps))
     rates = seen(cosine, step)
     intervals = true / (sum(rates) / 5 * INTERVAL)
     assert horizon_by_mass(10, rates, step, CONFIG) == pytest.approx(intervals, abs=2.5)
@@ -56,7 +56,7 @@ def test_cosine_comes_close_to_the_true_mass_and_stays_below_what_a_constant_rat
 
 
 def test_without_a_known_end_the_line_ends_where_it_points() -> None:
-    # From 1.0 to 0.6 in 800 updates: zero after another 1,200; mass 0.6 * 1200 / 2 = 360 of 0.8 * 200 an interval.
+    # From 1.0 to 0.6 in 800 steps: zero after another 1,200; mass 0.6 * 1200 / 2 = 360 of 0.8 * 200 an interval.
     rates, unknown = [1.0, 0.9, 0.8, 0.7, 0.6], ScheduleConfig(period=1000)
     assert horizon_by_mass(40, rates, 1000, unknown) == 2
 
@@ -78,12 +78,12 @@ def test_a_rise_anywhere_between_snapshots_is_a_warm_up() -> None:
     assert not has_risen([])
 
 
-def _train(rate_of_update: Callable[[int], float], updates: int, **settings: bool) -> NowcastOptimizer:
+def _train(rate_of_update: Callable[[int], float], steps: int, **settings: bool) -> NowcastOptimizer:
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1.0)
-    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, max_steps=updates, **settings)
+    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, max_steps=steps, **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-2 * rate_of_update(step + 1))
-    for index in range(updates):
+    for index in range(steps):
         inputs, targets = batch(index)
         optimizer.zero_grad()
         F.mse_loss(model(inputs), targets).backward()
@@ -93,7 +93,7 @@ def _train(rate_of_update: Callable[[int], float], updates: int, **settings: boo
 
 
 def test_no_nowcast_reads_snapshots_of_the_warm_up() -> None:
-    # Snapshots after 2, 4, 6, ... updates. The rate rises until update 8: the history of the nowcast after 6 rises all
+    # Snapshots after 2, 4, 6, ... steps. The rate rises until update 8: the history of the nowcast after 6 rises all
     # along, that of the nowcast after 12 does between 8 and 10 no more.
     def rate(update: int) -> float:
         return min(update / 8, 1.0)

@@ -111,7 +111,7 @@ def _one_line(error: pytest.ExceptionInfo[BaseException], *words: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_predict_bit_for_bit(family: str, dtype: torch.dtype, layout: str) -> None:
     model, graph, snapshots = _live(FAMILIES[family], dtype, layout)
-    nowcaster = tiny_nowcaster(num_words=VOCABULARY + 1)
+    nowcaster = tiny_nowcaster(vocabulary_size=VOCABULARY + 1)
     expected = nowcaster.predict(snapshots, 3, graph)
     parameters = dict(model.named_parameters())
     gradients = {name: torch.ones_like(p) for name, p in parameters.items() if p.requires_grad}
@@ -278,7 +278,7 @@ def _inference(parameters: Weights, last: Weights) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error_class", "words"),
     [
-        (_stale, SnapshotError, ["does not hold the present values of 2.bias", "after the last update"]),
+        (_stale, SnapshotError, ["does not hold the present values of 2.bias", "after the last step"]),
         (_other_dtype, SnapshotError, ["does not hold the present values of 2.bias", "own dtype"]),
         (_same_tensor, SnapshotError, ["shares the memory of 2.bias", "copy"]),
         (_same_storage, SnapshotError, ["shares the memory of 2.bias", "copy"]),
@@ -472,7 +472,7 @@ WIDE: dict[str, Callable[[], nn.Module]] = {
     [
         ("contiguous", torch.float32, {"hidden": 64, "context": 5}),
         ("contiguous", torch.bfloat16, {"hidden": 32, "context": 5, "kind": "wnn"}),
-        ("scrambled", torch.bfloat16, {"hidden": 16, "num_words": 401}),
+        ("scrambled", torch.bfloat16, {"hidden": 16, "vocabulary_size": 401}),
     ],
     ids=["nino", "wnn", "copies and words"],
 )

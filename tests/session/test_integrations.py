@@ -1,6 +1,7 @@
-"""One behaviour, every door: whatever a training is like, front ends nowcast the same at the same updates.
+"""One behaviour, every integration: whatever a training is like, integrations nowcast the same at the same steps.
 
-Each row is a setting, each column a door, held against a plain loop that spells everything out: the same nowcasts, the
+Each row is a setting, each column an integration, held against a plain loop that spells everything out: the same
+nowcasts, the
 same learning rates and, in float32 or not, the same weights to the last bit: on a CPU all loops compute the same.
 """
 
@@ -22,13 +23,24 @@ from torch.utils.data import IterableDataset
 if importlib.util.find_spec("transformers") is None:  # an optional package
     pytest.skip("transformers is not installed", allow_module_level=True)
 
-import doors
-from doors import DOORS, Net, Outcome, Setting, adafactor, chained, far_away, llama, llama_with_adapters, nearby
+import integrations
+from integrations import (
+    INTEGRATIONS,
+    Net,
+    Outcome,
+    Setting,
+    adafactor,
+    chained,
+    far_away,
+    llama,
+    llama_with_adapters,
+    nearby,
+)
 from transformers import SchedulerType, TrainerCallback
 
 from nino import NinoError
 from nino.callbacks import NowcastCallback
-from tasks.rivals import MuonWithAdamW
+from tasks.baselines import MuonWithAdamW
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
@@ -84,7 +96,7 @@ KNOWN_SCHEDULERS = {kind.value for kind in SchedulerType}
 """To the installed transformers."""
 
 CONDITIONS: dict[str, Setting] = {
-    "one batch an update": Setting(),
+    "one batch a step": Setting(),
     "accumulation": Setting(accumulation=4),
     "clipping": Setting(clip=0.5),
     "bf16": Setting(precision="bf16"),
@@ -103,11 +115,11 @@ CONDITIONS: dict[str, Setting] = {
     "a user's own": Setting(base=chained),
     "foreach": Setting(base=lambda model: AdamW(model.parameters(), lr=1e-2, foreach=True)),
     "fused": Setting(base=lambda model: AdamW(model.parameters(), lr=1e-2, fused=True)),
-    "probation kept": Setting(nowcaster=nearby, attach={"probation": 3}),
-    "probation undone": Setting(nowcaster=far_away, attach={"probation": 3}),
-    "averaged snapshots": Setting(attach={"snapshot_average": 2}),
-    "norms kept": Setting(attach={"keep_norms": True}),
-    "gliding": Setting(attach={"glide": 3, "probation": 2}),
+    "rollback_window kept": Setting(nowcaster=nearby, attach={"rollback_window": 3}),
+    "rollback_window undone": Setting(nowcaster=far_away, attach={"rollback_window": 3}),
+    "averaged snapshots": Setting(attach={"average_over": 2}),
+    "norms kept": Setting(attach={"preserve_norms": True}),
+    "ramping": Setting(attach={"ramp": 3, "rollback_window": 2}),
     "end unknown": Setting(knows_end=False),
     **{
         name: Setting(scheduler=name, warmup=warmup, scheduler_settings=settings)
@@ -116,34 +128,36 @@ CONDITIONS: dict[str, Setting] = {
     },
 }
 WITHOUT_LOSSES = {"trainer-optimizers", "trainer-factory"}
-"""Doors through which nobody tells the wrapper a loss: no probation there."""
+"""Doors through which nobody tells the wrapper a loss: no rollback_window there."""
 
 
 def doors_of(condition: str) -> list[str]:
-    if condition == "one batch an update":
-        return [*DOORS]
-    if condition.startswith("probation"):
-        return [door for door in DOORS if door not in WITHOUT_LOSSES]
+    if condition == "one batch a step":
+        return [*INTEGRATIONS]
+    if condition.startswith("rollback_window"):
+        return [integration for integration in INTEGRATIONS if integration not in WITHOUT_LOSSES]
     if condition == "end unknown":  # the Trainer always knows it
         return ["trainer-optimizers", "accelerate"]
-    return [door for door in DOORS if door != "trainer-factory"]
+    return [integration for integration in INTEGRATIONS if integration != "trainer-factory"]
 
 
 @functools.cache
 def in_a_plain_loop(condition: str) -> Outcome:
-    return doors.plain(CONDITIONS[condition], Path())
+    return integrations.plain(CONDITIONS[condition], Path())
 
 
-@pytest.mark.parametrize(("condition", "door"), [(row, door) for row in CONDITIONS for door in doors_of(row)])
-def test_every_door_does_what_a_plain_loop_does(condition: str, door: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("condition", "integration"), [(row, integration) for row in CONDITIONS for integration in doors_of(row)]
+)
+def test_every_door_does_what_a_plain_loop_does(condition: str, integration: str, tmp_path: Path) -> None:
     expected = in_a_plain_loop(condition)
 
-    outcome = DOORS[door](CONDITIONS[condition], tmp_path)
+    outcome = INTEGRATIONS[integration](CONDITIONS[condition], tmp_path)
 
     assert outcome.nowcasts == expected.nowcasts
     assert outcome.rates == expected.rates
     assert_same(outcome.weights, expected.weights)
-    if door not in WITHOUT_LOSSES:
+    if integration not in WITHOUT_LOSSES:
         assert outcome.losses == pytest.approx(expected.losses, nan_ok=True)
 
 
@@ -165,10 +179,10 @@ HOLDS: dict[str, Callable[[Outcome], bool]] = {
     "LoRA": lambda o: o.session.graph.family == "adapters" and len(o.session.trainable_parameters()) == 4,
     "two groups": lambda o: 1e-2 < o.rates[0] <= 2e-2,
     "averaged snapshots": lambda o: o.session.mean.count == 0 and not o.session.store.exact,
-    "norms kept": lambda o: o.session.keep_norms,
-    "gliding": lambda o: o.session.glide.shares == 3 == o.reports[0].glide,
-    "probation kept": lambda o: not any(report.rolled_back for report in o.reports),
-    "probation undone": lambda o: o.reports[0].rolled_back,
+    "norms kept": lambda o: o.session.preserve_norms,
+    "ramping": lambda o: o.session.ramp.shares == 3 == o.reports[0].ramp,
+    "rollback_window kept": lambda o: not any(report.rolled_back for report in o.reports),
+    "rollback_window undone": lambda o: o.reports[0].rolled_back,
 }
 
 
@@ -208,7 +222,9 @@ def one_object_twice() -> list[NowcastCallback]:
 def test_two_callbacks_are_refused_before_training_starts(attached: Any, tmp_path: Path) -> None:
     setting = Setting()
     model = setting.model()
-    trainer = doors.trainer(setting, tmp_path, model, optimizers=(setting.base(model), None), callbacks=attached())
+    trainer = integrations.trainer(
+        setting, tmp_path, model, optimizers=(setting.base(model), None), callbacks=attached()
+    )
 
     with pytest.raises(NinoError, match=r"^NowcastCallback is attached to this Trainer twice; trainer.remove_callback"):
         trainer.train()
@@ -217,7 +233,7 @@ def test_two_callbacks_are_refused_before_training_starts(attached: Any, tmp_pat
 
     trainer.remove_callback(NowcastCallback)
     trainer.train()
-    assert_same(weights_of(model), in_a_plain_loop("one batch an update").weights)
+    assert_same(weights_of(model), in_a_plain_loop("one batch a step").weights)
     assert hooks_of(model) == 0
 
 
@@ -230,11 +246,11 @@ def test_what_another_callback_left_behind_is_no_mistake(tmp_path: Path) -> None
     model = setting.model()
     first = NowcastCallback(tiny_nowcaster(), PERIOD)
     with pytest.raises(KeyboardInterrupt):
-        doors.trainer(setting, tmp_path, model, callbacks=[first, Interrupt()]).train()
+        integrations.trainer(setting, tmp_path, model, callbacks=[first, Interrupt()]).train()
     assert hooks_of(model) == 1
 
     second = NowcastCallback(tiny_nowcaster(), PERIOD)
-    doors.trainer(setting, tmp_path, model, callbacks=[second]).train()
+    integrations.trainer(setting, tmp_path, model, callbacks=[second]).train()
 
     assert [report.step for report in second.reports] == [6, 12]
     assert hooks_of(model) == 0
@@ -270,7 +286,7 @@ def test_however_the_trainer_is_told_the_end(data: Any, arguments: dict[str, Any
     setting = Setting()
     model, attached = setting.model(), NowcastCallback(tiny_nowcaster(), PERIOD)
 
-    doors.trainer(
+    integrations.trainer(
         setting,
         tmp_path,
         model,
@@ -282,20 +298,20 @@ def test_however_the_trainer_is_told_the_end(data: Any, arguments: dict[str, Any
 
     assert attached.session is not None
     assert attached.session.schedule.max_steps == 14
-    assert_same(weights_of(model), in_a_plain_loop("one batch an update").weights)
+    assert_same(weights_of(model), in_a_plain_loop("one batch a step").weights)
 
 
-@pytest.mark.parametrize("door", ["callback", "trainer-optimizers", "accelerate"])
+@pytest.mark.parametrize("integration", ["callback", "trainer-optimizers", "accelerate"])
 def test_a_run_shorter_than_a_period_is_as_without_nowcasting(
-    door: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    integration: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     setting = Setting(period=15)
     bare = setting.model()
-    doors.trainer(setting, tmp_path, bare, optimizers=(setting.base(bare), None)).train()
+    integrations.trainer(setting, tmp_path, bare, optimizers=(setting.base(bare), None)).train()
 
-    outcome = DOORS[door](setting, tmp_path)
+    outcome = INTEGRATIONS[integration](setting, tmp_path)
 
     assert outcome.reports == []
     assert_same(outcome.weights, weights_of(bare))
     lines = [record.getMessage() for record in caplog.records if record.name == "nino.session"]
-    assert [line.split(":")[0] for line in lines] == ["a run of 14 updates ends before its first nowcast (period=15)"]
+    assert [line.split(":")[0] for line in lines] == ["a run of 14 steps ends before its first nowcast (period=15)"]

@@ -15,7 +15,7 @@ from torch import nn
 import nino
 from nino import NowcastOptimizer, NowcastReport, NowcastSession
 from nino.graph.ir import NeuralGraph
-from nino.predict.engine.weights import Jump, PredictionWriter, SnapshotReader, StoredSnapshots
+from nino.predict.engine.weights import Jump, PredictionWriter, SnapshotReader, SnapshotViews
 from nino.predict.standardise import measure_snapshots
 
 ACCEPTED = NowcastReport(
@@ -24,7 +24,7 @@ ACCEPTED = NowcastReport(
     accepted=True,
     seconds=0.5,
     snapshot_bytes=100,
-    restore_bytes=20,
+    rollback_bytes=20,
     relative_jump=0.25,
     relative_jump_by_kind={"query": 0.5, "bias": math.nan},
     loss_before=3.0,
@@ -122,7 +122,7 @@ def test_the_measurement_reads_no_weight_again() -> None:
     model = mlp()
     graph, last = NeuralGraph.from_model(model), weights_of(model)
     snapshots = [{name: value + age * 0.1 for name, value in last.items()} for age in (2, 1, 0)]
-    scalers, stored = measure_snapshots(snapshots, graph.shapes), StoredSnapshots(graph, snapshots)
+    scalers, stored = measure_snapshots(snapshots, graph.shapes), SnapshotViews(graph, snapshots)
     writer = PredictionWriter(graph, {name: value.clone() for name, value in last.items()}, scalers, stored)
     reader = SnapshotReader(stored, scalers, torch.device("cpu"), torch.float32)
     for block in graph.parameter_blocks:
@@ -154,9 +154,9 @@ def records_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.name == "nino.session"]
 
 
-def train(optimizer: NowcastOptimizer, updates: int, loss_at: dict[int, float] | None = None) -> None:
-    """Losses 1 and 2 in turn, but for those given by the update's number."""
-    for _ in range(updates):
+def train(optimizer: NowcastOptimizer, steps: int, loss_at: dict[int, float] | None = None) -> None:
+    """Losses 1 and 2 in turn, but for those given by the step's number."""
+    for _ in range(steps):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.ones_like(parameter)
@@ -168,7 +168,9 @@ def train(optimizer: NowcastOptimizer, updates: int, loss_at: dict[int, float] |
 def scripted(answer: Any, **settings: Any) -> NowcastOptimizer:
     model = mlp()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return NowcastOptimizer(base, model, ScriptedNowcaster(answer), **{"period": PERIOD, "probation": 0, **settings})
+    return NowcastOptimizer(
+        base, model, ScriptedNowcaster(answer), **{"period": PERIOD, "rollback_window": 0, **settings}
+    )
 
 
 def test_an_accepted_nowcast_is_one_record(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,7 +186,7 @@ def test_an_accepted_nowcast_is_one_record(caplog: pytest.LogCaptureFixture) -> 
     assert record.nowcast == optimizer.reports[0].as_record()  # type: ignore[attr-defined]
     assert record.nowcast["nowcast/outcome"] == "accepted"  # type: ignore[attr-defined]
     assert all(isinstance(value, (int, float, str)) for value in record.nowcast.values())  # type: ignore[attr-defined]
-    assert record.getMessage().startswith("nowcast after update 6: 3 intervals ahead, weights moved by ")
+    assert record.getMessage().startswith("nowcast after step 6: 3 intervals ahead, weights moved by ")
     assert record.getMessage().endswith("; loss 1.5 before, 2 at")
 
 
@@ -195,7 +197,7 @@ def test_a_refused_nowcast_is_one_record_at_once(caplog: pytest.LogCaptureFixtur
 
     (record,) = records_of(caplog)
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == "nowcast after update 6 was refused, training goes on: out of memory"
+    assert record.getMessage() == "nowcast after step 6 was refused, training goes on: out of memory"
     assert (record.nowcast["nowcast/outcome"], record.nowcast["nowcast/reason"]) == (  # type: ignore[attr-defined]
         "refused",
         "out of memory",
@@ -207,7 +209,7 @@ def test_a_refused_nowcast_is_one_record_at_once(caplog: pytest.LogCaptureFixtur
 def test_rolled_back_and_left_out_nowcasts_are_records(caplog: pytest.LogCaptureFixture) -> None:
     # The loss is 9 after each jump, so the first two are undone and the third is left out.
     caplog.set_level(logging.INFO, logger="nino")
-    optimizer = scripted(add(3), period=30, probation=4)
+    optimizer = scripted(add(3), period=30, rollback_window=4)
     train(optimizer, 90, {30 * number + update: 9.0 for number in (1, 2) for update in range(1, 5)})
 
     records = records_of(caplog)
@@ -219,25 +221,25 @@ def test_rolled_back_and_left_out_nowcasts_are_records(caplog: pytest.LogCapture
     undone, left_out = records[0], records[-1]
     assert undone.levelno == logging.WARNING and left_out.levelno == logging.INFO
     assert undone.nowcast["nowcast/loss/after"] == 9  # type: ignore[attr-defined]
-    assert undone.getMessage().startswith("nowcast after update 30 was undone, training goes on from there: the loss ")
+    assert undone.getMessage().startswith("nowcast after step 30 was undone, training goes on from there: the loss ")
     assert (
         left_out.getMessage()
-        == "nowcast after update 90 was left out, training goes on: 2 in a row were undone or kept in doubt"
+        == "nowcast after step 90 was left out, training goes on: 2 in a row were undone or kept inconclusive"
     )
 
 
-def test_bytes_are_of_the_snapshots_and_of_the_restore_point() -> None:
+def test_bytes_are_of_the_snapshots_and_of_the_rollback_copy() -> None:
     # 4 * 6 + 6 + 6 * 2 + 2 = 44 weights of 4 bytes, three snapshots, and a copy to undo the jump; SGD has no state.
-    kept, on_probation = scripted(add(0)), scripted(add(0), probation=4)
-    for optimizer in (kept, on_probation):
+    kept, is_monitored = scripted(add(0)), scripted(add(0), rollback_window=4)
+    for optimizer in (kept, is_monitored):
         train(optimizer, PERIOD)
-    assert (kept.reports[0].snapshot_bytes, kept.reports[0].restore_bytes) == (3 * 44 * 4, 0)
-    assert (on_probation.reports[0].snapshot_bytes, on_probation.reports[0].restore_bytes) == (3 * 44 * 4, 44 * 4)
+    assert (kept.reports[0].snapshot_bytes, kept.reports[0].rollback_bytes) == (3 * 44 * 4, 0)
+    assert (is_monitored.reports[0].snapshot_bytes, is_monitored.reports[0].rollback_bytes) == (3 * 44 * 4, 44 * 4)
 
 
 def test_a_run_that_ends_in_probation_is_reported_when_it_is_finished(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nino")
-    optimizer = scripted(add(0), probation=4)
+    optimizer = scripted(add(0), rollback_window=4)
     train(optimizer, PERIOD + 2)
     assert records_of(caplog) == []
 
@@ -256,7 +258,7 @@ def test_a_session_reports_the_jump_by_kind() -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.01)
-        session.after_update()
+        session.after_step()
     assert set(session.reports[0].relative_jump_by_kind) == {"linear", "bias"}
     assert {"nowcast/jump/linear", "nowcast/jump/bias"} < set(session.reports[0].as_log())
 

@@ -1,4 +1,5 @@
-"""Resume is exact: saved and resumed anywhere, through any door, a training equals one in one go to the last bit."""
+"""Resume is exact: saved and resumed anywhere, through any integration, a training equals one in one go to the last
+bit."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from tiny import assert_same
 if importlib.util.find_spec("transformers") is None:  # an optional package
     pytest.skip("transformers is not installed", allow_module_level=True)
 
-import doors
-from doors import Net, Outcome, Setting, adafactor, chained, far_away, llama_with_adapters, nearby
+import integrations
+from integrations import Net, Outcome, Setting, adafactor, chained, far_away, llama_with_adapters, nearby
 from torch import nn
 from torch.optim import SGD
 
 R = 3
-"""Updates of probation."""
+"""Updates of rollback_window."""
 
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -38,43 +39,43 @@ def adapters_of_the_same_model() -> nn.Module:
     return llama_with_adapters()
 
 
-# Snapshots after 3 6 9 | 12 15 18 updates, nowcasts after 9 and 18, which are judged after 12 and 21. The learning rate
+# Snapshots after 3 6 9 | 12 15 18 steps, nowcasts after 9 and 18, which are judged after 12 and 21. The learning rate
 # falls, so that horizons depend on the rates that are saved with the snapshots, but not so low that one is left out.
 FALLING = {"scheduler": "cosine_with_min_lr", "scheduler_settings": {"min_lr_rate": 0.5}}
 ALWAYS = Setting(build=with_buffers, period=9, calls=22, **FALLING)
-KEPT = replace(ALWAYS, nowcaster=nearby, attach={"probation": R})
-UNDONE = replace(ALWAYS, nowcaster=far_away, attach={"probation": R})
+KEPT = replace(ALWAYS, nowcaster=nearby, attach={"rollback_window": R})
+UNDONE = replace(ALWAYS, nowcaster=far_away, attach={"rollback_window": R})
 SETTINGS: dict[str, Setting] = {
-    "no probation": ALWAYS,
+    "no rollback_window": ALWAYS,
     "kept": KEPT,
     "undone": UNDONE,
     "undone, SGD": replace(UNDONE, base=lambda model: SGD(model.parameters(), lr=1e-2, momentum=0.9)),
     "undone, Adafactor": replace(UNDONE, base=adafactor),
     "undone, a user's own": replace(UNDONE, base=chained),
-    "undone, on the device": replace(UNDONE, attach={"probation": R, "snapshots_on": "device"}),
-    "undone, on disk": replace(UNDONE, attach={"probation": R, "snapshots_on": "disk"}),
-    "no probation, on disk": replace(ALWAYS, attach={"snapshots_on": "disk"}),
+    "undone, on the device": replace(UNDONE, attach={"rollback_window": R, "snapshots_on": "device"}),
+    "undone, on disk": replace(UNDONE, attach={"rollback_window": R, "snapshots_on": "disk"}),
+    "no rollback_window, on disk": replace(ALWAYS, attach={"snapshots_on": "disk"}),
     "accumulation": replace(ALWAYS, accumulation=4),
     "LoRA": replace(ALWAYS, build=adapters_of_the_same_model, counts_tokens=True),
 }
 BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_PROBATION, AFTER_A_VERDICT = 4, 6, 9, 10, 12
 POINTS = (BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_PROBATION, AFTER_A_VERDICT)
-DOORS = {
-    "plain": doors.plain,
-    "callback": doors.callback,
-    "trainer-optimizers": doors.trainer_optimizers,
-    "accelerate": doors.accelerate,
+INTEGRATIONS = {
+    "plain": integrations.plain,
+    "callback": integrations.callback,
+    "trainer-optimizers": integrations.trainer_optimizers,
+    "accelerate": integrations.accelerate,
 }
 
 
 def cells() -> Iterator[tuple[str, str, int]]:
-    """All points of the first three settings through every door, and the hardest one of the others."""
+    """All points of the first three settings through every integration, and the hardest one of the others."""
     for number, name in enumerate(SETTINGS):
-        for door in DOORS:
-            if door == "trainer-optimizers" and "probation" in SETTINGS[name].attach:
-                continue  # nobody tells the wrapper a loss there, so that nothing is ever on probation
+        for integration in INTEGRATIONS:
+            if integration == "trainer-optimizers" and "rollback_window" in SETTINGS[name].attach:
+                continue  # nobody tells the wrapper a loss there, so that nothing is ever in its rollback window
             for point in POINTS if number < 3 else (IN_PROBATION,):
-                yield name, door, point
+                yield name, integration, point
 
 
 @pytest.fixture(scope="module")
@@ -82,29 +83,29 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tupl
     """An uninterrupted training, which saved at all points: its setting, folder and outcome."""
 
     @functools.cache
-    def train(name: str, door: str) -> tuple[Setting, Path, Outcome]:
+    def train(name: str, integration: str) -> tuple[Setting, Path, Outcome]:
         folder = tmp_path_factory.mktemp("whole")
         setting = SETTINGS[name]
         if setting.attach.get("snapshots_on") == "disk":
             setting = replace(setting, attach={**setting.attach, "snapshot_folder": folder / "snapshots"})
-        return setting, folder, DOORS[door](setting, folder, save=POINTS)
+        return setting, folder, INTEGRATIONS[integration](setting, folder, save=POINTS)
 
     return train
 
 
-@pytest.mark.parametrize(("name", "door", "point"), [*cells()])
-def test_resume_is_exact(name: str, door: str, point: int, whole: Any) -> None:
-    setting, folder, expected = whole(name, door)
+@pytest.mark.parametrize(("name", "integration", "point"), [*cells()])
+def test_resume_is_exact(name: str, integration: str, point: int, whole: Any) -> None:
+    setting, folder, expected = whole(name, integration)
 
-    resumed = DOORS[door](setting, folder, start=point)
+    resumed = INTEGRATIONS[integration](setting, folder, start=point)
 
     assert_same(resumed.model.state_dict(), expected.model.state_dict())
     assert resumed.rates == expected.rates[point // expected.session.schedule.interval :]
     assert resumed.session.step == expected.session.step
-    assert resumed.session.trial.trust == expected.session.trial.trust
+    assert resumed.session.monitor.backoff == expected.session.monitor.backoff
     assert resumed.nowcasts == expected.nowcasts[-len(resumed.nowcasts) :]
     assert resumed.losses == pytest.approx(expected.losses[-len(resumed.losses) :], nan_ok=True)
-    assert len(resumed.nowcasts) == 1 if point > AFTER_A_NOWCAST + R * ("probation" in setting.attach) else 2
+    assert len(resumed.nowcasts) == 1 if point > AFTER_A_NOWCAST + R * ("rollback_window" in setting.attach) else 2
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -115,9 +116,9 @@ def test_settings_are_what_they_say(name: str, whole: Any) -> None:
         (9, True, name.startswith("undone")),
         (18, True, name.startswith("undone")),
     ]
-    assert outcome.session.restore_point._made is not None or "probation" not in setting.attach
+    assert outcome.session.rollback_copy._made is not None or "rollback_window" not in setting.attach
     saved = torch.load(folder / f"{IN_PROBATION}.pt", weights_only=True)["optimizer"]["nowcast"]
-    assert (saved["restore_point"] is not None) == ("probation" in setting.attach)
+    assert (saved["rollback_copy"] is not None) == ("rollback_window" in setting.attach)
 
 
 # Checkpoints without nowcasting state
@@ -144,16 +145,16 @@ WITHOUT_STATE: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("integration", INTEGRATIONS)
 def test_without_nowcasting_state_a_fresh_history_begins(
-    door: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    integration: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Snapshots after 12 15 18: the nowcast after 18 takes place, of the same horizon as if nothing had happened.
-    whole = DOORS[door](ALWAYS, tmp_path, save=[IN_PROBATION])
-    WITHOUT_STATE[door](tmp_path)
+    whole = INTEGRATIONS[integration](ALWAYS, tmp_path, save=[IN_PROBATION])
+    WITHOUT_STATE[integration](tmp_path)
     caplog.clear()
 
-    resumed = DOORS[door](ALWAYS, tmp_path, start=IN_PROBATION)
+    resumed = INTEGRATIONS[integration](ALWAYS, tmp_path, start=IN_PROBATION)
 
     lines = [r.getMessage() for r in caplog.records if r.name in ("nino.optimizer", "nino.callbacks.trainer")]
     assert len(lines) == 1
@@ -167,11 +168,13 @@ def test_a_callback_joins_a_training_that_began_without_it(tmp_path: Path) -> No
     # theirs. Ours puts nothing there.
     model = ALWAYS.model()
     arguments = {"restore_callback_states_from_checkpoint": True}
-    bare = doors.trainer(ALWAYS, tmp_path, model, save=[4], optimizers=(ALWAYS.base(model), None), arguments=arguments)
+    bare = integrations.trainer(
+        ALWAYS, tmp_path, model, save=[4], optimizers=(ALWAYS.base(model), None), arguments=arguments
+    )
     bare.train()
 
-    joined = doors.callback(ALWAYS, tmp_path, start=4, save=[10], arguments=arguments)
-    again = doors.callback(ALWAYS, tmp_path, start=10, arguments=arguments)
+    joined = integrations.callback(ALWAYS, tmp_path, start=4, save=[10], arguments=arguments)
+    again = integrations.callback(ALWAYS, tmp_path, start=10, arguments=arguments)
 
     assert [(report.step, report.accepted) for report in joined.reports] == [(9, False), (18, True)]
     assert_same(again.weights, joined.weights)

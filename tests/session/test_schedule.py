@@ -11,7 +11,7 @@ from nino.session.schedule import horizon_at, is_nowcast_step, is_over, is_snaps
 
 
 def nowcasts(config: ScheduleConfig, until: int) -> list[tuple[int, int]]:
-    """(update, horizon) of every nowcast in the first ``until`` updates."""
+    """(update, horizon) of every nowcast in the first ``until`` steps."""
     return [(step, horizon_at(step, config)) for step in range(until + 1) if is_nowcast_step(step, config)]
 
 
@@ -24,7 +24,7 @@ TABLES: dict[str, tuple[dict[str, Any], int, list[tuple[int, int]]]] = {
         list(zip(range(1000, 10_000, 1000), [40, 33, 26, 21, 16, 11, 8, 5, 3], strict=True)),
     ),
     # The run ends after the tenth nowcast, which is done then.
-    "published, some updates more": (
+    "published, some steps more": (
         {"period": 1000, "max_steps": 10_001},
         10_001,
         list(zip(range(1000, 10_001, 1000), [40, 33, 26, 21, 16, 11, 8, 5, 3, 1], strict=True)),
@@ -106,7 +106,7 @@ def test_no_snapshot_is_taken_that_no_nowcast_reads(until: int, last_nowcast: in
         ({"max_steps": True}, "max_steps must be a whole number of at least 1 or None, got True$"),
         ({"max_steps": 1e4}, "max_steps must be a whole number of at least 1 or None, got 10000.0$"),
         ({"until": 0}, "until must be a whole number of at least 1 or None, got 0$"),
-        ({"until": 1000}, "until=1000 leaves no nowcast: expected more than the period, 1000 updates$"),
+        ({"until": 1000}, "until=1000 leaves no nowcast: expected more than the period, 1000 steps$"),
         ({"decay_power": 0}, "decay_power must be a positive number, got 0$"),
         ({"decay_power": 0.001}, "decay_power must be at least 0.1, got 0.001$"),
         ({"decay_power": float("nan")}, "decay_power must be a positive number, got nan$"),

@@ -34,14 +34,14 @@ def one_layer(value: float = 0.0) -> nn.Sequential:
 
 
 def update(session: NowcastSession, times: int = 1, losses: Callable[[int], float] | None = None) -> None:
-    """Stand-in for an optimizer: each update adds 1 to every weight."""
+    """Stand-in for an optimizer: each step adds 1 to every weight."""
     for _ in range(times):
         if losses is not None:
             session.observe(losses(session.step + 1))
         with torch.no_grad():
             for parameter in session.model.parameters():
                 parameter.add_(1)
-        session.after_update()
+        session.after_step()
 
 
 def add(amount: float) -> Callable[[Weights], Weights]:
@@ -61,7 +61,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_acts_at_exactly_the_right_updates() -> None:
-    # Weights 1 2 3 4 5 6, nowcast to 106; 107 ... 112, nowcast to 212; 213 ...; 20 updates are the whole run.
+    # Weights 1 2 3 4 5 6, nowcast to 106; 107 ... 112, nowcast to 212; 213 ...; 20 steps are the whole run.
     # Snapshots after 2 4 6 | 8 10 12 | 14 16 18; two later nowcasts: horizons round(linspace(2, 1, 3) ** 2) = 4 2 1.
     nowcaster = ScriptedNowcaster(add(100))
     model = one_layer()
@@ -80,7 +80,7 @@ def test_horizons_as_asked_for() -> None:
     """At most 3 intervals, then 3, 2, 1 in a straight line until update 20; the run itself is longer."""
     nowcaster = ScriptedNowcaster(add(100))
     session = NowcastSession(
-        one_layer(), nowcaster, period=PERIOD, max_steps=40, max_horizon=3, decay_power=1, until=20, probation=3
+        one_layer(), nowcaster, period=PERIOD, max_steps=40, max_horizon=3, decay_power=1, until=20, rollback_window=3
     )
     update(session, 40, losses=lambda step: 1.0 / step)
 
@@ -115,7 +115,7 @@ def test_writes_what_the_nowcaster_predicts_from_hand_kept_snapshots() -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         if step % 2 == 0:
             kept.append(weights_of(model))
-        session.after_update()
+        session.after_step()
 
     # Unknown length: a period, that is 3 intervals, ahead.
     assert_same(weights_of(model), nowcaster.predict(kept, 3, nino.NeuralGraph.from_model(model)))
@@ -135,7 +135,7 @@ def test_a_run_that_ends_before_its_first_nowcast_gets_a_warning(caplog: pytest.
 
 
 def test_a_run_that_goes_on_beyond_its_end_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD, max_steps=8, probation=0)
+    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD, max_steps=8, rollback_window=0)
     update(session, 8)
     assert not warnings_in(caplog)
     update(session, 8)
@@ -152,7 +152,7 @@ def test_a_history_that_starts_late_skips_one_nowcast_and_says_so(caplog: pytest
 
     assert asked(nowcaster) == [(3, [5, 7, 9])]
     assert warnings_in(caplog) == [
-        "nowcast after update 6 was refused, training goes on: 2 of 3 snapshots were taken since the history began"
+        "nowcast after step 6 was refused, training goes on: 2 of 3 snapshots were taken since the history began"
     ]
     assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
 
@@ -198,14 +198,14 @@ def test_untouched_means_untouched() -> None:
         with torch.no_grad():
             for name in trainable:
                 model.get_parameter(name).mul_(1.01).add_(0.01)
-        session.after_update()
+        session.after_step()
 
     before, storages = copy.deepcopy(model.state_dict()), _storages(model)
     versions = {name: value._version for name, value in model.named_buffers()}
     gradients = {n: (id(p.grad), p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None}
     numpy_state = np.random.get_state()
     random_states = (torch.get_rng_state(), random.getstate())
-    session.after_update()
+    session.after_step()
 
     assert session.reports[-1].accepted
     after = model.state_dict()
@@ -233,7 +233,7 @@ def test_parameters_that_the_optimizer_does_not_hold_count_as_frozen() -> None:
     )
 
     for _ in range(PERIOD):
-        session.after_update()
+        session.after_step()
 
     assert_same(weights_of(model[0]), first)
     assert model[2].bias.min() > 90
@@ -245,7 +245,7 @@ def test_bfloat16_snapshots_do_not_round_the_weights() -> None:
     session = NowcastSession(model, ScriptedNowcaster(add(0)), period=PERIOD, snapshot_dtype=torch.bfloat16)
 
     for _ in range(PERIOD):
-        session.after_update()
+        session.after_step()
 
     assert session.reports[-1].accepted
     assert torch.equal(model[0].weight, torch.full((1, 2), 1.001))
@@ -287,7 +287,7 @@ def test_a_failed_nowcast_changes_no_weight_and_the_next_one_works(
 
     assert_same(weights_of(model), expected)
     assert len(warnings_in(caplog)) == 1
-    assert warnings_in(caplog)[0].startswith("nowcast after update 6 was refused, training goes on: ")
+    assert warnings_in(caplog)[0].startswith("nowcast after step 6 was refused, training goes on: ")
     assert reason in session.reports[0].reason
     assert not session.reports[0].accepted
     assert session.reports[0].as_log()["nowcast/accepted"] == 0
@@ -305,7 +305,7 @@ def test_nan_in_a_snapshot_costs_one_nowcast(caplog: pytest.LogCaptureFixture) -
     update(session, 3)
     healthy = weights_of(model)
     nn.init.constant_(model[0].bias, math.nan)
-    update(session, 1)  # into the snapshot after update 4
+    update(session, 1)  # into the snapshot after step 4
     for name, value in healthy.items():
         nn.init.zeros_(model.get_parameter(name)).data.add_(value)
     update(session, 2)
@@ -313,7 +313,7 @@ def test_nan_in_a_snapshot_costs_one_nowcast(caplog: pytest.LogCaptureFixture) -
     assert_same(weights_of(model), {name: value + 1 + 1 for name, value in healthy.items()})
     assert [r.accepted for r in session.reports] == [False]
     assert warnings_in(caplog) == [
-        "nowcast after update 6 was refused, training goes on: snapshot 1: 0.bias holds NaN or infinity; nowcast again "
+        "nowcast after step 6 was refused, training goes on: snapshot 1: 0.bias holds NaN or infinity; nowcast again "
         "from healthy snapshots"
     ]
 
@@ -349,8 +349,8 @@ def test_a_snapshot_that_cannot_be_taken_does_not_end_the_run(
     update(session, 9)
 
     assert warnings_in(caplog) == [
-        "no snapshot after update 4, training goes on: out of memory",
-        "nowcast after update 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
+        "no snapshot after step 4, training goes on: out of memory",
+        "nowcast after step 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
     ]
     assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
 
@@ -429,9 +429,9 @@ def test_who_is_told_sees_the_session_after_the_update() -> None:
         state = session.state_dict()
         seen.append((report.step, state["history"]["steps"], state["step"]))
 
-    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=3, probation=0, on_report=look)
+    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=3, rollback_window=0, on_report=look)
     update(session, 4)
-    assert seen == [(3, [4], 4)], "the snapshot of this update is there"
+    assert seen == [(3, [4], 4)], "the snapshot of this step is there"
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
@@ -443,7 +443,7 @@ def test_detached_by_who_is_told(place: Any, tmp_path: Path) -> None:
         one_layer(),
         ScriptedNowcaster(add(0)),
         period=PERIOD,
-        probation=0,
+        rollback_window=0,
         snapshots_on=place,
         snapshot_folder=tmp_path if place == "disk" else None,
         on_report=stop,
@@ -456,14 +456,14 @@ def test_detached_by_who_is_told(place: Any, tmp_path: Path) -> None:
 def test_a_state_without_history_knows_nothing_of_the_weights_before() -> None:
     model = one_layer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    settings: dict[str, Any] = {"period": 12, "probation": 8, "snapshot_average": 2, "optimizer": optimizer}
+    settings: dict[str, Any] = {"period": 12, "rollback_window": 8, "average_over": 2, "optimizer": optimizer}
     session = NowcastSession(model, ScriptedNowcaster(add(9)), **settings)
     update(session, 19, losses=float)
-    assert session.trial.is_on_probation and session.mean.count == 1 and len(session.store) == 1
+    assert session.monitor.is_monitoring and session.mean.count == 1 and len(session.store) == 1
     resumed = NowcastSession(model, ScriptedNowcaster(add(9)), **settings)
     resumed.load_state_dict(without_history(session.state_dict()))
     assert (resumed.step, resumed.mean.count, len(resumed.store), resumed.reports) == (19, 0, 0, [])
-    assert not resumed.trial.is_on_probation and not resumed.trial.losses
+    assert not resumed.trial.is_monitoring and not resumed.trial.losses
     update(resumed, 18, losses=float)
     assert [report.accepted for report in resumed.reports] == [False, True], "the first has too few snapshots"
 
@@ -548,7 +548,7 @@ def test_resumed_session_goes_on_as_if_nothing_had_happened(at: int) -> None:
 
 def _opened(**changes: Any) -> State:
     report = {"step": 6, "horizon": 3, "accepted": True}
-    opened = {"report": report, "updates_to_come": 3, "on_probation": True, "before": [1.0, 2.0, 1.0], "after": []}
+    opened = {"report": report, "steps_to_come": 3, "is_monitored": True, "before": [1.0, 2.0, 1.0], "after": []}
     return {**opened, **changes}
 
 
@@ -566,7 +566,7 @@ def _damage(**changes: Any) -> Callable[[State], State]:
         (_damage(period=12), "the saved run had period=12, this one has 6; resume with the same period"),
         (_damage(context=2), "the saved run had context=2, this one has 3"),
         (_damage(step="soon"), "damaged: ValueError"),
-        (_damage(step=1), "damaged: snapshots from after its 1 updates"),
+        (_damage(step=1), "damaged: snapshots from after its 1 steps"),
         (_damage(losses=None), "damaged: TypeError"),
         (_damage(open_report={"accuracy": 1}), "damaged: KeyError"),
         (_damage(history={"steps": [2]}), "damaged"),
@@ -577,10 +577,10 @@ def _damage(**changes: Any) -> Callable[[State], State]:
         (_damage(trust={"scale": None, "failures": 0, "periods_to_skip": 0}), "damaged: TypeError"),
         (_damage(trust={"scale": math.nan, "failures": 0, "periods_to_skip": 0}), "damaged: ValueError"),
         (_damage(trust={"scale": 1.0, "failures": 0, "periods_to_skip": "1"}), "damaged: TypeError"),
-        (_damage(open_report=_opened(updates_to_come=None)), "damaged: TypeError"),
+        (_damage(open_report=_opened(steps_to_come=None)), "damaged: TypeError"),
         (_damage(open_report=_opened(before=[1.0, "low", 2.0])), "damaged: ValueError"),
         (_damage(open_report=_opened(before=[1.0])), "damaged: ValueError"),
-        (_damage(open_report=_opened()), "damaged: a nowcast on probation without its restore point"),
+        (_damage(open_report=_opened()), "damaged: a nowcast in its rollback window without its rollback copy"),
         (_damage(open_report=_opened(report={"step": "x", "horizon": 1, "accepted": True})), "damaged: TypeError"),
         (_damage(learning_rates=[1.0]), "damaged: 1 learning rates of 2 snapshots"),
         (
@@ -617,7 +617,7 @@ def test_a_layer_that_is_frozen_between_snapshots_does_not_hinder_resuming() -> 
     whole.model[0].requires_grad_(False)
     resumed = _resumed(whole, train_first=False)
     for session in (whole, resumed):
-        update(session, 4)  # snapshot without the layer after 6 updates, which jump; the next ones after 8
+        update(session, 4)  # snapshot without the layer after 6 steps, which jump; the next ones after 8
     assert [report.accepted for report in resumed.reports] == [True]
     assert_same(weights_of(resumed.model), weights_of(whole.model))
 
@@ -646,7 +646,7 @@ def test_detaching_gives_memory_back() -> None:
     session.detach()
 
     assert not keeper._free and not keeper._copiers
-    assert session.restore_point._made is None
+    assert session.rollback_copy._made is None
     assert session._is_detached
 
 
@@ -670,7 +670,7 @@ def test_compiled_and_data_parallel_wrappers_are_looked_through(process_group: N
     inputs = torch.randn(3, 4)
     for _ in range(PERIOD):
         wrapped(inputs).sum().backward()
-        session.after_update()
+        session.after_step()
 
     assert session.reports[-1].accepted
     assert torch.equal(wrapped(inputs), model(inputs))  # the compiled function sees the new weights
@@ -690,7 +690,7 @@ def test_a_model_that_is_resized_after_it_was_wired_is_refused() -> None:
     model[2].bias = nn.Parameter(torch.zeros(3))
 
     with pytest.raises(NinoError, match=r"\['2.bias'\] changed shape since nowcasting was set up"):
-        session.after_update()
+        session.after_step()
 
 
 def test_a_detached_session_only_counts() -> None:
@@ -705,11 +705,11 @@ def test_a_detached_session_only_counts() -> None:
 
 
 @pytest.mark.parametrize("average", [1, 2])
-@pytest.mark.parametrize("keep_norms", [True, False])
-def test_matrices_keep_the_norms_of_the_newest_snapshot(keep_norms: bool, average: int) -> None:
+@pytest.mark.parametrize("preserve_norms", [True, False])
+def test_matrices_keep_the_norms_of_the_newest_snapshot(preserve_norms: bool, average: int) -> None:
     model = mlp()
     session = NowcastSession(
-        model, tiny_nowcaster(), period=PERIOD, snapshot_average=average, batch_norm=False, keep_norms=keep_norms
+        model, tiny_nowcaster(), period=PERIOD, average_over=average, batch_norm=False, preserve_norms=preserve_norms
     )
     walked: list[dict[str, torch.Tensor]] = []
     for _ in range(PERIOD):
@@ -717,14 +717,14 @@ def test_matrices_keep_the_norms_of_the_newest_snapshot(keep_norms: bool, averag
             for parameter in model.parameters():
                 parameter.mul_(1.02).add_(0.01)
         walked.append(weights_of(model))
-        session.after_update()
+        session.after_step()
     newest = {name: torch.stack([each[name] for each in walked[-average:]]).mean(0) for name in walked[-1]}
     moved = {name: parameter.norm() / newest[name].norm() - 1 for name, parameter in model.named_parameters()}
-    assert all(abs(moved[name]) > 1e-5 for name in moved if not keep_norms or newest[name].ndim == 1)
-    assert all(abs(moved[name]) < 1e-5 for name in moved if keep_norms and newest[name].ndim == 2)
+    assert all(abs(moved[name]) > 1e-5 for name in moved if not preserve_norms or newest[name].ndim == 1)
+    assert all(abs(moved[name]) < 1e-5 for name in moved if preserve_norms and newest[name].ndim == 2)
 
 
-@pytest.mark.parametrize("setting", ["keep_norms", "batch_norm"])
+@pytest.mark.parametrize("setting", ["preserve_norms", "batch_norm"])
 def test_switches_are_true_or_false(setting: str) -> None:
     with pytest.raises(NinoError, match=f"{setting} must be True or False, got 'yes'"):
         NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD, **{setting: "yes"})  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ def test_bfloat16_snapshots_are_rounded_and_take_half_the_room() -> None:
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_files_keep_every_format(dtype: torch.dtype, tmp_path: Path) -> None:
-    # Buffers count and mask: a nowcast on probation keeps them beside the weights.
+    # Buffers count and mask: a nowcast in its rollback window keeps them beside the weights.
     live = {"buffer": torch.tensor([[1.0, 0.0, 1.0]]).to(dtype), "weight": torch.ones(3)}
     store = store_in("disk", tmp_path)
 
@@ -441,14 +441,14 @@ def test_a_session_names_the_snapshot_that_did_not_reach_the_disk(
     with monkeypatch.context() as patch:  # the disk takes the file but not its last byte
         patch.setattr(os, "replace", _no_room)
         for _ in range(4):
-            session.after_update()
+            session.after_step()
         assert session.state_dict()["history"]["steps"] == []  # a checkpoint is saved meanwhile
     for _ in range(4, 2 * PERIOD):
-        session.after_update()
+        session.after_step()
 
     assert caplog.messages[:2] == [
-        "no snapshot after update 2, training goes on: [Errno 28] No space left on device",
-        "nowcast after update 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
+        "no snapshot after step 2, training goes on: [Errno 28] No space left on device",
+        "nowcast after step 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
     ]
     assert [report.accepted for report in session.reports] == [False, True]
 
@@ -475,10 +475,10 @@ def test_a_session_survives_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptur
     (folder / "snapshot-000002.part").symlink_to("/dev/full")
 
     for _ in range(2 * PERIOD):
-        session.after_update()
+        session.after_step()
 
     assert [report.accepted for report in session.reports] == [False, True]
-    assert caplog.messages[0] == ("no snapshot after update 4, training goes on: [Errno 28] No space left on device")
+    assert caplog.messages[0] == ("no snapshot after step 4, training goes on: [Errno 28] No space left on device")
 
 
 DIES = """
@@ -721,12 +721,12 @@ def test_snapshots_without_what_was_unfrozen_since_are_forgotten() -> None:
         (_with_more, r"of another model: \['other.weight'\] differ"),
         (_other_shape, r"of another model: \['weight'\] differ"),
         (_no_tensor, "damaged"),
-        (_step_lost, r"damaged: 2 snapshots after updates \[2\]"),
-        (_steps_mixed_up, r"damaged: 2 snapshots after updates \[4, 2\]"),
+        (_step_lost, r"damaged: 2 snapshots after steps \[2\]"),
+        (_steps_mixed_up, r"damaged: 2 snapshots after steps \[4, 2\]"),
         (_too_many, r"damaged: 4 snapshots .* \(at most 3\)"),
         (_no_steps, "damaged: KeyError"),
         (_no_dict, "damaged"),
-        (_flag_lost, r"damaged: 2 snapshots after updates \[2, 4\]"),
+        (_flag_lost, r"damaged: 2 snapshots after steps \[2, 4\]"),
     ],
 )
 def test_damaged_and_foreign_states_change_nothing(spoil: Callable[[State], None], message: str) -> None:
@@ -912,7 +912,7 @@ def test_cuda_snapshots_elsewhere(place: Any, tmp_path: Path) -> None:
     assert_same({n: v.cpu() for n, v in kept.items()}, {n: v.cpu() for n, v in expected.items()})
 
 
-# Through the doors
+# Through the integrations
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nino.system import signals as interrupts
-from nino.system.signals import held_back, or_undone
+from nino.system.signals import defer_signals, or_undone
 
 OLD, NEW, BOOKED = ["old", "old"], ["new", "new"], ["new", "new", "booked"]
 
@@ -135,7 +135,7 @@ def test_all_signals_that_were_held_back_are_handled() -> None:
     seen: list[str] = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("SIGUSR1"))
     try:
-        with pytest.raises(Terminated) as caught, held_back():
+        with pytest.raises(Terminated) as caught, defer_signals():
             for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
                 signal.raise_signal(number)
             seen.append("done")
@@ -163,7 +163,7 @@ def test_other_threads_have_no_handlers_to_hold_back() -> None:
     seen: list[str] = []
 
     def work() -> None:
-        with held_back():
+        with defer_signals():
             or_undone(lambda: seen.append("acted"), lambda: seen.append("undone"), lambda _: seen.append("noted"))
 
     thread = threading.Thread(target=work)

@@ -15,9 +15,9 @@ def wire(model: nn.Module, builder: GraphBuilder) -> None:
     """Wire ``GPT2Model`` and the models built on it."""
     config: Any = model.config
     prefix = find_prefix(builder, "wte.weight")
-    num_words, width = builder.shapes[f"{prefix}wte.weight"]
+    vocabulary_size, width = builder.shapes[f"{prefix}wte.weight"]
     stream = builder.axis("stream", width)
-    words = builder.group("words", builder.axis("words", num_words, permutable=False), is_words=True)
+    words = builder.group("words", builder.axis("words", vocabulary_size, permutable=False), is_vocabulary=True)
     places = builder.group("places", builder.axis("places", builder.shapes[f"{prefix}wpe.weight"][0], permutable=False))
     here = builder.group("stream.0", stream)
     builder.dense(f"{prefix}wte.weight", words, here, EdgeType.WORD_EMBEDDING, source_first=True)

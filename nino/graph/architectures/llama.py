@@ -18,9 +18,9 @@ def wire(model: nn.Module, builder: GraphBuilder) -> None:
     """Wire ``LlamaModel``, its relatives and the models built on them."""
     config: Any = model.config
     prefix = find_prefix(builder, "embed_tokens.weight")
-    num_words, width = builder.shapes[f"{prefix}embed_tokens.weight"]
+    vocabulary_size, width = builder.shapes[f"{prefix}embed_tokens.weight"]
     stream = builder.axis("stream", width)
-    words = builder.group("words", builder.axis("words", num_words, permutable=False), is_words=True)
+    words = builder.group("words", builder.axis("words", vocabulary_size, permutable=False), is_vocabulary=True)
     here = builder.group("stream.0", stream)
     builder.dense(f"{prefix}embed_tokens.weight", words, here, EdgeType.WORD_EMBEDDING, source_first=True)
     for index in range(config.num_hidden_layers):

@@ -37,9 +37,9 @@ def wire_gpt2(model: nn.Module, builder: GraphBuilder) -> None:
     """GPT-2 as the published graph lays it out."""
     config: Any = model.config
     prefix = find_prefix(builder, "wte.weight")
-    num_words, width = builder.shapes[f"{prefix}wte.weight"]
+    vocabulary_size, width = builder.shapes[f"{prefix}wte.weight"]
     stream = builder.axis("stream", width)
-    words = builder.group("words", builder.axis("words", num_words, permutable=False), is_words=True)
+    words = builder.group("words", builder.axis("words", vocabulary_size, permutable=False), is_vocabulary=True)
     places = builder.group("places", builder.axis("places", builder.shapes[f"{prefix}wpe.weight"][0], permutable=False))
 
     nodes = _nodes(builder, f"{prefix}h.0")

@@ -35,7 +35,8 @@ class Value:
 
     shape: tuple[int, ...]
     tensor: Tensor
-    """Kept, so that no other tensor takes its identity; on the meta device if it depends on weights that are."""
+    """StoredSnapshot, so that no other tensor takes its identity; on the meta device if it depends on weights that
+    are."""
     parameter: str | None = None
     """Name of the parameter that it is."""
     is_input: bool = False

@@ -123,7 +123,7 @@ class _Assembler:
         if group not in self._groups:
             axes = [self._axis(index, group.name) for index in group.axes]
             self._groups[group] = self.builder.group(
-                self._unique(f"group {group.name}").removeprefix("group "), *axes, is_words=group.is_words
+                self._unique(f"group {group.name}").removeprefix("group "), *axes, is_vocabulary=group.is_vocabulary
             )
         return self._groups[group]
 

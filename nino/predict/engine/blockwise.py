@@ -30,7 +30,7 @@ from nino.predict.engine.fusion import fused
 from nino.predict.engine.tiling import Blocks, Sizes, Strip, constant_of
 from nino.predict.engine.weights import PredictionWriter, SnapshotReader
 from nino.predict.model.networks import Convolution, EdgeUpdate, NiNo, Wnn
-from nino.predict.partition import WHOLE, Share
+from nino.predict.partition import WHOLE, Partition
 
 MESSAGE_VECTORS = 2
 """Hidden vectors per neuron that are summed over its edges, in the round that has most."""
@@ -82,7 +82,7 @@ def predict_blockwise(
     product_dtype: torch.dtype | None = None,
     fuse: bool = False,
     progress: Progress | None = None,
-    share: Share = WHOLE,
+    partition: Partition = WHOLE,
 ) -> None:
     """Predict the weights that the writer wants.
 
@@ -96,10 +96,10 @@ def predict_blockwise(
         sizes: of strips and tiles.
         product_dtype: in which H x H products on edges are computed; by default the reader's dtype.
         fuse: whether to compile what is computed on a tile.
-        progress: is told how much is done, of this process's share.
-        share: of the work; only its own rows are read and written.
+        progress: is told how much is done, of this process's partition.
+        partition: of the work; only its own rows are read and written.
     """
-    blocks = Blocks(graph, sizes, reader.device, share)
+    blocks = Blocks(graph, sizes, reader.device, partition)
     num_edges, num_wanted = blocks.num_edges(writer.wants)
     if isinstance(network, Wnn):
         _predict_alone(network, blocks, reader, writer, horizon, _Progress(progress, 2 * num_wanted))
@@ -251,13 +251,13 @@ class _Run:
             complete: turns nodes and the means of what arrived into the means of the messages.
         """
         new, rows = torch.empty_like(nodes), self.blocks.sizes.longest_side
-        for groups in self.blocks.share.buckets(self.blocks.graph.groups, width):
+        for groups in self.blocks.partition.buckets(self.blocks.graph.groups, width):
             sums = nodes.new_zeros(sum(group.size for group in groups), width)
             by_group = list(zip(groups, sums.split([group.size for group in groups]), strict=True))
             for group, group_sums in by_group:
                 for strip in self.blocks.strips_into(group):
                     group_sums.index_add_(0, strip.local_target, messages(strip))
-            self.blocks.share.add_(sums)
+            self.blocks.partition.add_(sums)
             for group, group_sums in by_group:
                 group_sums /= self.blocks.counts(group).to(sums)
                 own = self.blocks.nodes(group)

@@ -22,7 +22,7 @@ from nino.graph.ir import (
 )
 from nino.graph.rows import Place, block_shape, moved, num_edges_at
 from nino.predict.model.config import NowcasterConfig
-from nino.predict.partition import WHOLE, Share
+from nino.predict.partition import WHOLE, Partition
 from nino.predict.standardise import piece_size
 
 STRIP_EDGES = 2**18
@@ -122,7 +122,7 @@ def _fixed_bytes(graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype
     longest_sides = max(block.source.size + block.target.size for block in graph.blocks)
     node = config.num_positions * (torch.float32.itemsize + dtype.itemsize) + INDEX_BYTES
     if config.kind == "nino":
-        node += vector * (NODE_TENSORS + (config.num_words > 0))
+        node += vector * (NODE_TENSORS + (config.vocabulary_size > 0))
     group = vector * GROUP_TENSORS + INDEX_BYTES
     return (
         node * graph.num_nodes
@@ -195,14 +195,14 @@ class Blocks:
         graph: of the model.
         sizes: of strips and tiles.
         device: where node numbers are wanted.
-        share: of the work; strips are only of this process's own edges.
+        partition: of the work; strips are only of this process's own edges.
     """
 
-    def __init__(self, graph: NeuralGraph, sizes: Sizes, device: torch.device, share: Share = WHOLE) -> None:
+    def __init__(self, graph: NeuralGraph, sizes: Sizes, device: torch.device, partition: Partition = WHOLE) -> None:
         self.graph = graph
         self.sizes = sizes
         self.device = device
-        self.share = share
+        self.partition = partition
         self._first = graph.first_nodes()
         self._into: dict[NeuronGroup, list[EdgeBlock]] = {group: [_self_loops(group)] for group in graph.groups}
         for block in graph.blocks:
@@ -215,7 +215,7 @@ class Blocks:
 
     def num_edges(self, wanted: Callable[[EdgeBlock], bool]) -> tuple[int, int]:
         """How many of this process's edges send messages, and how many of them are wanted to be predicted."""
-        blocks = [(block, num_edges_at(self.share.place(block))) for into in self._into.values() for block in into]
+        blocks = [(block, num_edges_at(self.partition.place(block))) for into in self._into.values() for block in into]
         return sum(edges for _, edges in blocks), sum(edges for block, edges in blocks if wanted(block))
 
     def nodes(self, group: NeuronGroup) -> slice:
@@ -232,7 +232,7 @@ class Blocks:
 
     def strips(self, block: EdgeBlock) -> Iterator[Strip]:
         """Cut this process's part of a block into strips."""
-        own = self.share.place(block)
+        own = self.partition.place(block)
         if not num_edges_at(own):
             return
         source, target = block.source.local_index().to(self.device), block.target.local_index().to(self.device)

@@ -19,9 +19,9 @@ from torch import Tensor
 from nino.errors import NinoError, SnapshotError
 from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph
 from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
-from nino.predict.partition import WHOLE, Share
+from nino.predict.partition import WHOLE, Partition
 from nino.predict.standardise import Standardiser, is_finite, piece_size, pieces_of
-from nino.predict.unchanged import keep_still, where_still
+from nino.predict.unchanged import keep_unchanged, unchanged_mask
 
 MATRIX_AXES = 2
 """Weights with as many axes or more are matrices: embeddings and kernels of convolutions too."""
@@ -42,14 +42,14 @@ def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> Tensor:
     return tensor if _is_viewable(blocks, tensor, rows) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor], share: Share = WHOLE) -> int:
+def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor], partition: Partition = WHOLE) -> int:
     """The size of the copies that reading or writing these tensors takes because their strides allow no views."""
     blocks = _blocks_by_parameter(graph)
     return sum(
         state[name].numel() * state[name].itemsize
         for state in states
         for name, shape in graph.shapes.items()
-        if name in state and not _is_viewable(blocks[name], state[name], share.held_rows(name, shape))
+        if name in state and not _is_viewable(blocks[name], state[name], partition.held_rows(name, shape))
     )
 
 
@@ -106,32 +106,34 @@ class Jump:
         """Norm of the change over the norm of the weights; NaN if those are all zero."""
         return self.distance / self.norm if self.norm else math.nan
 
-    def over_processes(self, share: Share, device: torch.device) -> Jump:
+    def over_processes(self, partition: Partition, device: torch.device) -> Jump:
         """The same over the rows of all processes."""
         kinds = [edge_type.name.lower() for edge_type in EdgeType]  # a process may have rows of some kinds only
         parts = [self.by_kind.get(kind) for kind in kinds]
         table = [(part.distance**2, part.norm**2, 1.0) if part else (0.0, 0.0, 0.0) for part in (self, *parts)]
-        table = share.add_(torch.tensor(table, dtype=torch.float64, device=device)).tolist()
+        table = partition.add_(torch.tensor(table, dtype=torch.float64, device=device)).tolist()
         whole, *by_kind = (Jump(math.sqrt(moved), math.sqrt(total)) for moved, total, _ in table)
         present = {kind: part for kind, part, row in zip(kinds, by_kind, table[1:], strict=True) if row[2]}
         return replace(whole, by_kind=present)
 
 
-class StoredSnapshots:
+class SnapshotViews:
     """The snapshots as they are stored, piece by piece.
 
     Args:
         graph: of the model.
         snapshots: oldest first, per parameter name a tensor of any floating dtype on any device.
-        share: says which rows of the parameters they hold.
+        partition: says which rows of the parameters they hold.
     """
 
-    def __init__(self, graph: NeuralGraph, snapshots: Sequence[Mapping[str, Tensor]], share: Share = WHOLE) -> None:
+    def __init__(
+        self, graph: NeuralGraph, snapshots: Sequence[Mapping[str, Tensor]], partition: Partition = WHOLE
+    ) -> None:
         blocks = _blocks_by_parameter(graph)
         self.context = len(snapshots)
-        self._share = share
+        self._partition = partition
         self._shapes = graph.shapes
-        self._rows = {name: share.held_rows(name, shape) for name, shape in graph.shapes.items()}
+        self._rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
         self._tensors = {
             name: [viewable(blocks[name], snapshot[name], rows) for snapshot in snapshots]
             for name, rows in self._rows.items()
@@ -144,7 +146,7 @@ class StoredSnapshots:
 
     def own_rows(self, name: str) -> list[Tensor]:
         """This process's own rows of a parameter, of every snapshot."""
-        own = self._share.own_rows(name, self._shapes[name])
+        own = self._partition.own_rows(name, self._shapes[name])
         return [own.of(self._rows[name], snapshot) for snapshot in self._tensors[name]]
 
 
@@ -159,7 +161,7 @@ class SnapshotReader:
     """
 
     def __init__(
-        self, snapshots: StoredSnapshots, scalers: Mapping[str, Standardiser], device: torch.device, dtype: torch.dtype
+        self, snapshots: SnapshotViews, scalers: Mapping[str, Standardiser], device: torch.device, dtype: torch.dtype
     ) -> None:
         self._snapshots = snapshots
         self.scalers = scalers
@@ -199,8 +201,8 @@ class PredictionWriter:
             left out stay as they are.
         scalers: of every parameter.
         snapshots: of the model.
-        share: says which rows of the parameters the tensors hold.
-        keep_norms: whether :meth:`finish` gives matrices the norms that they had.
+        partition: says which rows of the parameters the tensors hold.
+        preserve_norms: whether :meth:`finish` gives matrices the norms that they had.
     """
 
     def __init__(
@@ -208,18 +210,18 @@ class PredictionWriter:
         graph: NeuralGraph,
         tensors: Mapping[str, Tensor],
         scalers: Mapping[str, Standardiser],
-        snapshots: StoredSnapshots,
-        share: Share = WHOLE,
-        keep_norms: bool = False,
+        snapshots: SnapshotViews,
+        partition: Partition = WHOLE,
+        preserve_norms: bool = False,
     ) -> None:
         blocks = _blocks_by_parameter(graph)
         self.tensors = tensors
         self._snapshots = snapshots
-        self._share = share
+        self._partition = partition
         self._shapes = graph.shapes
-        self._kept = [name for name in tensors if keep_norms and len(graph.shapes[name]) >= MATRIX_AXES]
+        self._kept = [name for name in tensors if preserve_norms and len(graph.shapes[name]) >= MATRIX_AXES]
         """Parameters whose norms are kept."""
-        self._rows = {name: share.held_rows(name, graph.shapes[name]) for name in tensors}
+        self._rows = {name: partition.held_rows(name, graph.shapes[name]) for name in tensors}
         self._views = {name: viewable(blocks[name], tensor, self._rows[name]) for name, tensor in tensors.items()}
         self.scalers = scalers
         self._sums: dict[tuple[str, EdgeType], Tensor] = {}
@@ -240,9 +242,9 @@ class PredictionWriter:
         name = str(block.parameter)
         scaler = self.scalers[name]
         target = piece_of(block, self._views[name], place, self._rows[name])
-        still = where_still(self._snapshots.pieces(block, place))
+        still = unchanged_mask(self._snapshots.pieces(block, place))
         new = scaler.decode(last, movement)
-        target.copy_(new if still is None else keep_still(new, target, still))
+        target.copy_(new if still is None else keep_unchanged(new, target, still))
         # Of what arrived in the target: a value that overflows its dtype is infinite only there.
         sums = _squares(scaler.unapply(last), target.to(new), still)
         key = (name, block.type)  # a fused layer's parts are of several types
@@ -261,7 +263,7 @@ class PredictionWriter:
         for (name, _), (moved_here, *_) in written.items():
             self._refuse_unless(math.isfinite(moved_here), name)
         factors = self._scale(written)
-        self._share.exchange(self.tensors)
+        self._partition.exchange(self.tensors)
         squares: dict[str, tuple[float, float]] = {}
         for (name, edge_type), (moved_here, old, new, still) in written.items():
             if (factor := factors.get(name, 1.0)) != 1.0:  # |f new - old|^2 from |new - old|^2
@@ -285,7 +287,7 @@ class PredictionWriter:
             if name in squares:
                 squares[name] = [squares[name][0] + old, squares[name][1] + new]
         device = self.scalers[self._kept[0]].mean.device
-        table = self._share.add_(torch.tensor([*squares.values()], dtype=torch.float64, device=device))
+        table = self._partition.add_(torch.tensor([*squares.values()], dtype=torch.float64, device=device))
         factors = dict(zip(squares, factor_to_keep(*table.unbind(1)).tolist(), strict=True))
         for name, factor in factors.items():
             if factor != 1.0:
@@ -293,11 +295,11 @@ class PredictionWriter:
         return factors
 
     def _scale_own_rows(self, name: str, factor: float) -> None:
-        own = self._share.own_rows(name, self._shapes[name]).of(self._rows[name], self.tensors[name])
+        own = self._partition.own_rows(name, self._shapes[name]).of(self._rows[name], self.tensors[name])
         size = piece_size(own.device)
         snapshots = [pieces_of(rows, size) for rows in self._snapshots.own_rows(name)]
         for piece, *of_snapshots in zip(pieces_of(own, size), *snapshots, strict=True):
-            piece.copy_(keep_still(piece * factor, piece, where_still(of_snapshots)))
+            piece.copy_(keep_unchanged(piece * factor, piece, unchanged_mask(of_snapshots)))
         overflows = factor > 1 and own.dtype == torch.float16 and not is_finite(own)
         self._refuse_unless(not overflows, name)
 

@@ -28,7 +28,7 @@ class NowcasterConfig:
     """The furthest prediction, in snapshot intervals."""
     num_positions: int = 8
     """Laplacian features per node."""
-    num_words: int = 0
+    vocabulary_size: int = 0
     """Rows of a table that is added to the word neurons (row 0 to all others); 0 if the weights have none."""
     wiring: Literal["exact", "official"] = "exact"
     """The wiring on which it was trained."""
@@ -56,8 +56,8 @@ class NowcasterConfig:
                 raise CheckpointError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
         if not isinstance(self.context, int) or self.context < 2:
             raise CheckpointError(f"context must be a whole number of at least 2, got {self.context!r}")
-        if not isinstance(self.num_words, int) or self.num_words < 0:
-            raise CheckpointError(f"num_words must be a whole number of at least 0, got {self.num_words!r}")
+        if not isinstance(self.vocabulary_size, int) or self.vocabulary_size < 0:
+            raise CheckpointError(f"vocabulary_size must be a whole number of at least 0, got {self.vocabulary_size!r}")
 
     def to_json(self) -> str:
         """Return the config as JSON, with its format and version; what older releases lack is left out if unused."""

@@ -191,7 +191,7 @@ class NiNo(nn.Module):
         self.config = config
         hidden = config.hidden
         self.type_embed = nn.Embedding(NUM_EDGE_TYPES, hidden)
-        self.word_embed = nn.Embedding(config.num_words, hidden) if config.num_words else None
+        self.word_embed = nn.Embedding(config.vocabulary_size, hidden) if config.vocabulary_size else None
         self.node_proj = nn.Linear(config.num_positions, hidden)
         self.edge_proj = nn.Linear(MAX_FEATURES * config.context, hidden)
         self.convs = nn.ModuleList(Convolution(hidden) for _ in range(NUM_ROUNDS))

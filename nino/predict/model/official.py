@@ -95,6 +95,6 @@ def _infer_config(state: dict[str, Tensor]) -> NowcasterConfig:
         context=num_inputs // MAX_FEATURES,
         max_horizon=len(state["edge_out.fc.2.weight"]) // MAX_FEATURES,
         num_positions=state["node_proj.fc.0.weight"].shape[1],
-        num_words=0 if words is None else len(words),
+        vocabulary_size=0 if words is None else len(words),
         wiring="official",
     )

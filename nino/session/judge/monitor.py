@@ -1,6 +1,6 @@
-"""The nowcast on trial: the losses that it is judged by, its open report, and the trust that verdicts leave behind.
+"""The nowcast on trial: the losses that it is judged by, its open report, and the trust that decisions leave behind.
 
-The rule is in :mod:`nino.session.judge.rule`; what follows from a verdict is the session's.
+The rule is in :mod:`nino.session.judge.rule`; what follows from a decision is the session's.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor
 from nino.errors import NinoError
 from nino.parallel.collectives import is_main_process, is_true_everywhere, mean_over_processes, min_over_processes
 from nino.session.judge.rule import (
-    ProbationConfig,
-    Trust,
+    Backoff,
+    RollbackConfig,
     finite,
     gather_evidence,
     has_recovered,
-    is_in_doubt,
+    is_inconclusive,
     why_not_judged,
 )
 from nino.session.report import Loss, NowcastReport, OpenReport
-from nino.session.target import LiveModel
+from nino.session.target import TrainingTarget
 
 logger = logging.getLogger("nino.session")  # that of a session: who watches its nowcasts watches one logger
 
 MANY_OBSERVED = 256
-"""Losses observed without an update that are looked at (which waits for the device), and of which the last are kept."""
+"""Losses observed without a step that are looked at (which waits for the device), and of which the last are kept."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What the losses say of the nowcast on trial."""
 
     report: NowcastReport
@@ -46,39 +46,39 @@ class Verdict:
     """Why to undo it; nothing if it is kept."""
 
 
-class Trial:
+class Monitor:
     """Books losses and judges nowcasts, one at a time; of several processes all hold one and judge alike.
 
     Args:
-        config: how long a nowcast is on probation, and how strictly it is judged.
+        config: how long a nowcast is in its rollback window, and how strictly it is judged.
         live: the model; processes exchange numbers on its device.
         on_report: called with each complete report; an error that it raises is logged and ends nothing.
     """
 
     def __init__(
         self,
-        config: ProbationConfig,
-        live: LiveModel,
+        config: RollbackConfig,
+        live: TrainingTarget,
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
         self.config, self._live, self.on_report = config, live, on_report
-        self.trust = Trust()
+        self.backoff = Backoff()
         self.reports: list[NowcastReport] = []
         self.losses: deque[Loss] = deque(maxlen=config.losses_before)
-        """Of the last updates, oldest first."""
+        """Of the last steps, oldest first."""
         self.open: OpenReport | None = None
         """The last report, while it waits for losses."""
         self._observed: list[Loss] = []
-        """Losses of the coming update."""
+        """Losses of the coming step."""
         self._said_unjudged = False
 
     @property
-    def is_on_probation(self) -> bool:
+    def is_monitoring(self) -> bool:
         """Whether a nowcast may still be undone."""
-        return self.open is not None and self.open.on_probation
+        return self.open is not None and self.open.is_monitored
 
     def observe(self, loss: Tensor | float) -> None:
-        """Take a loss of the coming update; several are averaged. Never blocks.
+        """Take a loss of the coming step; several are averaged. Never blocks.
 
         Raises:
             NinoError: if it is not one number.
@@ -94,57 +94,57 @@ class Trial:
             raise NinoError(f"a loss is one number or a tensor of one element, got {type(loss).__name__}")
 
     def has_stuck(self) -> bool:
-        """Whether updates no longer happen and a jump is to blame: losses pile up, and not one is finite.
+        """Whether steps no longer happen and a jump is to blame: losses pile up, and not one is finite.
 
-        They also pile up with many micro-batches, and when mixed precision skips updates. Cheap until there are many.
+        They also pile up with many micro-batches, and when mixed precision skips steps. Cheap until there are many.
         """
         if not self._observed or len(self._observed) % MANY_OBSERVED:
             return False
-        is_stuck = self.is_on_probation and not any(math.isfinite(float(loss)) for loss in self._observed)
-        is_stuck = self.is_on_probation and is_true_everywhere(is_stuck, self._live.device)
+        is_stuck = self.is_monitoring and not any(math.isfinite(float(loss)) for loss in self._observed)
+        is_stuck = self.is_monitoring and is_true_everywhere(is_stuck, self._live.device)
         del self._observed[:-MANY_OBSERVED]
         return is_stuck
 
     def forget_observed(self) -> None:
-        """Drop the losses of an update that does not come."""
+        """Drop the losses of a step that does not come."""
         self._observed.clear()
 
     def book(self) -> bool:
-        """Book the losses of the update that was just done; whether the open report now wants a verdict."""
+        """Book the losses of the step that was just done; whether the open report now wants a decision."""
         loss = sum(self._observed[1:], self._observed[0]) / len(self._observed) if self._observed else None
         self._observed.clear()
         if loss is not None:
             self.losses.append(loss)
         if self.open is None:
             return False
-        is_over, halfway = self.open.book(loss), self.config.early_verdict
-        is_halfway = halfway > 0 and self.config.updates - self.open.updates_to_come == halfway
-        return is_over or (self.open.on_probation and is_halfway)
+        is_over, halfway = self.open.book(loss), self.config.early_decision
+        is_halfway = halfway > 0 and self.config.steps - self.open.steps_to_come == halfway
+        return is_over or (self.open.is_monitored and is_halfway)
 
-    def judge(self, step: int) -> Verdict | None:
-        """Judge the open report; ``None`` if its probation goes on.
+    def judge(self, step: int) -> Decision | None:
+        """Judge the open report; ``None`` if its rollback window goes on.
 
         Args:
-            step: optimizer updates done.
+            step: optimizer steps done.
         """
         nowcast = self.open
         if nowcast is None:
             return None
-        report, is_over = nowcast.with_losses(), nowcast.updates_to_come <= 0
-        after = [float(loss) for loss in nowcast.after] if nowcast.on_probation else []
-        if nowcast.on_probation and is_true_everywhere(bool(after), self._live.device):
+        report, is_over = nowcast.with_losses(), nowcast.steps_to_come <= 0
+        after = [float(loss) for loss in nowcast.after] if nowcast.is_monitored else []
+        if nowcast.is_monitored and is_true_everywhere(bool(after), self._live.device):
             evidence = gather_evidence(finite(self._of_all(nowcast.before)), self._of_all(after))
             report = replace(report, loss_after=evidence.after)
-            updates = step - report.step - report.glide  # since the weights have arrived
-            if not has_recovered(evidence, self.config, updates):
-                losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {updates} updates"
-                return Verdict(report, losses)
-            if is_over and is_in_doubt(evidence, self.config) and updates < self.config.longest:
-                nowcast.updates_to_come = self.config.longest - updates
+            steps = step - report.step - report.ramp  # since the weights have arrived
+            if not has_recovered(evidence, self.config, steps):
+                losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {steps} steps"
+                return Decision(report, losses)
+            if is_over and is_inconclusive(evidence, self.config) and steps < self.config.longest:
+                nowcast.steps_to_come = self.config.longest - steps
                 return None
             if is_over:
-                self.trust = self.trust.after_keeping(evidence, self.config)
-        return Verdict(report) if is_over else None
+                self.backoff = self.backoff.after_keeping(evidence, self.config)
+        return Decision(report) if is_over else None
 
     def _of_all(self, losses: list[float]) -> list[float]:
         """The losses of the global batches: the mean over processes, as far back as all remember."""
@@ -156,7 +156,7 @@ class Trial:
         return [float(loss) for loss in self.losses]
 
     def can_judge(self, losses: list[float], *, is_due: bool) -> bool:
-        """Whether all processes know enough to put a nowcast on probation; says once if nothing is known.
+        """Whether all processes know enough to put a nowcast in its rollback window; says once if nothing is known.
 
         Args:
             losses: before the jump.
@@ -165,18 +165,18 @@ class Trial:
         if not losses and is_due and not self._said_unjudged:
             self._said_unjudged = True
             logger.warning(
-                "no training losses are observed, so nowcasts are kept without probation: call observe(loss) of the "
-                "optimizer or the callback before each step, or set probation=0"
+                "no training losses are observed, so no nowcast can be rolled back: call observe(loss) of the "
+                "optimizer or the callback before each step, or set rollback_window=0"
             )
         return is_true_everywhere(not why_not_judged(losses), self._live.device)
 
     def begin(self, report: NowcastReport, judged_by: list[float] | None = None) -> OpenReport:
-        """Open a report; on probation if there are losses from before the jump to judge it by."""
+        """Open a report; in its rollback window if there are losses from before the jump to judge it by."""
         if judged_by is None:
-            self.open = OpenReport(report, report.glide + 1, on_the_way=report.glide)
+            self.open = OpenReport(report, report.ramp + 1, on_the_way=report.ramp)
         else:
-            updates = report.glide + self.config.updates
-            self.open = OpenReport(report, updates, on_probation=True, before=judged_by, on_the_way=report.glide)
+            steps = report.ramp + self.config.steps
+            self.open = OpenReport(report, steps, is_monitored=True, before=judged_by, on_the_way=report.ramp)
         self.reports.append(report)
         return self.open
 
@@ -193,12 +193,12 @@ class Trial:
             if self.on_report is not None:
                 self.on_report(report)
         except Exception as error:  # a dashboard that cannot be reached is no reason to lose a run
-            message = "on_report failed for the nowcast after update %d, training goes on: %s"
+            message = "on_report failed for the nowcast after step %d, training goes on: %s"
             logger.warning(message, report.step, str(error) or repr(error), exc_info=True)
 
     def fail(self, report: NowcastReport) -> None:
         """Close the report of a nowcast that was undone, and trust the next ones less."""
-        self.trust = self.trust.after_failure(self.config)
+        self.backoff = self.backoff.after_failure(self.config)
         self.close(report)
 
     def reset(self) -> None:
@@ -206,47 +206,47 @@ class Trial:
         self.losses.clear()
         self._observed.clear()
         self.open = None
-        self.trust = Trust()
+        self.backoff = Backoff()
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists only."""
         return {
             "losses": [float(loss) for loss in self.losses],
             "open_report": self.open.state_dict() if self.open is not None else None,
-            "trust": asdict(self.trust),
+            "backoff": asdict(self.backoff),
         }
 
     @staticmethod
-    def read(state: Mapping[str, Any]) -> TrialState:
+    def read(state: Mapping[str, Any]) -> MonitorState:
         """Check what :meth:`state_dict` gave, for :meth:`resume`.
 
         Raises:
             KeyError, TypeError, ValueError, AttributeError: if it is damaged.
         """
         opened = state["open_report"]
-        return TrialState(
+        return MonitorState(
             [float(loss) for loss in state["losses"]],
             OpenReport.from_state_dict(opened) if opened is not None else None,
-            Trust.from_state_dict(state["trust"]),
+            Backoff.from_state_dict(state["backoff"]),
         )
 
-    def resume(self, state: TrialState) -> None:
+    def resume(self, state: MonitorState) -> None:
         """Go on as saved."""
         self.losses = deque(state.losses, maxlen=self.config.losses_before)
         self._observed.clear()
-        self.open, self.trust = state.open, state.trust
+        self.open, self.backoff = state.open, state.backoff
         if state.open is not None:
             others = [other for other in self.reports if other.step != state.open.report.step]
             self.reports[:] = [*others, state.open.report]
 
 
 @dataclass
-class TrialState:
+class MonitorState:
     """What a trial is resumed from."""
 
     losses: list[float]
     open: OpenReport | None
-    trust: Trust
+    backoff: Backoff
 
 
 def log_report(report: NowcastReport) -> None:

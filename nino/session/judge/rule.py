@@ -1,13 +1,14 @@
 """Was the jump a good one? The rule by which a nowcast is kept or taken back: pure functions of training losses.
 
-A nowcast looks bad before it is good: the loss right after a jump rises and comes back within some tens of updates. So
-a nowcast is not judged at once but put on probation for R updates. It is taken back if the loss at the end of them is
+A nowcast looks bad before it is good: the loss right after a jump rises and comes back within some tens of steps. So
+a nowcast is not judged at once but put in its rollback window for R steps. It is taken back if the loss at the end of
+them is
 still clearly above that before the jump, clearly meaning by more than the noise of the batches explains. Within the
-first hundred updates a good jump may still be on its way back; then only disasters are taken back, if need be halfway.
-A nowcast in doubt gets more time, if the period has it. After each failure, and after each jump that was kept in doubt
-all the same, horizons shrink; after several nowcasts are left out.
+first hundred steps a good jump may still be on its way back; then only disasters are taken back, if need be halfway.
+A nowcast inconclusive gets more time, if the period has it. After each failure, and after each jump that was kept
+inconclusive all the same, horizons shrink; after several nowcasts are left out.
 They grow back only while losses fall.
-``docs/probation.md`` has the measurements behind the numbers.
+``docs/rollback.md`` has the measurements behind the numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from nino.errors import NinoError
 
 PART_OF_PERIOD = 10
-"""By default a probation takes one part in so many of a period."""
+"""By default a rollback window takes one part in so many of a period."""
 RECOVERY = 100
 """Updates after which a good jump is no longer on its way back; that does not depend on the period."""
 PATIENT_FAILURES = 1
@@ -31,34 +32,34 @@ MIN_LOSSES_BEFORE = 3
 """Fewer losses before a jump than this say nothing of their noise."""
 
 
-def default_probation(period: int) -> int:
+def default_rollback_window(period: int) -> int:
     """Updates that a nowcast has to recover in, unless told otherwise; 0, for never judged, if a period is below 10.
 
     Example:
-        >>> default_probation(1000)
+        >>> default_rollback_window(1000)
         100
     """
     return period // PART_OF_PERIOD
 
 
-def longest_probation(period: int) -> int:
-    """Updates that a nowcast in doubt is given in all: twice those of others, but no more than a good jump needs.
+def longest_rollback_window(period: int) -> int:
+    """Updates that a nowcast inconclusive is given in all: twice those of others, but no more than a good jump needs.
 
     Example:
-        >>> longest_probation(1000), longest_probation(500), longest_probation(200)
+        >>> longest_rollback_window(1000), longest_rollback_window(500), longest_rollback_window(200)
         (100, 100, 40)
     """
-    return min(RECOVERY, 2 * default_probation(period))
+    return min(RECOVERY, 2 * default_rollback_window(period))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbationConfig:
+class RollbackConfig:
     """How long a nowcast has to prove itself, and how strictly it is judged."""
 
-    updates: int = 100
-    """Optimizer updates that a nowcast has to recover in (R); 0 keeps every nowcast."""
+    steps: int = 100
+    """Optimizer steps that a nowcast has to recover in (R); 0 keeps every nowcast."""
     longest: int = 0
-    """Updates that one in doubt after R is given in all, if they are more: see :func:`longest_probation`."""
+    """Updates that one inconclusive after R is given in all, if they are more: see :func:`longest_rollback_window`."""
     tolerance: float = 3.0
     """By how many standard errors the mean loss may exceed that before the jump, once a good one has recovered."""
     early_tolerance: float = 8.0
@@ -69,44 +70,45 @@ class ProbationConfig:
     """What they are multiplied by after one that the loss fell after, up to the schedule's own horizon."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.updates, int) or isinstance(self.updates, bool) or self.updates < 0:
-            raise NinoError(f"probation must be a number of updates, 0 for none; got {self.updates!r}")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
+            raise NinoError(f"rollback_window must be a number of steps, 0 for none; got {self.steps!r}")
 
     @property
     def losses_before(self) -> int:
         """How many losses before a jump it is compared with."""
-        return max(self.updates, 20)
+        return max(self.steps, 20)
 
     @property
-    def early_verdict(self) -> int:
+    def early_decision(self) -> int:
         """Updates after the jump at which a disaster is taken back before the end; 0 for never."""
-        return self.updates // 2 if self.updates >= RECOVERY else 0
+        return self.steps // 2 if self.steps >= RECOVERY else 0
 
-    def tolerance_after(self, updates: int) -> float:
-        """By how many standard errors the loss may exceed that before the jump, so many updates after it."""
-        return self.tolerance if updates >= RECOVERY else self.early_tolerance
+    def tolerance_after(self, steps: int) -> float:
+        """By how many standard errors the loss may exceed that before the jump, so many steps after it."""
+        return self.tolerance if steps >= RECOVERY else self.early_tolerance
 
 
-def probation_of(period: int, updates: int | None = None, glide: int = 0) -> ProbationConfig:
+def rollback_config(period: int, steps: int | None = None, ramp: int = 0) -> RollbackConfig:
     """How nowcasts of a run are judged.
 
     Args:
-        period: optimizer updates between nowcasts.
-        updates: that one has to recover in, once it has arrived; ``None`` for :func:`default_probation`, 0 for never.
-        glide: updates over which a jump is dealt out, which come before.
+        period: optimizer steps between nowcasts.
+        steps: that one has to recover in, once it has arrived; ``None`` for :func:`default_rollback_window`, 0 for
+            never.
+        ramp: steps over which a jump is dealt out, which come before.
 
     Raises:
-        NinoError: if the next nowcast comes before the verdict.
+        NinoError: if the next nowcast comes before the decision.
 
     Example:
-        >>> probation_of(1000).updates, probation_of(1000, 0).updates
+        >>> rollback_config(1000).steps, rollback_config(1000, 0).steps
         (100, 0)
     """
-    chosen = default_probation(period) if updates is None else updates
-    config = ProbationConfig(updates=chosen, longest=min(longest_probation(period), max(period - glide - 1, 0)))
-    if chosen and chosen + glide >= period:
-        way = f" and a glide of {glide}" if glide else ""
-        raise NinoError(f"probation={chosen}{way} must end before the next nowcast, period={period} updates later")
+    chosen = default_rollback_window(period) if steps is None else steps
+    config = RollbackConfig(steps=chosen, longest=min(longest_rollback_window(period), max(period - ramp - 1, 0)))
+    if chosen and chosen + ramp >= period:
+        way = f" and a ramp of {ramp}" if ramp else ""
+        raise NinoError(f"rollback_window={chosen}{way} must end before the next nowcast, period={period} steps later")
     return config
 
 
@@ -133,12 +135,12 @@ def why_not_judged(losses: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the losses around a jump say; of several processes the mean loss of every update counts."""
+    """What the losses around a jump say; of several processes the mean loss of every step counts."""
 
     before: float
-    """Mean loss of the last updates before the jump."""
+    """Mean loss of the last steps before the jump."""
     after: float
-    """Mean loss of the second half of the updates since."""
+    """Mean loss of the second half of the steps since."""
     error_variance: float
     """Squared standard error of ``after - before`` if the jump had changed nothing."""
 
@@ -149,7 +151,7 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
     The noise is that of the losses before the jump around their own trend, a straight line.
 
     Args:
-        before: training losses of the last updates before the jump, oldest first; at least 3, all finite.
+        before: training losses of the last steps before the jump, oldest first; at least 3, all finite.
         after: training losses since the jump, oldest first; at least 1.
 
     Example:
@@ -168,29 +170,29 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
     return Evidence(mean, sum(late) / len(late), variance * (1 / len(before) + 1 / len(late)))
 
 
-def has_recovered(evidence: Evidence, config: ProbationConfig, updates: int) -> bool:
-    """Whether to keep the nowcast, so many updates after the jump.
+def has_recovered(evidence: Evidence, config: RollbackConfig, steps: int) -> bool:
+    """Whether to keep the nowcast, so many steps after the jump.
 
     Losses that are NaN or infinite have not recovered, and what cannot be compared is not trusted. Where the losses
     before the jump had no noise at all, none is tolerated after it.
 
     Example:
         >>> two, four = (Evidence(before=2.0, after=after, error_variance=0.01) for after in (2.2, 2.4))
-        >>> has_recovered(two, ProbationConfig(), 100), has_recovered(four, ProbationConfig(), 100)  # standard errors
+        >>> has_recovered(two, RollbackConfig(), 100), has_recovered(four, RollbackConfig(), 100)  # standard errors
         (True, False)
-        >>> has_recovered(four, ProbationConfig(), 50)
+        >>> has_recovered(four, RollbackConfig(), 50)
         True
     """
     if not all(math.isfinite(number) for number in (evidence.before, evidence.after, evidence.error_variance)):
         return False
-    return not _has_risen_by(evidence, config.tolerance_after(updates))
+    return not _has_risen_by(evidence, config.tolerance_after(steps))
 
 
-def is_in_doubt(evidence: Evidence, config: ProbationConfig) -> bool:
+def is_inconclusive(evidence: Evidence, config: RollbackConfig) -> bool:
     """Whether a nowcast that is not taken back yet would be, were it not perhaps still on its way back.
 
     Example:
-        >>> is_in_doubt(Evidence(before=2.0, after=2.4, error_variance=0.01), ProbationConfig())  # 4 standard errors
+        >>> is_inconclusive(Evidence(before=2.0, after=2.4, error_variance=0.01), RollbackConfig())  # 4 standard errors
         True
     """
     return _has_risen_by(evidence, config.tolerance)
@@ -201,65 +203,65 @@ def _has_risen_by(evidence: Evidence, standard_errors: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Trust:
+class Backoff:
     """How far the nowcaster is trusted, by how its nowcasts went so far."""
 
     scale: float = 1.0
     """What the schedule's horizons are multiplied by."""
     failures: int = 0
-    """Nowcasts in a row that were taken back, or kept in doubt."""
+    """Nowcasts in a row that were taken back, or kept inconclusive."""
     periods_to_skip: int = 0
     """Nowcasts to leave out."""
 
     @staticmethod
-    def from_state_dict(state: Mapping[str, Any]) -> Trust:
+    def from_state_dict(state: Mapping[str, Any]) -> Backoff:
         """Read ``dataclasses.asdict`` of one.
 
         Raises:
             KeyError, TypeError, ValueError: if it is damaged.
         """
-        trust = Trust(float(state["scale"]), index(state["failures"]), index(state["periods_to_skip"]))
+        trust = Backoff(float(state["scale"]), index(state["failures"]), index(state["periods_to_skip"]))
         if not (0 < trust.scale < math.inf and trust.failures >= 0 and trust.periods_to_skip >= 0):
             raise ValueError(f"impossible {trust}")
         return trust
 
-    def after_failure(self, config: ProbationConfig) -> Trust:
+    def after_failure(self, config: RollbackConfig) -> Backoff:
         """The trust after a nowcast that was taken back.
 
         From the second failure in a row on, nowcasts are left out: 1, 2, 4, at most 8 before the next one.
 
         Example:
-            >>> Trust().after_failure(ProbationConfig())
-            Trust(scale=0.5, failures=1, periods_to_skip=0)
-            >>> Trust(0.5, 1).after_failure(ProbationConfig())
-            Trust(scale=0.25, failures=2, periods_to_skip=1)
+            >>> Backoff().after_failure(RollbackConfig())
+            Backoff(scale=0.5, failures=1, periods_to_skip=0)
+            >>> Backoff(0.5, 1).after_failure(RollbackConfig())
+            Backoff(scale=0.25, failures=2, periods_to_skip=1)
         """
         failures = self.failures + 1
         beyond = failures - PATIENT_FAILURES
-        return Trust(self.scale * config.shrink, failures, min(2 ** (beyond - 1), 8) if beyond > 0 else 0)
+        return Backoff(self.scale * config.shrink, failures, min(2 ** (beyond - 1), 8) if beyond > 0 else 0)
 
-    def after_keeping(self, evidence: Evidence, config: ProbationConfig) -> Trust:
+    def after_keeping(self, evidence: Evidence, config: RollbackConfig) -> Backoff:
         """The trust after a nowcast that was kept: as before, unless the loss has fallen or is still clearly higher.
 
         A jump that goes back a little is hard to tell from one that does nothing; neither deserves a longer one. In a
-        short probation a good jump may still be on its way back, so it is kept; but a next one may as well wait for
-        proof, and counts as if this one had been taken back.
+        short rollback window a good jump may still be on its way back, so it is kept; but a next one may as well wait
+        for proof, and counts as if this one had been taken back.
 
         Example:
-            >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=1.9, error_variance=0.01), ProbationConfig())
-            Trust(scale=0.75, failures=0, periods_to_skip=0)
-            >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=2.1, error_variance=0.01), ProbationConfig())
-            Trust(scale=0.5, failures=1, periods_to_skip=0)
-            >>> Trust(0.5, 1).after_keeping(Evidence(before=2.0, after=2.5, error_variance=0.01), ProbationConfig())
-            Trust(scale=0.25, failures=2, periods_to_skip=1)
+            >>> Backoff(0.5, 1).after_keeping(Evidence(before=2.0, after=1.9, error_variance=0.01), RollbackConfig())
+            Backoff(scale=0.75, failures=0, periods_to_skip=0)
+            >>> Backoff(0.5, 1).after_keeping(Evidence(before=2.0, after=2.1, error_variance=0.01), RollbackConfig())
+            Backoff(scale=0.5, failures=1, periods_to_skip=0)
+            >>> Backoff(0.5, 1).after_keeping(Evidence(before=2.0, after=2.5, error_variance=0.01), RollbackConfig())
+            Backoff(scale=0.25, failures=2, periods_to_skip=1)
         """
-        if is_in_doubt(evidence, config):
+        if is_inconclusive(evidence, config):
             return self.after_failure(config)
-        return Trust(min(self.scale * config.grow, 1.0)) if evidence.after < evidence.before else self
+        return Backoff(min(self.scale * config.grow, 1.0)) if evidence.after < evidence.before else self
 
-    def after_skipping(self) -> Trust:
+    def after_skipping(self) -> Backoff:
         """The trust after a nowcast was left out."""
-        return Trust(self.scale, self.failures, self.periods_to_skip - 1)
+        return Backoff(self.scale, self.failures, self.periods_to_skip - 1)
 
     def shorten(self, horizon: int) -> int:
         """A horizon of the schedule, shortened; at least 1."""

@@ -13,11 +13,11 @@ from nino.errors import SnapshotError
 from nino.parallel.collectives import Channel, LostProcessError, PeerFailureError
 from nino.parallel.shards import local_tensor
 from nino.predict.engine.weights import Jump
-from nino.predict.work_partition import fingerprint, plan_share
-from nino.session.jump.ramp import Glide
-from nino.session.jump.rollback import RestorePoint
-from nino.session.optimizer_state.master_weights import Masters, find_masters, write_masters
-from nino.session.target import LiveModel, write_parameters
+from nino.predict.work_partition import fingerprint, partition_work
+from nino.session.jump.ramp import Ramp
+from nino.session.jump.rollback import RollbackCopy
+from nino.session.optimizer_state.master_weights import MasterWeights, find_master_weights, write_master_weights
+from nino.session.target import TrainingTarget, write_parameters
 from nino.snapshots import SnapshotStore
 from nino.system.signals import or_undone
 
@@ -39,16 +39,16 @@ class Attempt:
 
 
 def attempt_jump(
-    live: LiveModel,
+    live: TrainingTarget,
     store: SnapshotStore,
     horizon: int,
     *,
     refusal: str = "",
     averaged: bool = False,
-    keep_norms: bool = False,
-    glide: Glide,
+    preserve_norms: bool = False,
+    ramp: Ramp,
     step: int,
-    restore_point: RestorePoint | None,
+    rollback_copy: RollbackCopy | None,
     complete: Callable[[Attempt], R],
 ) -> R:
     """Predict from the snapshots into the live weights; whatever goes wrong, they are as they were.
@@ -60,12 +60,12 @@ def attempt_jump(
         store: its snapshots, the newest of this very update.
         horizon: snapshot intervals ahead.
         refusal: why this process must not jump; none does then.
-        averaged: whether snapshots are means over some updates, the newest one too; else the live weights are the
+        averaged: whether snapshots are means over some steps, the newest one too; else the live weights are the
             newest one.
-        keep_norms: whether matrices keep the norms of the newest snapshot.
-        glide: if it deals jumps out, it takes the movement, and the weights stay where they are for now.
-        step: optimizer updates done.
-        restore_point: if given, takes a copy of all that training changes before the jump.
+        preserve_norms: whether matrices keep the norms of the newest snapshot.
+        ramp: if it deals jumps out, it takes the movement, and the weights stay where they are for now.
+        step: optimizer steps done.
+        rollback_copy: if given, takes a copy of all that training changes before the jump.
         complete: is told how it went. An interrupt before that puts the weights back, a later one waits for it.
 
     Returns:
@@ -75,10 +75,10 @@ def attempt_jump(
         LostProcessError: if another process is gone; the weights are whole.
     """
     began, parameters = time.perf_counter(), live.trainable()
-    channel, before, masters = Channel(live.device), dict[str, Tensor](), Masters()
+    channel, before, masters = Channel(live.device), dict[str, Tensor](), MasterWeights()
 
     def put_back() -> None:
-        glide.end()
+        ramp.end()
         if before:
             write_parameters(parameters, before)
 
@@ -87,17 +87,17 @@ def attempt_jump(
             with channel.together():
                 if refusal:
                     raise SnapshotError(refusal)
-                if restore_point is not None:
-                    restore_point.take(step, live.module, live.trained(), live.optimizer)
-                    weights = restore_point.weights
+                if rollback_copy is not None:
+                    rollback_copy.take(step, live.module, live.trained(), live.optimizer)
+                    weights = rollback_copy.weights
                     before.update({name: weights[name] for name in parameters})
                 else:
                     before.update(_backup(parameters, store))
-                if not glide.updates:
-                    masters.extend(find_masters(live.optimizer, parameters))
-                jump = _predict(live, store, horizon, parameters, before, channel, averaged, keep_norms, glide.updates)
-                if glide.updates:
-                    glide.begin(parameters, store.snapshots[-1] if averaged else before, before)
+                if not ramp.steps:
+                    masters.extend(find_master_weights(live.optimizer, parameters))
+                jump = _predict(live, store, horizon, parameters, before, channel, averaged, preserve_norms, ramp.steps)
+                if ramp.steps:
+                    ramp.begin(parameters, store.snapshots[-1] if averaged else before, before)
         except LostProcessError:  # it cannot go on; whoever catches this finds the weights whole
             raise
         except Exception as error:  # whatever went wrong, the run must go on from the weights that it has
@@ -109,16 +109,16 @@ def attempt_jump(
     def completed(attempt: Attempt) -> R:
         try:
             if attempt.jump is not None:
-                write_masters(masters)
+                write_master_weights(masters)
             return complete(attempt)
         except Exception as error:
             if attempt.jump is None or channel.size > 1:  # others have jumped: alone it must not go back
                 raise
-            if restore_point is not None:
-                restore_point.restore(live.module, live.trained(), live.optimizer)
+            if rollback_copy is not None:
+                rollback_copy.restore(live.module, live.trained(), live.optimizer)
             put_back()
-            if restore_point is None:
-                write_masters(masters)  # of which there is no copy: they are the weights, rounded
+            if rollback_copy is None:
+                write_master_weights(masters)  # of which there is no copy: they are the weights, rounded
             return complete(replace(attempt, jump=None, reason=str(error) or repr(error)))
 
     return or_undone(attempt, put_back, completed)
@@ -135,22 +135,22 @@ def _backup(parameters: Mapping[str, nn.Parameter], store: SnapshotStore) -> dic
 
 
 def _predict(
-    live: LiveModel,
+    live: TrainingTarget,
     store: SnapshotStore,
     horizon: int,
     parameters: Mapping[str, nn.Parameter],
     newest: Mapping[str, Tensor],
     channel: Channel,
     averaged: bool,
-    keep_norms: bool,
-    glide: int,
+    preserve_norms: bool,
+    ramp: int,
 ) -> Jump:
     everything = live.wired()
     fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
     read = store.snapshots if averaged else [*store.snapshots[:-1], newest]
     snapshots = [{**fixed, **snapshot} for snapshot in read]
     weights = list(live.nowcaster.network.parameters())
-    same = [horizon, int(keep_norms), glide, fingerprint(weights)] if channel.size > 1 else []
+    same = [horizon, int(preserve_norms), ramp, fingerprint(weights)] if channel.size > 1 else []
     return live.nowcaster.predict_(
         parameters,
         snapshots,
@@ -158,7 +158,7 @@ def _predict(
         live.graph,
         positions=live.positions,
         device=channel.device,
-        keep_norms=keep_norms,
+        preserve_norms=preserve_norms,
         backup=newest,
-        share=plan_share(live.graph, everything, parameters, snapshots, channel, same),
+        partition=partition_work(live.graph, everything, parameters, snapshots, channel, same),
     )

@@ -1,6 +1,6 @@
 """Batch norm after a jump: its running statistics are of the old weights, so they are estimated anew.
 
-For the next few updates they become plain averages over the training's own batches, the first replacing what was known.
+For the next few steps they become plain averages over the training's own batches, the first replacing what was known.
 A layer moves its statistics a part of the way towards those of a batch; here each such step is made longer after it was
 taken. So layers keep their settings and compiled ones stay compiled, no batch is read twice, no random number is drawn.
 """
@@ -17,19 +17,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nino.parallel.collectives import mean_over_processes_
 
-RENEWAL_UPDATES = 5
-"""Optimizer updates over which statistics are estimated anew. Weights move fast after a jump: a longer average is of
+RENEWAL_STEPS = 5
+"""Optimizer steps over which statistics are estimated anew. Weights move fast after a jump: a longer average is of
 weights that are gone (docs/lab-notes.md, 2026-11-24)."""
 STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass
 class _Known:
-    """What a layer has known after an update."""
+    """What a layer has known after a step."""
 
     batches: Tensor
     """That it had seen, ever; a whole number."""
-    updates: Tensor
+    steps: Tensor
     """Over which its statistics are an average; a whole number."""
     statistics: dict[str, Tensor]
 
@@ -43,12 +43,12 @@ class BatchNormRenewal:
 
     Args:
         model: the model in training.
-        updates: for so many optimizer updates; 0 never does anything.
+        steps: for so many optimizer steps; 0 never does anything.
     """
 
-    def __init__(self, model: nn.Module, updates: int = RENEWAL_UPDATES) -> None:
+    def __init__(self, model: nn.Module, steps: int = RENEWAL_STEPS) -> None:
         self.model = model
-        self.updates = updates
+        self.steps = steps
         self._updates_left = 0
         self._known: dict[str, _Known] = {}
 
@@ -56,24 +56,24 @@ class BatchNormRenewal:
     def begin(self) -> None:
         """The weights have jumped."""
         self.end()
-        if not self.updates:
+        if not self.steps:
             return
         layers = {name: layer for name, layer in self._layers() if _can_renew(layer)}
         if layers:
-            self._updates_left = self.updates
+            self._updates_left = self.steps
             _average_over_processes(layers.values())
-            self._known = {name: _look(layer, updates=0) for name, layer in layers.items()}
+            self._known = {name: _look(layer, steps=0) for name, layer in layers.items()}
 
     @torch.no_grad()
-    def after_update(self) -> None:
-        """Make the last update's step of the statistics longer; after the last time, they go their usual way."""
+    def after_step(self) -> None:
+        """Make the last step's step of the statistics longer; after the last time, they go their usual way."""
         if not self._updates_left:
             return
         layers = {name: layer for name, layer in self._layers() if name in self._known and layer.momentum}
         for name, layer in layers.items():
             _lengthen(layer, self._known[name])
         _average_over_processes(layers.values())
-        self._known = {name: _look(layer, self._known[name].updates) for name, layer in layers.items()}
+        self._known = {name: _look(layer, self._known[name].steps) for name, layer in layers.items()}
         self._updates_left -= 1
         if not self._updates_left:
             self.end()
@@ -88,12 +88,12 @@ class BatchNormRenewal:
         known = {
             name: {
                 "batches": int(known.batches),
-                "updates": int(known.updates),
+                "steps": int(known.steps),
                 **{kind: value.tolist() for kind, value in known.statistics.items()},
             }
             for name, known in self._known.items()
         }
-        return {"updates_left": self._updates_left, "known": known}
+        return {"steps_left": self._updates_left, "known": known}
 
     @staticmethod
     def read(state: Mapping[str, Any]) -> tuple[int, dict[str, dict[str, Tensor]]]:
@@ -103,10 +103,10 @@ class BatchNormRenewal:
             KeyError, TypeError, ValueError: if the state is damaged.
         """
         known = {
-            str(name): {kind: torch.tensor(part[kind]) for kind in ("batches", "updates", *STATISTICS)}
+            str(name): {kind: torch.tensor(part[kind]) for kind in ("batches", "steps", *STATISTICS)}
             for name, part in state["known"].items()
         }
-        return int(state["updates_left"]), known
+        return int(state["steps_left"]), known
 
     def resume(self, saved: tuple[int, dict[str, dict[str, Tensor]]]) -> None:
         """Go on where a saved renewal was; the model's buffers must be, or will be, those of the same checkpoint."""
@@ -117,7 +117,7 @@ class BatchNormRenewal:
                 parts = known[name]
                 statistics = {kind: parts[kind].to(_statistic(layer, kind)) for kind in STATISTICS}
                 device = statistics["running_mean"].device
-                self._known[name] = _Known(parts["batches"].to(device), parts["updates"].to(device), statistics)
+                self._known[name] = _Known(parts["batches"].to(device), parts["steps"].to(device), statistics)
 
     def _layers(self) -> Iterator[tuple[str, _BatchNorm]]:
         for name, module in self.model.named_modules():
@@ -136,21 +136,21 @@ def _can_renew(layer: _BatchNorm) -> bool:
     return all(torch.finfo(_statistic(layer, kind).dtype).eps < 0.1 * layer.momentum for kind in STATISTICS)
 
 
-def _look(layer: _BatchNorm, updates: Tensor | int) -> _Known:
+def _look(layer: _BatchNorm, steps: Tensor | int) -> _Known:
     batches = layer.get_buffer("num_batches_tracked").clone()
     statistics = {kind: _statistic(layer, kind).clone() for kind in STATISTICS}
-    return _Known(batches, torch.as_tensor(updates, device=batches.device), statistics)
+    return _Known(batches, torch.as_tensor(steps, device=batches.device), statistics)
 
 
 def _lengthen(layer: _BatchNorm, known: _Known) -> None:
-    """Turn a step of ``1 - (1 - momentum) ** batches`` of the way into one of ``1 / updates`` of it."""
+    """Turn a step of ``1 - (1 - momentum) ** batches`` of the way into one of ``1 / steps`` of it."""
     batches = layer.get_buffer("num_batches_tracked") - known.batches
-    known.updates = known.updates + (batches > 0)
+    known.steps = known.steps + (batches > 0)
     taken = 1 - (1 - float(layer.momentum or 0.0)) ** batches.float()
     for kind, before in known.statistics.items():
         after = _statistic(layer, kind)
         # Without a batch nothing has moved, and what is divided by does not matter.
-        renewed = before + (after - before) / (taken * known.updates).clamp_min(1e-12).to(after)
+        renewed = before + (after - before) / (taken * known.steps).clamp_min(1e-12).to(after)
         if kind == "running_var":
             renewed.clamp_min_(0)  # by rounding, where the old one was much larger
         after.copy_(renewed.where(renewed.isfinite(), after))

@@ -1,6 +1,6 @@
-"""A jump that is dealt out over the updates that follow: the weights glide to where they were predicted.
+"""A jump that is dealt out over the steps that follow: the weights ramp to where they were predicted.
 
-Right after a jump gradients are large, and Adam, which remembers their squares for a thousand updates, takes shorter
+Right after a jump gradients are large, and Adam, which remembers their squares for a thousand steps, takes shorter
 steps for as long. Dealt out, the movement is corrected by the optimizer on the way. ``docs/lab-notes.md`` (2026-11-27)
 has the measurements.
 """
@@ -19,42 +19,42 @@ from nino.errors import NinoError, SnapshotError
 from nino.parallel.collectives import is_main_process, num_processes
 from nino.parallel.shards import local_tensor, local_tensors
 from nino.predict.standardise import exact_dtype, piece_size, pieces_of
-from nino.session.jump.batch_norm import RENEWAL_UPDATES
-from nino.session.optimizer_state.master_weights import find_masters
+from nino.session.jump.batch_norm import RENEWAL_STEPS
+from nino.session.optimizer_state.master_weights import find_master_weights
 from nino.session.target import write_parameters
 
 logger = logging.getLogger(__name__)
 
 LONGEST_PART = 2
-"""A glide may take one part in so many of a period."""
+"""A ramp may take one part in so many of a period."""
 
 
-def check_glide(updates: int, period: int) -> int:
-    """Return the number if a jump can be dealt out over so many updates.
+def check_ramp(steps: int, period: int) -> int:
+    """Return the number if a jump can be dealt out over so many steps.
 
     Raises:
         NinoError: if it is not 0 (at once) to half of the period.
     """
     longest = period // LONGEST_PART
-    if not isinstance(updates, int) or isinstance(updates, bool) or not 0 <= updates <= longest:
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= longest:
         raise NinoError(
-            f"glide must be 0 (a jump at once) to {longest} updates, half of the period of {period}, got {updates!r}"
+            f"ramp must be 0 (a jump at once) to {longest} steps, half of the period of {period}, got {steps!r}"
         )
-    return updates
+    return steps
 
 
-class Glide:
+class Ramp:
     """What is left of a jump, beside the parameters and in at least float32.
 
-    Every update takes its share of what is left. What rounding has kept from coarser weights is left for the next one,
+    Every step takes its share of what is left. What rounding has kept from coarser weights is left for the next one,
     so that bfloat16 weights arrive as well. Master weights of the optimizer move along.
 
     Args:
-        updates: over which a jump is dealt out; 0 leaves jumps as they are.
+        steps: over which a jump is dealt out; 0 leaves jumps as they are.
     """
 
-    def __init__(self, updates: int = 0) -> None:
-        self.updates = updates
+    def __init__(self, steps: int = 0) -> None:
+        self.steps = steps
         self.shares = 0
         """Updates so far in which weights were moved, by all jumps."""
         self._updates_left = 0
@@ -67,9 +67,9 @@ class Glide:
         """Whether weights are on their way."""
         return self._updates_left > 0
 
-    def arrives_in(self, updates_left: int | None) -> bool:
+    def arrives_in(self, steps_left: int | None) -> bool:
         """Whether a jump made now would arrive before the run ends, and batch norms would know; ``None``: no end."""
-        return not self.updates or updates_left is None or updates_left >= self.updates + RENEWAL_UPDATES
+        return not self.steps or steps_left is None or steps_left >= self.steps + RENEWAL_STEPS
 
     @torch.no_grad()
     def begin(
@@ -89,10 +89,10 @@ class Glide:
             rest[name] = live.to(exact_dtype(live)) - start[name].to(live.device, exact_dtype(live))
             rest[name].masked_fill_(live == before[name].to(live.device), 0)
         write_parameters(parameters, before)
-        self._rest, self._moving, self._updates_left = rest, dict(parameters), self.updates
+        self._rest, self._moving, self._updates_left = rest, dict(parameters), self.steps
 
     @torch.no_grad()
-    def after_update(self, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> bool:
+    def after_step(self, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> bool:
         """Move the weights by their share; if some have changed since, all stay where they are.
 
         Args:
@@ -100,7 +100,7 @@ class Glide:
             optimizer: of them.
 
         Returns:
-            Whether the way is over with this update.
+            Whether the way is over with this step.
 
         Raises:
             Exception: if moving fails in one of several processes, which then hold different weights; alone, that ends
@@ -124,7 +124,7 @@ class Glide:
 
     def _take_share(self, parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
         masters: dict[Any, list[Tensor]] = {}
-        for master, weights in find_masters(optimizer, parameters):
+        for master, weights in find_master_weights(optimizer, parameters):
             masters.setdefault(_place(weights), []).append(master)
         moved = set()  # parameters may share their memory
         for name, parameter in parameters.items():
@@ -140,8 +140,8 @@ class Glide:
     def give_up(self, reason: str) -> None:
         """End it on its way, with a warning."""
         if is_main_process():
-            message = "a nowcast ends on its way, %d of %d updates before the weights had arrived, training goes on: %s"
-            logger.warning(message, self._updates_left, max(self.updates, self._updates_left), reason)
+            message = "a nowcast ends on its way, %d of %d steps before the weights had arrived, training goes on: %s"
+            logger.warning(message, self._updates_left, max(self.steps, self._updates_left), reason)
         self.end()
 
     def end(self) -> None:
@@ -149,32 +149,32 @@ class Glide:
         self._updates_left, self._rest, self._moving = 0, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and tensors; later updates do not change it."""
-        return {"updates_left": self._updates_left, "rest": {name: rest.clone() for name, rest in self._rest.items()}}
+        """Numbers and tensors; later steps do not change it."""
+        return {"steps_left": self._updates_left, "rest": {name: rest.clone() for name, rest in self._rest.items()}}
 
     @staticmethod
-    def read(state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor], updates: int) -> Glide:
+    def read(state: Mapping[str, Any] | None, parameters: Mapping[str, Tensor], steps: int) -> Ramp:
         """Restore :meth:`state_dict` of the same parameters; of others nothing is left.
 
         Args:
-            state: ``None`` if it was saved before there were glides.
+            state: ``None`` if it was saved before there were ramps.
             parameters: those that jumps may move.
-            updates: of the next jumps.
+            steps: of the next jumps.
 
         Raises:
             SnapshotError: if it is damaged.
         """
-        glide = Glide(updates)
+        ramp = Ramp(steps)
         if state is None:
-            return glide
-        updates_left, rest = int(state["updates_left"]), dict(state["rest"])
-        if updates_left < 0 or bool(updates_left) != bool(rest):
-            raise SnapshotError(f"saved glide is damaged: {updates_left} updates left of {len(rest)} parameters")
+            return ramp
+        steps_left, rest = int(state["steps_left"]), dict(state["rest"])
+        if steps_left < 0 or bool(steps_left) != bool(rest):
+            raise SnapshotError(f"saved ramp is damaged: {steps_left} steps left of {len(rest)} parameters")
         live = local_tensors(parameters)
         if _shapes(live) == _shapes(rest):
-            glide._updates_left, glide._moving = updates_left, dict(parameters)
-            glide._rest = {n: rest[n].to(value.device, exact_dtype(value), copy=True) for n, value in live.items()}
-        return glide
+            ramp._updates_left, ramp._moving = steps_left, dict(parameters)
+            ramp._rest = {n: rest[n].to(value.device, exact_dtype(value), copy=True) for n, value in live.items()}
+        return ramp
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -186,13 +186,13 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _move(weights: Tensor, masters: list[Tensor], rest: Tensor, updates_left: int) -> None:
+def _move(weights: Tensor, masters: list[Tensor], rest: Tensor, steps_left: int) -> None:
     """Move weights by one share of the rest, and take what they have moved from it; piece by piece, for its memory."""
     exact = masters[0] if masters else weights
     size = piece_size(weights.device)
     for piece, left in zip(pieces_of(exact, size), pieces_of(rest, size), strict=True):
         before = piece.to(left, copy=True)
-        piece.copy_(before + left / updates_left)
+        piece.copy_(before + left / steps_left)
         left -= piece.to(left) - before
     for other in [*masters[1:], *([weights] if masters else [])]:
         other.copy_(exact)

@@ -17,14 +17,14 @@ from nino.errors import SnapshotError
 from nino.parallel.shards import as_sharded, local_tensor, local_tensors
 from nino.session.optimizer_state.opaque_state import put_back_hidden_state, take_hidden_state
 from nino.snapshots import Place, SnapshotStore
-from nino.system.signals import held_back
+from nino.system.signals import defer_signals
 
 logger = logging.getLogger(__name__)
 
 WEIGHT, BUFFER, OPTIMIZER, HIDDEN = "weight", "buffer", "optimizer", "hidden"
 
 
-class RestorePoint:
+class RollbackCopy:
     """A copy of everything that training changes in a model and its optimizer, but for sparse and quantized buffers.
 
     Learning rates and whatever else lives in parameter groups are the scheduler's and are not part of it. Of an
@@ -84,7 +84,7 @@ class RestorePoint:
         saved = self._store.snapshots[-1]
         live = {key: tensor for key, tensor in _live_tensors(model, parameters, None).items() if key in saved}
         caches = [k for k, tensor in live.items() if k.startswith(BUFFER) and not _fits(tensor, saved[k])]
-        with held_back():
+        with defer_signals():
             for key in live.keys() - set(caches):
                 live[key].copy_(saved[key])
             entries = _entries_by_parameter(saved)
@@ -141,7 +141,7 @@ class RestorePoint:
         """
         copies = state["store"]["snapshots"]
         if len(copies) != 1:
-            raise SnapshotError(f"saved restore point is damaged: {len(copies)} copies, expected 1")
+            raise SnapshotError(f"saved rollback copy is damaged: {len(copies)} copies, expected 1")
         (taken,) = copies
         # The optimizer may not be restored yet, and buffers may grow: they are only known from the copies.
         expected = {key: tensor for key, tensor in taken.items() if not key.startswith(f"{WEIGHT}/")}

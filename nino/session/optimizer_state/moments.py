@@ -46,7 +46,7 @@ def settle_moments(
     Args:
         moments: ``"keep"`` leaves all as it is. ``"scale"`` divides first moments by ``1 + horizon``: the farther the
             jump, the less the old direction says. ``"reset"`` sets moments to zero and counters to 0, as before the
-            first update: of Adam and its kin, SGD, RMSprop, Adafactor and Muon. State under other names stays, as
+            first step: of Adam and its kin, SGD, RMSprop, Adafactor and Muon. State under other names stays, as
             NAdam's product of momenta or Adagrad's sum, of which zero is not the beginning.
         optimizer: whose state it is.
         parameters: those that jumped.

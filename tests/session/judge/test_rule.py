@@ -1,4 +1,5 @@
-"""Nowcasts on probation: the rule by hand-worked numbers, and a session that undoes a bad jump to the last bit."""
+"""Nowcasts in its rollback window: the rule by hand-worked numbers, and a session that undoes a bad jump to the last
+bit."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 import nino.session.session
 from nino import NinoError, NowcastOptimizer
-from nino.session.judge.rule import RECOVERY, Evidence, ProbationConfig, Trust, gather_evidence, has_recovered
+from nino.session.judge.rule import RECOVERY, Backoff, Evidence, RollbackConfig, gather_evidence, has_recovered
 
 PERIOD, R = 30, 10
-CONFIG = ProbationConfig(updates=R)
+CONFIG = RollbackConfig(steps=R)
 FALLEN = Evidence(before=1.0, after=0.9, error_variance=0.01)
 
 
@@ -38,9 +39,9 @@ def test_a_worked_example() -> None:
     assert evidence.before == 5
     assert evidence.after == 7.5
     assert evidence.error_variance == pytest.approx(0.9143, abs=1e-4)
-    assert has_recovered(evidence, ProbationConfig(tolerance=3), 100)  # 2.5 < 3 * 0.956
-    assert not has_recovered(evidence, ProbationConfig(tolerance=2.6), 100)  # 2.5 > 2.486
-    assert has_recovered(evidence, ProbationConfig(tolerance=2.6), 99)  # it may still be on its way back
+    assert has_recovered(evidence, RollbackConfig(tolerance=3), 100)  # 2.5 < 3 * 0.956
+    assert not has_recovered(evidence, RollbackConfig(tolerance=2.6), 100)  # 2.5 > 2.486
+    assert has_recovered(evidence, RollbackConfig(tolerance=2.6), 99)  # it may still be on its way back
 
 
 def test_the_loss_right_after_the_jump_does_not_count() -> None:
@@ -55,7 +56,7 @@ def test_a_loss_that_is_not_finite_has_not_recovered(broken: float) -> None:
 
 
 def test_trust_shrinks_after_failures_and_comes_back() -> None:
-    trust, scales, skipped = Trust(), [], []
+    trust, scales, skipped = Backoff(), [], []
     for _ in range(6):
         trust = trust.after_failure(CONFIG)
         scales.append(trust.shorten(40))
@@ -65,47 +66,47 @@ def test_trust_shrinks_after_failures_and_comes_back() -> None:
 
     for _ in range(11):
         trust = trust.after_keeping(FALLEN, CONFIG)
-    assert trust == Trust()
+    assert trust == Backoff()
 
 
 def test_a_nowcast_that_changes_nothing_earns_no_longer_ones() -> None:
-    trust = Trust(0.25, failures=2)
+    trust = Backoff(0.25, failures=2)
     assert trust.after_keeping(Evidence(before=1.0, after=1.01, error_variance=0.01), CONFIG) == trust
-    assert trust.after_keeping(FALLEN, CONFIG) == Trust(0.375)
+    assert trust.after_keeping(FALLEN, CONFIG) == Backoff(0.375)
 
 
 def test_a_nowcast_kept_in_doubt_counts_as_one_taken_back() -> None:
-    # Five standard errors above: kept within the first hundred updates, but the horizon halves, and a second time in a
+    # Five standard errors above: kept within the first hundred steps, but the horizon halves, and a second time in a
     # row the next nowcast is left out. Two and a half are noise.
     doubtful = Evidence(before=1.0, after=1.5, error_variance=0.01)
     assert has_recovered(doubtful, CONFIG, RECOVERY - 1)
-    trust = Trust().after_keeping(doubtful, CONFIG)
-    assert trust == Trust(0.5, failures=1)
-    assert trust.after_keeping(doubtful, CONFIG) == Trust(0.25, failures=2, periods_to_skip=1)
+    trust = Backoff().after_keeping(doubtful, CONFIG)
+    assert trust == Backoff(0.5, failures=1)
+    assert trust.after_keeping(doubtful, CONFIG) == Backoff(0.25, failures=2, periods_to_skip=1)
     assert trust.after_keeping(Evidence(before=1.0, after=1.25, error_variance=0.01), CONFIG) == trust
 
 
 def test_a_disaster_is_seen_halfway() -> None:
     # Noise of the losses before: residuals of +-0.05 around a nearly level line, so a standard error of about 0.013.
     before = [1.0, 1.1] * 20
-    config = ProbationConfig(updates=100)
-    assert config.early_verdict == 50
+    config = RollbackConfig(steps=100)
+    assert config.early_decision == 50
     evidence = gather_evidence(before, [9.0] * 10 + [1.12] * 10)
     assert 3 < (evidence.after - evidence.before) / math.sqrt(evidence.error_variance) < 8
     assert has_recovered(evidence, config, 50) and not has_recovered(evidence, config, 100)
     assert not has_recovered(gather_evidence(before, [9.0] * 10 + [1.3] * 10), config, 50)
-    assert ProbationConfig(updates=99).early_verdict == 0  # half of it is too soon
+    assert RollbackConfig(steps=99).early_decision == 0  # half of it is too soon
 
 
-@pytest.mark.parametrize("updates", [-1, 2.5, True])
-def test_bad_settings(updates: Any) -> None:
-    with pytest.raises(NinoError, match="number of updates"):
-        ProbationConfig(updates=updates)
+@pytest.mark.parametrize("steps", [-1, 2.5, True])
+def test_bad_settings(steps: Any) -> None:
+    with pytest.raises(NinoError, match="number of steps"):
+        RollbackConfig(steps=steps)
 
 
 def test_a_probation_longer_than_the_period_is_refused() -> None:
     with pytest.raises(NinoError, match="must end before the next nowcast"):
-        _optimizer(mlp(), add(0), probation=PERIOD)
+        _optimizer(mlp(), add(0), rollback_window=PERIOD)
 
 
 def add(amount: float) -> Any:
@@ -116,16 +117,18 @@ def good(newest: Weights) -> Weights:
     return {name: value * 1.001 for name, value in newest.items()}
 
 
-def _optimizer(model: nn.Module, answer: Any, probation: int = R, base: str = "adam") -> NowcastOptimizer:
+def _optimizer(model: nn.Module, answer: Any, rollback_window: int = R, base: str = "adam") -> NowcastOptimizer:
     bases = {
         "adam": lambda: torch.optim.AdamW(model.parameters(), lr=1e-3),
         "momentum": lambda: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
     }
-    return NowcastOptimizer(bases[base](), model, ScriptedNowcaster(answer), period=PERIOD, probation=probation)
+    return NowcastOptimizer(
+        bases[base](), model, ScriptedNowcaster(answer), period=PERIOD, rollback_window=rollback_window
+    )
 
 
 def _train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
-    """Updates first + 1 ... last, on five batches in turn: the losses of ten updates are those of every batch twice."""
+    """Updates first + 1 ... last, on five batches in turn: the losses of ten steps are those of every batch twice."""
     for index in range(first, last):
         inputs, targets = batch(index % 5)
         optimizer.zero_grad()
@@ -147,7 +150,7 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
     _train(model, optimizer, PERIOD + R - 1, PERIOD + R)
 
     plain = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
-    other = _optimizer(plain, add(3), probation=0, base=base).optimizer
+    other = _optimizer(plain, add(3), rollback_window=0, base=base).optimizer
     _train(plain, other, 0, PERIOD)
 
     report = optimizer.reports[-1]
@@ -185,7 +188,7 @@ def test_whatever_a_model_holds_is_put_back(place: Any, tmp_path: Path) -> None:
     model, plain = Odd(), Odd()
     settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = NowcastOptimizer(adam, model, ScriptedNowcaster(add(3)), period=PERIOD, probation=R, **settings)
+    optimizer = NowcastOptimizer(adam, model, ScriptedNowcaster(add(3)), period=PERIOD, rollback_window=R, **settings)
     _train(model, optimizer, 0, PERIOD + R)
     assert [report.outcome for report in optimizer.reports] == ["rolled back"]
     base = torch.optim.AdamW(plain.parameters(), lr=1e-3)
@@ -203,7 +206,7 @@ def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCap
     model, plain = nn.Sequential(*body, nn.Linear(2, 2)), None
     plain = copy.deepcopy(model)
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = NowcastOptimizer(base, model, ScriptedNowcaster(add(3)), period=PERIOD, probation=R, graph=graph)
+    optimizer = NowcastOptimizer(base, model, ScriptedNowcaster(add(3)), period=PERIOD, rollback_window=R, graph=graph)
     said = "2 trained parameters are not in the graph that was given and are never nowcast: 3.bias, 3.weight"
     assert [record.getMessage() for record in caplog.records] == [said]
     _train(model, optimizer, 0, PERIOD + 2)
@@ -218,16 +221,16 @@ def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCap
     assert base.state[model[3].weight]["step"] == PERIOD
 
 
-@pytest.mark.parametrize("probation", [0, R])
+@pytest.mark.parametrize("rollback_window", [0, R])
 def test_a_jump_that_cannot_be_completed_is_taken_back(
-    probation: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rollback_window: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no such moments")
 
     monkeypatch.setattr(nino.session.session, "settle_moments", fail)
     model, plain = mlp(), mlp()
-    optimizer = _optimizer(model, add(3), probation=probation)
+    optimizer = _optimizer(model, add(3), rollback_window=rollback_window)
     _train(model, optimizer, 0, PERIOD + 2)
     _train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3), 0, PERIOD + 2)
     assert_same(model.state_dict(), plain.state_dict())
@@ -265,7 +268,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
     def wrapped(model: nn.Module) -> NowcastOptimizer:
         settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
         return NowcastOptimizer(
-            Private(model), model, ScriptedNowcaster(add(3)), period=PERIOD, probation=R, **settings
+            Private(model), model, ScriptedNowcaster(add(3)), period=PERIOD, rollback_window=R, **settings
         )
 
     model, plain = mlp(), mlp()
@@ -293,7 +296,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
             assert_same(mine, its)
     assert [group["lr"] for group in optimizer.param_groups] == [7e-4, 7e-4]
     # 44 weights; of 36 in matrices one moment, of 8 in two vectors two moments and a counter.
-    assert optimizer.reports[-1].restore_bytes == 4 * (44 + 36 + 2 * 8 + 2)
+    assert optimizer.reports[-1].rollback_bytes == 4 * (44 + 36 + 2 * 8 + 2)
     for a, b in ((model, optimizer), (plain, other)):
         for group in b.param_groups:
             group["lr"] = 1e-3
@@ -333,8 +336,8 @@ def test_caches_do_not_hinder_undoing(base: str, caplog: pytest.LogCaptureFixtur
     for _ in range(R - 1):
         inputs, targets = batch(0)
         optimizer.observe(F.mse_loss(model(inputs), targets))
-        optimizer.session.after_update()
-    other = _optimizer(plain, add(3), probation=0, base=base).optimizer
+        optimizer.session.after_step()
+    other = _optimizer(plain, add(3), rollback_window=0, base=base).optimizer
     _train(plain, other, 0, PERIOD)
 
     assert optimizer.reports[-1].rolled_back
@@ -349,7 +352,7 @@ def test_caches_do_not_hinder_undoing(base: str, caplog: pytest.LogCaptureFixtur
     assert lines == ["buffers that cannot be written back stay as they are (3): 0.expanded, 0.grows, 0.inferred"]
 
 
-def test_a_restore_point_is_resumed_from_before_a_cache_has_grown() -> None:
+def test_a_rollback_copy_is_resumed_from_before_a_cache_has_grown() -> None:
     model = nn.Sequential(Caching(), *mlp())
     optimizer = _optimizer(model, add(3))
     _train(model, optimizer, 0, PERIOD + 1)
@@ -366,15 +369,15 @@ def test_a_restore_point_is_resumed_from_before_a_cache_has_grown() -> None:
 def test_a_disaster_is_undone_halfway() -> None:
     model, plain = mlp(), mlp()
     bases = [torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, plain)]
-    optimizer = NowcastOptimizer(bases[0], model, ScriptedNowcaster(add(3)), period=120, probation=100)
+    optimizer = NowcastOptimizer(bases[0], model, ScriptedNowcaster(add(3)), period=120, rollback_window=100)
     _train(model, optimizer, 0, 120 + 49)
     assert not optimizer.reports[-1].rolled_back
     _train(model, optimizer, 120 + 49, 120 + 50)
     _train(plain, bases[1], 0, 120)
 
     report = optimizer.reports[-1]
-    assert report.rolled_back and report.updates_undone == 50 and "after 50 updates" in report.reason
-    assert report.as_log()["nowcast/updates_undone"] == 50
+    assert report.rolled_back and report.steps_undone == 50 and "after 50 steps" in report.reason
+    assert report.as_log()["nowcast/steps_undone"] == 50
     assert_same(weights_of(model), weights_of(plain))
 
 
@@ -386,15 +389,15 @@ def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: st
     if how == "told":
         for _ in range(25):
             optimizer.observe(math.inf)
-            optimizer.session.after_skipped_update()
+            optimizer.session.after_skipped_step()
     else:
         for _ in range(256):
             optimizer.observe(math.inf)
-    _train(plain, _optimizer(plain, add(3), probation=0).optimizer, 0, PERIOD)
+    _train(plain, _optimizer(plain, add(3), rollback_window=0).optimizer, 0, PERIOD)
 
-    assert optimizer.reports[-1].rolled_back and "every update was skipped" in optimizer.reports[-1].reason
+    assert optimizer.reports[-1].rolled_back and "every step was skipped" in optimizer.reports[-1].reason
     assert_same(weights_of(model), weights_of(plain))
-    assert optimizer.session.trial.trust.failures == 1
+    assert optimizer.session.monitor.backoff.failures == 1
     _train(model, optimizer, PERIOD, 2 * PERIOD)  # and training goes on
     assert len(optimizer.reports) == 2
 
@@ -406,7 +409,7 @@ def test_many_micro_batches_are_no_skipped_updates() -> None:
     for _ in range(600):
         optimizer.observe(1.0)
     assert not optimizer.reports[-1].rolled_back
-    assert len(optimizer.session.trial._observed) <= 512
+    assert len(optimizer.session.monitor._observed) <= 512
 
 
 def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
@@ -414,7 +417,7 @@ def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-3)
         optimizer = NowcastOptimizer(
-            base, model, ScriptedNowcaster(good), period=PERIOD, probation=R, max_steps=max_steps
+            base, model, ScriptedNowcaster(good), period=PERIOD, rollback_window=R, max_steps=max_steps
         )
         _train(model, optimizer, 0, PERIOD)
         assert optimizer.reports[-1].accepted == accepted
@@ -430,8 +433,8 @@ def test_an_interrupt_after_the_prediction_leaves_a_report(monkeypatch: pytest.M
     optimizer = _optimizer(model, add(3))
     with pytest.raises(KeyboardInterrupt):
         _train(model, optimizer, 0, PERIOD)
-    assert optimizer.reports[-1].accepted  # on record, and on probation
-    assert optimizer.state_dict()["nowcast"]["restore_point"] is not None
+    assert optimizer.reports[-1].accepted  # on record, and in its rollback window
+    assert optimizer.state_dict()["nowcast"]["rollback_copy"] is not None
 
 
 def test_a_good_jump_is_kept() -> None:
@@ -476,14 +479,16 @@ def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: i
 
     assert_same(weights_of(resumed_model), weights_of(straight))
     assert [r.rolled_back for r in second.reports][-1:] == [r.rolled_back for r in whole.reports][-1:]
-    assert second.session.trial.trust == whole.session.trial.trust
+    assert second.session.monitor.backoff == whole.session.monitor.backoff
 
 
 @pytest.mark.parametrize(("period", "expected"), [(1002, 100), (30, 3), (9, 0)])
 def test_by_default_a_probation_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    assert NowcastOptimizer(base, model, ScriptedNowcaster(good), period=period).session.probation.updates == expected
+    assert (
+        NowcastOptimizer(base, model, ScriptedNowcaster(good), period=period).session.rollback_window.steps == expected
+    )
 
 
 def test_without_losses_nowcasts_are_kept_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -497,4 +502,4 @@ def test_without_losses_nowcasts_are_kept_and_one_line_says_so(caplog: pytest.Lo
     assert [report.accepted for report in optimizer.reports] == [True] * 3
     assert not any(report.rolled_back for report in optimizer.reports)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and "kept without probation: call observe(loss)" in warnings[0]
+    assert len(warnings) == 1 and "kept without a rollback window: call observe(loss)" in warnings[0]

@@ -29,22 +29,22 @@ def _see(model: nn.Sequential, *means: float) -> None:
 
 def test_the_mean_of_the_coming_batches_replaces_what_was_known() -> None:
     model = _layer()
-    renewal = BatchNormRenewal(model, updates=3)
+    renewal = BatchNormRenewal(model, steps=3)
     renewal.begin()
     for mean in (1.0, 2.0, 6.0):
         _see(model, mean)
-        renewal.after_update()
+        renewal.after_step()
 
     torch.testing.assert_close(model[0].running_mean, torch.tensor([3.0, 3.0]), rtol=1e-4, atol=0)  # (1 + 2 + 6) / 3
     assert int(model[0].num_batches_tracked) == 7 + 3
     _see(model, 13.0)
-    renewal.after_update()
+    renewal.after_step()
     torch.testing.assert_close(model[0].running_mean, torch.tensor([4.0, 4.0]), rtol=1e-4, atol=0)  # 0.9 * 3 + 0.1 * 13
 
 
 def test_until_the_first_batch_the_old_statistics_stay() -> None:
     model = _layer()
-    BatchNormRenewal(model, updates=3).begin()
+    BatchNormRenewal(model, steps=3).begin()
     assert model[0].running_mean.tolist() == [100.0, 100.0]
 
 
@@ -55,29 +55,29 @@ def test_left_alone(case: str) -> None:
         model = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))
     model.train(case != "frozen").to(torch.bfloat16 if case == "coarse" else torch.float32)
     other = copy.deepcopy(model)
-    renewal = BatchNormRenewal(model, updates=0 if case == "none wanted" else 3)
+    renewal = BatchNormRenewal(model, steps=0 if case == "none wanted" else 3)
     renewal.begin()
     for seen in (model, other):
         seen(torch.tensor([[1.0, 2.0], [5.0, 3.0]], dtype=torch.bfloat16 if case == "coarse" else torch.float32))
-    renewal.after_update()
-    assert renewal.state_dict() == {"updates_left": 0, "known": {}}
+    renewal.after_step()
+    assert renewal.state_dict() == {"steps_left": 0, "known": {}}
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_several_batches_of_an_update_and_none() -> None:
     model = _layer()
-    renewal = BatchNormRenewal(model, updates=4)
+    renewal = BatchNormRenewal(model, steps=4)
     renewal.begin()
     _see(model, 2.0, 2.0)
-    renewal.after_update()
+    renewal.after_step()
     torch.testing.assert_close(model[0].running_mean, torch.tensor([2.0, 2.0]), rtol=1e-4, atol=0)
-    renewal.after_update()  # no batch
+    renewal.after_step()  # no batch
     model.eval()
     _see(model, 1000.0)
-    renewal.after_update()  # nor one that counts
+    renewal.after_step()  # nor one that counts
     model.train()
     _see(model, 4.0, 4.0, 4.0)
-    renewal.after_update()
+    renewal.after_step()
     torch.testing.assert_close(model[0].running_mean, torch.tensor([3.0, 3.0]), rtol=1e-4, atol=0)
     torch.testing.assert_close(model[0].running_var, torch.tensor([2.0, 0.0]), rtol=1e-4, atol=1e-4)  # of 1, 3 and 3, 5
 
@@ -89,20 +89,20 @@ def test_statistics_that_are_beyond_repair_stay_what_the_layer_made_of_them(old:
     renewal = BatchNormRenewal(model)
     renewal.begin()
     _see(model, 1.0)
-    renewal.after_update()
+    renewal.after_step()
     torch.testing.assert_close(model[0].running_mean, torch.tensor([1.0, 1.0]), rtol=1e-4, atol=0)
     assert old != 1e30 or bool((model[0].running_var >= 0).all())
 
 
 def test_a_second_jump_in_the_middle_begins_afresh() -> None:
     model = _layer()
-    renewal = BatchNormRenewal(model, updates=3)
+    renewal = BatchNormRenewal(model, steps=3)
     renewal.begin()
     _see(model, 1.0)
-    renewal.after_update()
+    renewal.after_step()
     renewal.begin()
     _see(model, 5.0)
-    renewal.after_update()
+    renewal.after_step()
     torch.testing.assert_close(model[0].running_mean, torch.tensor([5.0, 5.0]), rtol=1e-4, atol=0)
 
 
@@ -112,7 +112,7 @@ def test_layers_keep_their_settings() -> None:
     renewal = BatchNormRenewal(model)
     renewal.begin()
     _see(model, 1.0)
-    renewal.after_update()
+    renewal.after_step()
     assert {name: value for name, value in vars(model[0]).items() if not name.startswith("_")} == before
     model[0].momentum = 0.01  # a schedule of the user's
     renewal.end()
@@ -191,15 +191,15 @@ def test_resume_in_the_middle_is_exact(at: int) -> None:
 
 
 def test_a_jump_that_is_undone_leaves_statistics_as_they_were() -> None:
-    run = Run(_far, probation=4).train(0, PERIOD)
+    run = Run(_far, rollback_window=4).train(0, PERIOD)
     plain = Run(dict).train(0, PERIOD)
     plain.optimizer.detach()
     run.optimizer.session.optimizer = run.optimizer.optimizer
     run.optimizer.observe(float("nan"))
-    for _ in range(4):  # the loss is not finite at the end of the probation
+    for _ in range(4):  # the loss is not finite at the end of the rollback window
         run.model(batch(0)[0])
         run.optimizer.observe(float("nan"))
-        run.optimizer.session.after_update()
+        run.optimizer.session.after_step()
     assert run.optimizer.reports[-1].rolled_back
     for name, value in run.model[3].named_buffers():
         assert torch.equal(value, plain.model[3].get_buffer(name)), name

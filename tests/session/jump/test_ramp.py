@@ -1,4 +1,4 @@
-"""Jumps that are dealt out over the updates after them: where weights arrive, when, and what ends the way."""
+"""Jumps that are dealt out over the steps after them: where weights arrive, when, and what ends the way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_masters import Mastered
+from test_master_weights import Mastered
 from test_session import add, one_layer, update, warnings_in
 from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, tiny_nowcaster, weights_of
 from torch import nn
@@ -22,8 +22,8 @@ import nino.data
 import nino.session.jump.ramp
 from nino import NinoError, NowcastOptimizer, NowcastSession
 from nino.errors import SnapshotError
-from nino.session.judge.rule import probation_of
-from nino.session.jump.ramp import Glide, check_glide
+from nino.session.judge.rule import rollback_config
+from nino.session.jump.ramp import Ramp, check_ramp
 from nino.session.session import MANY_SKIPPED
 from tasks.methods import Rhythm, Setup, parse_method
 
@@ -32,14 +32,14 @@ GLIDE = 3
 
 
 def session_of(model: nn.Module, amount: float = 99.0, **settings: Any) -> NowcastSession:
-    settings = {"period": PERIOD, "glide": GLIDE, "probation": 0} | settings
+    settings = {"period": PERIOD, "ramp": GLIDE, "rollback_window": 0} | settings
     return NowcastSession(model, ScriptedNowcaster(add(amount)), **settings)
 
 
-def trace(session: NowcastSession, updates: int) -> list[float]:
-    """The weight after each update; each adds 1 by itself."""
+def trace(session: NowcastSession, steps: int) -> list[float]:
+    """The weight after each step; each adds 1 by itself."""
     weights = []
-    for _ in range(updates):
+    for _ in range(steps):
         update(session)
         weights.append(session.model[0].weight[0, 0].item())  # type: ignore[index]
     return weights
@@ -49,7 +49,7 @@ def trace(session: NowcastSession, updates: int) -> list[float]:
 
 
 def test_every_update_takes_its_share() -> None:
-    """At update 6 nothing moves; updates 7 to 9 move by 33 each, and what training adds stays."""
+    """At update 6 nothing moves; steps 7 to 9 move by 33 each, and what training adds stays."""
     session = session_of(one_layer())
     assert trace(session, 12) == [*range(1, 7), 40, 74, 108, 109, 110, 111]
     assert trace(session, 2) == [145, 179]
@@ -59,27 +59,27 @@ def test_every_update_takes_its_share() -> None:
 def test_it_is_reported_when_weights_have_arrived() -> None:
     session = session_of(one_layer())
     update(session, PERIOD + GLIDE, losses=float)
-    assert session.trial.open is not None
+    assert session.monitor.open is not None
     assert session.finish() is not None and math.isnan(session.reports[0].loss_at)
     session = session_of(one_layer())
     update(session, PERIOD + GLIDE + 1, losses=float)
     (report,) = session.reports
-    assert session.trial.open is None and report.as_log()["nowcast/glide"] == GLIDE
-    assert report.loss_at == PERIOD + GLIDE + 1 and " of their norm over 3 updates, " in str(report)
+    assert session.monitor.open is None and report.as_log()["nowcast/ramp"] == GLIDE
+    assert report.loss_at == PERIOD + GLIDE + 1 and " of their norm over 3 steps, " in str(report)
 
 
 def test_it_begins_at_the_mean_if_snapshots_are_means() -> None:
     """The mean of 5 and 6 is predicted 99 further, so 99 is the way, and not the 98.5 from where the weights are."""
-    assert trace(session_of(one_layer(), snapshot_average=2), 9)[-1] == pytest.approx(9 + 99)
+    assert trace(session_of(one_layer(), average_over=2), 9)[-1] == pytest.approx(9 + 99)
 
 
 def test_without_it_weights_jump_at_once() -> None:
-    assert trace(session_of(one_layer(), glide=0), 7)[5:] == [105, 106]
+    assert trace(session_of(one_layer(), ramp=0), 7)[5:] == [105, 106]
 
 
 def test_snapshots_see_weights_on_their_way() -> None:
     nowcaster = ScriptedNowcaster(add(90.0))
-    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, glide=GLIDE, probation=0)
+    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, ramp=GLIDE, rollback_window=0)
     update(session, 12)
     _, (_, second) = nowcaster.asked
     assert [s["0.weight"][0, 0].item() for s in second] == [8 + 60, 10 + 90, 12 + 90]
@@ -88,10 +88,10 @@ def test_snapshots_see_weights_on_their_way() -> None:
 def test_it_arrives_where_a_jump_lands() -> None:
     """With an optimizer that moves nothing, from real predictions."""
     ends = []
-    for glide in (0, GLIDE):
+    for ramp in (0, GLIDE):
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, glide=glide, probation=0)
+        optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, ramp=ramp, rollback_window=0)
         for index in range(PERIOD + GLIDE):
             if index == PERIOD:
                 base.param_groups[0]["lr"] = 0.0
@@ -111,19 +111,19 @@ def test_bfloat16_weights_arrive_although_a_share_rounds_away() -> None:
     target = torch.tensor([1.0, 1.0390625, 0.96875, 2.0], dtype=torch.bfloat16)
     with torch.no_grad():
         parameters["weight"].copy_(target)
-    glide = Glide(20)
-    glide.begin(parameters, before, before)
+    ramp = Ramp(20)
+    ramp.begin(parameters, before, before)
     assert torch.equal(parameters["weight"].detach(), before["weight"])
-    arrived = [glide.after_update(parameters, None) for _ in range(20)]
-    assert arrived == [False] * 19 + [True] and not glide.is_on
+    arrived = [ramp.after_step(parameters, None) for _ in range(20)]
+    assert arrived == [False] * 19 + [True] and not ramp.is_on
     assert torch.equal(parameters["weight"].detach(), target)
 
 
 def test_masters_of_the_weights_move_along() -> None:
-    """The optimizer writes its float32 copies over the weights at every update: the way would be lost."""
+    """The optimizer writes its float32 copies over the weights at every step: the way would be lost."""
     model = mlp().bfloat16()
     optimizer = NowcastOptimizer(
-        Mastered(model.parameters()), model, ScriptedNowcaster(add(3.0)), period=PERIOD, glide=GLIDE, probation=0
+        Mastered(model.parameters()), model, ScriptedNowcaster(add(3.0)), period=PERIOD, ramp=GLIDE, rollback_window=0
     )
     still: dict[str, torch.Tensor] = {}
     for index in range(PERIOD + GLIDE):
@@ -144,11 +144,11 @@ def test_all_masters_of_a_weight_move_along() -> None:
     weights = {"weight": nn.Parameter(torch.full((4,), 2.0))}
     optimizer = torch.optim.SGD(weights.values(), lr=1.0)
     optimizer.state[weights["weight"]] = {name: torch.full((4,), 2.0) for name in ("master", "copy")}
-    glide = Glide(2)
+    ramp = Ramp(2)
     with torch.no_grad():
         weights["weight"].add_(6)
-    glide.begin(weights, {"weight": torch.full((4,), 2.0)}, {"weight": torch.full((4,), 2.0)})
-    glide.after_update(weights, optimizer)
+    ramp.begin(weights, {"weight": torch.full((4,), 2.0)}, {"weight": torch.full((4,), 2.0)})
+    ramp.after_step(weights, optimizer)
     assert all(value.tolist() == [5.0] * 4 for value in optimizer.state[weights["weight"]].values())
     assert weights["weight"].tolist() == [5.0] * 4
 
@@ -160,7 +160,7 @@ def test_weights_that_share_memory_move_once() -> None:
     nn.init.zeros_(model[0].weight)
     session = session_of(model)
     for _ in range(PERIOD + GLIDE):
-        session.after_update()
+        session.after_step()
     assert model[0].weight.flatten().tolist() == [99.0] * 4
 
 
@@ -170,7 +170,7 @@ def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
     model = mlp()
     model[0].weight.data[1] = 0.3
     session = NowcastSession(
-        model, tiny_nowcaster(), period=PERIOD, snapshot_average=2, snapshot_dtype=dtype, glide=GLIDE, probation=0
+        model, tiny_nowcaster(), period=PERIOD, average_over=2, snapshot_dtype=dtype, ramp=GLIDE, rollback_window=0
     )
     for _ in range(PERIOD + GLIDE):
         with torch.no_grad():
@@ -178,7 +178,7 @@ def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
                 parameter.mul_(1.02)
             model[0].weight[1] = 0.3
         before = weights_of(model)
-        session.after_update()
+        session.after_step()
     assert session.reports[0].accepted and torch.equal(model[0].weight[1], torch.full_like(model[0].weight[1], 0.3))
     assert not torch.equal(model[0].weight, before["0.weight"])
 
@@ -186,23 +186,25 @@ def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
 def test_recordings_say_where_weights_were_moved(tmp_path: Path) -> None:
     model = one_layer()
     base = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer = NowcastOptimizer(base, model, ScriptedNowcaster(add(99.0)), period=PERIOD, glide=GLIDE, probation=0)
+    optimizer = NowcastOptimizer(
+        base, model, ScriptedNowcaster(add(99.0)), period=PERIOD, ramp=GLIDE, rollback_window=0
+    )
     recorder = nino.data.record(model, tmp_path / "run", interval=2, optimizer=optimizer)
-    recorder.after_update(0)
+    recorder.after_step(0)
     for step in range(1, PERIOD + GLIDE + 3):
         model[0].weight.grad = torch.full_like(model[0].weight, -1.0)
         optimizer.step()
-        recorder.after_update(step)
+        recorder.after_step(step)
     recorder.close()
     assert nino.data.Trajectory(tmp_path / "run").jumps == [6, 7, 8, 9]
 
 
-def test_averages_begin_anew_at_the_arrival_and_slow_weights_go_on() -> None:
+def test_averages_begin_anew_at_the_arbaseline_and_slow_weights_go_on() -> None:
     steps = 20
 
     def last(name: str) -> list[float]:
         model = one_layer()
-        setup = Setup(parse_method(name, Rhythm(period=10, glide=5)), model, 0.0, 0.0, 40)
+        setup = Setup(parse_method(name, Rhythm(period=10, ramp=5)), model, 0.0, 0.0, 40)
         restarts: list[int] = []
         (follower,) = setup.followers
         begin_anew = follower.restart
@@ -219,25 +221,27 @@ def test_averages_begin_anew_at_the_arrival_and_slow_weights_go_on() -> None:
 
 def test_batch_norms_begin_anew_when_weights_have_arrived() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    session = NowcastSession(model, ScriptedNowcaster(add(1.0)), period=PERIOD, glide=2, probation=0)
+    session = NowcastSession(model, ScriptedNowcaster(add(1.0)), period=PERIOD, ramp=2, rollback_window=0)
     renewals = []
     for _ in range(PERIOD + 3):
         model(torch.randn(4, 2))
         update(session)
-        renewals.append(session.state_dict()["batch_norm"]["updates_left"] > 0)
+        renewals.append(session.state_dict()["batch_norm"]["steps_left"] > 0)
     assert renewals == [False] * (PERIOD + 1) + [True, True]
 
 
 # What ends it
 
 
-def judged(losses: Callable[[int], float], updates: int, **settings: Any) -> NowcastSession:
-    """A run whose weights grow by 1 per update; losses by updates since the jump, before it about 1."""
+def judged(losses: Callable[[int], float], steps: int, **settings: Any) -> NowcastSession:
+    """A run whose weights grow by 1 per step; losses by steps since the jump, before it about 1."""
     model, period = one_layer(), 8 * PERIOD
     base = torch.optim.SGD(model.parameters(), lr=1.0)
     nowcaster = ScriptedNowcaster(add(99.0))
-    optimizer = NowcastOptimizer(base, model, nowcaster, period=period, **{"glide": GLIDE, "probation": 3} | settings)
-    for step in range(1, period + updates + 1):
+    optimizer = NowcastOptimizer(
+        base, model, nowcaster, period=period, **{"ramp": GLIDE, "rollback_window": 3} | settings
+    )
+    for step in range(1, period + steps + 1):
         optimizer.observe(1.0 + 0.01 * (step % 2) if step <= period else losses(step - period))
         model[0].weight.grad = torch.full_like(model[0].weight, -1.0)
         optimizer.step()
@@ -251,8 +255,8 @@ def weight_of(session: NowcastSession) -> float:
 def test_a_jump_is_undone_whole_once_it_has_arrived() -> None:
     session = judged(lambda since: 50.0, GLIDE + 3)
     (report,) = session.reports
-    assert report.rolled_back and report.updates_undone == GLIDE + 3
-    assert weight_of(session) == 8 * PERIOD and not session.glide.is_on
+    assert report.rolled_back and report.steps_undone == GLIDE + 3
+    assert weight_of(session) == 8 * PERIOD and not session.ramp.is_on
 
 
 def test_losses_on_the_way_are_not_held_against_it() -> None:
@@ -267,18 +271,18 @@ def test_a_jump_that_stops_updates_is_undone_on_its_way() -> None:
     session = judged(lambda since: 1.0, 1)
     assert weight_of(session) == 8 * PERIOD + 1 + 33
     for _ in range(MANY_SKIPPED):
-        session.after_skipped_update()
-    assert session.reports[0].rolled_back and weight_of(session) == 8 * PERIOD and not session.glide.is_on
+        session.after_skipped_step()
+    assert session.reports[0].rolled_back and weight_of(session) == 8 * PERIOD and not session.ramp.is_on
 
 
-def test_a_jump_that_failed_does_not_glide() -> None:
+def test_a_jump_that_failed_does_not_ramp() -> None:
     def fail(newest: Weights) -> Weights:
         raise RuntimeError("no memory")
 
     nowcaster = ScriptedNowcaster(fail)
-    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, glide=GLIDE, probation=0)
+    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, ramp=GLIDE, rollback_window=0)
     assert trace(session, 8) == [*range(1, 9)]
-    assert not session.reports[0].accepted and not session.glide.is_on
+    assert not session.reports[0].accepted and not session.ramp.is_on
 
 
 @pytest.mark.parametrize("change", ["frozen", "replaced"])
@@ -296,9 +300,9 @@ def test_what_changes_on_the_way_ends_it(change: str, caplog: pytest.LogCaptureF
     update(session, 2)
     for name, weights in weights_of(model).items():
         assert torch.equal(weights, moved[name] + 2)
-    assert not session.glide.is_on
+    assert not session.ramp.is_on
     assert warnings_in(caplog)[0] == (
-        "a nowcast ends on its way, 2 of 3 updates before the weights had arrived, training goes on: the parameters "
+        "a nowcast ends on its way, 2 of 3 steps before the weights had arrived, training goes on: the parameters "
         "that are trained have changed"
     )
 
@@ -312,8 +316,8 @@ def test_a_share_that_fails_ends_the_way_and_not_the_run(
     session = session_of(one_layer())
     update(session, PERIOD + 1)
     monkeypatch.setattr("nino.session.jump.ramp._move", fail)
-    assert trace(session, 3) == [41, 42, 43] and not session.glide.is_on
-    assert "2 of 3 updates before the weights had arrived, training goes on: CUDA out of mem" in warnings_in(caplog)[-1]
+    assert trace(session, 3) == [41, 42, 43] and not session.ramp.is_on
+    assert "2 of 3 steps before the weights had arrived, training goes on: CUDA out of mem" in warnings_in(caplog)[-1]
     with monkeypatch.context() as patch:  # but processes that hold different weights must not go on
         patch.setattr("nino.session.jump.ramp.num_processes", lambda: 2)
         update(session, 2)
@@ -340,7 +344,7 @@ def test_an_interrupt_waits_for_a_share(share: int, monkeypatch: pytest.MonkeyPa
     resumed = session_of(copy.deepcopy(session.model))
     resumed.load_state_dict(session.state_dict())
     update(resumed, GLIDE - share)
-    assert weight_of(resumed) == PERIOD + GLIDE + 99 and not resumed.glide.is_on
+    assert weight_of(resumed) == PERIOD + GLIDE + 99 and not resumed.ramp.is_on
 
 
 @pytest.mark.parametrize("end", ["finish", "detach", "reset"])
@@ -348,23 +352,23 @@ def test_the_end_of_a_run_is_the_end_of_the_way(end: str) -> None:
     session = session_of(one_layer())
     update(session, PERIOD + 1)
     getattr(session, end)()
-    assert not session.glide.is_on and trace(session, 2) == [41, 42]
+    assert not session.ramp.is_on and trace(session, 2) == [41, 42]
 
 
-@pytest.mark.parametrize("updates_left", [GLIDE + 4, GLIDE + 5])
-def test_a_jump_that_could_not_arrive_is_left_out(updates_left: int) -> None:
-    """Batch norms take five more updates to know of it."""
-    session = session_of(one_layer(), max_steps=PERIOD + updates_left)
+@pytest.mark.parametrize("steps_left", [GLIDE + 4, GLIDE + 5])
+def test_a_jump_that_could_not_arrive_is_left_out(steps_left: int) -> None:
+    """Batch norms take five more steps to know of it."""
+    session = session_of(one_layer(), max_steps=PERIOD + steps_left)
     update(session, PERIOD + 1)
     (report,) = session.reports
-    assert report.left_out == (updates_left == GLIDE + 4)
+    assert report.left_out == (steps_left == GLIDE + 4)
     assert report.reason == ("the run ends before a jump could recover" if report.left_out else "")
 
 
 # Saved and resumed
 
 
-def test_a_resumed_glide_goes_on() -> None:
+def test_a_resumed_ramp_goes_on() -> None:
     whole = session_of(one_layer())
     update(whole, PERIOD + 1)
     buffer = io.BytesIO()
@@ -377,61 +381,61 @@ def test_a_resumed_glide_goes_on() -> None:
     assert_same(weights_of(model), weights_of(whole.model))
 
 
-def test_a_state_from_before_there_were_glides_is_read() -> None:
+def test_a_state_from_before_there_were_ramps_is_read() -> None:
     session = session_of(one_layer())
     update(session, PERIOD + 1)
-    state = {name: value for name, value in session.state_dict().items() if name != "glide"}
+    state = {name: value for name, value in session.state_dict().items() if name != "ramp"}
     session.load_state_dict(state)
-    assert not session.glide.is_on and session.glide.updates == GLIDE
+    assert not session.ramp.is_on and session.ramp.steps == GLIDE
 
 
-@pytest.mark.parametrize("change", [{"updates_left": -1}, {"updates_left": 0}, {"rest": {}}, {"rest": 3}, None])
+@pytest.mark.parametrize("change", [{"steps_left": -1}, {"steps_left": 0}, {"rest": {}}, {"rest": 3}, None])
 def test_a_damaged_state_is_refused(change: dict[str, Any] | None) -> None:
     session = session_of(one_layer())
     update(session, PERIOD + 1)
     state = session.state_dict()
-    state["glide"] = {} if change is None else {**state["glide"], **change}
+    state["ramp"] = {} if change is None else {**state["ramp"], **change}
     with pytest.raises(NinoError, match="damaged"):
         session.load_state_dict(state)
-    assert session.glide.is_on
+    assert session.ramp.is_on
 
 
 def test_the_rest_of_other_parameters_is_left_out() -> None:
-    glide = Glide(2)
+    ramp = Ramp(2)
     parameters = {"weight": nn.Parameter(torch.ones(3))}
-    glide.begin(parameters, {"weight": torch.zeros(3)}, {"weight": torch.zeros(3)})
-    assert not Glide.read(glide.state_dict(), {"weight": nn.Parameter(torch.ones(4))}, 2).is_on
-    assert Glide.read(glide.state_dict(), parameters, 0).is_on  # what has begun goes on, whatever the next ones do
-    with pytest.raises(SnapshotError, match="saved glide is damaged: 1 updates left of 0 parameters"):
-        Glide.read({"updates_left": 1, "rest": {}}, parameters, 2)
+    ramp.begin(parameters, {"weight": torch.zeros(3)}, {"weight": torch.zeros(3)})
+    assert not Ramp.read(ramp.state_dict(), {"weight": nn.Parameter(torch.ones(4))}, 2).is_on
+    assert Ramp.read(ramp.state_dict(), parameters, 0).is_on  # what has begun goes on, whatever the next ones do
+    with pytest.raises(SnapshotError, match="saved ramp is damaged: 1 steps left of 0 parameters"):
+        Ramp.read({"steps_left": 1, "rest": {}}, parameters, 2)
 
 
 # Settings
 
 
-@pytest.mark.parametrize("glide", [-1, 4, True, 2.0, "3"])
-def test_a_glide_takes_at_most_half_of_a_period(glide: Any) -> None:
-    message = r"glide must be 0 \(a jump at once\) to 3 updates, half of the period of 6, got"
+@pytest.mark.parametrize("ramp", [-1, 4, True, 2.0, "3"])
+def test_a_ramp_takes_at_most_half_of_a_period(ramp: Any) -> None:
+    message = r"ramp must be 0 \(a jump at once\) to 3 steps, half of the period of 6, got"
     with pytest.raises(NinoError, match=message):
-        NowcastSession(one_layer(), tiny_nowcaster(), period=PERIOD, glide=glide)
-    assert check_glide(3, PERIOD) == 3
+        NowcastSession(one_layer(), tiny_nowcaster(), period=PERIOD, ramp=ramp)
+    assert check_ramp(3, PERIOD) == 3
 
 
 def test_a_verdict_comes_before_the_next_nowcast() -> None:
-    assert probation_of(60, glide=20).longest == probation_of(60).longest == 12
-    assert probation_of(60, 6, glide=30).longest == 12 and probation_of(60, 6, glide=50).longest == 9
-    with pytest.raises(NinoError, match="probation=4 and a glide of 2 must end before the next nowcast, period=6"):
-        NowcastSession(one_layer(), tiny_nowcaster(), period=PERIOD, glide=2, probation=4)
+    assert rollback_config(60, ramp=20).longest == rollback_config(60).longest == 12
+    assert rollback_config(60, 6, ramp=30).longest == 12 and rollback_config(60, 6, ramp=50).longest == 9
+    with pytest.raises(NinoError, match="rollback_window=4 and a ramp of 2 must end before the next nowcast, period=6"):
+        NowcastSession(one_layer(), tiny_nowcaster(), period=PERIOD, ramp=2, rollback_window=4)
 
 
 def test_what_it_takes_is_planned() -> None:
     model = mlp()
-    session = NowcastSession(model, tiny_nowcaster(), period=60, glide=20, probation=0)
-    planned = nino.plan(model, tiny_nowcaster(), device="cpu", period=60, glide=20, probation=0).memory
+    session = NowcastSession(model, tiny_nowcaster(), period=60, ramp=20, rollback_window=0)
+    planned = nino.plan(model, tiny_nowcaster(), device="cpu", period=60, ramp=20, rollback_window=0).memory
     for _ in range(61):
         for parameter in model.parameters():
             parameter.data.mul_(1.01)
-        session.after_update()
-    rest = session.state_dict()["glide"]["rest"]
-    assert planned.glide == sum(value.nbytes for value in rest.values()) > 0
-    assert nino.plan(model, tiny_nowcaster(), device="cpu", period=60).memory.glide == 0
+        session.after_step()
+    rest = session.state_dict()["ramp"]["rest"]
+    assert planned.ramp == sum(value.nbytes for value in rest.values()) > 0
+    assert nino.plan(model, tiny_nowcaster(), device="cpu", period=60).memory.ramp == 0

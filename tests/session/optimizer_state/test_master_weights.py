@@ -12,14 +12,14 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, we
 from torch import Tensor, nn
 
 from nino import NowcastOptimizer
-from nino.session.optimizer_state.master_weights import find_masters
+from nino.session.optimizer_state.master_weights import find_master_weights
 
 R = 3
-"""Updates of a probation."""
+"""Updates of a rollback window."""
 
 
 class Mastered(torch.optim.Optimizer):
-    """SGD with momentum on float32 copies of the weights, which it writes over the weights at every update."""
+    """SGD with momentum on float32 copies of the weights, which it writes over the weights at every step."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 1e-2})
@@ -51,14 +51,14 @@ def model_of(kind: str) -> nn.Sequential:
 class Run:
     """Training of a 16-bit model, which jumps after the sixth update."""
 
-    def __init__(self, kind: str = "bfloat16", probation: int = 0) -> None:
+    def __init__(self, kind: str = "bfloat16", rollback_window: int = 0) -> None:
         self.model = model_of(kind)
         self.optimizer = NowcastOptimizer(
             Mastered(self.model.parameters()),
             self.model,
             ScriptedNowcaster(add_three),
             period=PERIOD,
-            probation=probation,
+            rollback_window=rollback_window,
         )
 
     def train(self, first: int, last: int) -> Run:
@@ -96,7 +96,7 @@ def test_masters_jump_along(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
 def test_masters_are_undone_to_the_last_bit(kind: str) -> None:
-    run, plain = Run(kind, probation=R).train(0, PERIOD + R), Run(kind)
+    run, plain = Run(kind, rollback_window=R).train(0, PERIOD + R), Run(kind)
     plain.optimizer.detach()
     plain.train(0, PERIOD)
 
@@ -149,7 +149,7 @@ def found(parameters: dict[str, Tensor], states: dict[str, dict[str, Any]]) -> i
     optimizer = torch.optim.SGD(parameters.values())
     for name, state in states.items():
         optimizer.state[parameters[name]] = state
-    return len(find_masters(optimizer, parameters))
+    return len(find_master_weights(optimizer, parameters))
 
 
 def test_what_is_no_master() -> None:
@@ -162,7 +162,7 @@ def test_what_is_no_master() -> None:
     assert found(parameters, {"weight": {"it": ones}, "bias": {"it": ones}}) == 0
     assert found(parameters, {"weight": {"it": ones[:1], "step": torch.tensor(1.0), "other": None}}) == 0
     assert found(parameters, {"weight": {"it": ones.long()}, "bias": {"it": zeros.to_sparse()}}) == 0
-    assert find_masters(None, parameters) == []
+    assert find_master_weights(None, parameters) == []
 
 
 def test_moments_of_known_optimizers_are_no_masters() -> None:
@@ -172,4 +172,4 @@ def test_moments_of_known_optimizers_are_no_masters() -> None:
         optimizer = kind(model.parameters())
         model(batch(0)[0]).sum().backward()
         optimizer.step()
-        assert find_masters(optimizer, dict(model.named_parameters())) == []
+        assert find_master_weights(optimizer, dict(model.named_parameters())) == []

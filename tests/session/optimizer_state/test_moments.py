@@ -23,7 +23,7 @@ BASES: dict[str, Callable[[Any], Optimizer]] = {
 
 
 def _states(base: str, moments: Moments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The optimizer's state after the update before a jump of horizon 4, without and with the jump."""
+    """The optimizer's state after the step before a jump of horizon 4, without and with the jump."""
     states = []
     for jumps in (False, True):
         model = mlp()

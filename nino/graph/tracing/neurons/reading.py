@@ -100,8 +100,8 @@ def _source(
     if read.contracted is None:  # a table
         if wire is not None:
             return wire.source
-        words = read.value in board.words and len(axes) == 1 and not any(g.is_words for g in board.neurons.groups)
-        return board.new_group(f"{piece.parameter}.words", axes, is_words=words, is_read=True)
+        words = read.value in board.words and len(axes) == 1 and not any(g.is_vocabulary for g in board.neurons.groups)
+        return board.new_group(f"{piece.parameter}.words", axes, is_vocabulary=words, is_read=True)
     labels = board.labels(read.value)
     position = place[weight.contracted or 0]
     at = labels.select(read.contracted, min(position, labels.shape[read.contracted] - 1))

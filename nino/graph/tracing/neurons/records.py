@@ -26,7 +26,7 @@ class Group:
     """Whether a weight has read it; from then on it is not joined with others any more."""
     is_given: bool = False
     """Whether it stands for an input of which nothing is known."""
-    is_words: bool = False
+    is_vocabulary: bool = False
     is_heads: bool = False
     """Whether its neurons are scores of attention."""
     merged: Group | None = None

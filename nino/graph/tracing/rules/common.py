@@ -1,4 +1,4 @@
-"""What the rules share."""
+"""What the rules partition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products summed over a dimension that both factors share."""
+"""Products summed over a dimension that both factors partition."""
 
 from __future__ import annotations
 

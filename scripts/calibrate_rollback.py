@@ -1,9 +1,10 @@
-"""How often does the rule of probation err? Judge the first jumps of finished trainings by it, after the fact.
+"""How often does the rule of rollback_window err? Judge the first jumps of finished trainings by it, after the fact.
 
-    python scripts/evaluate_speedup.py --methods adam nino:nino-tiny untrained --period 500 --updates 1000 --out CELLS
-    python scripts/calibrate_probation.py CELLS --updates 25 50 100 --tolerances 2 3 5
+    python scripts/evaluate_speedup.py --methods adam nino:nino-tiny untrained --period 500 --steps 1000 --out CELLS
+    python scripts/calibrate_rollback.py CELLS --steps 25 50 100 --tolerances 2 3 5
 
-Reads the trainings that scripts/evaluate_speedup.py kept in ``CELLS/cells``: methods that jump without probation at a
+Reads the trainings that scripts/evaluate_speedup.py kept in ``CELLS/cells``: methods that jump without a rollback
+window at a
 constant learning rate, and Adam's with the same seed. Up to its first jump a training *is* Adam's, so what Adam did
 next is what would have happened without the jump. The jump was *harmful* if one period later the held-out loss is above
 Adam's by more than 1%, otherwise harmless. A false alarm is a harmless jump that the rule would have undone, a miss a
@@ -24,11 +25,11 @@ from typing import Any
 
 from nino.session.judge.rule import (
     Evidence,
-    ProbationConfig,
+    RollbackConfig,
     gather_evidence,
     has_recovered,
-    is_in_doubt,
-    longest_probation,
+    is_inconclusive,
+    longest_rollback_window,
 )
 from tasks.cli import ArgumentParser, fail, positive_float, positive_int, run_main
 from tasks.methods import ADAM, Rhythm, parse_method
@@ -37,7 +38,7 @@ from tasks.report import format_table
 HARM = 0.01
 """Part of the loss by which a harmful jump is behind."""
 LENGTHS = (25, 50, 100)
-"""Of probation, in updates."""
+"""Of rollback_window, in steps."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def first_jump(result: dict[str, Any], adam: dict[str, Any]) -> FirstJump | None
 
 
 def training_losses(result: dict[str, Any]) -> list[float]:
-    """Of every update; NaN where unknown."""
+    """Of every step; NaN where unknown."""
     return [math.nan if loss is None else float(loss) for loss in result["training_losses"]]
 
 
@@ -101,17 +102,17 @@ def held_out_losses(result: dict[str, Any]) -> dict[int, float]:
     return {int(p["step"]): math.nan if p["eval_loss"] is None else float(p["eval_loss"]) for p in result["curve"]}
 
 
-def is_undone(jump: FirstJump, config: ProbationConfig) -> bool:
+def is_undone(jump: FirstJump, config: RollbackConfig) -> bool:
     """Whether the rule would have undone a jump."""
     evidence = partial(_evidence, jump, config)
-    verdicts = [updates for updates in (config.early_verdict, config.updates) if updates]
-    longest = longest_probation(jump.period)
-    if longest > config.updates and is_in_doubt(evidence(config.updates), config):
-        verdicts.append(longest)
-    return not all(has_recovered(evidence(at), config, at) for at in verdicts)
+    decisions = [steps for steps in (config.early_decision, config.steps) if steps]
+    longest = longest_rollback_window(jump.period)
+    if longest > config.steps and is_inconclusive(evidence(config.steps), config):
+        decisions.append(longest)
+    return not all(has_recovered(evidence(at), config, at) for at in decisions)
 
 
-def _evidence(jump: FirstJump, config: ProbationConfig, at: int) -> Evidence:
+def _evidence(jump: FirstJump, config: RollbackConfig, at: int) -> Evidence:
     return gather_evidence(jump.before[-config.losses_before :], jump.after[:at])
 
 
@@ -138,7 +139,7 @@ def read_jumps(folder: Path) -> list[FirstJump]:
     plain = [r for r in constant if is_plain(r) and same_beginning(r) in adams]
     jumps = [jump for r in plain if (jump := first_jump(r, adams[same_beginning(r)])) is not None]
     if not jumps:
-        fail(f"{folder}: none of its {len(paths)} trainings jumps without probation and has Adam's beside it")
+        fail(f"{folder}: none of its {len(paths)} trainings jumps without a rollback window and has Adam's beside it")
     return jumps
 
 
@@ -153,10 +154,10 @@ def is_constant(result: dict[str, Any]) -> bool:
 
 
 def is_plain(result: dict[str, Any]) -> bool:
-    """Whether it is AdamW's, and nothing else, up to its first jump, which is not on probation."""
+    """Whether it is AdamW's, and nothing else, up to its first jump, which is not in its rollback window."""
     cell = result["cell"]
     is_adams = parse_method(cell["method"], Rhythm()).is_adam_with_jumps
-    return is_adams and not (cell["rhythm"] or {}).get("probation")
+    return is_adams and not (cell["rhythm"] or {}).get("rollback_window")
 
 
 def same_beginning(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -164,16 +165,16 @@ def same_beginning(result: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(result["cell"][name] for name in ("task", "seed", "learning_rate"))
 
 
-def count(jumps: Sequence[FirstJump], updates: Sequence[int], tolerances: Sequence[float]) -> list[dict[str, Any]]:
+def count(jumps: Sequence[FirstJump], steps: Sequence[int], tolerances: Sequence[float]) -> list[dict[str, Any]]:
     """A row per setting of the rule."""
     rows = []
-    for config in (ProbationConfig(updates=u, tolerance=t) for u in updates for t in tolerances):
+    for config in (RollbackConfig(steps=u, tolerance=t) for u in steps for t in tolerances):
         undone = [is_undone(jump, config) for jump in jumps]
         harmless = [was for was, jump in zip(undone, jumps, strict=True) if not jump.is_harmful]
         harmful = [was for was, jump in zip(undone, jumps, strict=True) if jump.is_harmful]
         rows.append(
             {
-                "updates": config.updates,
+                "steps": config.steps,
                 "tolerance": config.tolerance,
                 "harmless": len(harmless),
                 "false alarms": sum(harmless),
@@ -184,16 +185,16 @@ def count(jumps: Sequence[FirstJump], updates: Sequence[int], tolerances: Sequen
     return rows
 
 
-def by_method(jumps: Sequence[FirstJump], config: ProbationConfig) -> list[dict[str, Any]]:
+def by_method(jumps: Sequence[FirstJump], config: RollbackConfig) -> list[dict[str, Any]]:
     """A row per task and method, at one setting of the rule."""
     rows = []
     for task, method in dict.fromkeys((jump.task, jump.method) for jump in jumps):
         own = [jump for jump in jumps if (jump.task, jump.method) == (task, method)]
-        rows.append({"task": task, "method": method, **count(own, [config.updates], [config.tolerance])[0]})
+        rows.append({"task": task, "method": method, **count(own, [config.steps], [config.tolerance])[0]})
     return rows
 
 
-def verdict(jump: FirstJump, config: ProbationConfig) -> dict[str, Any]:
+def decision(jump: FirstJump, config: RollbackConfig) -> dict[str, Any]:
     """A jump without its losses, and what the rule says of it."""
     known = {name: value for name, value in asdict(jump).items() if name not in ("before", "after")}
     loss = known["loss"] if math.isfinite(jump.loss) else None
@@ -203,8 +204,8 @@ def verdict(jump: FirstJump, config: ProbationConfig) -> dict[str, Any]:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, help="--out of scripts/evaluate_speedup.py")
-    lengths = "lengths of probation; by default those of 25 50 100 that fit into a period"
-    parser.add_argument("--updates", type=positive_int, nargs="+", help=lengths)
+    lengths = "lengths of rollback_window; by default those of 25 50 100 that fit into a period"
+    parser.add_argument("--steps", type=positive_int, nargs="+", help=lengths)
     parser.add_argument("--tolerances", type=positive_float, nargs="+", default=[2.0, 3.0, 5.0], help="standard errors")
     return parser.parse_args(argv)
 
@@ -213,16 +214,16 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     jumps = read_jumps(args.folder)
     shortest = min(jump.period for jump in jumps)
-    args.updates = args.updates or [length for length in LENGTHS if length <= shortest] or [shortest]
-    if max(args.updates) > shortest:
-        fail(f"--updates {max(args.updates)} is longer than a period of these trainings, {shortest}: give at most that")
-    rows = count(jumps, args.updates, args.tolerances)
-    default = ProbationConfig(updates=min(ProbationConfig().updates, shortest))
+    args.steps = args.steps or [length for length in LENGTHS if length <= shortest] or [shortest]
+    if max(args.steps) > shortest:
+        fail(f"--steps {max(args.steps)} is longer than a period of these trainings, {shortest}: give at most that")
+    rows = count(jumps, args.steps, args.tolerances)
+    default = RollbackConfig(steps=min(RollbackConfig().steps, shortest))
     per_method = by_method(jumps, default)
-    print(f"{format_table(rows)}\n\nat the default, {default.updates} updates and {default.tolerance:g}:\n")
+    print(f"{format_table(rows)}\n\nat the default, {default.steps} steps and {default.tolerance:g}:\n")
     print(format_table(per_method))
-    verdicts = [verdict(jump, default) for jump in jumps]
-    content = {"default": asdict(default), "rule": rows, "methods": per_method, "jumps": verdicts}
+    decisions = [decision(jump, default) for jump in jumps]
+    content = {"default": asdict(default), "rule": rows, "methods": per_method, "jumps": decisions}
     (args.folder / "calibration.json").write_text(json.dumps(content, indent=1))
     return 0
 

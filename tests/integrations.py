@@ -1,6 +1,8 @@
-"""One training through every door: the same model, batches, optimizer and schedule, in the loops that people write.
+"""One training through every integration: the same model, batches, optimizer and schedule, in the loops that people
+write.
 
-A *door* is a function ``(setting, folder, start, save) -> Outcome``. It trains ``setting.calls`` steps, or what is left
+A *integration* is a function ``(setting, folder, start, save) -> Outcome``. It trains ``setting.calls`` steps, or what
+is left
 of them after a checkpoint of ``start`` steps in ``folder``; it writes one after each number of steps in ``save``.
 """
 
@@ -32,7 +34,7 @@ from nino.callbacks import NowcastCallback
 
 BATCH = 4
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
-"""Schedulers that are told a metric, by evaluations, and not stepped after each update."""
+"""Schedulers that are told a metric, by evaluations, and not stepped after each step."""
 EVALUATE_EVERY = 2
 
 Example = dict[str, Tensor]
@@ -123,7 +125,7 @@ def nearby() -> ScriptedNowcaster:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A training, whatever door it goes through."""
+    """A training, whatever integration it goes through."""
 
     build: Callable[[], nn.Module] = Net
     base: Callable[[nn.Module], Optimizer] = adamw
@@ -135,7 +137,7 @@ class Setting:
     clip: float = 0.0
     precision: str = "no"
     scale: float = 2.0**14
-    """Of fp16 gradients, at the start; doubled after three good updates."""
+    """Of fp16 gradients, at the start; doubled after three good steps."""
     compiled: bool = False
     counts_tokens: bool = False
     """The model divides its loss by a number of tokens, as language models in the Trainer do; not if accumulated."""
@@ -191,13 +193,13 @@ class Outcome:
 
     session: NowcastSession
     rates: list[float]
-    """The learning rate of every update, as the session was told."""
+    """The learning rate of every step, as the session was told."""
     weights: Weights
     model: nn.Module
 
     @property
     def nowcasts(self) -> list[tuple[Any, ...]]:
-        """Everything that doors must agree on."""
+        """Everything that integrations must agree on."""
         return [
             (r.step, r.horizon, r.accepted, r.rolled_back, r.relative_jump if r.accepted else 0.0) for r in self.reports
         ]
@@ -441,7 +443,7 @@ def _trained(trained: Trainer, session: Callable[[], NowcastSession | None], sta
     return Outcome(found, rates[id(found)], weights_of(trained.model), trained.model)
 
 
-DOORS = {
+INTEGRATIONS = {
     "callback": callback,
     "trainer-optimizers": trainer_optimizers,
     "trainer-factory": trainer_factory,

@@ -1,4 +1,4 @@
-"""The rule of probation judged by finished trainings: what counts as harmful, and how errors are counted."""
+"""The rule of rollback_window judged by finished trainings: what counts as harmful, and how errors are counted."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calibrate_probation import FirstJump, count, first_jump, main
+from calibrate_rollback import FirstJump, count, first_jump, main
 
-from nino.session.judge.rule import ProbationConfig
+from nino.session.judge.rule import RollbackConfig
 
 LOW, HIGH = [1.0, 1.1], [5.0, 5.1]
 PERIOD = 80
 
 
 def result(method: str, losses: list[float], held_out: dict[int, float], **rhythm: int) -> dict[str, Any]:
-    """A cell's file, as far as it is read; a method that jumps does so after 80 updates."""
+    """A cell's file, as far as it is read; a method that jumps does so after 80 steps."""
     jump = {"nowcast/step": PERIOD, "nowcast/horizon": 3, "nowcast/accepted": 1.0}
     is_adam = method == "adam"
     return {
@@ -26,7 +26,7 @@ def result(method: str, losses: list[float], held_out: dict[int, float], **rhyth
             "seed": 0,
             "learning_rate": 1e-3,
             "schedule": "constant",
-            "rhythm": None if is_adam else {"probation": 0, "period": PERIOD, **rhythm},
+            "rhythm": None if is_adam else {"rollback_window": 0, "period": PERIOD, **rhythm},
         },
         "training_losses": losses,
         "curve": [{"step": step, "eval_loss": value} for step, value in held_out.items()],
@@ -62,8 +62,8 @@ def test_a_jump_is_harmful_if_adam_is_ahead_one_period_later() -> None:
 
 def test_errors_are_counted() -> None:
     [row] = count(jumps(), [20], [3.0])
-    assert row == {"updates": 20, "tolerance": 3.0, "harmless": 1, "false alarms": 0, "harmful": 1, "misses": 0}
-    # Within the first hundred updates there is one tolerance, whatever that at the end is.
+    assert row == {"steps": 20, "tolerance": 3.0, "harmless": 1, "false alarms": 0, "harmful": 1, "misses": 0}
+    # Within the first hundred steps there is one tolerance, whatever that at the end is.
     assert count(jumps(), [20], [1000.0])[0]["misses"] == 0
 
 
@@ -71,14 +71,14 @@ def test_the_script_reads_cells_and_leaves_trainings_with_probation_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cells").mkdir()
-    on_probation = result("nino:x", LOW * 80, {150: 1.0}, probation=20)
-    for number, content in enumerate((adam(), good(), bad(), on_probation)):
+    is_monitored = result("nino:x", LOW * 80, {150: 1.0}, rollback_window=20)
+    for number, content in enumerate((adam(), good(), bad(), is_monitored)):
         (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(content))
-    assert main([str(tmp_path), "--updates", "20", "--tolerances", "3"]) == 0
+    assert main([str(tmp_path), "--steps", "20", "--tolerances", "3"]) == 0
     assert "digits-16" in capsys.readouterr().out
     written = json.loads((tmp_path / "calibration.json").read_text())
     assert len(written["jumps"]) == 2
-    assert written["default"]["updates"] == PERIOD < ProbationConfig().updates  # no more losses than there are
+    assert written["default"]["steps"] == PERIOD < RollbackConfig().steps  # no more losses than there are
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +107,7 @@ def test_a_broken_cell_is_named(content: str, tmp_path: Path, capsys: pytest.Cap
         (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(each))
     (tmp_path / "cells" / "broken.json").write_text(content)
     with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path), "--updates", "20"])
+        main([str(tmp_path), "--steps", "20"])
     said = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and "\n" not in said
     assert "broken.json is no finished training of scripts/evaluate_speedup.py" in said
@@ -117,10 +117,10 @@ def test_a_probation_longer_than_the_period_is_refused(tmp_path: Path, capsys: p
     (tmp_path / "cells").mkdir()
     for number, each in enumerate((adam(), good())):
         (tmp_path / "cells" / f"{number}.json").write_text(json.dumps(each))
-    assert main([str(tmp_path), "--updates", "80"]) == 0
+    assert main([str(tmp_path), "--steps", "80"]) == 0
     assert main([str(tmp_path), "--tolerances", "3"]) == 0
-    assert [row["updates"] for row in json.loads((tmp_path / "calibration.json").read_text())["rule"]] == [25, 50]
+    assert [row["steps"] for row in json.loads((tmp_path / "calibration.json").read_text())["rule"]] == [25, 50]
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path), "--updates", "20", "81"])
-    assert "--updates 81 is longer than a period of these trainings, 80: give at most that" in capsys.readouterr().err
+        main([str(tmp_path), "--steps", "20", "81"])
+    assert "--steps 81 is longer than a period of these trainings, 80: give at most that" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Recording a fleet: runs of one plan with seeds of their own, trained side by side, one trajectory folder each."""
+"""Recording an ensemble: runs of one plan with seeds of their own, trained side by side, one trajectory folder each."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from torch import Tensor, nn
 from nino import Nowcaster, ScheduleConfig
 from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
-from nino.ensemble.nowcast import FleetNowcaster
-from nino.ensemble.training import Fleet, Stacked
+from nino.ensemble.nowcast import EnsembleNowcaster
+from nino.ensemble.training import Ensemble, Stacked
 from nino.errors import TrajectoryError
-from nino.session.jump.ramp import Glide
+from nino.session.jump.ramp import Ramp
 from nino.session.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
 from nino.snapshots.mean import RunningMean, is_added
+from tasks.jump_schedules import RunPlan, forward_format, jump_schedule, load_task, notes_of
 from tasks.measuring import seconds_of
 from tasks.nowcasters import load_nowcaster
-from tasks.run_plans import RunPlan, forward_format, jump_schedule, load_task, notes_of
 from tasks.task import Batch, ImageTask, TextTask
 
 
-def fleet_device() -> torch.device:
-    """Where fleets are trained: on the GPU, if there is one."""
+def ensemble_device() -> torch.device:
+    """Where ensembles are trained: on the GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def record_fleet(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str, str]:
+def record_ensemble(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str, str]:
     """Train and record the runs of plans that differ in name and seed alone; why those that were not finished were not.
 
     Args:
@@ -40,18 +40,18 @@ def record_fleet(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str, s
         data: folder of the data.
         out: folder that receives one folder per run.
     """
-    torch.set_num_threads(1)  # several fleets at once on a CPU share its cores
-    plan, device = plans[0], fleet_device()
+    torch.set_num_threads(1)  # several ensembles at once on a CPU share its cores
+    plan, device = plans[0], ensemble_device()
     task = on_device(load_task(plan, data, out), device)
-    fleet = make_fleet(plans, task, device)
-    jumps = planned_jumps(plan, fleet)
-    writers = Writers(plans, out, fleet)
+    ensemble = make_ensemble(plans, task, device)
+    jumps = planned_jumps(plan, ensemble)
+    writers = Writers(plans, out, ensemble)
     generators = [torch.Generator().manual_seed(one.seed) for one in plans]
     writers.append(0)
-    for step in range(1, plan.updates + 1):
-        losses = fleet.update(draw_batches(task, plan.batch_size, generators))
+    for step in range(1, plan.steps + 1):
+        losses = ensemble.update(draw_batches(task, plan.batch_size, generators))
         if jumps is not None:
-            jumps.after_update(step)
+            jumps.after_step(step)
             writers.note_jump(step, jumps.moved)
         if step % plan.interval == 0:
             writers.append(step, losses)
@@ -60,21 +60,21 @@ def record_fleet(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str, s
     return writers.close()
 
 
-def time_fleet(plans: Sequence[RunPlan], task: ImageTask | TextTask) -> float:
+def time_ensemble(plans: Sequence[RunPlan], task: ImageTask | TextTask) -> float:
     """About how many seconds an update of all runs takes, on this machine as busy as it is now."""
     torch.set_num_threads(1)  # as it is recorded
-    device = fleet_device()
-    task, fleet = on_device(task, device), make_fleet(plans, task, device)
+    device = ensemble_device()
+    task, ensemble = on_device(task, device), make_ensemble(plans, task, device)
     generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]
 
     def update() -> None:
-        fleet.update(draw_batches(task, plans[0].batch_size, generators))
+        ensemble.update(draw_batches(task, plans[0].batch_size, generators))
 
     update()  # warms up
     return median(seconds_of(update, device) for _ in range(5))
 
 
-def make_fleet(plans: Sequence[RunPlan], task: ImageTask | TextTask, device: torch.device) -> Fleet:
+def make_ensemble(plans: Sequence[RunPlan], task: ImageTask | TextTask, device: torch.device) -> Ensemble:
     """Models with the weights with which each would begin alone."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -82,7 +82,7 @@ def make_fleet(plans: Sequence[RunPlan], task: ImageTask | TextTask, device: tor
             return task.loss(model, batch)
 
     models = seeded(lambda: build_model(plans[0].architecture), [plan.seed for plan in plans])
-    return Fleet(models, loss, device, plans[0].lr, plans[0].weight_decay)
+    return Ensemble(models, loss, device, plans[0].lr, plans[0].weight_decay)
 
 
 def seeded(build: Callable[[], nn.Module], seeds: Sequence[int]) -> list[nn.Module]:
@@ -109,67 +109,67 @@ def draw_batches(task: ImageTask | TextTask, batch_size: int, generators: Sequen
     return tuple(part.unflatten(0, (len(generators), batch_size)) for part in task.take(chosen))
 
 
-def planned_jumps(plan: RunPlan, fleet: Fleet) -> Jumps | None:
+def planned_jumps(plan: RunPlan, ensemble: Ensemble) -> Jumps | None:
     """The nowcasts of a plan, if it has them."""
     if plan.jump_with is None or plan.jump_period is None:
         return None
     nowcaster = load_nowcaster(plan.jump_with)
     return Jumps(
-        fleet,
+        ensemble,
         nowcaster,
         jump_schedule(plan, nowcaster),
         plan.jump_average,
         plan.jump_until,
-        plan.jump_keep_norms,
-        plan.jump_glide,
+        plan.jump_preserve_norms,
+        plan.jump_ramp,
     )
 
 
 class Jumps:
-    """Nowcasts a fleet in the rhythm of a schedule.
+    """Nowcasts an ensemble in the rhythm of a schedule.
 
     Args:
-        fleet: is nowcast.
+        ensemble: is nowcast.
         nowcaster: with what.
         schedule: when, and how far ahead.
-        average: updates that a snapshot is the mean of.
-        until: the last update after which it may happen; ``None`` for the schedule's.
-        keep_norms: whether matrices keep their norms.
-        glide: updates over which a jump is dealt out.
+        average: steps that a snapshot is the mean of.
+        until: the last step after which it may happen; ``None`` for the schedule's.
+        preserve_norms: whether matrices keep their norms.
+        ramp: steps over which a jump is dealt out.
         example_inputs: of the first model, by which one of no known family is wired.
     """
 
     def __init__(
         self,
-        fleet: Fleet,
+        ensemble: Ensemble,
         nowcaster: Nowcaster,
         schedule: ScheduleConfig,
         average: int,
         until: int | None = None,
-        keep_norms: bool = False,
-        glide: int = 0,
+        preserve_norms: bool = False,
+        ramp: int = 0,
         example_inputs: Any = None,
     ) -> None:
-        graph = nowcaster.graph_of(fleet.as_model(0), example_inputs)
-        self.fleet, self.schedule, self.average, self.until = fleet, schedule, average, until
-        self.keep_norms, self.glide = keep_norms, Glide(glide)
+        graph = nowcaster.graph_of(ensemble.as_model(0), example_inputs)
+        self.ensemble, self.schedule, self.average, self.until = ensemble, schedule, average, until
+        self.preserve_norms, self.ramp = preserve_norms, Ramp(ramp)
         self.has_arrived = False
-        """Whether weights have glided to their places with the last update."""
-        self._jumped = torch.zeros(fleet.size, dtype=torch.bool)
+        """Whether weights have ramped to their places with the last step."""
+        self._jumped = torch.zeros(ensemble.size, dtype=torch.bool)
         """Which models the last nowcast moved, or is moving."""
         self.moved = torch.zeros_like(self._jumped)
-        """Which models a nowcast has begun to move or has moved with the last update: bool ``[M]``."""
-        self.nowcaster = FleetNowcaster(nowcaster, graph, fleet.size, fleet.device)
+        """Which models a nowcast has begun to move or has moved with the last step: bool ``[M]``."""
+        self.nowcaster = EnsembleNowcaster(nowcaster, graph, ensemble.size, ensemble.device)
         self.mean, self.snapshots = RunningMean(), list[Stacked]()
 
     @torch.no_grad()
-    def after_update(self, step: int) -> Tensor | None:
+    def after_step(self, step: int) -> Tensor | None:
         """Nowcast if that is due, and say whose weights have moved: bool ``[M]``, or ``None`` if it was not."""
-        self.moved = self._jumped & self.glide.is_on
-        self.has_arrived = self.glide.after_update(self.fleet.parameters, None)
+        self.moved = self._jumped & self.ramp.is_on
+        self.has_arrived = self.ramp.after_step(self.ensemble.parameters, None)
         if is_over(step, self.schedule) or (self.until is not None and step > self.until):
             return None
-        parameters = self.fleet.parameters
+        parameters = self.ensemble.parameters
         if is_added(step, self.schedule.interval, self.average):
             self.mean.add(parameters)
         if is_snapshot_step(step, self.schedule):
@@ -178,21 +178,23 @@ class Jumps:
             return None
         snapshots, self.snapshots = self.snapshots, []
         ends = self.schedule.max_steps
-        if not self.glide.arrives_in(None if ends is None else ends - step):
+        if not self.ramp.arrives_in(None if ends is None else ends - step):
             return None
-        predicted = self.nowcaster.predict(snapshots, horizon_at(step, self.schedule), keep_norms=self.keep_norms)
+        predicted = self.nowcaster.predict(
+            snapshots, horizon_at(step, self.schedule), preserve_norms=self.preserve_norms
+        )
         stay, before = parameters, dict[str, Tensor]()
-        if self.glide.updates:
+        if self.ramp.steps:
             stay, before = snapshots[-1], {name: value.detach().clone() for name, value in parameters.items()}
         sound = torch.stack([value.isfinite().flatten(1).all(1) for value in predicted.values()]).all(0)
-        self.fleet.move_to(
+        self.ensemble.move_to(
             {
                 name: value.where(sound.view(-1, *[1] * (value.ndim - 1)), stay[name])
                 for name, value in predicted.items()
             }
         )
-        if self.glide.updates:
-            self.glide.begin(parameters, snapshots[-1], before)
+        if self.ramp.steps:
+            self.ramp.begin(parameters, snapshots[-1], before)
         self._jumped = self.moved = sound.cpu()
         return self.moved
 
@@ -200,11 +202,11 @@ class Jumps:
 class Writers:
     """One recording per run. One that fails, for NaN for example, ends alone."""
 
-    def __init__(self, plans: Sequence[RunPlan], out: Path, fleet: Fleet) -> None:
-        self.plans, self.fleet = plans, fleet
+    def __init__(self, plans: Sequence[RunPlan], out: Path, ensemble: Ensemble) -> None:
+        self.plans, self.ensemble = plans, ensemble
         self.failed: dict[str, str] = {}
-        shapes = [(name, value.shape[1:]) for name, value in fleet.parameters.items()]
-        optimizer = type(fleet.optimizer).__name__
+        shapes = [(name, value.shape[1:]) for name, value in ensemble.parameters.items()]
+        optimizer = type(ensemble.optimizer).__name__
         self.going_on = {
             index: TrajectoryWriter(
                 out / plan.name, shapes, plan.architecture, {"optimizer": optimizer, **notes_of(plan)}, forced=False
@@ -214,8 +216,8 @@ class Writers:
         """By the index of the run."""
 
     def append(self, step: int, losses: Tensor | None = None) -> None:
-        """Add the weights after ``step`` updates, with the training losses before the last one."""
-        weights = {name: value.detach().cpu() for name, value in self.fleet.parameters.items()}
+        """Add the weights after ``step`` steps, with the training losses before the last one."""
+        weights = {name: value.detach().cpu() for name, value in self.ensemble.parameters.items()}
         metrics = [{"loss": loss} for loss in losses.tolist()] if losses is not None else [{}] * len(self.plans)
         for index, writer in list(self.going_on.items()):
             own, rate = {name: value[index] for name, value in weights.items()}, self.plans[index].lr

@@ -53,29 +53,29 @@ class RunPlan:
     weight_decay: float
     batch_size: int
     seed: int
-    updates: int
+    steps: int
     interval: int
     bf16: bool = False
-    """Whether the model is trained under bfloat16 autocast; channels last, unless it is in a fleet."""
+    """Whether the model is trained under bfloat16 autocast; channels last, unless it is in an ensemble."""
     jump_with: str | None = None
     """The nowcaster, if the run is nowcast."""
     jump_period: int | None = None
     jump_average: int = 1
     """Updates before a snapshot over which the weights are averaged."""
     jump_until: int | None = None
-    """The last update that may jump; ``None`` for no end."""
-    jump_keep_norms: bool = False
+    """The last step that may jump; ``None`` for no end."""
+    jump_preserve_norms: bool = False
     """Whether matrices keep their norms in a jump."""
-    jump_glide: int = 0
+    jump_ramp: int = 0
     """Updates over which a jump is dealt out; 0 jumps at once."""
-    fleet: str = ""
+    ensemble: str = ""
     """Of the runs beside which it is trained; they differ in name and seed alone."""
 
 
 def plan_image_run(
     index: int,
     choose: random.Random,
-    updates: int,
+    steps: int,
     interval: int,
     sets: list[str],
     *,
@@ -99,7 +99,7 @@ def plan_image_run(
         weight_decay=choose.choice([0.0, 0.0, 1e-2]),
         batch_size=choose.choice([64, 128, 128]),
         seed=choose.randrange(2**31),
-        updates=updates,
+        steps=steps,
         interval=interval,
         bf16=bf16,
     )
@@ -110,7 +110,7 @@ def plan_image_run(
 
 
 def plan_language_run(
-    index: int, choose: random.Random, updates: int, interval: int, texts: list[str], *, rates: Sequence[float]
+    index: int, choose: random.Random, steps: int, interval: int, texts: list[str], *, rates: Sequence[float]
 ) -> RunPlan:
     """A Llama (most often) or GPT-2 of 1 to 3 layers on one or several texts."""
     vocab_size = choose.choice([256, 512])
@@ -131,7 +131,7 @@ def plan_language_run(
         weight_decay=choose.choice([0.0, 0.0, 1e-2, 1e-1]),
         batch_size=choose.choice([16, 16, 16, 32]),
         seed=choose.randrange(2**31),
-        updates=updates,
+        steps=steps,
         interval=interval,
     )
 
@@ -158,9 +158,9 @@ def load_task(plan: RunPlan, data: Path, out: Path) -> ImageTask | TextTask:
 def jump_schedule(plan: RunPlan, nowcaster: Nowcaster) -> ScheduleConfig:
     """When a plan jumps, and how far, before ``jump_until``."""
     return ScheduleConfig(
-        period=plan.jump_period or plan.updates,
+        period=plan.jump_period or plan.steps,
         context=nowcaster.config.context,
-        max_steps=plan.updates,
+        max_steps=plan.steps,
         max_horizon=nowcaster.config.max_horizon,
     )
 
@@ -181,7 +181,7 @@ def forward_format(plan: RunPlan, device_type: str = "cpu") -> torch.autocast:
 def state_bytes(plan: RunPlan) -> int:
     """The size of a run's states on disk."""
     elements = sum(prod(p.shape) for p in build_model(plan.architecture, device="meta").parameters())
-    return 4 * elements * (plan.updates // plan.interval + 1)
+    return 4 * elements * (plan.steps // plan.interval + 1)
 
 
 def notes_of(plan: RunPlan) -> dict[str, Any]:

@@ -25,14 +25,14 @@ Tensors = list[Tensor]
 class Follower:
     """By default nothing happens."""
 
-    def after_update(self) -> None:
-        """Called after every update."""
+    def after_step(self) -> None:
+        """Called after every step."""
 
     def restart(self) -> None:
         """Called after the weights jumped."""
 
     def arrive(self) -> None:
-        """Called after weights that jumped have glided to where they were to arrive."""
+        """Called after weights that jumped have ramped to where they were to arrive."""
         self.restart()
 
     def evaluated(self) -> AbstractContextManager[None]:
@@ -63,28 +63,28 @@ def copy_into(parameters: Tensors, values: Sequence[Tensor]) -> None:
 
 
 class SlowWeights(Follower, ABC):
-    """Every few updates slow weights follow the fast ones, and those start from there.
+    """Every few steps slow weights follow the fast ones, and those start from there.
 
     It acts within the optimizer's step, so that snapshots see the weights after it.
 
     Args:
         optimizer: of the fast weights.
         model: has them.
-        every: updates from one time to the next.
+        every: steps from one time to the next.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, every: int) -> None:
         self.parameters: Tensors = list(model.parameters())
         self.every = every
         self.slow = copies(self.parameters)
-        self.updates = 0
+        self.steps = 0
         optimizer.register_step_post_hook(lambda *_: self.synchronise())
 
     @torch.no_grad()
     def synchronise(self) -> None:
-        """Count an update, and do what is due."""
-        self.updates += 1
-        if self.updates % self.every == 0:
+        """Count a step, and do what is due."""
+        self.steps += 1
+        if self.steps % self.every == 0:
             self.follow()
             copy_into(self.parameters, self.slow)
 
@@ -97,7 +97,7 @@ class SlowWeights(Follower, ABC):
         copy_into(self.slow, self.parameters)
 
     def arrive(self) -> None:
-        """To slow weights a glide is a movement as others are."""
+        """To slow weights a ramp is a movement as others are."""
 
 
 class Lookahead(SlowWeights):
@@ -139,13 +139,13 @@ class ExponentialAverage(Follower):
         self.restart()
 
     @torch.no_grad()
-    def after_update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def after_step(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
     def restart(self) -> None:
-        self.average, self.updates = copies(self.parameters), 0
+        self.average, self.steps = copies(self.parameters), 0
 
     def evaluated(self) -> AbstractContextManager[None]:
         return swapped(self.parameters, self.average)
@@ -157,11 +157,11 @@ class LatestAverage(Follower):
     def __init__(self, parameters: Tensors, count: int, interval: int) -> None:
         self.parameters, self.interval = parameters, interval
         self.snapshots: deque[Tensors] = deque(maxlen=count)
-        self.updates = 0
+        self.steps = 0
 
-    def after_update(self) -> None:
-        self.updates += 1
-        if self.updates % self.interval == 0:
+    def after_step(self) -> None:
+        self.steps += 1
+        if self.steps % self.interval == 0:
             self.snapshots.append(copies(self.parameters))
 
     def restart(self) -> None:
@@ -192,7 +192,7 @@ class MuonWithAdamW(Optimizer):
         self.pairs = [*zip(matrices, views, strict=True)]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of both."""
+        """One step of both."""
         for matrix, view in self.pairs:
             view.grad = None if matrix.grad is None else matrix.grad.flatten(1)
         for optimizer, group in zip(self.inner, self.param_groups, strict=True):
