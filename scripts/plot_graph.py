@@ -144,7 +144,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--wiring", choices=("exact", "official"), default="exact", help="official: the layout of published weights")
     add("--view", choices=("both", *VIEWS), default="both")
     add("--dpi", type=dots_per_inch, default=110, help=f"dots per inch, at most {MAX_DPI:,}")
-    add("--out", type=Path, default=Path("results/graph"))
+    add("--out", type=Path, default=Path("runs/graph"))
     return parser.parse_args(argv)
 
 
