@@ -90,7 +90,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=positive_int, help="of a transformer, which are all alike: draw only so many")
     parser.add_argument("--wiring", choices=("exact", "official"), default="exact", help="official: as published")
     parser.add_argument("--dpi", type=positive_int, default=110, help="dots per inch")
-    parser.add_argument("--out", type=Path, default=Path("results/graph"))
+    parser.add_argument("--out", type=Path, default=Path("runs/graph"))
     return parser.parse_args(argv)
 
 
