@@ -7,12 +7,14 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
+from nino.errors import NinoError
 from tasks.cells import Clock, finite, has_diverged, learning_rate_factor
 from tasks.fair_methods import fair_methods, method_text
 from tasks.fair_tasks import FAIR_TASKS, WARMUP, Base
@@ -21,6 +23,7 @@ from tasks.methods import Rhythm, Setup, parse_method
 
 CELL_VERSION = 1
 """Goes up when the training below changes; older results are then no longer taken for results."""
+CELLS = "cells"
 POINTS = 20
 """Of the curve of training losses that is kept."""
 Progress = Callable[[int, str], None]
@@ -47,24 +50,34 @@ class FairCell:
     @property
     def label(self) -> str:
         """What a person calls it."""
-        return f"{self.task} {self.base} {self.method} seed {self.seed} rate {self.rate:g} {self.steps:,} {self.held_out}"
+        return (
+            f"{self.task} {self.base} {self.method} seed {self.seed} rate {self.rate:g} {self.steps:,} {self.held_out}"
+        )
 
     @property
     def file_name(self) -> str:
         """Readable, and different for every other cell."""
         record = json.dumps([CELL_VERSION, asdict(self), FAIR_TASKS[self.task].steps], sort_keys=True)
         digest = hashlib.sha256(record.encode()).hexdigest()
-        parts = (self.task, self.base, self.method, f"seed{self.seed}", f"{self.rate:g}", str(self.steps), self.held_out)
+        parts = (
+            self.task,
+            self.base,
+            self.method,
+            f"seed{self.seed}",
+            f"{self.rate:g}",
+            str(self.steps),
+            self.held_out,
+        )
         return re.sub(r"[^\w.+-]+", "-", ".".join([*parts, digest[:8], "json"]))
 
 
-def train(cell: FairCell, data: Path, cache: Path, golden: str, progress: Progress) -> dict[str, Any]:
+def train(cell: FairCell, data: Path, cache: Path, published: str, progress: Progress) -> dict[str, Any]:
     """Train a cell to its end, or until it has diverged, and evaluate it once."""
     spec = FAIR_TASKS[cell.task]
     task = spec.read(data, cache, cell.held_out)
     torch.manual_seed(cell.seed)
     model = spec.build()
-    method = fair_methods(golden)[cell.method]
+    method = fair_methods(published)[cell.method]
     parsed = parse_method(method_text(method, cell.base, cell.steps), Rhythm())
     setup = Setup(parsed, model, cell.rate, spec.weight_decay, cell.steps)
     if method.follower is not None:
@@ -103,22 +116,40 @@ def means(values: list[float], parts: int) -> list[float]:
 
 
 def read_result(out: Path, cell: FairCell) -> dict[str, Any] | None:
-    """A cell's result; ``None`` if there is none."""
+    """A cell's result, from its own file or among those that were gathered; ``None`` if there is none."""
     try:
-        result = json.loads((out / cell.file_name).read_text())
+        result = json.loads((out / CELLS / cell.file_name).read_text())
     except (OSError, ValueError):
-        return None
+        result = _gathered(out).get(cell.file_name)
     return result if isinstance(result, dict) and "final" in result else None
 
 
-def train_and_write(
-    cell: FairCell, progress: Progress, *, data: Path, cache: Path, golden: str, out: Path
-) -> None:
+@lru_cache(maxsize=2)
+def _gathered(out: Path) -> dict[str, Any]:
+    path = out / f"{CELLS}.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise NinoError(f"{path} is damaged ({error}); remove it, or take it from the repository again") from error
+
+
+def gather(out: Path) -> None:
+    """Put all finished cells in one file, ``cells.json``: that one goes with the project, single files do not."""
+    found = dict(_gathered(out))
+    for path in sorted((out / CELLS).glob("*.json")):
+        found[path.name] = json.loads(path.read_text())
+    lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(found.items())]
+    temporary = out / f"{CELLS}.part"
+    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    temporary.replace(out / f"{CELLS}.json")
+
+
+def train_and_write(cell: FairCell, progress: Progress, *, data: Path, cache: Path, published: str, out: Path) -> None:
     """Train a cell on one thread and write its result, whole or not at all."""
     torch.set_num_threads(1)
-    result = train(cell, data, cache, golden, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / cell.file_name
+    result = train(cell, data, cache, published, progress)
+    path = out / CELLS / cell.file_name
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(result, allow_nan=False))
     temporary.replace(path)

@@ -6,13 +6,12 @@ an average over the tail of the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from tasks.rivals import Follower, copies, copy_into, swapped
@@ -34,8 +33,10 @@ class EmaNesterov(Follower):
         end: step after which it no longer is.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, scale: float, decay: float, start: int, end: int) -> None:
-        self.parameters = list(model.parameters())
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, scale: float, decay: float, start: int, end: int
+    ) -> None:
+        self.parameters: list[Tensor] = list(model.parameters())
         self.scale, self.decay, self.start, self.end = scale, decay, start, end
         self.before, self.mean = copies(self.parameters), [torch.zeros_like(p) for p in self.parameters]
         self.steps = 0
@@ -60,7 +61,7 @@ class PrimalAveraging(Follower):
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, mix: float, keep: float) -> None:
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.mix, self.keep = mix, keep
         self.z, self.x = copies(self.parameters), copies(self.parameters)
         optimizer.register_step_pre_hook(lambda *_: self.enter())
@@ -86,7 +87,7 @@ class TailAverage(Follower):
     """Evaluates the mean of the weights over the last part of the run."""
 
     def __init__(self, model: nn.Module, start: int) -> None:
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.start, self.steps, self.mean = start, 0, copies(self.parameters)
 
     @torch.no_grad()
@@ -97,8 +98,6 @@ class TailAverage(Follower):
 
     def evaluated(self) -> Any:
         return swapped(self.parameters, self.mean)
-
-
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,11 @@ def tail_average(part: float) -> FairMethod:
     return FairMethod(follower=lambda optimizer, model, steps: TailAverage(model, round((1 - part) * steps)))
 
 
-def fair_methods(golden: str) -> dict[str, FairMethod]:
+def fair_methods(published: str) -> dict[str, FairMethod]:
     """All methods by name.
 
     Args:
-        golden: file of published weights.
+        published: file of published weights.
     """
     return {
         "base": FairMethod(),
@@ -147,10 +146,14 @@ def fair_methods(golden: str) -> dict[str, FairMethod]:
         "tail-average": tail_average(0.05),
         "linear": jumps("linear"),
         "rre": jumps("rre"),
-        "published": jumps(f"official:{golden}", ",keep_norms=yes"),
+        "published": jumps(f"official:{published}", ",keep_norms=yes"),
         "nino-base": FairMethod("nino:nino-base"),
         "nino-plan": jumps("nino:nino-base", ",keep_norms=yes"),
-        **{f"en-{s}-{d}": ema_nesterov(float(s), float(d)) for s in ("0.3", "0.5", "0.7") for d in ("0.98", "0.99", "0.995")},
+        **{
+            f"en-{s}-{d}": ema_nesterov(float(s), float(d))
+            for s in ("0.3", "0.5", "0.7")
+            for d in ("0.98", "0.99", "0.995")
+        },
     }
 
 

@@ -36,6 +36,8 @@ BUDGETS = (1.0, 0.8, 0.6)
 SEEDS: dict[Purpose, tuple[int, ...]] = {"choose": (10, 11, 12, 13), "report": (0, 1, 2)}
 RATE_SEEDS = (10,)
 """With which rates are found, on validation data, of report tasks as well."""
+RATE_BUDGET = 0.6
+"""At which."""
 CIFAR = ("cifar10-train.parquet", "cifar10-test.parquet")
 MNIST = ("mnist-train.parquet", "mnist-test.parquet")
 WINDOW = 64
@@ -106,8 +108,10 @@ def _with_test_images(images: ImageData, name: str, size: int, data: Path) -> Im
 
     raw_test, labels = _read_parquet(data / f"{name}-test.parquet")
     raw_train, _ = _read_parquet(data / f"{name}-train.parquet")
-    train, test = (F.interpolate(torch.from_numpy(raw).float() / 255, (size, size), mode="area")
-                   for raw in (raw_train[: len(images.train_images)], raw_test))
+    train, test = (
+        F.interpolate(torch.from_numpy(raw).float() / 255, (size, size), mode="area")
+        for raw in (raw_train[: len(images.train_images)], raw_test)
+    )
     mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
     return ImageData(
         train_images=images.train_images,
@@ -149,8 +153,18 @@ def vit(width: int, layers: int, size: int, patch: int) -> Architecture:
 
 
 def _vision(
-    kind: str, purpose: Purpose, build: Callable[[], nn.Module], schedule: str, steps: int, seconds: float,
-    rates: tuple[float, ...], *, size: int = 32, flip: bool = True, name: str = "cifar10", noisy: bool = False,
+    kind: str,
+    purpose: Purpose,
+    build: Callable[[], nn.Module],
+    schedule: str,
+    steps: int,
+    seconds: float,
+    rates: tuple[float, ...],
+    *,
+    size: int = 32,
+    flip: bool = True,
+    name: str = "cifar10",
+    noisy: bool = False,
     muon: tuple[float, ...] | None = None,
 ) -> FairTask:
     return FairTask(
@@ -169,8 +183,16 @@ def _vision(
 
 
 def _language(
-    kind: str, purpose: Purpose, build: Callable[[], nn.Module], corpus: Corpus, vocab_size: int, schedule: str,
-    steps: int, seconds: float, rates: tuple[float, ...], muon: tuple[float, ...] | None = None,
+    kind: str,
+    purpose: Purpose,
+    build: Callable[[], nn.Module],
+    corpus: Corpus,
+    vocab_size: int,
+    schedule: str,
+    steps: int,
+    seconds: float,
+    rates: tuple[float, ...],
+    muon: tuple[float, ...] | None = None,
 ) -> FairTask:
     return FairTask(
         kind=kind,
@@ -188,35 +210,116 @@ def _language(
 
 
 _CHOOSE: dict[str, FairTask] = {
-    "cnn-16px": _vision("CNN", "choose", partial(build_model, convnet(3, (16, 32, 32))), "cosine", 2_000, 0.004,
-                        (5e-3, 1e-2, 2e-2), size=16),
+    "cnn-16px": _vision(
+        "CNN",
+        "choose",
+        partial(build_model, convnet(3, (16, 32, 32))),
+        "cosine",
+        2_000,
+        0.004,
+        (5e-3, 1e-2, 2e-2),
+        size=16,
+    ),
     "resnet-16px": _vision("ResNet", "choose", partial(ResNet, 3, 8), "wsd", 1_500, 0.005, (5e-3, 1e-2, 2e-2), size=16),
-    "vit-16px": _vision("ViT", "choose", partial(build_model, vit(48, 2, 16, 4)), "cosine", 2_000, 0.009,
-                        (2e-3, 4e-3, 8e-3), size=16),
-    "llama-64": _language("Llama", "choose", partial(build_model, llama(2, 64, 4, 2, 512)), "books", 512, "linear",
-                          2_000, 0.010, (4e-3, 8e-3, 1.6e-2)),
-    "gru-64": _language("GRU", "choose", partial(GruLanguageModel, 512, 64, 1), "articles", 512, "cosine", 1_500, 0.010,
-                        (5e-3, 1e-2, 2e-2)),
-    "unet-16px": _vision("U-Net", "choose", partial(UNet, 3, 8), "linear", 1_500, 0.006, (5e-3, 1e-2, 2e-2), size=16,
-                         noisy=True),
+    "vit-16px": _vision(
+        "ViT", "choose", partial(build_model, vit(48, 2, 16, 4)), "cosine", 2_000, 0.009, (2e-3, 4e-3, 8e-3), size=16
+    ),
+    "llama-64": _language(
+        "Llama",
+        "choose",
+        partial(build_model, llama(2, 64, 4, 2, 512)),
+        "books",
+        512,
+        "linear",
+        2_000,
+        0.010,
+        (4e-3, 8e-3, 1.6e-2),
+    ),
+    "gru-64": _language(
+        "GRU",
+        "choose",
+        partial(GruLanguageModel, 512, 64, 1),
+        "articles",
+        512,
+        "cosine",
+        1_500,
+        0.010,
+        (5e-3, 1e-2, 2e-2),
+    ),
+    "unet-16px": _vision(
+        "U-Net", "choose", partial(UNet, 3, 8), "linear", 1_500, 0.006, (5e-3, 1e-2, 2e-2), size=16, noisy=True
+    ),
 }
 _REPORT: dict[str, FairTask] = {
-    "cnn": _vision("CNN", "report", partial(build_model, convnet(3, (16, 32, 32))), "cosine", 3_000, 0.017,
-                   (5e-3, 1e-2, 2e-2), flip=False),
-    "cnn-mnist": _vision("CNN", "report", partial(build_model, convnet(1, (8, 16, 16))), "linear", 2_000, 0.006,
-                         (5e-3, 1e-2, 2e-2), flip=False, name="mnist", size=28),
+    "cnn": _vision(
+        "CNN",
+        "report",
+        partial(build_model, convnet(3, (16, 32, 32))),
+        "cosine",
+        3_000,
+        0.017,
+        (5e-3, 1e-2, 2e-2),
+        flip=False,
+    ),
+    "cnn-mnist": _vision(
+        "CNN",
+        "report",
+        partial(build_model, convnet(1, (8, 16, 16))),
+        "linear",
+        2_000,
+        0.006,
+        (5e-3, 1e-2, 2e-2),
+        flip=False,
+        name="mnist",
+        size=28,
+    ),
     "resnet": _vision("ResNet", "report", partial(ResNet, 3, 12), "linear", 3_000, 0.013, (5e-3, 1e-2, 2e-2)),
-    "vit": _vision("ViT", "report", partial(build_model, vit(64, 3, 32, 8)), "cosine", 3_000, 0.016,
-                   (1e-3, 2e-3, 4e-3)),
+    "vit": _vision(
+        "ViT", "report", partial(build_model, vit(64, 3, 32, 8)), "cosine", 3_000, 0.016, (1e-3, 2e-3, 4e-3)
+    ),
     "mixer": _vision("MLP-Mixer", "report", partial(Mixer, 32, 8, 64, 3), "wsd", 3_000, 0.012, (2e-3, 4e-3, 8e-3)),
-    "convnext": _vision("ConvNeXt", "report", partial(build_model, convnext(3, (16, 32, 64), (1, 1, 1))), "linear",
-                        3_000, 0.009, (2e-3, 4e-3, 8e-3)),
+    "convnext": _vision(
+        "ConvNeXt",
+        "report",
+        partial(build_model, convnext(3, (16, 32, 64), (1, 1, 1))),
+        "linear",
+        3_000,
+        0.009,
+        (2e-3, 4e-3, 8e-3),
+    ),
     "unet": _vision("U-Net", "report", partial(UNet, 3, 8), "wsd", 2_000, 0.015, (5e-3, 1e-2, 2e-2), noisy=True),
-    "llama": _language("Llama", "report", partial(build_model, llama(3, 80, 4, 1, 1024)), "python", 1024, "cosine",
-                       3_000, 0.021, (2e-3, 4e-3, 8e-3)),
-    "gpt2": _language("GPT-2", "report", partial(build_model, gpt2(3, 64, 4, 1024, WINDOW)), "books", 1024, "wsd",
-                      3_000, 0.017, (4e-3, 8e-3, 1.6e-2)),
-    "gru": _language("GRU", "report", partial(GruLanguageModel, 1024, 96, 2), "python", 1024, "linear", 2_500, 0.020,
-                     (5e-3, 1e-2, 2e-2)),
+    "llama": _language(
+        "Llama",
+        "report",
+        partial(build_model, llama(3, 80, 4, 1, 1024)),
+        "python",
+        1024,
+        "cosine",
+        3_000,
+        0.021,
+        (2e-3, 4e-3, 8e-3),
+    ),
+    "gpt2": _language(
+        "GPT-2",
+        "report",
+        partial(build_model, gpt2(3, 64, 4, 1024, WINDOW)),
+        "books",
+        1024,
+        "wsd",
+        3_000,
+        0.017,
+        (4e-3, 8e-3, 1.6e-2),
+    ),
+    "gru": _language(
+        "GRU",
+        "report",
+        partial(GruLanguageModel, 1024, 96, 2),
+        "python",
+        1024,
+        "linear",
+        2_500,
+        0.020,
+        (5e-3, 1e-2, 2e-2),
+    ),
 }
 FAIR_TASKS: dict[str, FairTask] = _CHOOSE | _REPORT

@@ -83,7 +83,9 @@ def _python() -> tuple[str, str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     paths = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
-    train, held_out, size = [], [], 0
+    train: list[str] = []
+    held_out: list[str] = []
+    size = 0
     for path in sorted(paths, key=lambda path: _digest(path.relative_to(root))):
         text = path.read_text(errors="replace")
         (held_out if int(_digest(path.relative_to(root)), 16) % HELD_OUT == 0 else train).append(text)
