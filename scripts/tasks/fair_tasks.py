@@ -222,7 +222,7 @@ _CHOOSE: dict[str, FairTask] = {
     ),
     "resnet-16px": _vision("ResNet", "choose", partial(ResNet, 3, 8), "wsd", 1_500, 0.005, (5e-3, 1e-2, 2e-2), size=16),
     "vit-16px": _vision(
-        "ViT", "choose", partial(build_model, vit(48, 2, 16, 4)), "cosine", 2_000, 0.009, (2e-3, 4e-3, 8e-3), size=16
+        "ViT", "choose", partial(build_model, vit(48, 2, 16, 4)), "cosine", 2_000, 0.009, (1e-3, 2e-3, 4e-3), size=16
     ),
     "llama-64": _language(
         "Llama",
@@ -233,7 +233,7 @@ _CHOOSE: dict[str, FairTask] = {
         "linear",
         2_000,
         0.010,
-        (4e-3, 8e-3, 1.6e-2),
+        (2e-3, 4e-3, 8e-3),
     ),
     "gru-64": _language(
         "GRU",
@@ -308,7 +308,7 @@ _REPORT: dict[str, FairTask] = {
         "wsd",
         3_000,
         0.017,
-        (4e-3, 8e-3, 1.6e-2),
+        (2e-3, 4e-3, 8e-3),
     ),
     "gru": _language(
         "GRU",
