@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tasks.rivals import Follower, copies, copy_into, swapped
+from tasks.baselines import Follower, copies, copy_into, swapped
 
 Factory = Callable[[Optimizer, nn.Module, int], Follower]
 """Called with the base optimizer, the model, and the steps of the run."""
@@ -91,7 +91,7 @@ class TailAverage(Follower):
         self.start, self.steps, self.mean = start, 0, copies(self.parameters)
 
     @torch.no_grad()
-    def after_update(self) -> None:
+    def after_step(self) -> None:
         self.steps += 1
         count = max(self.steps - self.start, 1)
         torch._foreach_lerp_(self.mean, self.parameters, 1 / count)
@@ -110,8 +110,8 @@ class FairMethod:
 
 
 def jumps(what: str, more: str = "") -> FairMethod:
-    """Ten jumps in a run, each over a tenth of a period, as the plan ``P,glide=50`` of 5,000 steps."""
-    settings = "period={period},snapshot_average={average},glide={ramp},until=0.8,decay_power=0.5"
+    """Ten jumps in a run, each over a tenth of a period, as the plan ``P,ramp=50`` of 5,000 steps."""
+    settings = "period={period},average_over={average},ramp={ramp},until=0.8,decay_power=0.5"
     return FairMethod(f"{what}@{settings}{more}")
 
 
@@ -146,9 +146,9 @@ def fair_methods(published: str) -> dict[str, FairMethod]:
         "tail-average": tail_average(0.05),
         "linear": jumps("linear"),
         "rre": jumps("rre"),
-        "published": jumps(f"official:{published}", ",keep_norms=yes"),
-        "nino-base": FairMethod("nino:nino-base"),
-        "nino-plan": jumps("nino:nino-base", ",keep_norms=yes"),
+        "published": jumps(f"official:{published}", ",preserve_norms=yes"),
+        "nino-base": FairMethod("nino:nino-base@rollback_window=100"),
+        "nino-plan": jumps("nino:nino-base", ",preserve_norms=yes"),
         **{
             f"en-{s}-{d}": ema_nesterov(float(s), float(d))
             for s in ("0.3", "0.5", "0.7")
