@@ -165,6 +165,8 @@ def run_main(main: Callable[[list[str]], int], argv: list[str], *, resumes: bool
         raise SystemExit(INTERRUPTED) from None
     except NinoError as error:
         fail(str(error))
+    except ModuleNotFoundError as error:
+        fail(f"{error}: pip install {error.name}")
     except OSError as error:  # a full disk, a path that cannot be read or written
         where = "" if error.filename is None else f"{error.filename}: "
         fail(where + " ".join((error.strerror or str(error)).split()))
