@@ -1,7 +1,6 @@
 """Nino: nowcast the weights of a training neural network (NiNo, arXiv:2409.04434)."""
 
 from nino import callbacks
-from nino.costs import RunPlan, plan
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError, TrajectoryError
 from nino.graph import NeuralGraph
 from nino.graph.check import WiringReport, check_wiring
@@ -25,7 +24,6 @@ __all__ = [
     "NowcastSession",
     "Nowcaster",
     "NowcasterConfig",
-    "RunPlan",
     "ScheduleConfig",
     "SnapshotError",
     "TrajectoryError",
@@ -33,7 +31,6 @@ __all__ = [
     "__version__",
     "callbacks",
     "check_wiring",
-    "plan",
     "plot_run",
     "run_record",
 ]
