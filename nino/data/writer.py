@@ -32,7 +32,7 @@ from nino.data.trajectory import (
     whole_states,
 )
 from nino.errors import TrajectoryError
-from nino.system.files import sync_file
+from nino.system.files import written_whole
 
 StateDtype = Literal["float32", "float16"]
 
@@ -239,16 +239,9 @@ class TrajectoryWriter:
             )
 
     def _write_header(self) -> None:
-        temporary = self.folder / (HEADER_FILE + ".part")
         content = json.dumps(self._header).encode()
-        try:
+        with written_whole(self.folder / HEADER_FILE, forced=self._forced) as temporary:
             temporary.write_bytes(content)
-            if self._forced:
-                sync_file(temporary)
-            os.replace(temporary, self.folder / HEADER_FILE)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         self._written = content
 
 
