@@ -1,7 +1,8 @@
 """Nino: nowcast the weights of a training neural network (NiNo, arXiv:2409.04434)."""
 
 from nino import callbacks
-from nino.costs import RunPlan, plan
+from nino.costs import RunPlan, plan as estimate_costs
+from nino.plan import NowcastPlan
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError, TrajectoryError
 from nino.graph import NeuralGraph
 from nino.graph.check import WiringReport, check_wiring
@@ -11,7 +12,6 @@ from nino.predict.model import NowcasterConfig
 from nino.predict.nowcaster import Nowcaster
 from nino.session import NowcastSession
 from nino.session.report import NowcastReport
-from nino.session.schedule import ScheduleConfig
 
 __version__ = "0.1.0"
 
@@ -21,19 +21,18 @@ __all__ = [
     "NeuralGraph",
     "NinoError",
     "NowcastOptimizer",
+    "NowcastPlan",
     "NowcastReport",
     "NowcastSession",
     "Nowcaster",
     "NowcasterConfig",
     "RunPlan",
-    "ScheduleConfig",
     "SnapshotError",
     "TrajectoryError",
     "WiringReport",
     "__version__",
     "callbacks",
     "check_wiring",
-    "plan",
     "plot_run",
     "run_record",
 ]

@@ -135,8 +135,8 @@ class Recorder:
         if self._writer is None:
             return
         try:
-            if (jumps := self._jumps_so_far()) - self._jumps:
-                self._jumps = jumps
+            if self._has_jumped:
+                self._has_jumped = False
                 self._writer.note_jump(step)
             if is_due:
                 rate = learning_rate_of(self._optimizer) if learning_rate is None else learning_rate
@@ -176,14 +176,6 @@ class Recorder:
                 tensor = whole.cpu() if self._writer is not None else whole.new_empty(0)
             state[name] = tensor
         return state
-
-    def _jumps_so_far(self) -> set[tuple[str, int]]:
-        """What has moved the weights beside the optimizer: nowcasts, shares of them, and the undoing of nowcasts."""
-        if self._session is None:
-            return set()
-        reports = [report for report in self._session.reports if report.accepted]
-        undone = {("undone", report.step) for report in reports if report.rolled_back}
-        return undone | {("jumped", report.step) for report in reports} | {("ramped", self._session.ramp.shares)}
 
     def _stop(self, step: int, error: Exception) -> None:
         self.problem = str(error) or repr(error)
