@@ -1,7 +1,7 @@
 """Measure what a nowcast costs: seconds per weight, extra memory, and how near the engine is to the machine's limits.
 
     python scripts/benchmark_nowcast.py
-    python scripts/benchmark_nowcast.py --models llama-1b --nowcaster nino-tiny --out results/benchmark-1b
+    python scripts/benchmark_nowcast.py --models llama-1b --nowcaster nino-tiny --out runs/benchmark-1b
 
 Weights are random (only shapes matter). Every model is measured in a process of its own: wiring, positions, then
 nowcasts straight into the live weights by the blockwise engine, in turns with the edge-by-edge definition where that
@@ -242,7 +242,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, help="compile the engine's inner loop")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-nowcast"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark-nowcast"))
     args = parser.parse_args(argv)
     load_nowcaster(args.nowcaster)
     return args

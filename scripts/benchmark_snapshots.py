@@ -6,7 +6,7 @@ A CNN of 14k weights and Llamas of 25M and 100M weights (random weights, random 
 every step, one snapshot is taken in every place: host memory in the weights' own format and in bfloat16, disk, and
 the device if that is a GPU. Stores are emptied when they are full, as a nowcast does. Reported are medians; the time of
 a snapshot is compared with that of the steps from one snapshot to the next. The first snapshots, for which memory is
-allocated, are reported on their own. Results: a table here and ``results.json`` in ``results/snapshots``.
+allocated, are reported on their own. Results: a table here and ``results.json`` in ``runs/snapshots``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive_int, default=128, help="in each sequence")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--snapshot-folder", type=Path, help="for snapshots on disk; by default a temporary one")
-    parser.add_argument("--out", type=Path, default=Path("results/snapshots"))
+    parser.add_argument("--out", type=Path, default=Path("runs/snapshots"))
     args = parser.parse_args(argv)
     if args.snapshot_folder is not None and not args.snapshot_folder.is_dir():
         fail(f"--snapshot-folder {args.snapshot_folder} is not a folder")

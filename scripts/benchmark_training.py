@@ -1,7 +1,7 @@
 """Measure what attached nowcasting costs a training run: percent of wall-clock time and of peak memory.
 
     python scripts/benchmark_training.py
-    python scripts/benchmark_training.py --models llama-25m --out results/benchmark-training-25m
+    python scripts/benchmark_training.py --models llama-25m --out runs/benchmark-training-25m
 
 A model is trained on random batches several times at once in one process, one update of each in turn: plain AdamW,
 and AdamW with nowcasts in its rollback window and snapshots in each of the places. Everything that nowcasting does is
@@ -279,7 +279,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--snapshot-folder", type=Path, help="for snapshots on disk; by default a temporary one")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark-training"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark-training"))
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured, and stop")
     args = parser.parse_args(argv)
     context = load_nowcaster(args.nowcaster).config.context

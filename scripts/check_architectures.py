@@ -5,7 +5,7 @@
     python scripts/check_architectures.py --model my_project.models:build
 
 Without options every architecture of scripts/tasks/architectures.py is checked; the table goes into
-``docs/architectures.md``, all that was found into ``results/architectures/results.json``. ``--model`` names a function
+``docs/architectures.md``, all that was found into ``results/architectures/summary.json``. ``--model`` names a function
 of yours that returns ``(model, example_inputs)``, and prints the report; nothing is written. The exit code is 1 if a
 model is not wired completely or fails the proof.
 """
@@ -32,6 +32,7 @@ from nino.graph import NeuralGraph
 from nino.graph.check import WiringReport
 from tasks.architectures import SPECIMENS
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, fail, make_output_folder, run_main
+from publish_results import head_commit
 from tasks.machine import describe_machine
 from tasks.own_model import load_own_model
 from tasks.report import format_markdown
@@ -159,7 +160,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--only", nargs="+", metavar="NAME", help="check these and write nothing")
     what.add_argument("--model", metavar="MODULE:FUNCTION", help="a function that returns (model, example_inputs)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "architectures", help="folder of results.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "architectures", help="folder of summary.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "architectures.md", help="that holds the table")
     return parser.parse_args(argv)
 
@@ -182,8 +183,9 @@ def main(argv: list[str]) -> int:
     print(f"{len(rows) - len(failed)} of {len(rows)} architectures are wired completely and pass")
     if not args.only:
         make_output_folder("--out", args.out)
-        results = {"machine": describe_machine(), "architectures": rows}
-        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        about = {"title": f"{len(rows)} architectures", "command": "python scripts/check_architectures.py"}
+        results = {**about, "commit": head_commit(), "machine": describe_machine(), "architectures": rows}
+        (args.out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
         if not failed:  # the page shows what is proved
             args.page.write_text(with_table(page, table(rows)))
     return 1 if failed else 0

@@ -5,7 +5,7 @@
 A small Llama reads English text that every Python installation has (the topics of ``pydoc``), a CNN reads
 scikit-learn's handwritten digits. Both train through the Hugging Face Trainer at a constant learning rate; nowcasting
 is one callback. The nowcaster has seen neither data set. Results: a table here, ``results.json`` and ``curves.png`` in
-``results/demo``.
+``runs/demo``.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--nowcaster", default="nino-base", help="shipped name, folder or hub id")
-    parser.add_argument("--out", type=Path, default=Path("results/demo"))
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=positive_int, default=3000, help="optimizer steps of each training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -83,7 +83,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--network-rate", type=per_second(memory_size), help="bytes per second that a rank sends, such as 50GB"
     )
-    parser.add_argument("--out", type=Path, default=Path("results/plan"), help="folder for plan.json")
+    parser.add_argument("--out", type=Path, default=Path("runs/plan"), help="folder for plan.json")
     args = parser.parse_args(argv)
     if (args.tokens is None) != (args.training_rate is None):
         fail("--tokens and --training-rate belong together: they give the seconds of a step")

@@ -54,7 +54,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--horizons", type=positive_int, nargs="+", default=[3, 10, 20], help="intervals ahead")
     add("--windows", type=positive_int, default=3, help="per run")
     add("--within", type=positive_int, help="steps after the start of a stretch in which windows begin")
-    add("--out", type=Path, default=Path("results/scores"), help="folder for scores.json, with every single score")
+    add("--out", type=Path, default=Path("runs/scores"), help="folder for scores.json, with every single score")
     args = parser.parse_args(argv)
     return args
 

@@ -13,13 +13,13 @@ from nino.snapshots import Place
 
 # Of the machine of the committed benchmarks, two cores of a CPU.
 MEASURED_FLOPS = {
-    64: (50.8e9, "results/benchmark-nowcast/results.json: 2 CPU cores, 25M weights, width 64"),
-    128: (81.6e9, "results/benchmark-nowcast-hidden-128/results.json: 2 CPU cores, 25M weights, width 128"),
+    64: (50.8e9, "results/benchmark-nowcast/summary.json: 2 CPU cores, 25M weights, width 64"),
+    128: (81.6e9, "results/benchmark-nowcast-hidden-128/summary.json: 2 CPU cores, 25M weights, width 128"),
 }
 """By width of the nowcaster."""
 MEASURED_COPIES: dict[Place, tuple[float, str]] = {
-    "cpu": (14.0e9, "results/snapshots/results.json: memory of a CPU, 101M weights"),
-    "disk": (0.675e9, "results/snapshots/results.json: the disk of that machine, 101M weights"),
+    "cpu": (14.0e9, "results/snapshots/summary.json: memory of a CPU, 101M weights"),
+    "disk": (0.675e9, "results/snapshots/summary.json: the disk of that machine, 101M weights"),
 }
 
 

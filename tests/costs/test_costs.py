@@ -258,12 +258,12 @@ def test_what_no_rate_is_known_for_is_named() -> None:
 def test_default_rates_are_those_of_the_committed_results() -> None:
     for width, folder in ((64, "benchmark-nowcast"), (128, "benchmark-nowcast-hidden-128")):
         flops, source = MEASURED_FLOPS[width]
-        rows = json.loads((RESULTS / folder / "results.json").read_text())["summary"]
+        rows = json.loads((RESULTS / folder / "summary.json").read_text())["summary"]
         (row,) = (row for row in rows if row["model"] == "llama-25m")
         assert flops == pytest.approx(2 * 3 * width**2 * row["weights"] / row["seconds"], rel=0.01)
-        assert f"results/{folder}/results.json" in source
+        assert f"results/{folder}/summary.json" in source
     for place in ("cpu", "disk"):
-        rows = json.loads((RESULTS / "snapshots" / "results.json").read_text())["summary"]
+        rows = json.loads((RESULTS / "snapshots" / "summary.json").read_text())["summary"]
         found = [r for r in rows if (r["model"], r["place"], r["format"]) == ("llama-100m", place, "exact")]
         rate = 4 * found[0]["parameters"] / (found[0]["snapshot ms"] / 1000)
         assert MEASURED_COPIES[place][0] == pytest.approx(rate, rel=0.01)
@@ -271,7 +271,7 @@ def test_default_rates_are_those_of_the_committed_results() -> None:
 
 def test_a_measured_nowcast_takes_the_seconds_that_are_planned() -> None:
     """Of other models than the one that the rate is from: 3M to 1.2G weights, within a quarter."""
-    for row in json.loads((RESULTS / "benchmark-nowcast" / "results.json").read_text())["summary"]:
+    for row in json.loads((RESULTS / "benchmark-nowcast" / "summary.json").read_text())["summary"]:
         if row["model"] != "cnn-14k":  # some hundred small operations, whatever their size
             model = build_model(ARCHITECTURES[row["model"]], "meta")
             planned = nino.plan(model, device="cpu")

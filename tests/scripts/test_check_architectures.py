@@ -16,7 +16,7 @@ from test_scripts import SCRIPTS, assert_refused
 from tasks.cli import run_main
 
 ROOT = SCRIPTS.parent
-PAGE, RESULTS = ROOT / "docs" / "architectures.md", ROOT / "results" / "architectures" / "results.json"
+PAGE, RESULTS = ROOT / "docs" / "architectures.md", ROOT / "results" / "architectures" / "summary.json"
 
 OWN = """
 import torch

@@ -244,4 +244,4 @@ def test_the_documented_runs_are_what_the_script_plans(
             (line,) = (line for line in lines if line.startswith(printed))
             number = table[documented][column].strip().strip("*")
             assert line.removeprefix(printed).strip().startswith(number), (documented, model)
-        assert json.loads((tmp_path / "results" / "plan" / "plan.json").read_text())["model"] == model
+        assert json.loads((tmp_path / "runs" / "plan" / "plan.json").read_text())["model"] == model

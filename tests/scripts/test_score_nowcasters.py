@@ -60,7 +60,7 @@ def test_held_out_runs_are_scored_and_those_that_drift_go_on_in_a_line(
     monkeypatch.chdir(tmp_path)
     assert score_nowcasters.main(["--runs", str(record_collection(tmp_path / "runs")), *OPTIONS]) == 0
     found = rows(tmp_path / "runs", tmp_path / "out")
-    by_default, asked = (json.loads((tmp_path / out / "scores.json").read_text()) for out in ("results/scores", "out"))
+    by_default, asked = (json.loads((tmp_path / out / "scores.json").read_text()) for out in ("runs/scores", "out"))
     assert by_default["single"] == asked["single"]
     assert set(found) == {(f, n, h) for f in ("mlp", "cnn") for n in ("linear", "hidden-8") for h in (2, 5)}
     for (_, name, _), row in found.items():
