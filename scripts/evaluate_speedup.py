@@ -235,13 +235,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--eval-every", type=positive_int, default=50, help="steps between evaluations")
     add("--targets", type=targets_of_task, nargs="+", default=[], help="TASK=VALUE,VALUE,...: other values to reach")
     add("--jobs", type=positive_int, default=2, help="trainings at once, one thread each")
-<<<<<<< HEAD
-    add("--out", type=Path, default=Path("results/speedup"))
-    add("--dry-run", action="store_true", help="only list the trainings")
-=======
     add("--out", type=Path, default=Path("runs/speedup"))
-    add("--dry-run", action="store_true", help="only list the trainings, and about how long they take")
->>>>>>> docs
+    add("--dry-run", action="store_true", help="only list the trainings")
     args = parser.parse_args(argv)
     args.targets = dict(args.targets)
     for task in args.tasks:
