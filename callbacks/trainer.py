@@ -24,7 +24,7 @@ from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
 from nino.parallel.collectives import PeerFailureError
 from nino.plan import NowcastPlan, plan_of
-from nino.predict.load import load_predictor
+from nino.predict.registry import load_predictor
 from nino.predict.predictor import Predictor
 from nino.predict.work_partition import fingerprint
 from nino.session import NowcastSession

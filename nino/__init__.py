@@ -1,12 +1,11 @@
 """Nino: nowcast the weights of a training neural network (NiNo, arXiv:2409.04434)."""
 
 from nino import callbacks
-from nino.costs import RunPlan, plan as estimate_costs
-from nino.plan import NowcastPlan
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError, TrajectoryError
 from nino.graph import NeuralGraph
 from nino.graph.check import WiringReport, check_wiring
 from nino.optimizer import NowcastOptimizer
+from nino.plan import NowcastPlan
 from nino.plots import plot_run, run_record
 from nino.predict.model import NowcasterConfig
 from nino.predict.nowcaster import Nowcaster
@@ -26,7 +25,6 @@ __all__ = [
     "NowcastSession",
     "Nowcaster",
     "NowcasterConfig",
-    "RunPlan",
     "SnapshotError",
     "TrajectoryError",
     "WiringReport",

@@ -158,9 +158,7 @@ class NowcastPlan:
     @staticmethod
     def paper() -> NowcastPlan:
         """As published (arXiv:2409.04434): every 1,000 steps, at once, horizons shrinking quadratically."""
-        return NowcastPlan(
-            period=1000, stop_after=1.0, horizon_decay=2.0, average_over=1, ramp=0, preserve_norms=False
-        )
+        return NowcastPlan(period=1000, stop_after=1.0, horizon_decay=2.0, average_over=1, ramp=0, preserve_norms=False)
 
     @staticmethod
     def for_decaying_rate(steps: int) -> NowcastPlan:

@@ -27,7 +27,7 @@ from nino.costs import Rates, Settings, default_rates, estimate_update_seconds
 from nino.data import build_model
 from nino.errors import NinoError
 from nino.session.judge.rule import default_rollback_window
-from nino.session.schedule import ScheduleConfig
+from nino.session.schedule import Schedule
 from tasks.cli import (
     ArgumentParser,
     amount,
@@ -96,7 +96,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def make_plan(args: argparse.Namespace) -> nino.RunPlan:
     """Call the library."""
     config = load_nowcaster(args.nowcaster).config
-    ScheduleConfig(period=args.period, context=config.context)  # a bad period is refused before what follows from it
+    Schedule(period=args.period, context=config.context)  # a bad period is refused before what follows from it
     settings = {
         "world_size": args.world_size,
         "sharding": args.sharding,

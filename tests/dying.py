@@ -15,6 +15,7 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_nowcaster,
 from torch import Tensor, nn
 
 import nino
+from nino import NowcastPlan
 from nino.predict.engine.weights import PredictionWriter
 from nino.snapshots import Place, copying, writing
 
@@ -40,8 +41,7 @@ class Run:
             torch.optim.AdamW(self.model.parameters(), lr=1e-2),
             self.model,
             settings.pop("nowcaster", None) or tiny_nowcaster(),
-            snapshots_on=place,
-            snapshot_folder=folder if place == "disk" else None,
+            plan=NowcastPlan(snapshots_on=place, snapshot_folder=folder if place == "disk" else None),
             **{"period": PERIOD, "max_steps": STEPS, "rollback_window": PROBATION, **settings},
         )
         self.session = self.optimizer.session

@@ -235,7 +235,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def reports_of(optimizer: NowcastOptimizer) -> list[tuple[int, bool, bool, str]]:
-    return [(r.step, r.accepted, r.rolled_back, r.reason) for r in optimizer.reports]
+    return [(r.step, r.has_moved, (r.outcome == "rolled back"), r.reason) for r in optimizer.reports]
 
 
 def adam(model: nn.Module, nowcaster: nino.Nowcaster | None = None, **settings: Any) -> NowcastOptimizer:
@@ -259,7 +259,7 @@ def sharded_averages() -> Result:
     optimizer.save_history(folder)
     other = adam(shard(mlp(seed=1).to(DEVICE)), average_over=2, ramp=3)
     other.load_history(folder)
-    mean, restored = (each.session.mean.state_dict() for each in (optimizer, other))
+    mean, restored = (each.session.history.mean.state_dict() for each in (optimizer, other))
     same = [torch.equal(value, restored["means"][name]) for name, value in mean["means"].items()]
     weights += train(model, optimizer, 3, 20)
     return {
@@ -308,7 +308,7 @@ def sharded_probation() -> Result:
         "counted while loading": steps,
         "resumed weights": train(resumed, other, 14, 20),
         "resumed reports": reports_of(other),
-        "snapshot bytes": optimizer.session.store.nbytes,
+        "snapshot bytes": optimizer.session.history.store.nbytes,
         "refused save": refusal,
     }
 
@@ -431,7 +431,7 @@ def recording(optimizer: NowcastOptimizer, results: Result, place: str) -> Calla
         before = {name: local_tensor(parameter).clone() for name, parameter in model.named_parameters()}
         report = nowcast()
         same = all(torch.equal(before[n], local_tensor(p)) for n, p in model.named_parameters())
-        results[place] = {"accepted": report.report.accepted, "reason": report.report.reason, "restored": same}
+        results[place] = {"accepted": report.report.has_moved, "reason": report.report.reason, "restored": same}
         return report
 
     return recorded
@@ -443,7 +443,7 @@ def sharded_faults() -> Result:
     optimizer = adam(model)  # and a NaN in the rows of one process
     train(model, optimizer, 0, PERIOD - 1)
     if dist.get_rank() == 1:
-        optimizer.session.store.snapshots[0]["0.weight"][0, 0] = torch.nan
+        optimizer.session.history.store.snapshots[0]["0.weight"][0, 0] = torch.nan
     with mock.patch.object(optimizer.session, "_nowcast", recording(optimizer, results, "NaN")):
         train(model, optimizer, PERIOD - 1, PERIOD)
     return results

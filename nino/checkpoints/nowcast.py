@@ -19,7 +19,7 @@ from nino.checkpoints.writing import DTYPES, NewCheckpoint, check_destination
 from nino.errors import NinoError, SnapshotError
 from nino.predict.nowcaster import Nowcaster
 from nino.session.report import NowcastReport
-from nino.session.schedule import ScheduleConfig, horizon_at
+from nino.session.schedule import Schedule, horizon_at
 from nino.session.target import unwrap
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def default_horizon(steps: Sequence[int] | None, trainer_state: Mapping[str, Any
     context = nowcaster.config.context
     end = trainer_state.get("max_steps")
     known = steps is not None and isinstance(end, int) and end > 0
-    schedule = ScheduleConfig(
+    schedule = Schedule(
         period=context * (steps[1] - steps[0]) if steps else context,
         context=context,
         max_steps=end if known else None,
@@ -248,7 +248,7 @@ def _log_entry(result: CheckpointNowcast) -> dict[str, Any]:
     report = NowcastReport(
         step=step,
         horizon=result.horizon,
-        accepted=True,
+        outcome="applied",
         seconds=result.seconds,
         relative_jump=result.relative_jump,
         relative_jump_by_kind=result.relative_jump_by_kind,

@@ -14,7 +14,7 @@ from nino.graph.ir import NeuralGraph
 from nino.predict.engine.tiling import Sizes
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import build_network
-from nino.session.schedule import ScheduleConfig
+from nino.session.schedule import Schedule
 
 COUNTER_BYTES = 4
 """torch's Adam counts the steps of every parameter in a float32."""
@@ -59,7 +59,7 @@ def plan_memory(
     trained: Collection[str],
     settings: Settings,
     config: NowcasterConfig,
-    schedule: ScheduleConfig,
+    schedule: Schedule,
 ) -> MemoryPlan:
     """Add up a rank's bytes.
 
@@ -125,7 +125,7 @@ def _nowcast_bytes(graph: NeuralGraph, config: NowcasterConfig, device: torch.de
 
 
 def _checkpoint_bytes(
-    snapshot: int, rollback_copy: int, ramp: int, settings: Settings, schedule: ScheduleConfig
+    snapshot: int, rollback_copy: int, ramp: int, settings: Settings, schedule: Schedule
 ) -> int:
     """The most that is saved at once: nearly all snapshots before a nowcast, or what is kept for a while after it.
 

@@ -27,7 +27,7 @@ from nino.graph.ir import NeuralGraph
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.nowcaster import Nowcaster
 from nino.session.judge.rule import default_rollback_window
-from nino.session.schedule import ScheduleConfig
+from nino.session.schedule import Schedule
 from nino.snapshots import Place
 from nino.snapshots.mean import check_average_over
 
@@ -120,7 +120,7 @@ def plan(
     """
     _check_types(model, nowcaster, rates)
     config = _config_of(nowcaster)
-    schedule = ScheduleConfig(period=period, context=config.context)
+    schedule = Schedule(period=period, context=config.context)
     settings = Settings(
         world_size=world_size,
         sharding=sharding,

@@ -24,6 +24,7 @@ from nino.errors import TrajectoryError
 from nino.parallel.collectives import num_processes
 from nino.parallel.shards import is_dtensor, refuse_unsupported
 from nino.session import NowcastSession
+from nino.session.events import Event
 from nino.session.horizon import learning_rate_of
 from nino.session.target import unwrap
 
@@ -106,10 +107,13 @@ class Recorder:
         self.problem = ""
         """Why the recording has stopped."""
         self._model, self._writer, self._names = model, writer, names
-        self._interval, self._optimizer, self._session = interval, optimizer, session
+        self._interval, self._optimizer = interval, optimizer
         self._last = step if step > 0 else -1
         """Update of the last state, the same in all processes."""
-        self._jumps = self._jumps_so_far()
+        self._has_jumped = False
+        """Whether something beside the optimizer has moved the weights since the last step."""
+        if session is not None:
+            session.events.subscribe(self._listen)
 
     def is_due(self, step: int) -> bool:
         """Whether a state is recorded after ``step`` steps; for metrics that are worth computing only then."""
@@ -176,6 +180,9 @@ class Recorder:
                 tensor = whole.cpu() if self._writer is not None else whole.new_empty(0)
             state[name] = tensor
         return state
+
+    def _listen(self, event: Event) -> None:
+        self._has_jumped |= event.kind in ("moved", "undone")
 
     def _stop(self, step: int, error: Exception) -> None:
         self.problem = str(error) or repr(error)

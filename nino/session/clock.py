@@ -45,9 +45,7 @@ class Clock:
         """What is due after ``step`` steps."""
         if is_over(step, self.schedule, self.origin):
             return Due()
-        is_averaged = self.average_over > 1 and is_added(
-            step - self.origin, self.schedule.interval, self.average_over
-        )
+        is_averaged = self.average_over > 1 and is_added(step - self.origin, self.schedule.interval, self.average_over)
         nowcast = is_nowcast_step(step, self.schedule, self.origin)
         return Due(
             averaged=is_averaged,

@@ -24,7 +24,9 @@ class Event:
     step: int
     """Optimizer steps done."""
     report: NowcastReport | None = None
-    """Of ``reported``."""
+    """Of ``undone`` and ``reported``."""
+    learning_rate: float | None = None
+    """Of ``snapshot``."""
 
 
 Listener = Callable[[Event], None]

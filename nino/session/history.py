@@ -139,9 +139,7 @@ class History:
         rates = [float(rate) for rate in state["learning_rates"]]
         steps = state["snapshots"]["steps"]
         if len(rates) < len(steps):
-            raise NinoError(
-                f"saved nowcasting state is damaged: {len(rates)} learning rates of {len(steps)} snapshots"
-            )
+            raise NinoError(f"saved nowcasting state is damaged: {len(rates)} learning rates of {len(steps)} snapshots")
         goes_on = state["average_over"] == self.average_over > 1
         mean = RunningMean.read(state["mean"] if goes_on else None, local_tensors(trained))
         return Saved(rates, mean, self.store.parse(state["snapshots"], trained, others))

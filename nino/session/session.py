@@ -19,7 +19,7 @@ from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.parallel.collectives import is_main_process
 from nino.plan import NowcastPlan, Run, choose, describe, plan_of
-from nino.predict.load import load_predictor
+from nino.predict.registry import load_predictor
 from nino.predict.predictor import Predictor
 from nino.session.clock import Clock
 from nino.session.events import Event, Events
@@ -73,9 +73,7 @@ class NowcastSession:
         if on_report is not None and not callable(on_report):
             raise NinoError(f"on_report must be a function that takes a report, got {type(on_report).__name__}")
         self.optimizer, self.nowcaster = optimizer, load_predictor(nowcaster)
-        self.run = Run(
-            context=self.nowcaster.context, max_horizon=self.nowcaster.max_horizon, max_steps=max_steps
-        )
+        self.run = Run(context=self.nowcaster.context, max_horizon=self.nowcaster.max_horizon, max_steps=max_steps)
         self.plan = choose(plan_of(plan, period), self.run)
         self.schedule = Schedule.of(self.plan, self.run)
         self.clock = Clock(self.schedule, self.plan.average_over or 1)
@@ -204,7 +202,7 @@ class NowcastSession:
             if self.history.take(self.step, self.trainable_parameters(), rate):
                 self.clock.begin_with(self.step)
                 self._say_rising()
-            self.events.emit(Event("snapshot", self.step))
+            self.events.emit(Event("snapshot", self.step, learning_rate=self.history.rates[-1]))
         return self.clock.due(self.step)
 
     def _say_rising(self) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.graph.architectures import is_known, wire_each_alone
 from nino.graph.builder import check_graph, graph_parameters
-from nino.parallel.shards import compute_device, local_tensor, refuse_unsupported
+from nino.parallel.shards import compute_device, refuse_unsupported
 from nino.predict.predictor import Predictor
 from nino.session.changes import describe_changes
 from nino.session.first_inputs import FirstInputs

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nino import Nowcaster, ScheduleConfig
+from nino import Nowcaster
+from nino.session.schedule import Schedule
 from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
 from nino.ensemble.nowcast import EnsembleNowcaster
@@ -127,7 +128,7 @@ class Jumps:
         self,
         ensemble: Ensemble,
         nowcaster: Nowcaster,
-        schedule: ScheduleConfig,
+        schedule: Schedule,
         average: int,
         until: int | None = None,
         preserve_norms: bool = False,

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from nino import Nowcaster, NowcastOptimizer, NowcastReport, ScheduleConfig
+from nino import Nowcaster, NowcastOptimizer, NowcastPlan, NowcastReport
+from nino.session.schedule import Schedule
 from nino.errors import NinoError
 from nino.predict.model import NowcasterConfig, build_network
 from nino.session.judge.rule import rollback_config
@@ -86,7 +87,7 @@ class Rhythm:
         """``until`` in a run of so many steps."""
         return round(self.until * steps) if isinstance(self.until, float) else self.until
 
-    def schedule(self, nowcaster: Nowcaster, steps: int) -> ScheduleConfig:
+    def schedule(self, nowcaster: Nowcaster, steps: int) -> Schedule:
         """The schedule of a run.
 
         Raises:
@@ -95,7 +96,7 @@ class Rhythm:
         longest = nowcaster.config.max_horizon
         if self.max_horizon is not None and self.max_horizon > longest:
             raise NinoError(f"max_horizon={self.max_horizon} is beyond the nowcaster's longest, {longest}")
-        schedule = ScheduleConfig(
+        schedule = Schedule(
             period=self.period,
             context=nowcaster.config.context,
             max_steps=steps,
@@ -404,15 +405,16 @@ class Setup:
                 nowcaster,
                 period=rhythm.period,
                 max_steps=steps,
-                max_horizon=rhythm.max_horizon,
-                decay_power=rhythm.decay_power,
-                until=rhythm.last_update(steps),
-                rollback_window=rhythm.rollback_window,
-                moments=rhythm.moments,
-                preserve_norms=rhythm.preserve_norms,
-                ramp=rhythm.ramp,
-                batch_norm=rhythm.batch_norm,
-                average_over=rhythm.average_over,
+                plan=NowcastPlan(
+                    max_horizon_steps=rhythm.max_horizon,
+                    horizon_decay=rhythm.decay_power,
+                    stop_after=rhythm.last_update(steps),
+                    rollback_window=rhythm.rollback_window,
+                    preserve_norms=rhythm.preserve_norms,
+                    ramp=rhythm.ramp,
+                    recalibrate_batch_norm=rhythm.batch_norm,
+                    average_over=rhythm.average_over,
+                ),
             )
 
     @property
@@ -435,7 +437,7 @@ class Setup:
             follower.after_step()
             if was_gliding and not self._is_gliding:
                 follower.arrive()
-        jumps = sum(report.accepted + report.rolled_back for report in self.reports)
+        jumps = sum(report.has_moved + (report.outcome == "rolled back") for report in self.reports)
         if jumps != self._jumps:
             self._jumps = jumps
             for follower in self.followers:
@@ -443,7 +445,7 @@ class Setup:
 
     @property
     def _is_gliding(self) -> bool:
-        return isinstance(self.optimizer, NowcastOptimizer) and self.optimizer.session.ramp.is_on
+        return isinstance(self.optimizer, NowcastOptimizer) and self.optimizer.session.jumps.ramp.is_on
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:

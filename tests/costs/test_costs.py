@@ -51,7 +51,7 @@ def _train(model: nn.Module, steps: int, **settings: Any) -> tuple[nino.NowcastO
         optimizer.observe(1.0)
         optimizer.step()
         saved.append(_bytes_in(optimizer.session.state_dict()))
-    assert all(report.accepted for report in optimizer.reports)
+    assert all(report.has_moved for report in optimizer.reports)
     return optimizer, saved
 
 
@@ -73,7 +73,7 @@ def test_memory_is_what_a_run_takes(family: str, rollback_window: int, snapshot_
     ).memory
     settings = {"period": 6, "rollback_window": rollback_window, "snapshot_dtype": snapshot_dtype, "max_steps": 100}
     optimizer, saved = _train(model, 14, **settings)
-    assert optimizer.session.store.nbytes == planned.snapshot  # of step 14
+    assert optimizer.session.history.store.nbytes == planned.snapshot  # of step 14
     assert planned.snapshots == 3 * planned.snapshot
     assert saved[4] == 2 * planned.snapshot  # of steps 2 and 4; the third is taken and used after step 6
     assert saved[5] == planned.rollback_copy

@@ -233,8 +233,8 @@ def assert_resumed_by_one_process(folder: Path) -> None:
         optimizer.load_history(folder / "checkpoint-5" / "nowcast")
         plain = mlp()
         alone = train_alone(plain, optimizer_of(plain, tiny_nowcaster(), period=PERIOD), 4)
-        assert (optimizer.session.step, optimizer.session.store.steps) == (5, [2, 4])
-        for snapshot, expected in zip(optimizer.session.store.snapshots, (alone[1], alone[3]), strict=True):
+        assert (optimizer.session.step, optimizer.session.history.store.steps) == (5, [2, 4])
+        for snapshot, expected in zip(optimizer.session.history.store.snapshots, (alone[1], alone[3]), strict=True):
             assert_same(snapshot, expected)
         with pytest.raises(CheckpointError, match=r"holds tensors of each of 2 processes .* there are 1 now"):
             optimizer.load_history(folder / "checkpoint" / "nowcast")

@@ -245,9 +245,9 @@ def test_one_process_with_shards_is_one_without(place: Any, process_group: None,
     for model in (plain, sharded):
         optimizer = _optimizer(model, snapshots_on=place, snapshot_folder=folder)
         _train(model, optimizer, 0, 2 * PERIOD)
-        assert [report.accepted for report in optimizer.reports] == [True, True]
+        assert [report.has_moved for report in optimizer.reports] == [True, True]
         assert optimizer.reports[0].bytes_sent == 0
-        optimizer.session.store.close()
+        optimizer.session.history.store.close()
     assert_same({n: local_tensor(p) for n, p in sharded.named_parameters()}, weights_of(plain))
 
 
@@ -359,10 +359,10 @@ def test_a_history_is_saved_whole_or_not_at_all(
 
     resumed = _optimizer(_sharded())
     resumed.load_history(folder)
-    assert (resumed.session.step, resumed.session.store.steps) == (3, [2])
+    assert (resumed.session.step, resumed.session.history.store.steps) == (3, [2])
     optimizer.save_history(folder)  # over the old one, and over the leftover
     resumed.load_history(folder)
-    assert (resumed.session.step, resumed.session.store.steps) == (5, [2, 4])
+    assert (resumed.session.step, resumed.session.history.store.steps) == (5, [2, 4])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nowcast"]
 
 
@@ -441,7 +441,7 @@ def test_a_run_that_is_killed_between_the_two_renames_keeps_its_history(
     resumed = _optimizer(_sharded())
     resumed.load_history(folder)
 
-    assert (resumed.session.step, resumed.session.store.steps) == (3, [2])
+    assert (resumed.session.step, resumed.session.history.store.steps) == (3, [2])
     assert [record.getMessage() for record in caplog.records if record.name == "nino.session.saving"] == [
         f"{folder} is missing, a run was killed while it replaced it: {folder}.old is read instead"
     ]

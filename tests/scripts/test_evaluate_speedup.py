@@ -407,7 +407,7 @@ def test_models_of_no_known_family_are_traced(task: str, data_folder: Path) -> N
         loss.backward()
         setup.update(loss)
     assert setup.optimizer.session.graph.family == "traced"  # type: ignore[attr-defined]
-    assert [report.accepted for report in setup.reports] == [True]
+    assert [report.has_moved for report in setup.reports] == [True]
 
 
 def test_noise_is_new_in_training_and_the_same_in_evaluation(data_folder: Path) -> None:

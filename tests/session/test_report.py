@@ -21,7 +21,7 @@ from nino.predict.standardise import measure_snapshots
 ACCEPTED = NowcastReport(
     step=1000,
     horizon=40,
-    accepted=True,
+    outcome="applied",
     seconds=0.5,
     snapshot_bytes=100,
     rollback_bytes=20,
@@ -265,4 +265,4 @@ def test_a_session_reports_the_jump_by_kind() -> None:
 
 def test_a_jump_without_kinds_has_none() -> None:
     assert Jump(1.0, 2.0).relative == 0.5 and dict(Jump(1.0, 2.0).by_kind) == {}
-    assert nino.NowcastReport(step=1, horizon=1, accepted=True).relative_jump_by_kind == {}
+    assert nino.NowcastReport(step=1, horizon=1, outcome="applied").relative_jump_by_kind == {}

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from nino import NinoError, ScheduleConfig
+from nino import NinoError
+from nino.session.schedule import Schedule
 from nino.session.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
 
 
-def nowcasts(config: ScheduleConfig, until: int) -> list[tuple[int, int]]:
+def nowcasts(config: Schedule, until: int) -> list[tuple[int, int]]:
     """(update, horizon) of every nowcast in the first ``until`` steps."""
     return [(step, horizon_at(step, config)) for step in range(until + 1) if is_nowcast_step(step, config)]
 
@@ -61,11 +62,11 @@ TABLES: dict[str, tuple[dict[str, Any], int, list[tuple[int, int]]]] = {
 def test_nowcasts_and_their_horizons(case: str) -> None:
     settings, until, expected = TABLES[case]
 
-    assert nowcasts(ScheduleConfig(**settings), until) == expected
+    assert nowcasts(Schedule(**settings), until) == expected
 
 
 def test_the_horizon_belongs_to_the_period_that_a_step_lies_in() -> None:
-    config = ScheduleConfig(period=10, max_steps=25)  # two nowcasts: horizons 40 and 1
+    config = Schedule(period=10, max_steps=25)  # two nowcasts: horizons 40 and 1
 
     assert [horizon_at(step, config) for step in (0, 1, 9, 10, 11, 20, 25, 99)] == [40, 40, 40, 40, 1, 1, 1, 1]
     with pytest.raises(NinoError, match="step must be at least 0, got -1"):
@@ -73,7 +74,7 @@ def test_the_horizon_belongs_to_the_period_that_a_step_lies_in() -> None:
 
 
 def test_snapshots_are_evenly_spaced_and_every_nowcast_follows_one() -> None:
-    config = ScheduleConfig(period=15, context=5, max_steps=40)
+    config = Schedule(period=15, context=5, max_steps=40)
 
     assert config.interval == 3
     assert [s for s in range(20) if is_snapshot_step(s, config)] == [3, 6, 9, 12, 15, 18]
@@ -82,12 +83,12 @@ def test_snapshots_are_evenly_spaced_and_every_nowcast_follows_one() -> None:
 
 @pytest.mark.parametrize(("until", "last_nowcast"), [(25, 20), (31, 30), (30, 20)])
 def test_no_snapshot_is_taken_that_no_nowcast_reads(until: int, last_nowcast: int) -> None:
-    config = ScheduleConfig(period=10, until=until)
+    config = Schedule(period=10, until=until)
 
     assert max(step for step in range(100) if is_nowcast_step(step, config)) == last_nowcast
     assert max(step for step in range(100) if is_snapshot_step(step, config)) == last_nowcast
     assert not is_over(last_nowcast, config) and is_over(last_nowcast + 1, config)
-    assert is_snapshot_step(1000, ScheduleConfig(period=10, max_steps=until)), "a longer run may be resumed from it"
+    assert is_snapshot_step(1000, Schedule(period=10, max_steps=until)), "a longer run may be resumed from it"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,6 @@ def test_no_snapshot_is_taken_that_no_nowcast_reads(until: int, last_nowcast: in
 )
 def test_bad_settings_get_one_clear_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(NinoError, match=message) as caught:
-        ScheduleConfig(**settings)
+        Schedule(**settings)
 
     assert "\n" not in str(caught.value)

@@ -20,8 +20,8 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, mlp, tiny_nowc
 from torch import Tensor, nn
 
 import nino
-from nino import NinoError, NowcastReport, NowcastSession
-from nino.session.session import without_history
+from nino import NinoError, NowcastPlan, NowcastReport, NowcastSession
+from nino.session.resume import without_history
 
 State = dict[str, Any]
 
@@ -73,24 +73,28 @@ def test_acts_at_exactly_the_right_updates() -> None:
 
     assert trace == [*range(1, 6), 106, *range(107, 112), 212, *range(213, 218), 318, 319, 320]
     assert asked(nowcaster) == [(4, [2, 4, 6]), (2, [108, 110, 112]), (1, [214, 216, 218])]
-    assert [(r.step, r.horizon, r.accepted) for r in session.reports] == [(6, 4, True), (12, 2, True), (18, 1, True)]
+    assert [(r.step, r.horizon, r.has_moved) for r in session.reports] == [(6, 4, True), (12, 2, True), (18, 1, True)]
 
 
 def test_horizons_as_asked_for() -> None:
     """At most 3 intervals, then 3, 2, 1 in a straight line until update 20; the run itself is longer."""
     nowcaster = ScriptedNowcaster(add(100))
     session = NowcastSession(
-        one_layer(), nowcaster, period=PERIOD, max_steps=40, max_horizon=3, decay_power=1, until=20, rollback_window=3
+        one_layer(),
+        nowcaster,
+        period=PERIOD,
+        max_steps=40,
+        plan=NowcastPlan(max_horizon_steps=3, horizon_decay=1, stop_after=20, rollback_window=3),
     )
     update(session, 40, losses=lambda step: 1.0 / step)
 
     assert [(report.step, report.horizon) for report in session.reports] == [(6, 3), (12, 2), (18, 1)]
     with pytest.raises(NinoError, match=r"max_horizon=5 is beyond the nowcaster.s longest, 4$"):
-        NowcastSession(one_layer(), nowcaster, period=PERIOD, max_horizon=5)
+        NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(max_horizon_steps=5))
     with pytest.raises(NinoError, match="max_horizon must be a whole number of at least 1, got '5'"):
-        NowcastSession(one_layer(), nowcaster, period=PERIOD, max_horizon="5")  # type: ignore[arg-type]
+        NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(max_horizon_steps="5"))  # type: ignore[arg-type]
     with pytest.raises(NinoError, match=r"until=6 leaves no nowcast"):
-        NowcastSession(one_layer(), nowcaster, period=PERIOD, until=6)
+        NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(stop_after=6))
 
 
 def test_history_is_bounded() -> None:
@@ -98,7 +102,7 @@ def test_history_is_bounded() -> None:
     sizes = []
     for _ in range(20):  # far beyond the announced end, after which nothing is nowcast
         update(session)
-        sizes.append(len(session.store))
+        sizes.append(len(session.history.store))
 
     assert sizes == [0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2, *[3] * 9]
     assert len(session.reports) == 1
@@ -135,7 +139,9 @@ def test_a_run_that_ends_before_its_first_nowcast_gets_a_warning(caplog: pytest.
 
 
 def test_a_run_that_goes_on_beyond_its_end_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD, max_steps=8, rollback_window=0)
+    session = NowcastSession(
+        one_layer(), ScriptedNowcaster(add(0)), period=PERIOD, max_steps=8, plan=NowcastPlan(rollback_window=0)
+    )
     update(session, 8)
     assert not warnings_in(caplog)
     update(session, 8)
@@ -154,7 +160,7 @@ def test_a_history_that_starts_late_skips_one_nowcast_and_says_so(caplog: pytest
     assert warnings_in(caplog) == [
         "nowcast after step 6 was refused, training goes on: 2 of 3 snapshots were taken since the history began"
     ]
-    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
+    assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True)]
 
 
 # What a nowcast leaves alone
@@ -189,7 +195,7 @@ def _storages(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 def test_untouched_means_untouched() -> None:
     torch.manual_seed(0)
     model = Zoo()
-    session = NowcastSession(model, tiny_nowcaster(), period=PERIOD, batch_norm=False)
+    session = NowcastSession(model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(recalibrate_batch_norm=False))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -242,7 +248,9 @@ def test_parameters_that_the_optimizer_does_not_hold_count_as_frozen() -> None:
 
 def test_bfloat16_snapshots_do_not_round_the_weights() -> None:
     model = one_layer(1.001)  # 1.0 in bfloat16, whose steps are 1 / 128 here
-    session = NowcastSession(model, ScriptedNowcaster(add(0)), period=PERIOD, snapshot_dtype=torch.bfloat16)
+    session = NowcastSession(
+        model, ScriptedNowcaster(add(0)), period=PERIOD, plan=NowcastPlan(snapshot_dtype=torch.bfloat16)
+    )
 
     for _ in range(PERIOD):
         session.after_step()
@@ -295,7 +303,7 @@ def test_a_failed_nowcast_changes_no_weight_and_the_next_one_works(
 
     nowcaster.answer = add(1)
     update(session, PERIOD)
-    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
+    assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True)]
     assert_same(weights_of(model), {name: value + PERIOD + 1 for name, value in expected.items()})
 
 
@@ -311,14 +319,14 @@ def test_nan_in_a_snapshot_costs_one_nowcast(caplog: pytest.LogCaptureFixture) -
     update(session, 2)
 
     assert_same(weights_of(model), {name: value + 1 + 1 for name, value in healthy.items()})
-    assert [r.accepted for r in session.reports] == [False]
+    assert [r.has_moved for r in session.reports] == [False]
     assert warnings_in(caplog) == [
         "nowcast after step 6 was refused, training goes on: snapshot 1: 0.bias holds NaN or infinity; nowcast again "
         "from healthy snapshots"
     ]
 
     update(session, PERIOD)
-    assert [r.accepted for r in session.reports] == [False, True]
+    assert [r.has_moved for r in session.reports] == [False, True]
     assert len(warnings_in(caplog)) == 1
 
 
@@ -338,21 +346,21 @@ def test_a_snapshot_that_cannot_be_taken_does_not_end_the_run(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
-    copy_one = session.store._copy
+    copy_one = session.history.store._copy
 
     def fail_once(tensor: Tensor) -> Tensor:
-        monkeypatch.setattr(session.store, "_copy", copy_one)
+        monkeypatch.setattr(session.history.store, "_copy", copy_one)
         raise RuntimeError("out of memory")
 
     update(session, 3)
-    monkeypatch.setattr(session.store, "_copy", fail_once)
+    monkeypatch.setattr(session.history.store, "_copy", fail_once)
     update(session, 9)
 
     assert warnings_in(caplog) == [
         "no snapshot after step 4, training goes on: out of memory",
         "nowcast after step 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
     ]
-    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
+    assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True)]
 
 
 def test_freezing_and_unfreezing_during_the_run() -> None:
@@ -366,7 +374,7 @@ def test_freezing_and_unfreezing_during_the_run() -> None:
     model.requires_grad_(False)
     update(session, PERIOD)
 
-    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True), (18, True)]
+    assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True), (18, True)]
     assert session.reports[0].reason == "1 of 3 snapshots were taken since the history began"
     assert math.isnan(session.reports[2].relative_jump)  # nothing to move
 
@@ -388,7 +396,7 @@ def test_report_of_a_worked_example() -> None:
     assert len(reports) == 1
     assert reports[0].seconds > 0
     assert replace(reports[0], seconds=0) == NowcastReport(
-        step=6, horizon=4, accepted=True, relative_jump=0.5, snapshot_bytes=24, loss_before=35, loss_at=70
+        step=6, horizon=4, outcome="applied", relative_jump=0.5, snapshot_bytes=24, loss_before=35, loss_at=70
     )
     log = reports[0].as_log()
     assert log.pop("nowcast/seconds") > 0
@@ -429,7 +437,9 @@ def test_who_is_told_sees_the_session_after_the_update() -> None:
         state = session.state_dict()
         seen.append((report.step, state["history"]["steps"], state["step"]))
 
-    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=3, rollback_window=0, on_report=look)
+    session = NowcastSession(
+        one_layer(), ScriptedNowcaster(add(0)), period=3, on_report=look, plan=NowcastPlan(rollback_window=0)
+    )
     update(session, 4)
     assert seen == [(3, [4], 4)], "the snapshot of this step is there"
 
@@ -443,13 +453,11 @@ def test_detached_by_who_is_told(place: Any, tmp_path: Path) -> None:
         one_layer(),
         ScriptedNowcaster(add(0)),
         period=PERIOD,
-        rollback_window=0,
-        snapshots_on=place,
-        snapshot_folder=tmp_path if place == "disk" else None,
         on_report=stop,
+        plan=NowcastPlan(rollback_window=0, snapshots_on=place, snapshot_folder=tmp_path if place == "disk" else None),
     )
     update(session, 2 * PERIOD)
-    assert len(session.store) == 0 and not list(tmp_path.iterdir())
+    assert len(session.history.store) == 0 and not list(tmp_path.iterdir())
     assert [report.step for report in session.reports] == [PERIOD]
 
 
@@ -459,13 +467,13 @@ def test_a_state_without_history_knows_nothing_of_the_weights_before() -> None:
     settings: dict[str, Any] = {"period": 12, "rollback_window": 8, "average_over": 2, "optimizer": optimizer}
     session = NowcastSession(model, ScriptedNowcaster(add(9)), **settings)
     update(session, 19, losses=float)
-    assert session.monitor.is_monitoring and session.mean.count == 1 and len(session.store) == 1
+    assert session.monitor.is_monitoring and session.history.mean.count == 1 and len(session.history.store) == 1
     resumed = NowcastSession(model, ScriptedNowcaster(add(9)), **settings)
     resumed.load_state_dict(without_history(session.state_dict()))
-    assert (resumed.step, resumed.mean.count, len(resumed.store), resumed.reports) == (19, 0, 0, [])
+    assert (resumed.step, resumed.history.mean.count, len(resumed.history.store), resumed.reports) == (19, 0, 0, [])
     assert not resumed.trial.is_monitoring and not resumed.trial.losses
     update(resumed, 18, losses=float)
-    assert [report.accepted for report in resumed.reports] == [False, True], "the first has too few snapshots"
+    assert [report.has_moved for report in resumed.reports] == [False, True], "the first has too few snapshots"
 
 
 def test_loss_before_is_the_mean_of_twenty_updates() -> None:
@@ -618,7 +626,7 @@ def test_a_layer_that_is_frozen_between_snapshots_does_not_hinder_resuming() -> 
     resumed = _resumed(whole, train_first=False)
     for session in (whole, resumed):
         update(session, 4)  # snapshot without the layer after 6 steps, which jump; the next ones after 8
-    assert [report.accepted for report in resumed.reports] == [True]
+    assert [report.has_moved for report in resumed.reports] == [True]
     assert_same(weights_of(resumed.model), weights_of(whole.model))
 
 
@@ -629,24 +637,24 @@ def test_a_layer_that_is_unfrozen_before_resuming_starts_a_fresh_history(caplog:
 
     resumed = _resumed(whole, train_first=True)
 
-    assert (resumed.step, resumed.store.steps, list(resumed._rates)) == (4, [], [])
+    assert (resumed.step, resumed.history.store.steps, list(resumed._rates)) == (4, [], [])
     assert warnings_in(caplog) == [
         "2 parameters are trained now and were not when it was saved (0.bias, 0.weight): snapshots start afresh"
     ]
     update(resumed, PERIOD + 2)
-    assert [(report.step, report.accepted) for report in resumed.reports] == [(6, False), (12, True)]
+    assert [(report.step, report.has_moved) for report in resumed.reports] == [(6, False), (12, True)]
 
 
 def test_detaching_gives_memory_back() -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
     update(session, PERIOD + 1)
-    keeper: Any = session.store._keeper
+    keeper: Any = session.history.store._keeper
     assert keeper._free and keeper._copiers
 
     session.detach()
 
     assert not keeper._free and not keeper._copiers
-    assert session.rollback_copy._made is None
+    assert session.jumps.rollback_copy._made is None
     assert session._is_detached
 
 
@@ -709,7 +717,10 @@ def test_a_detached_session_only_counts() -> None:
 def test_matrices_keep_the_norms_of_the_newest_snapshot(preserve_norms: bool, average: int) -> None:
     model = mlp()
     session = NowcastSession(
-        model, tiny_nowcaster(), period=PERIOD, average_over=average, batch_norm=False, preserve_norms=preserve_norms
+        model,
+        tiny_nowcaster(),
+        period=PERIOD,
+        plan=NowcastPlan(average_over=average, recalibrate_batch_norm=False, preserve_norms=preserve_norms),
     )
     walked: list[dict[str, torch.Tensor]] = []
     for _ in range(PERIOD):

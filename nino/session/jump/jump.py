@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nino.parallel.collectives import is_main_process, num_processes
 from nino.parallel.shards import local_tensors
 from nino.plan import NowcastPlan
-from nino.predict.predictor import Movement, Predictor
+from nino.predict.movement import Movement
+from nino.predict.predictor import Predictor
 from nino.session.events import Event, Events
 from nino.session.history import History
 from nino.session.judge.monitor import Monitor, log_report

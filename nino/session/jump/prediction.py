@@ -12,7 +12,8 @@ from nino.errors import SnapshotError
 from nino.parallel.collectives import Channel, LostProcessError, PeerFailureError
 from nino.parallel.shards import local_tensor
 from nino.plan import NowcastPlan
-from nino.predict.predictor import Movement, Predictor
+from nino.predict.movement import Movement
+from nino.predict.predictor import Predictor
 from nino.predict.work_partition import fingerprint, partition_work
 from nino.session.jump.rollback import RollbackCopy
 from nino.session.target import TrainingTarget

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
 from torch import Tensor, nn
 
-from nino import NowcastOptimizer
+from nino import NowcastOptimizer, NowcastPlan
 from nino.session.optimizer_state.master_weights import find_master_weights
 
 R = 3
@@ -58,7 +58,7 @@ class Run:
             self.model,
             ScriptedNowcaster(add_three),
             period=PERIOD,
-            rollback_window=rollback_window,
+            plan=NowcastPlan(rollback_window=rollback_window),
         )
 
     def train(self, first: int, last: int) -> Run:
