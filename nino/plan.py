@@ -311,8 +311,14 @@ def describe(plan: NowcastPlan, run: Run, num_nowcasts: int | None, num_bytes: i
         parts.append(f"none after step {plan.stop_after:,}")
     averages = " and one average" if (plan.average_over or 1) > 1 else ""
     place = {"cpu": "on the host", "device": "on the device", "disk": "on disk"}[plan.snapshots_on]
-    size = f"{num_bytes / 1e6:,.3g} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:,.3g} GB"
-    return f"{', '.join(parts)}; {run.context} snapshots{averages}, {size} {place}"
+    return f"{', '.join(parts)}; {run.context} snapshots{averages}, {_size(num_bytes)} {place}"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.3g} {unit}"
+    return f"{num_bytes / 1e3:,.3g} kB"
 
 
 def settings_of(plan: NowcastPlan) -> dict[str, Any]:

@@ -205,9 +205,7 @@ class Outcome:
     @property
     def nowcasts(self) -> list[tuple[Any, ...]]:
         """Everything that integrations must agree on."""
-        return [
-            (r.step, r.horizon, r.outcome, r.relative_jump if r.has_moved else 0.0) for r in self.reports
-        ]
+        return [(r.step, r.horizon, r.outcome, r.relative_jump if r.has_moved else 0.0) for r in self.reports]
 
     @property
     def losses(self) -> list[float]:

@@ -334,7 +334,9 @@ def test_a_plain_optimizer_state_starts_a_fresh_history(
     ]
     assert (run.wrapper.session.step, len(run.wrapper.session.history.store)) == (step, 0)
     run.train(9, 18)
-    assert [(report.step, report.has_moved) for report in run.wrapper.reports][-1] == ((18, True) if step else (6, True))
+    assert [(report.step, report.has_moved) for report in run.wrapper.reports][-1] == (
+        (18, True) if step else (6, True)
+    )
 
 
 def test_the_base_alone_reads_the_wrappers_state() -> None:

@@ -248,6 +248,7 @@ def _log_entry(result: CheckpointNowcast) -> dict[str, Any]:
     report = NowcastReport(
         step=step,
         horizon=result.horizon,
+        horizon_steps=result.horizon * (result.steps[1] - result.steps[0]) if result.steps else result.horizon,
         outcome="applied",
         seconds=result.seconds,
         relative_jump=result.relative_jump,

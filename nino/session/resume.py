@@ -45,7 +45,7 @@ def without_history(state: Mapping[str, Any]) -> dict[str, Any]:
         The same with nothing of the weights before: no snapshots and no mean of them, no losses, no open nowcast.
     """
     history, monitor = state["history"], state["monitor"]
-    nothing = {part: [] for part in history["snapshots"]}
+    nothing: dict[str, list[Any]] = {part: [] for part in history["snapshots"]}
     return {
         **state,
         "history": {**history, "snapshots": nothing, "mean": {"count": 0, "means": {}}, "learning_rates": []},

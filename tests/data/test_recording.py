@@ -185,7 +185,7 @@ def test_a_jump_that_is_undone_is_a_second_jump(tmp_path: Path) -> None:
         optimizer.step()
         recorder.after_step(step)
     (report,) = optimizer.reports
-    assert (report.outcome == "rolled back")
+    assert report.outcome == "rolled back"
     recorder.close()
     assert Trajectory(recorder_folder).jumps == [12, 12 + report.steps_undone]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nino.parallel.collectives import is_main_process, num_processes
 from nino.parallel.shards import local_tensors
 from nino.plan import NowcastPlan
-from nino.predict.movement import Movement
+from nino.predict.movement import UNCHANGED, Movement
 from nino.predict.predictor import Predictor
 from nino.session.events import Event, Events
 from nino.session.history import History
@@ -203,5 +203,5 @@ def _from_elsewhere(
     ways = {}
     for name, weights in local_tensors(parameters).items():
         moves = movement[name].to(weights.device)
-        ways[name] = moves + (start[name].to(moves) - weights.to(moves)).where(moves != 0, 0)
+        ways[name] = moves + (start[name].to(moves) - weights.to(moves)).where(moves != 0, UNCHANGED)
     return ways

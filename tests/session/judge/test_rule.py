@@ -158,7 +158,7 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
     _train(plain, other, 0, PERIOD)
 
     report = optimizer.reports[-1]
-    assert (report.outcome == "rolled back")
+    assert report.outcome == "rolled back"
     assert "before and" in report.reason
     assert sum("was undone" in record.getMessage() for record in caplog.records) == 1
     assert_same(model.state_dict(), plain.state_dict())  # buffers too
@@ -498,7 +498,9 @@ def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: i
     _train(resumed_model, second, stop, 2 * PERIOD + R)
 
     assert_same(weights_of(resumed_model), weights_of(straight))
-    assert [(r.outcome == "rolled back") for r in second.reports][-1:] == [(r.outcome == "rolled back") for r in whole.reports][-1:]
+    assert [(r.outcome == "rolled back") for r in second.reports][-1:] == [
+        (r.outcome == "rolled back") for r in whole.reports
+    ][-1:]
     assert second.session.monitor.backoff == whole.session.monitor.backoff
 
 
