@@ -91,6 +91,11 @@ class NowcastPlan:
         self._check_place()
         self._check_parts_of_a_period()
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """Number format of snapshots."""
+        return None if self.snapshot_dtype is None else getattr(torch, self.snapshot_dtype)
+
     def _check_stop_after(self) -> None:
         stop = self.stop_after
         if isinstance(stop, float) and not 0 < stop <= 1:

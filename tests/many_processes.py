@@ -31,7 +31,6 @@ from torch.distributed.fsdp import fully_shard
 
 import nino
 from nino import NowcastOptimizer
-from nino.costs import summed_per_nowcast
 from nino.graph.architectures import wire_each_alone
 from nino.parallel.collectives import Channel
 from nino.parallel.shards import is_dtensor, local_tensor
@@ -146,7 +145,7 @@ def compare(
         **result,
         "distance": result["distance"] / jump.distance,
         "all work": 2 * edges + (graph.num_edges if nowcaster.config.kind == "nino" else 0),
-        "planned bytes": summed_per_nowcast(graph, nowcaster.config),
+        "expected bytes": summed_per_nowcast(graph, nowcaster.config),
         "error": error / jump.distance,
         "rounding": 2**-24 * jump.norm / jump.distance,  # of the new weights themselves
         "frozen": all(torch.equal(new[n], snapshots[-1][n].cpu()) for n in new if n not in wanted),
@@ -155,6 +154,13 @@ def compare(
         "weights": torch.cat([value.flatten() for value in new.values()]),
         "elements": sum(local_tensor(parameter).numel() for parameter in together.parameters()),
     }
+
+
+def summed_per_nowcast(graph: nino.NeuralGraph, config: nino.NowcasterConfig) -> int:
+    """Bytes that a process adds to sums over all: three hidden vectors of float32 per neuron, statistics in float64."""
+    hidden = config.hidden if config.kind == "nino" else 0
+    products = (config.context - 1) ** 2 if config.inputs == "movements" else 0
+    return 3 * hidden * 4 * graph.num_nodes + (4 + products) * 8 * len(graph.shapes)
 
 
 def with_a_trend() -> nino.Nowcaster:

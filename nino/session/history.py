@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nino.errors import NinoError
@@ -30,8 +29,7 @@ class History:
     """
 
     def __init__(self, plan: NowcastPlan, context: int) -> None:
-        dtype = None if plan.snapshot_dtype is None else getattr(torch, plan.snapshot_dtype)
-        self.store = SnapshotStore(context, plan.snapshots_on, dtype, plan.snapshot_folder)
+        self.store = SnapshotStore(context, plan.snapshots_on, plan.torch_dtype, plan.snapshot_folder)
         self.average_over = plan.average_over or 1
         self.mean = RunningMean()
         self.rates: deque[float] = deque(maxlen=context)

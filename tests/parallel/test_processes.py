@@ -172,7 +172,7 @@ SHARDED = [
 def assert_shards_are_nowcast(found: dict[str, Results]) -> None:
     assert_table(found["sharded_table"], {case.name for case in CASES})
     for row in found["sharded_table"][0].values():  # what planning says, and a few numbers more
-        assert 0 < row["bytes"] - row["planned bytes"] < 1000
+        assert 0 < row["bytes"] - row["expected bytes"] < 1000
     assert_traffic_follows_neurons(found["traffic"])
     assert_trained_as_alone(found["sharded_training"])
     assert_trained_as_alone(found["sharded_averages"], average_over=2, ramp=3)

@@ -21,6 +21,7 @@ import nino
 import nino.data
 import nino.session.jump.ramp
 from nino import NinoError, NowcastOptimizer, NowcastPlan, NowcastSession
+from nino.costs import estimate_costs
 from nino.errors import SnapshotError
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import Ramp, check_ramp
@@ -442,11 +443,11 @@ def test_a_verdict_comes_before_the_next_nowcast() -> None:
 def test_what_it_takes_is_planned() -> None:
     model = mlp()
     session = NowcastSession(model, tiny_nowcaster(), period=60, plan=NowcastPlan(ramp=20, rollback_window=0))
-    planned = nino.plan(model, tiny_nowcaster(), device="cpu", period=60, ramp=20, rollback_window=0).memory
+    planned = estimate_costs(model, tiny_nowcaster(), device="cpu", period=60, plan=NowcastPlan(ramp=20, rollback_window=0))
     for _ in range(61):
         for parameter in model.parameters():
             parameter.data.mul_(1.01)
         session.after_step()
     rest = session.state_dict()["ramp"]["rest"]
     assert planned.ramp == sum(value.nbytes for value in rest.values()) > 0
-    assert nino.plan(model, tiny_nowcaster(), device="cpu", period=60).memory.ramp == 0
+    assert estimate_costs(model, tiny_nowcaster(), device="cpu", period=60).ramp == 0
