@@ -24,8 +24,8 @@ from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
 from nino.parallel.collectives import PeerFailureError
 from nino.plan import NowcastPlan, plan_of
-from nino.predict.registry import load_predictor
 from nino.predict.predictor import Predictor
+from nino.predict.registry import load_predictor
 from nino.predict.work_partition import fingerprint
 from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
@@ -62,6 +62,7 @@ class NowcastCallback(TrainerCallback):
             tracing it on the first batch.
         resume_from: checkpoint folder whose snapshots to go on from; by default that from which the Trainer resumes.
             Snapshots of other weights than those that are trained further are left out, with a warning.
+        others: earlier names of settings; any other keyword is refused, saying where it belongs.
 
     Raises:
         NinoError: if a setting is out of range; when training starts, if the model cannot be wired.
@@ -78,9 +79,10 @@ class NowcastCallback(TrainerCallback):
         plan: NowcastPlan | None = None,
         graph: NeuralGraph | None = None,
         resume_from: str | Path | None = None,
+        **others: Any,
     ) -> None:
         self.nowcaster = load_predictor(nowcaster)
-        self.plan = plan_of(plan, period)
+        self.plan = plan_of(plan, period, others)
         self.plan.check_fits(self.nowcaster.context)
         self.graph = graph
         self.resume_from = resume_from

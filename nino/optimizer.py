@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.parallel.shards import local_tensor
-from nino.plan import NowcastPlan
+from nino.plan import NowcastPlan, plan_of
 from nino.predict.predictor import Predictor
 from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
@@ -44,6 +44,7 @@ class NowcastOptimizer(Optimizer):
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
             family that is sharded). By default it is wired here, and a model of no known family by tracing it on the
             first batch.
+        others: earlier names of settings; any other keyword is refused, saying where it belongs.
         on_report: called with every :class:`NowcastReport` when it is complete: one step after the nowcast, or after
             its ramp, or at the end of its rollback window. An error that it raises is logged and ends nothing.
 
@@ -72,6 +73,7 @@ class NowcastOptimizer(Optimizer):
         plan: NowcastPlan | None = None,
         graph: NeuralGraph | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
+        **others: Any,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise NinoError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
@@ -84,7 +86,7 @@ class NowcastOptimizer(Optimizer):
             nowcaster,
             period=period,
             max_steps=max_steps,
-            plan=plan,
+            plan=plan_of(plan, None, others),
             optimizer=optimizer,
             graph=graph,
             on_report=on_report,

@@ -218,16 +218,37 @@ class Run:
     """Optimizer steps of the whole run, if known."""
 
 
-def plan_of(plan: NowcastPlan | None, period: int | None) -> NowcastPlan:
+EARLIER_NAMES = {"probation": "rollback_window", "nowcast_in_warmup": None}
+"""Words that integrations took before there were plans, and what they are called now, if they still mean anything."""
+
+
+def plan_of(plan: NowcastPlan | None, period: int | None, others: Mapping[str, Any] | None = None) -> NowcastPlan:
     """The plan that an integration was given, with its everyday word ``period``.
+
+    Args:
+        plan: of the user.
+        period: goes before the plan's.
+        others: further keywords that came; only :data:`EARLIER_NAMES` are known.
 
     Raises:
         NinoError: if the plan is none, or the period does not go with it.
+        TypeError: for any other keyword, saying where it belongs.
     """
     if plan is not None and not isinstance(plan, NowcastPlan):
         raise NinoError(f"plan must be a nino.NowcastPlan, got {type(plan).__name__}")
     plan = plan or NowcastPlan()
+    for name, value in (others or {}).items():
+        if name not in EARLIER_NAMES:
+            raise TypeError(f"unexpected keyword {name!r}: {_where(name)}")
+        now = EARLIER_NAMES[name]
+        plan = plan if now is None else replace(plan, **{now: value})
     return plan if period is None else replace(plan, period=period)
+
+
+def _where(name: str) -> str:
+    known = [f.name for f in fields(NowcastPlan)]
+    near = difflib.get_close_matches(name, known, 1)
+    return f"settings go into plan=NowcastPlan({near[0]}=...)" if near else f"a plan has {', '.join(known)}"
 
 
 def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> NowcastPlan:

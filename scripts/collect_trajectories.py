@@ -27,11 +27,11 @@ from torch import nn
 from tqdm import tqdm
 
 from nino import NowcastOptimizer, NowcastPlan
-from nino.session.schedule import Schedule
 from nino.data import Trajectory, record
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
 from nino.session.jump.ramp import check_ramp
+from nino.session.schedule import Schedule
 from nino.snapshots.mean import check_average_over
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
 from tasks.ensembles import record_ensemble

@@ -19,8 +19,8 @@ from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.parallel.collectives import is_main_process
 from nino.plan import NowcastPlan, Run, choose, describe, plan_of
-from nino.predict.registry import load_predictor
 from nino.predict.predictor import Predictor
+from nino.predict.registry import load_predictor
 from nino.session.clock import Clock
 from nino.session.events import Event, Events
 from nino.session.history import History

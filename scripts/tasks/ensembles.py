@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from nino import Nowcaster
-from nino.session.schedule import Schedule
 from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
 from nino.ensemble.nowcast import EnsembleNowcaster
 from nino.ensemble.training import Ensemble, Stacked
 from nino.errors import TrajectoryError
 from nino.session.jump.ramp import Ramp
-from nino.session.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
+from nino.session.schedule import Schedule, horizon_at, is_nowcast_step, is_over, is_snapshot_step
 from nino.snapshots.mean import RunningMean, is_added
 from tasks.jump_schedules import RunPlan, forward_format, jump_schedule, load_task, notes_of
 from tasks.nowcasters import load_nowcaster

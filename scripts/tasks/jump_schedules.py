@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from nino import Nowcaster
-from nino.session.schedule import Schedule
 from nino.data import build_model
+from nino.session.schedule import Schedule
 from tasks.images import convnet, load_parquet_images
 from tasks.task import ImageTask, TextTask
 from tasks.text import gpt2, llama, load_text_files

@@ -27,12 +27,12 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster, NowcastOptimizer, NowcastPlan, NowcastReport
-from nino.session.schedule import Schedule
 from nino.errors import NinoError
 from nino.predict.model import NowcasterConfig, build_network
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import check_ramp
 from nino.session.optimizer_state.moments import Moments, check_moments
+from nino.session.schedule import Schedule
 from nino.snapshots.mean import check_average_over
 from tasks.baselines import (
     ExponentialAverage,

@@ -201,35 +201,3 @@ def test_models_of_no_size_are_refused(
     said = capsys.readouterr().err.strip()
     assert ended.value.code == 2 and "\n" not in said
     assert f"sets {size}={number}, expected a whole number of at least 1" in said
-<<<<<<< HEAD
-
-
-RUNS = {"llama-8b": (8, "1M"), "llama-70b": (512, "4M"), "llama-405b": (4096, "16M")}
-
-
-def test_the_documented_runs_are_what_the_script_plans(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every size and the overhead of docs/scale.md, in the column of its run."""
-    page = (SCRIPTS.parent / "docs" / "scale.md").read_text()
-    (tail,) = (line.split('"')[1].split() for line in page.splitlines() if line.startswith("TAIL="))
-    table = {
-        cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in page.splitlines()) if len(cells) == 6
-    }
-    monkeypatch.chdir(tmp_path)
-    names = {"snapshots, host memory": "snapshots  ", "rollback copy, host memory": "rollback copy "}
-    names |= {
-        "GPU memory in a nowcast, at most": "during a nowcast",
-        "checkpoints grow by, at most": "checkpoints grow by",
-    }
-    names |= {"snapshots read per nowcast": "snapshots read", "traffic per nowcast": "traffic"}
-    for column, (model, (ranks, tokens)) in enumerate(RUNS.items()):
-        plan_run.main([model, "--world-size", str(ranks), "--tokens", tokens, *tail])
-        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-        for documented, printed in names.items():
-            (line,) = (line for line in lines if line.startswith(printed))
-            number = table[documented][column].strip().strip("*")
-            assert line.removeprefix(printed).strip().startswith(number), (documented, model)
-        assert json.loads((tmp_path / "runs" / "plan" / "plan.json").read_text())["model"] == model
-=======
->>>>>>> b491507 (Costs are bytes that tests hold against the code; seconds, traffic and rates that nobody measured go)

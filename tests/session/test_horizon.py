@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tiny import PERIOD, batch, mlp, tiny_nowcaster
 
 from nino import NowcastOptimizer
-from nino.session.schedule import Schedule
 from nino.session.horizon import has_risen, horizon_by_mass
+from nino.session.schedule import Schedule
 
 CONFIG = Schedule(period=1000, max_steps=10_000)
 INTERVAL = CONFIG.interval

@@ -87,4 +87,4 @@ def test_no_snapshot_is_taken_that_no_nowcast_reads(stop_after: int, last_nowcas
     assert max(step for step in range(100) if is_nowcast_step(step, config)) == last_nowcast
     assert max(step for step in range(100) if is_snapshot_step(step, config)) == last_nowcast
     assert not is_over(last_nowcast, config) and is_over(last_nowcast + 1, config)
-    assert is_snapshot_step(1000, Schedule(period=10, max_steps=until)), "a longer run may be resumed from it"
+    assert is_snapshot_step(1000, Schedule(period=10, max_steps=stop_after)), "a longer run may be resumed from it"

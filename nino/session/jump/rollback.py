@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from nino.errors import SnapshotError
 from nino.parallel.shards import as_sharded, local_tensor, local_tensors
-from nino.session.optimizer_state.opaque_state import put_back_hidden_state, take_hidden_state
 from nino.plan import Place
+from nino.session.optimizer_state.opaque_state import put_back_hidden_state, take_hidden_state
 from nino.snapshots import SnapshotStore
 from nino.system.signals import defer_signals
 

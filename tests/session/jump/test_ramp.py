@@ -443,7 +443,9 @@ def test_a_verdict_comes_before_the_next_nowcast() -> None:
 def test_what_it_takes_is_planned() -> None:
     model = mlp()
     session = NowcastSession(model, tiny_nowcaster(), period=60, plan=NowcastPlan(ramp=20, rollback_window=0))
-    planned = estimate_costs(model, tiny_nowcaster(), device="cpu", period=60, plan=NowcastPlan(ramp=20, rollback_window=0))
+    planned = estimate_costs(
+        model, tiny_nowcaster(), device="cpu", period=60, plan=NowcastPlan(ramp=20, rollback_window=0)
+    )
     for _ in range(61):
         for parameter in model.parameters():
             parameter.data.mul_(1.01)
