@@ -311,7 +311,7 @@ def _steps_of(part: float, run: Run, period: int) -> int | None:
         if part == 1.0:
             return None
         raise NinoError(f"stop_after={part} is a part of the run, whose length is not known: give max_steps as well")
-    return max(round(part * run.max_steps), min(period + 1, run.max_steps))
+    return max(round(part * run.max_steps), period + 1)
 
 
 def describe(plan: NowcastPlan, run: Run, num_nowcasts: int | None, num_bytes: int) -> str:

@@ -265,7 +265,7 @@ def test_updates_that_the_grad_scaler_skips_are_not_counted() -> None:
         steps.append((wrapper.session.step, len(wrapper.reports)))
 
     assert steps == [(1, 0), (1, 0), (2, 0), (3, 0), (3, 0), (4, 0), (5, 0), (6, 1)]
-    assert wrapper.reports[0].accepted
+    assert wrapper.reports[0].has_moved
     assert scaler.get_scale() == 1.0  # halved twice
 
 

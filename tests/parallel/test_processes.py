@@ -137,7 +137,7 @@ def assert_rolled_back_as_alone(results: Results) -> None:
     nowcaster = ScriptedNowcaster(lambda newest: {name: 30 * value for name, value in newest.items()})
     optimizer = optimizer_of(model, nowcaster, period=12, rollback_window=4)
     alone = train_alone(model, optimizer, 20)
-    assert optimizer.reports[0].rolled_back
+    assert optimizer.reports[0].outcome == "rolled back"
     for found in results:
         assert [report[:3] for report in found["reports"]] == [(12, True, True)]
         for step, expected in enumerate(alone):

@@ -259,7 +259,7 @@ def test_a_model_may_be_sharded_after_its_optimizer_was_wrapped(process_group: N
     optimizers[sharded].param_groups[0]["params"] = list(sharded.parameters())
     for model, optimizer in optimizers.items():
         _train(model, optimizer, 0, PERIOD)
-        assert optimizer.reports[-1].accepted
+        assert optimizer.reports[-1].has_moved
     assert_same({n: local_tensor(p) for n, p in sharded.named_parameters()}, weights_of(plain))
 
 

@@ -70,7 +70,7 @@ def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None
     session = counting(ScriptedNowcaster(break_down))
     count_on(session, 12)
     assert session.model[0].weight[0, 0] == 12
-    assert not session.reports or not session.reports[-1].accepted
+    assert not session.reports or not session.reports[-1].has_moved
 
 
 def test_no_room_for_the_mean_costs_the_mean_alone(

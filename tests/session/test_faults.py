@@ -221,7 +221,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_hide_a_bad_one() -> None:
     run.train(PERIOD + PROBATION)
 
     assert math.isnan(run.optimizer.reports[0].loss_before)
-    assert run.optimizer.reports[0].rolled_back
+    assert run.optimizer.reports[0].outcome == "rolled back"
     assert max((before[name] - value).abs().max().item() for name, value in weights_of(run.model).items()) > 20
 
 
@@ -229,7 +229,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_speak_against_a_good_one() 
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: newest)).train(3).train(4, observed=nan)
     run.train(PERIOD + PROBATION, observed=lambda loss: loss * 0)
 
-    assert not run.optimizer.reports[0].rolled_back
+    assert not (run.optimizer.reports[0].outcome == "rolled back")
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -248,7 +248,7 @@ def test_losses_that_become_nan_in_the_probation_undo_the_nowcast() -> None:
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     run.session.nowcaster.answer = lambda newest: {n: v + 1e-3 for n, v in newest.items()}
     assert [report.has_moved for report in run.train().optimizer.reports] == [True] * 3
-    assert run.optimizer.reports[0].rolled_back
+    assert run.optimizer.reports[0].outcome == "rolled back"
 
 
 def test_nan_weights_are_never_nowcast_and_memory_is_bounded() -> None:
@@ -441,7 +441,7 @@ def test_a_module_that_is_replaced_in_the_probation_is_not_overwritten(caplog: p
     fresh = weights_of(run.model)["2.weight"]
     run.train(PERIOD + PROBATION)
 
-    assert not run.optimizer.reports[0].rolled_back
+    assert not (run.optimizer.reports[0].outcome == "rolled back")
     assert (run.model[2].weight - fresh).abs().max() < 0.1
     assert warnings_in(caplog) == [
         "the model has changed by update 8, snapshots start afresh, the nowcast after step 6 is not judged: "
@@ -471,7 +471,7 @@ def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
         why = "2 of 3 snapshots were taken since the history began"
         expected.append(f"nowcast after step 12 was refused, training goes on: {why}")
     assert warnings_in(caplog) == expected
-    assert resumed.optimizer.reports[-1].accepted == (saved_at == PERIOD + 1)
+    assert resumed.optimizer.reports[-1].has_moved == (saved_at == PERIOD + 1)
 
 
 def test_a_layer_that_is_frozen_in_the_probation_is_undone_with_the_others() -> None:
@@ -480,7 +480,7 @@ def test_a_layer_that_is_frozen_in_the_probation_is_undone_with_the_others() -> 
     run.model[0].requires_grad_(False)
     run.train(PERIOD + PROBATION)
 
-    assert run.optimizer.reports[0].rolled_back
+    assert run.optimizer.reports[0].outcome == "rolled back"
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
 
 
@@ -550,7 +550,7 @@ def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
-    assert run.optimizer.reports[0].rolled_back and run.session.monitor.backoff.failures == 1
+    assert (run.optimizer.reports[0].outcome == "rolled back") and run.session.monitor.backoff.failures == 1
     run.save(tmp_path / "checkpoint.pt")  # as who is interrupted does
     resumed = Run(nowcaster=run.session.nowcaster).load(tmp_path / "checkpoint.pt").train()
     assert_same(weights_of(resumed.model), weights_of(run.train().model))

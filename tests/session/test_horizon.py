@@ -112,5 +112,5 @@ def test_horizons_shrink_with_the_rate_and_the_last_ones_are_left_out() -> None:
     assert [report.step for report in falling] == [report.step for report in constant]
     assert all(a.horizon <= b.horizon for a, b in zip(falling, constant, strict=True))
     assert sum(a.horizon for a in falling) < sum(b.horizon for b in constant)
-    assert not falling[-1].accepted and "learning rate that is left" in falling[-1].reason
-    assert constant[-1].accepted
+    assert not falling[-1].has_moved and "learning rate that is left" in falling[-1].reason
+    assert constant[-1].has_moved

@@ -954,7 +954,7 @@ def test_a_run_resumes_with_snapshots_in_another_place(tmp_path: Path) -> None:
         resumed_model.load_state_dict(weights)
         resumed.load_state_dict(copy.deepcopy(state))
         one_update(resumed_model, resumed, PERIOD)
-        assert resumed.reports[-1].accepted
+        assert resumed.reports[-1].has_moved
         assert_same(weights_of(resumed_model), weights_of(model))
 
 

@@ -148,9 +148,9 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
     model = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
     optimizer = _optimizer(model, add(3), base=base)
     _train(model, optimizer, 0, PERIOD)
-    assert optimizer.reports[-1].accepted
+    assert optimizer.reports[-1].has_moved
     _train(model, optimizer, PERIOD, PERIOD + R - 1)
-    assert not optimizer.reports[-1].rolled_back
+    assert not (optimizer.reports[-1].outcome == "rolled back")
     _train(model, optimizer, PERIOD + R - 1, PERIOD + R)
 
     plain = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
@@ -223,7 +223,7 @@ def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCap
     file.seek(0)
     optimizer.load_state_dict(torch.load(file, weights_only=True))
     _train(model, optimizer, PERIOD + 2, PERIOD + R)
-    assert optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome == "rolled back"
     _train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3), 0, PERIOD)
     assert_same(model.state_dict(), plain.state_dict())
     assert base.state[model[3].weight]["step"] == PERIOD
@@ -300,7 +300,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
     _train(model, optimizer, PERIOD + R - 1, PERIOD + R)
     _train(plain, other, 0, PERIOD)
 
-    assert optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome == "rolled back"
     assert_same(weights_of(model), weights_of(plain))
     for part, expected in zip(optimizer.optimizer._parts, other._parts, strict=True):  # type: ignore[attr-defined]
         states = [list(each.state.values()) for each in (part, expected)]
@@ -353,7 +353,7 @@ def test_caches_do_not_hinder_undoing(base: str, caplog: pytest.LogCaptureFixtur
     other = _optimizer(plain, add(3), rollback_window=0, base=base).optimizer
     _train(plain, other, 0, PERIOD)
 
-    assert optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome == "rolled back"
     assert_same(weights_of(model), weights_of(plain))
     assert torch.equal(model[0].counter, plain[0].counter)
     assert model[0].grows.numel() > plain[0].grows.numel()
@@ -375,7 +375,7 @@ def test_a_rollback_copy_is_resumed_from_before_a_cache_has_grown() -> None:
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each, of in ((model, optimizer), (resumed_model, resumed)):
         _train(each, of, PERIOD + 1, PERIOD + R)
-        assert of.session.reports[-1].rolled_back
+        assert of.session.reports[-1].outcome == "rolled back"
     assert_same(weights_of(resumed_model), weights_of(model))
 
 
@@ -386,7 +386,7 @@ def test_a_disaster_is_undone_halfway() -> None:
         bases[0], model, ScriptedNowcaster(add(3)), period=120, plan=NowcastPlan(rollback_window=100)
     )
     _train(model, optimizer, 0, 120 + 49)
-    assert not optimizer.reports[-1].rolled_back
+    assert not (optimizer.reports[-1].outcome == "rolled back")
     _train(model, optimizer, 120 + 49, 120 + 50)
     _train(plain, bases[1], 0, 120)
 
@@ -410,7 +410,7 @@ def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: st
             optimizer.observe(math.inf)
     _train(plain, _optimizer(plain, add(3), rollback_window=0).optimizer, 0, PERIOD)
 
-    assert optimizer.reports[-1].rolled_back and "every step was skipped" in optimizer.reports[-1].reason
+    assert (optimizer.reports[-1].outcome == "rolled back") and "every step was skipped" in optimizer.reports[-1].reason
     assert_same(weights_of(model), weights_of(plain))
     assert optimizer.session.monitor.backoff.failures == 1
     _train(model, optimizer, PERIOD, 2 * PERIOD)  # and training goes on
@@ -423,7 +423,7 @@ def test_many_micro_batches_are_no_skipped_updates() -> None:
     _train(model, optimizer, 0, PERIOD)
     for _ in range(600):
         optimizer.observe(1.0)
-    assert not optimizer.reports[-1].rolled_back
+    assert not (optimizer.reports[-1].outcome == "rolled back")
     assert len(optimizer.session.monitor._observed) <= 512
 
 
@@ -440,7 +440,7 @@ def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
             plan=NowcastPlan(rollback_window=R),
         )
         _train(model, optimizer, 0, PERIOD)
-        assert optimizer.reports[-1].accepted == accepted
+        assert optimizer.reports[-1].has_moved == accepted
         assert accepted or optimizer.reports[-1].reason == "the run ends before a jump could recover"
 
 
@@ -453,7 +453,7 @@ def test_an_interrupt_after_the_prediction_leaves_a_report(monkeypatch: pytest.M
     optimizer = _optimizer(model, add(3))
     with pytest.raises(KeyboardInterrupt):
         _train(model, optimizer, 0, PERIOD)
-    assert optimizer.reports[-1].accepted  # on record, and in its rollback window
+    assert optimizer.reports[-1].has_moved  # on record, and in its rollback window
     assert optimizer.state_dict()["nowcast"]["rollback_copy"] is not None
 
 

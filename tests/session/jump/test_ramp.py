@@ -189,7 +189,7 @@ def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
             model[0].weight[1] = 0.3
         before = weights_of(model)
         session.after_step()
-    assert session.reports[0].accepted and torch.equal(model[0].weight[1], torch.full_like(model[0].weight[1], 0.3))
+    assert session.reports[0].has_moved and torch.equal(model[0].weight[1], torch.full_like(model[0].weight[1], 0.3))
     assert not torch.equal(model[0].weight, before["0.weight"])
 
 
@@ -284,7 +284,11 @@ def test_a_jump_that_stops_updates_is_undone_on_its_way() -> None:
     assert weight_of(session) == 8 * PERIOD + 1 + 33
     for _ in range(MANY_SKIPPED):
         session.after_skipped_step()
-    assert session.reports[0].rolled_back and weight_of(session) == 8 * PERIOD and not session.jumps.ramp.is_on
+    assert (
+        (session.reports[0].outcome == "rolled back")
+        and weight_of(session) == 8 * PERIOD
+        and not session.jumps.ramp.is_on
+    )
 
 
 def test_a_jump_that_failed_does_not_ramp() -> None:
@@ -294,7 +298,7 @@ def test_a_jump_that_failed_does_not_ramp() -> None:
     nowcaster = ScriptedNowcaster(fail)
     session = NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(ramp=GLIDE, rollback_window=0))
     assert trace(session, 8) == [*range(1, 9)]
-    assert not session.reports[0].accepted and not session.jumps.ramp.is_on
+    assert not session.reports[0].has_moved and not session.jumps.ramp.is_on
 
 
 @pytest.mark.parametrize("change", ["frozen", "replaced"])

@@ -100,7 +100,7 @@ def test_masters_are_undone_to_the_last_bit(kind: str) -> None:
     plain.optimizer.detach()
     plain.train(0, PERIOD)
 
-    assert run.optimizer.reports[-1].rolled_back
+    assert run.optimizer.reports[-1].outcome == "rolled back"
     assert_same(weights_of(run.model), weights_of(plain.model))
     assert_same(run.states(), plain.states())
 
@@ -112,7 +112,7 @@ def test_a_jump_that_is_refused_leaves_masters_alone() -> None:
     for each in (run, plain):
         each.train(0, PERIOD)
 
-    assert not run.optimizer.reports[-1].accepted
+    assert not run.optimizer.reports[-1].has_moved
     assert_same(run.states(), plain.states())
 
 
