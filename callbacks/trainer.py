@@ -23,7 +23,8 @@ from nino.errors import CheckpointError, NinoError
 from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
 from nino.parallel.collectives import PeerFailureError
-from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
+from nino.predict.registry import load_predictor
 from nino.predict.work_partition import fingerprint
 from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
@@ -54,7 +55,7 @@ class NowcastCallback(TrainerCallback):
     """Nowcast the weights every ``period`` optimizer steps of a ``transformers.Trainer``.
 
     Args:
-        nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
+        nowcaster: a predictor or its name, as in :func:`nino.load_predictor`.
         period: optimizer steps between nowcasts.
         max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
         decay_power: how fast horizons shrink; 1 is linear.
@@ -91,7 +92,7 @@ class NowcastCallback(TrainerCallback):
 
     def __init__(
         self,
-        nowcaster: Nowcaster | str | Path,
+        nowcaster: Predictor | str | Path,
         period: int = 1000,
         *,
         max_horizon: int | None = None,
@@ -110,7 +111,7 @@ class NowcastCallback(TrainerCallback):
         graph: NeuralGraph | None = None,
         resume_from: str | Path | None = None,
     ) -> None:
-        self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
+        self.nowcaster = load_predictor(nowcaster)
         self.period = period
         self.max_horizon = max_horizon
         self.decay_power = decay_power

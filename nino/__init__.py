@@ -8,7 +8,10 @@ from nino.graph.check import WiringReport, check_wiring
 from nino.optimizer import NowcastOptimizer
 from nino.plots import plot_run, run_record
 from nino.predict.model import NowcasterConfig
+from nino.predict.movement import Movement
 from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
+from nino.predict.registry import load_predictor
 from nino.session import NowcastSession
 from nino.session.report import NowcastReport
 from nino.session.schedule import ScheduleConfig
@@ -18,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "GraphError",
+    "Movement",
     "NeuralGraph",
     "NinoError",
     "NowcastOptimizer",
@@ -25,6 +29,7 @@ __all__ = [
     "NowcastSession",
     "Nowcaster",
     "NowcasterConfig",
+    "Predictor",
     "RunPlan",
     "ScheduleConfig",
     "SnapshotError",
@@ -33,6 +38,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "check_wiring",
+    "load_predictor",
     "plan",
     "plot_run",
     "run_record",

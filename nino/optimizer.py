@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.parallel.shards import local_tensor
-from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
 from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
 from nino.session.optimizer_state.moments import Moments
@@ -39,7 +39,7 @@ class NowcastOptimizer(Optimizer):
     Args:
         optimizer: built on parameters of ``model``.
         model: the model in training.
-        nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
+        nowcaster: a predictor or its name, as in :func:`nino.load_predictor`.
         period: optimizer steps between nowcasts.
         max_steps: optimizer steps of the whole run; horizons shrink towards its end. ``None`` if unknown.
         max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
@@ -86,7 +86,7 @@ class NowcastOptimizer(Optimizer):
         self,
         optimizer: Optimizer,
         model: nn.Module,
-        nowcaster: Nowcaster | str | Path,
+        nowcaster: Predictor | str | Path,
         *,
         period: int = 1000,
         max_steps: int | None = None,

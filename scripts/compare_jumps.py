@@ -81,18 +81,17 @@ def check_jumps(jumps: list[JumpPlan], first: int, steps: int) -> tuple[int, dic
     contexts, weights = [], {}
     for jump in jumps:
         nowcaster = load_jump(jump.part)
-        config = nowcaster.config
         weights[jump.name] = fingerprint(jump.part, nowcaster)
-        if jump.horizon > config.max_horizon:
-            raise NinoError(f"jump {jump.name!r}: the nowcaster looks at most {config.max_horizon} intervals ahead")
+        if jump.horizon > nowcaster.max_horizon:
+            raise NinoError(f"jump {jump.name!r}: the nowcaster looks at most {nowcaster.max_horizon} intervals ahead")
         if jump.ramp > steps:
             raise NinoError(f"jump {jump.name!r}: its ramp takes more than the {steps} steps of a branch")
-        if (config.context - 1) * jump.interval + jump.average > first:
+        if (nowcaster.context - 1) * jump.interval + jump.average > first:
             raise NinoError(
-                f"jump {jump.name!r}: {config.context} snapshots {jump.interval} steps apart do not fit before "
+                f"jump {jump.name!r}: {nowcaster.context} snapshots {jump.interval} steps apart do not fit before "
                 f"update {first}"
             )
-        contexts.append(config.context)
+        contexts.append(nowcaster.context)
     return max(contexts), weights
 
 

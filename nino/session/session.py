@@ -24,7 +24,8 @@ from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.parallel.collectives import is_main_process
 from nino.parallel.shards import local_tensors
-from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
+from nino.predict.registry import load_predictor
 from nino.session.horizon import has_risen, horizon_by_mass, learning_rate_of
 from nino.session.judge.monitor import Monitor, log_report
 from nino.session.judge.rule import finite, rollback_config, why_not_judged
@@ -52,7 +53,7 @@ class NowcastSession:
 
     Args:
         model: the model in training; wrappers of DDP and ``torch.compile`` are looked through.
-        nowcaster: a nowcaster, or a name for :meth:`Nowcaster.from_pretrained`.
+        nowcaster: a predictor, or a name for :func:`nino.load_predictor`.
         period: optimizer steps between nowcasts; a multiple of the nowcaster's context.
         max_steps: optimizer steps of the whole run, if known; see :class:`ScheduleConfig`.
         max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
@@ -90,7 +91,7 @@ class NowcastSession:
     def __init__(
         self,
         model: nn.Module,
-        nowcaster: Nowcaster | str | Path,
+        nowcaster: Predictor | str | Path,
         *,
         period: int = 1000,
         max_steps: int | None = None,
@@ -117,18 +118,17 @@ class NowcastSession:
         if on_report is not None and not callable(on_report):
             raise NinoError(f"on_report must be a function that takes a report, got {type(on_report).__name__}")
         self.optimizer = optimizer
-        nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
-        config = nowcaster.config
+        nowcaster = load_predictor(nowcaster)
         self.schedule = ScheduleConfig(
             period=period,
-            context=config.context,
+            context=nowcaster.context,
             max_steps=max_steps,
-            max_horizon=config.max_horizon if max_horizon is None else max_horizon,
+            max_horizon=nowcaster.max_horizon if max_horizon is None else max_horizon,
             decay_power=decay_power,
             until=until,
         )
-        if self.schedule.max_horizon > config.max_horizon:
-            raise NinoError(f"max_horizon={max_horizon} is beyond the nowcaster's longest, {config.max_horizon}")
+        if self.schedule.max_horizon > nowcaster.max_horizon:
+            raise NinoError(f"max_horizon={max_horizon} is beyond the nowcaster's longest, {nowcaster.max_horizon}")
         if max_steps is not None and max_steps <= period:
             logger.warning(
                 "a run of %d steps ends before its first nowcast (period=%d): nothing will be nowcast; "
@@ -137,7 +137,7 @@ class NowcastSession:
                 period,
             )
         self.target = TrainingTarget(model, nowcaster, optimizer, graph)
-        self.store = SnapshotStore(config.context, snapshots_on, snapshot_dtype, snapshot_folder)
+        self.store = SnapshotStore(nowcaster.context, snapshots_on, snapshot_dtype, snapshot_folder)
         self.average_over = check_average_over(average_over, self.schedule.interval)
         self.mean = RunningMean()
         self.ramp = Ramp(check_ramp(ramp, period))
@@ -149,7 +149,7 @@ class NowcastSession:
         self.batch_norm = BatchNormRenewal(self.model, RENEWAL_STEPS if batch_norm else 0)
         self.nowcast_in_warmup = nowcast_in_warmup
         self.step = 0
-        self._rates: deque[float] = deque(maxlen=config.context)
+        self._rates: deque[float] = deque(maxlen=nowcaster.context)
         """Learning rates at the snapshots."""
         self._has_begun = False
         self._skipped = 0
@@ -166,7 +166,7 @@ class NowcastSession:
         return self.target.module
 
     @property
-    def nowcaster(self) -> Nowcaster:
+    def nowcaster(self) -> Predictor:
         """What predicts."""
         return self.target.nowcaster
 

@@ -14,7 +14,7 @@ from nino.graph import NeuralGraph
 from nino.graph.architectures import is_known, wire_each_alone
 from nino.graph.builder import check_graph, graph_parameters
 from nino.parallel.shards import compute_device, local_tensor, refuse_unsupported
-from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
 from nino.session.changes import describe_changes
 from nino.session.first_inputs import FirstInputs
 from nino.system.signals import defer_signals
@@ -38,7 +38,7 @@ class TrainingTarget:
     def __init__(
         self,
         model: nn.Module,
-        nowcaster: Nowcaster,
+        nowcaster: Predictor,
         optimizer: Optimizer | None,
         graph: NeuralGraph | None = None,
     ) -> None:
@@ -58,7 +58,6 @@ class TrainingTarget:
             self._say_what_is_missing()
         nowcaster.check_fits(self.graph)
         self._check()
-        self.positions = self.graph.positions(nowcaster.config.num_positions)
         self._shapes = graph_parameters(self.module)
         self._trained: dict[str, nn.Parameter] | None = None
         """The model's parameters, and those that were trained, when last looked at; ``None`` if not looked at yet."""
@@ -161,7 +160,6 @@ class TrainingTarget:
             self.problem = str(error) or repr(error)
             return
         self.graph, self.problem = graph, ""
-        self.positions = graph.positions(self.nowcaster.config.num_positions)
 
     def _check(self) -> None:
         parameters = self.trainable()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from nino import Nowcaster
 from nino.errors import NinoError
+from nino.predict.movement import moved
+from nino.predict.predictor import Predictor
 from nino.session.jump.batch_norm import BatchNormRenewal
 from nino.session.jump.ramp import Ramp
 from nino.session.target import write_parameters
@@ -170,12 +171,13 @@ class Trunk:
 
 
 def _nowcast(
-    nowcaster: Nowcaster, model: nn.Module, snapshots: Snapshots, at: int, jump: JumpPlan, example: Tensor
+    nowcaster: Predictor, model: nn.Module, snapshots: Snapshots, at: int, jump: JumpPlan, example: Tensor
 ) -> dict[str, Tensor]:
-    context = nowcaster.config.context
+    context = nowcaster.context
     read = [snapshots[at - jump.interval * i, jump.average] for i in reversed(range(context))]
     graph = nowcaster.graph_of(model, example)
-    return nowcaster.predict(read, horizon=jump.horizon, graph=graph, preserve_norms=jump.preserve_norms)
+    movement = nowcaster.predict_movement(read, jump.horizon, graph, preserve_norms=jump.preserve_norms).tensors
+    return {name: moved(read[-1][name], way) for name, way in movement.items()}
 
 
 def _update(task: Task, model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nino import Nowcaster, ScheduleConfig
+from nino import Predictor, ScheduleConfig
 from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
 from nino.ensemble.nowcast import EnsembleNowcaster
@@ -142,7 +142,7 @@ class Jumps:
     def __init__(
         self,
         ensemble: Ensemble,
-        nowcaster: Nowcaster,
+        nowcaster: Predictor,
         schedule: ScheduleConfig,
         average: int,
         until: int | None = None,

@@ -115,7 +115,7 @@ def test_memory_of_a_nowcast_is_bounded(family: str) -> None:
     model, graph, snapshots = _live(WIDE[family], torch.float32, "contiguous", context=5)
     nowcaster = tiny_nowcaster(hidden=64, context=5)
     planned = nino.plan(model, nowcaster, device="cpu").memory.nowcast
-    used = _peak_bytes(lambda: nowcaster.predict_(dict(model.named_parameters()), snapshots, 3, graph))
+    used = _peak_bytes(lambda: nowcaster.predict_into(dict(model.named_parameters()), snapshots, 3, graph))
     assert used <= planned
     assert family not in ("square", "language model") or planned < 6 * used
 
@@ -130,7 +130,7 @@ def test_products_are_the_engines_own(family: str, kind: str) -> None:
     snapshots = [{n: p.detach() + 0.1 * age for n, p in model.named_parameters()} for age in range(3)]
     live = {n: p.detach().clone() for n, p in snapshots[-1].items() if dict(model.named_parameters())[n].requires_grad}
     graph = NeuralGraph.from_model(model)
-    nowcaster.predict_(live, snapshots, 2, graph, progress=lambda done, total: totals.append((done, total)))
+    nowcaster.predict_into(live, snapshots, 2, graph, progress=lambda done, total: totals.append((done, total)))
     assert totals[-1] == (work.edge_products, work.edge_products)
 
 
@@ -180,7 +180,7 @@ def test_a_nowcast_reads_snapshots_as_often_as_planned(monkeypatch: pytest.Monke
     monkeypatch.setattr(SnapshotReader, "read", counting_read)
     for module in (standardise, nowcaster_module):
         monkeypatch.setattr(module, "pieces_of", counting_pieces)
-    tiny_nowcaster(inputs=inputs).predict_(live, snapshots, 2, NeuralGraph.from_model(model))
+    tiny_nowcaster(inputs=inputs).predict_into(live, snapshots, 2, NeuralGraph.from_model(model))
     assert count == sum(snapshot_reads(3, inputs)) * sum(tensor.numel() for tensor in live.values())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nino.errors import SnapshotError
 from nino.parallel.collectives import Channel, LostProcessError, PeerFailureError
 from nino.parallel.shards import local_tensor
-from nino.predict.engine.weights import Jump
+from nino.predict.movement import MovementSize, moved
 from nino.predict.work_partition import fingerprint, partition_work
 from nino.session.jump.ramp import Ramp
 from nino.session.jump.rollback import RollbackCopy
@@ -28,7 +28,7 @@ R = TypeVar("R")
 class Attempt:
     """How it went."""
 
-    jump: Jump | None
+    jump: MovementSize | None
     """How far the weights moved; ``None`` if they did not."""
     reason: str
     """Why they did not."""
@@ -144,21 +144,25 @@ def _predict(
     averaged: bool,
     preserve_norms: bool,
     ramp: int,
-) -> Jump:
+) -> MovementSize:
     everything = live.wired()
     fixed = {name: local_tensor(p) for name, p in everything.items() if name not in parameters}
     read = store.snapshots if averaged else [*store.snapshots[:-1], newest]
     snapshots = [{**fixed, **snapshot} for snapshot in read]
-    weights = list(live.nowcaster.network.parameters())
-    same = [horizon, int(preserve_norms), ramp, fingerprint(weights)] if channel.size > 1 else []
-    return live.nowcaster.predict_(
-        parameters,
+    predictor = live.nowcaster
+    same = [horizon, int(preserve_norms), ramp] if channel.size > 1 else []
+    same += [fingerprint(predictor.fingerprint_tensors())] if channel.size > 1 else []
+    movement = predictor.predict_movement(
         snapshots,
         horizon,
         live.graph,
-        positions=live.positions,
+        only=list(parameters),
         device=channel.device,
         preserve_norms=preserve_norms,
-        backup=newest,
         partition=partition_work(live.graph, everything, parameters, snapshots, channel, same),
     )
+    for name, parameter in parameters.items():
+        weights, way = local_tensor(parameter.detach()), movement.tensors[name]
+        new = moved(snapshots[-1][name], way).to(weights)
+        weights.copy_(new.where(way.to(weights.device) != 0, weights))
+    return movement

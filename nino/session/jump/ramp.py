@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from nino.errors import NinoError, SnapshotError
 from nino.parallel.collectives import is_main_process, num_processes
 from nino.parallel.shards import local_tensor, local_tensors
-from nino.predict.standardise import exact_dtype, piece_size, pieces_of
 from nino.session.jump.batch_norm import RENEWAL_STEPS
 from nino.session.optimizer_state.master_weights import find_master_weights
 from nino.session.target import write_parameters
+from nino.system.pieces import exact_dtype, piece_size, pieces_of
 
 logger = logging.getLogger(__name__)
 
