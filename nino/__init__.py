@@ -8,7 +8,10 @@ from nino.optimizer import NowcastOptimizer
 from nino.plan import NowcastPlan
 from nino.plots import plot_run, run_record
 from nino.predict.model import NowcasterConfig
+from nino.predict.movement import Movement
 from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
+from nino.predict.registry import load_predictor
 from nino.session import NowcastSession
 from nino.session.report import NowcastReport
 
@@ -17,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "GraphError",
+    "Movement",
     "NeuralGraph",
     "NinoError",
     "NowcastOptimizer",
@@ -25,12 +29,14 @@ __all__ = [
     "NowcastSession",
     "Nowcaster",
     "NowcasterConfig",
+    "Predictor",
     "SnapshotError",
     "TrajectoryError",
     "WiringReport",
     "__version__",
     "callbacks",
     "check_wiring",
+    "load_predictor",
     "plot_run",
     "run_record",
 ]

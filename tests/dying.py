@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nino
 from nino import NowcastPlan
-from nino.predict.engine.weights import PredictionWriter
+from nino.predict.engine.writer import MovementWriter
 from nino.snapshots import Place, copying, writing
 
 STEPS, SAVED_AT, PROBATION = 20, 7, 2
@@ -125,15 +125,15 @@ def file_of_the_rollback_copy(stop: Callable[[], None]) -> None:
 
 def half_of_a_nowcast(stop: Callable[[], None]) -> None:
     """In the next nowcast, when two of four parameters are overwritten."""
-    write, names = PredictionWriter.write, set()
+    write, names = MovementWriter.write, set()
 
-    def counted(self: PredictionWriter, block: Any, *arguments: Any) -> None:
+    def counted(self: MovementWriter, block: Any, *arguments: Any) -> None:
         names.add(block.parameter)
         if len(names) > 2:
             stop()
         write(self, block, *arguments)
 
-    PredictionWriter.write = counted  # type: ignore[method-assign]
+    MovementWriter.write = counted  # type: ignore[method-assign]
 
 
 def train_and_die(folder: str, place: Place, arm: Callable[..., None], before: int, reached: Any) -> None:

@@ -109,7 +109,7 @@ def nowcast_together(
     with channel.together():
         partition = partition_work(graph, parameters, wanted, local, channel)
         live = {name: parameters[name] for name in wanted}
-        jump = nowcaster.predict_(
+        jump = nowcaster.predict_into(
             live,
             local,
             2,
@@ -136,7 +136,7 @@ def compare(
     graph = nino.NeuralGraph.from_model(together)
     wanted = [name for index, name in enumerate(graph.shapes) if index % 4 != 3]
     live = {n: p for n, p in alone.named_parameters() if n in wanted}
-    jump = nowcaster.predict_(live, snapshots, 2, graph, preserve_norms=preserve_norms)
+    jump = nowcaster.predict_into(live, snapshots, 2, graph, preserve_norms=preserve_norms)
     result = nowcast_together(nowcaster, together, snapshots, graph, wanted, preserve_norms)
     new, expected = whole_weights(together), whole_weights(alone)
     error = sum(float((new[name] - expected[name]).double().square().sum()) for name in expected) ** 0.5
@@ -391,11 +391,11 @@ def fault_in(owner: Any, name: str, error: Exception, call: int = 0) -> Iterator
 FAULTS: Mapping[str, tuple[Any, str]] = {
     "before anything": (nino.session.jump.attempt, "_backup"),
     "planning": (nino.predict.work_partition, "deal"),
-    "measuring": (nino.predict.standardise.Moments, "standardiser"),
+    "measuring": (nino.predict.standardise.SnapshotStatistics, "standardiser"),
     "first round": (blockwise, "_messages_on_values"),
     "second round": (blockwise.kernels, "message_sums"),
     "predicting": (blockwise.kernels, "movements"),
-    "writing": (nino.predict.engine.weights.PredictionWriter, "finish"),
+    "writing": (nino.predict.engine.writer.MovementWriter, "finish"),
     "exchanging": (nino.predict.work_partition, "_parcels"),
 }
 
@@ -767,7 +767,7 @@ def averaged_replicas() -> Result:
         snapshots[-1][name] = parameter.detach().clone()
     graph = nino.NeuralGraph.from_model(model)
     alone = copy.deepcopy(model)
-    tiny_nowcaster().predict_(dict(alone.named_parameters()), snapshots, 2, graph)
+    tiny_nowcaster().predict_into(dict(alone.named_parameters()), snapshots, 2, graph)
     nowcast_together(tiny_nowcaster(), model, snapshots, graph, list(graph.shapes))
     return {"alone": whole_weights(alone), "weights": whole_weights(model)}
 

@@ -78,7 +78,7 @@ def nowcast_checkpoints(
             weights.
         dtype: in which the network computes.
         device: where it computes; by default on the CPU.
-        memory_budget: bytes, as in :meth:`Nowcaster.predict_`.
+        memory_budget: bytes, as in :meth:`Nowcaster.predict_into`.
         preserve_norms: whether matrices keep the norms that they have in the last checkpoint, as there.
         progress: called with the work done and the total.
 
@@ -112,7 +112,7 @@ def nowcast_checkpoints(
     try:
         with NewCheckpoint(last, out) as new:
             parameters = {name: new.tensors[entries[name][0]] for name in moving}
-            moved = nowcaster.predict_(
+            moved = nowcaster.predict_into(
                 parameters,
                 snapshots,
                 horizon,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nino.errors import SnapshotError
-from nino.predict.standardise import exact_dtype
+from nino.system.pieces import exact_dtype
 
 MOST_ADDED = 20
 """Weights that a mean is made of at most: more of them cost time and hardly change it."""

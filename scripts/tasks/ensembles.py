@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nino import Nowcaster
+from nino import Predictor
 from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
 from nino.ensemble.nowcast import EnsembleNowcaster
@@ -126,7 +126,7 @@ class Jumps:
     def __init__(
         self,
         ensemble: Ensemble,
-        nowcaster: Nowcaster,
+        nowcaster: Predictor,
         schedule: Schedule,
         average: int,
         until: int | None = None,

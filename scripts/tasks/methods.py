@@ -28,7 +28,9 @@ from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster, NowcastOptimizer, NowcastPlan, NowcastReport
 from nino.errors import NinoError
+from nino.predict.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
 from nino.predict.model import NowcasterConfig, build_network
+from nino.predict.predictor import Predictor
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import check_ramp
 from nino.session.optimizer_state.moments import Moments, check_moments
@@ -45,8 +47,7 @@ from tasks.baselines import (
     find_muon,
     find_schedule_free,
 )
-from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
-from tasks.nowcasters import load_weights
+from tasks.nowcasters import Scaled, load_weights
 
 ADAM = "adam"
 SNAPSHOTS_PER_PERIOD = 5
@@ -87,18 +88,18 @@ class Rhythm:
         """``until`` in a run of so many steps."""
         return round(self.until * steps) if isinstance(self.until, float) else self.until
 
-    def schedule(self, nowcaster: Nowcaster, steps: int) -> Schedule:
+    def schedule(self, nowcaster: Predictor, steps: int) -> Schedule:
         """The schedule of a run.
 
         Raises:
             NinoError: if it is out of the nowcaster's range.
         """
-        longest = nowcaster.config.max_horizon
+        longest = nowcaster.max_horizon
         if self.max_horizon is not None and self.max_horizon > longest:
             raise NinoError(f"max_horizon={self.max_horizon} is beyond the nowcaster's longest, {longest}")
         schedule = Schedule(
             period=self.period,
-            context=nowcaster.config.context,
+            context=nowcaster.context,
             max_steps=steps,
             max_horizon=longest if self.max_horizon is None else self.max_horizon,
             decay_power=self.decay_power,
@@ -301,7 +302,7 @@ def _refuse(name: str, reason: str) -> NoReturn:
     raise NinoError(f"method {name!r}: {reason}")
 
 
-def load_jump(part: Part) -> Nowcaster:
+def load_jump(part: Part) -> Predictor:
     """What makes a method's jumps.
 
     Raises:
@@ -317,7 +318,7 @@ def load_jump(part: Part) -> Nowcaster:
             return Nowcaster(build_network(NowcasterConfig(hidden=part.value)))
     if part.kind == "scaled":
         factor, name = part.value
-        return load_weights(name).stretched(factor)
+        return Scaled(load_weights(name), factor)
     nowcaster = Nowcaster.from_official(part.value) if part.kind == "official" else load_weights(part.value)
     expected = {"nino": "nino", "wnn": "wnn"}.get(part.kind, nowcaster.config.kind)
     if nowcaster.config.kind != expected:
@@ -370,9 +371,11 @@ def check_jumps(method: Method, steps: int) -> None:
         _refuse(method.name, f"never jumps in {steps} steps: its period of {method.rhythm.period} is no shorter")
 
 
-def fingerprint(jump: Part, nowcaster: Nowcaster) -> str | None:
+def fingerprint(jump: Part, nowcaster: Predictor) -> str | None:
     """What tells a jump's weights from others of the same name; ``None`` of a jump that has none."""
-    if jump.kind in ("linear", "rre"):
+    if isinstance(nowcaster, Scaled):
+        return f"{fingerprint(jump, nowcaster.predictor)}x{nowcaster.factor:g}"
+    if not isinstance(nowcaster, Nowcaster):
         return None
     digest = hashlib.sha256(nowcaster.config.to_json().encode())
     for key, tensor in sorted(nowcaster.network.state_dict().items()):

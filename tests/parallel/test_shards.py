@@ -29,7 +29,7 @@ from nino.graph.builder import GraphBuilder
 from nino.graph.rows import Place, Rows, num_edges_at, place_of, view_rows, whole_place
 from nino.parallel.shards import local_tensor
 from nino.predict.partition import Partition
-from nino.predict.standardise import Moments, Standardiser, add_moments
+from nino.predict.standardise import SnapshotStatistics, Standardiser, add_statistics
 from nino.predict.work_partition import deal
 from nino.session import NowcastSession
 from nino.session.saving import discard_saved
@@ -123,8 +123,8 @@ def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
 
     def work(rank: int) -> None:
         own = values[cuts[rank] : cuts[rank + 1]]
-        moments = Moments.of(own.split(2, dim=1), inputs="movements")
-        found[rank] = add_moments([(moments, rank == 0)], partition)[0].standardiser("movements")
+        measured = SnapshotStatistics.of(own.split(2, dim=1), inputs="movements")
+        found[rank] = add_statistics([(measured, rank == 0)], partition)[0].standardiser("movements")
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -183,8 +183,8 @@ def test_rows_of_hand_made_blocks_are_predicted_as_the_whole(case: Case) -> None
         partition = OwnRows(sums, rank, graph)
         rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
         own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
-        found[rank] = {name: tensor.clone() for name, tensor in own[-1].items()}
-        caster.predict_(found[rank], own, 1, graph, dtype=torch.float64, partition=partition)
+        movement = caster.predict_movement(own, 1, graph, dtype=torch.float64, partition=partition)
+        found[rank] = {name: own[-1][name] + way for name, way in movement.tensors.items()}
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(NUMBER)]
     for thread in threads:

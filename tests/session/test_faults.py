@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import nino
 from nino import GraphError, NinoError, NowcastOptimizer
-from nino.predict.engine.weights import PredictionWriter
+from nino.predict.engine.writer import MovementWriter
 from nino.session.judge.rule import Evidence, RollbackConfig, has_recovered
 
 TIMEOUT_S = 120
@@ -229,7 +229,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_speak_against_a_good_one() 
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: newest)).train(3).train(4, observed=nan)
     run.train(PERIOD + PROBATION, observed=lambda loss: loss * 0)
 
-    assert not (run.optimizer.reports[0].outcome == "rolled back")
+    assert run.optimizer.reports[0].outcome != "rolled back"
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -270,13 +270,13 @@ def test_nan_weights_are_never_nowcast_and_memory_is_bounded() -> None:
 def test_a_prediction_that_is_nan_in_its_last_piece_only(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, calls = PredictionWriter.write, []
+    write, calls = MovementWriter.write, []
 
-    def spoilt(self: PredictionWriter, block: Any, place: Any, last: Tensor, movement: Tensor) -> None:
+    def spoilt(self: MovementWriter, block: Any, place: Any, change: Tensor) -> None:
         calls.append(block)
-        write(self, block, place, last, movement * (math.nan if len(calls) == 4 else 1))
+        write(self, block, place, change * (math.nan if len(calls) == 4 else 1))
 
-    monkeypatch.setattr(PredictionWriter, "write", spoilt)
+    monkeypatch.setattr(MovementWriter, "write", spoilt)
     run = Run().train(PERIOD)
     assert len(calls) == 4
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
@@ -441,7 +441,7 @@ def test_a_module_that_is_replaced_in_the_probation_is_not_overwritten(caplog: p
     fresh = weights_of(run.model)["2.weight"]
     run.train(PERIOD + PROBATION)
 
-    assert not (run.optimizer.reports[0].outcome == "rolled back")
+    assert run.optimizer.reports[0].outcome != "rolled back"
     assert (run.model[2].weight - fresh).abs().max() < 0.1
     assert warnings_in(caplog) == [
         "the model has changed by update 8, snapshots start afresh, the nowcast after step 6 is not judged: "
@@ -517,9 +517,9 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
     number: Any, error: Any, times: int, monkeypatch: pytest.MonkeyPatch, term: None
 ) -> None:
     run = Run().train(PERIOD - 1)
-    write, calls, copies = PredictionWriter.write, [], []
+    write, calls, copies = MovementWriter.write, [], []
 
-    def interrupted(self: PredictionWriter, *arguments: Any) -> None:
+    def interrupted(self: MovementWriter, *arguments: Any) -> None:
         write(self, *arguments)
         calls.append(1)
         if len(calls) == 3:
@@ -527,7 +527,7 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
                 copies.append(interrupt_copies(monkeypatch, number))
             signal.raise_signal(number)
 
-    monkeypatch.setattr(PredictionWriter, "write", interrupted)
+    monkeypatch.setattr(MovementWriter, "write", interrupted)
     handler = signal.getsignal(number)
     with pytest.raises(error):
         run.train(PERIOD)

@@ -275,7 +275,7 @@ def test_losses_on_the_way_are_not_held_against_it() -> None:
     """High while the weights are on their way, and as before once they have arrived."""
     session = judged(lambda since: 50.0 if since <= GLIDE else 1.0, GLIDE + 3)
     (report,) = session.reports
-    assert report.has_moved and not (report.outcome == "rolled back") and report.loss_at == report.loss_after == 1.0
+    assert report.has_moved and report.outcome != "rolled back" and report.loss_at == report.loss_after == 1.0
     assert weight_of(session) == 8 * PERIOD + GLIDE + 3 + 99
 
 
