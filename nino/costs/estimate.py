@@ -24,15 +24,12 @@ from torch import nn
 from nino.errors import NinoError
 from nino.graph.builder import check_graph
 from nino.graph.ir import NeuralGraph
+from nino.plan import NowcastPlan, Run, choose, is_whole, plan_of
 from nino.predict.engine.tiling import Sizes
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import build_network
 from nino.predict.nowcaster import Nowcaster
-from nino.session.judge.rule import default_rollback_window, rollback_config
-from nino.session.jump.ramp import check_ramp
-from nino.session.schedule import ScheduleConfig
-from nino.snapshots import Place
-from nino.snapshots.mean import check_average_over
+from nino.session.schedule import Schedule
 
 Sharding = Literal["none", "fsdp2"]
 DeviceType = Literal["cpu", "cuda"]
@@ -67,6 +64,8 @@ class CostEstimate:
     """Copies of parameters, buffers and optimizer state, kept where the snapshots are; 0 without a rollback window."""
     backup: int
     """For the seconds of a nowcast: an exact copy of the weights, if neither a snapshot nor a rollback copy is one."""
+    movement: int
+    """For the seconds of a nowcast, where the parameters are: how far they move; 0 if a ramp keeps it longer."""
     nowcast: int
     """For the seconds of a nowcast, where the parameters are: node features, sums, a strip, a tile. An upper bound."""
     checkpoint: int
@@ -86,35 +85,27 @@ class CostEstimate:
 class _Run:
     """How a run trains and nowcasts, checked; fields as the arguments of :func:`estimate_costs`."""
 
-    schedule: ScheduleConfig
+    plan: NowcastPlan
+    """Complete."""
+    schedule: Schedule
     world_size: int
     sharding: Sharding
     device: DeviceType
     dtype: torch.dtype | None
-    snapshots_on: Place
-    snapshot_dtype: torch.dtype | None
-    average_over: int
-    ramp: int
     optimizer_bytes: float | None
-    rollback_window: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.world_size, int) or isinstance(self.world_size, bool) or self.world_size < 1:
+        if not (is_whole(self.world_size) and self.world_size >= 1):
             raise NinoError(f"world_size must be a number of processes, at least 1; got {self.world_size!r}")
-        for name, choices in (("sharding", Sharding), ("device", DeviceType), ("snapshots_on", Place)):
+        for name, choices in (("sharding", Sharding), ("device", DeviceType)):
             if getattr(self, name) not in get_args(choices):
                 raise NinoError(f"{name} must be one of {list(get_args(choices))}, got {getattr(self, name)!r}")
-        for name in ("dtype", "snapshot_dtype"):
-            dtype = getattr(self, name)
-            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                raise NinoError(f"{name} must be a floating point torch.dtype or None, got {dtype!r}")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise NinoError(f"dtype must be a floating point torch.dtype or None, got {self.dtype!r}")
         each = self.optimizer_bytes
         is_number = isinstance(each, Real) and not isinstance(each, bool) and math.isfinite(each) and each >= 0
         if each is not None and not is_number:
             raise NinoError(f"optimizer_bytes must be bytes per weight, at least 0; got {each!r}")
-        check_average_over(self.average_over, self.schedule.interval)
-        period = self.schedule.period
-        rollback_config(period, self.rollback_window, check_ramp(self.ramp, period))
 
     def held(self, shape: tuple[int, ...]) -> int:
         """Elements that the first process holds: ``torch.chunk`` deals equally many rows until none are left."""
@@ -126,17 +117,14 @@ def estimate_costs(
     model: nn.Module,
     nowcaster: Nowcaster | NowcasterConfig | str | Path = "nino-base",
     *,
+    period: int | None = None,
+    max_steps: int | None = None,
+    plan: NowcastPlan | None = None,
     world_size: int = 1,
     sharding: Sharding = "none",
     device: DeviceType = "cuda",
     dtype: torch.dtype | None = None,
-    snapshots_on: Place = "cpu",
-    snapshot_dtype: torch.dtype | None = None,
-    average_over: int = 1,
-    ramp: int = 0,
     optimizer_bytes: float | None = None,
-    rollback_window: int | None = None,
-    period: int = 1000,
     graph: NeuralGraph | None = None,
 ) -> CostEstimate:
     """Estimate what nowcasting costs a training run, without running anything.
@@ -144,18 +132,14 @@ def estimate_costs(
     Args:
         model: on any device, ``meta`` included; parameters that do not require gradients count as frozen.
         nowcaster: a nowcaster, its config, or its name.
+        period: optimizer steps between nowcasts; goes before the plan's.
+        max_steps: optimizer steps of the whole run.
+        plan: all other settings of nowcasting; what it leaves open is chosen as in a run.
         world_size: processes of the run, each with a device of its own.
         sharding: ``"fsdp2"`` if parameters are sharded over all processes, ``"none"`` for replicas.
         device: what the parameters are on in training.
         dtype: of the parameters in training; ``None`` for the model's own.
-        snapshots_on: where snapshots and rollback copies are: ``"cpu"``, the parameters' ``"device"`` or ``"disk"``.
-        snapshot_dtype: format of snapshots; ``None`` for the parameters' own.
-        average_over: steps over which a snapshot is averaged; 1 for none.
-        ramp: steps over which a jump is dealt out; 0 for at once.
         optimizer_bytes: optimizer state per weight; ``None`` for Adam's two moments in the parameters' dtype.
-        rollback_window: steps in which the loss must recover from a nowcast; 0 for none, and no rollback copies;
-            ``None`` for :func:`nino.session.judge.rule.default_rollback_window` of the period.
-        period: optimizer steps between nowcasts.
         graph: of the model, if it was wired before: by tracing, if it is of no known family.
 
     Raises:
@@ -171,18 +155,16 @@ def estimate_costs(
             "nino.checkpoints.model_from_config makes one of a config.json"
         )
     config = _config_of(nowcaster)
+    facts = Run(context=config.context, max_horizon=config.max_horizon, max_steps=max_steps)
+    chosen = choose(plan_of(plan, period), facts)
     run = _Run(
-        schedule=ScheduleConfig(period=period, context=config.context),
+        plan=chosen,
+        schedule=Schedule.of(chosen, facts),
         world_size=world_size,
         sharding=sharding,
         device=device,
         dtype=dtype,
-        snapshots_on=snapshots_on,
-        snapshot_dtype=snapshot_dtype,
-        average_over=average_over,
-        ramp=ramp,
         optimizer_bytes=optimizer_bytes,
-        rollback_window=default_rollback_window(period) if rollback_window is None else rollback_window,
     )
     graph = NeuralGraph.from_model(model) if graph is None else graph
     check_graph(graph, model)
@@ -204,18 +186,18 @@ def _add_up(
     formats = {name: run.dtype or parameter.dtype for name, parameter in model.named_parameters()}
     elements = {name: run.held(shape) for name, shape in graph.shapes.items()}
     weights = sum(elements[name] * formats[name].itemsize for name in trained)
-    kept_in = {name: run.snapshot_dtype or formats[name] for name in trained}
+    kept_in = {name: run.plan.torch_dtype or formats[name] for name in trained}
     snapshot = sum(elements[name] * kept_in[name].itemsize for name in trained)
     rollback_copy = 0
-    if run.rollback_window:
+    if run.plan.rollback_window:
         moments = sum(2 * elements[name] * formats[name].itemsize + COUNTER_BYTES for name in trained)
         if run.optimizer_bytes is not None:
             moments = round(run.optimizer_bytes * sum(elements[name] for name in trained))
         rollback_copy = weights + sum(buffer.nbytes for buffer in model.buffers()) + moments
-    averages = run.average_over > 1
+    averages = (run.plan.average_over or 1) > 1
     is_exact = not averages and all(kept_in[name] == formats[name] for name in trained)
     exact = sum(elements[name] * max(formats[name].itemsize, torch.float32.itemsize) for name in trained)
-    mean, ramp = (exact if averages else 0), (exact if run.ramp else 0)
+    mean, ramp = (exact if averages else 0), (exact if run.plan.ramp else 0)
     return CostEstimate(
         weights=sum(prod(graph.shapes[name]) for name in trained),
         nodes=graph.num_nodes,
@@ -223,11 +205,12 @@ def _add_up(
         trained=weights,
         snapshot=snapshot,
         snapshots=config.context * snapshot,
-        under_way=snapshot if run.snapshots_on == "disk" else 0,
+        under_way=snapshot if run.plan.snapshots_on == "disk" else 0,
         mean=mean,
         ramp=ramp,
         rollback_copy=rollback_copy,
-        backup=0 if is_exact or run.rollback_window else weights,
+        backup=0 if is_exact or run.plan.rollback_window or run.plan.ramp else weights,
+        movement=0 if run.plan.ramp else exact,
         nowcast=_nowcast_bytes(graph, config, torch.device(run.device)),
         checkpoint=_checkpoint_bytes(snapshot, rollback_copy, ramp, run) + mean,
     )
@@ -249,10 +232,10 @@ def _checkpoint_bytes(snapshot: int, rollback_copy: int, ramp: int, run: _Run) -
     The last snapshot and the nowcast belong to one step, after which the snapshots are forgotten; the rollback copy
     is forgotten in the last step of the rollback window, which begins when the weights have arrived.
     """
-    interval = run.schedule.interval
+    interval, window, steps = run.schedule.interval, run.plan.rollback_window or 0, run.plan.ramp or 0
     before = (run.schedule.context - 1) * snapshot
-    on_the_way = rollback_copy + ramp + (max(run.ramp - 1, 0) // interval) * snapshot
-    lasts = run.rollback_window + run.ramp if run.rollback_window else 0
+    on_the_way = rollback_copy + ramp + (max(steps - 1, 0) // interval) * snapshot
+    lasts = window + steps if window else 0
     arrived = rollback_copy + (max(lasts - 1, 0) // interval) * snapshot
     return max(before, on_the_way, arrived)
 

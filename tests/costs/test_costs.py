@@ -104,7 +104,7 @@ def test_memory_of_a_nowcast_is_bounded(family: str) -> None:
     model, graph, snapshots = _live(WIDE[family], torch.float32, "contiguous", context=5)
     nowcaster = tiny_nowcaster(hidden=64, context=5)
     costs = estimate_costs(model, nowcaster, device="cpu").nowcast
-    used = _peak_bytes(lambda: nowcaster.predict_(dict(model.named_parameters()), snapshots, 3, graph))
+    used = _peak_bytes(lambda: nowcaster.predict_into(dict(model.named_parameters()), snapshots, 3, graph))
     assert used <= costs
     assert family not in ("square", "language model") or costs < 6 * used
 
