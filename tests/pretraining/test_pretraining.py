@@ -511,7 +511,7 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(TrajectoryError, match="a nowcaster is trained on runs that train all of their parameters"):
         WindowSource([str(tmp_path / "foreign")], CONFIG)
     graph.unlink()
-    with pytest.raises(TrajectoryError, match="foreign holds no graph.json"):
+    with pytest.raises(TrajectoryError, match=r"foreign holds no graph\.json"):
         WindowSource([str(tmp_path / "foreign")], CONFIG)
     record_walk(tmp_path / "diverged", MLP, "mlp", num_states=10)
     with open(tmp_path / "diverged" / "states.bin", "r+b") as states:
