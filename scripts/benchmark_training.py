@@ -34,6 +34,8 @@ from tqdm import tqdm
 from nino import NowcastOptimizer, NowcastPlan
 from nino.data import build_model
 from nino.errors import NinoError
+from nino.evaluation.report import format_table
+from nino.evaluation.workers import in_fresh_process
 from nino.session.judge.rule import default_rollback_window
 from nino.snapshots.mean import check_average_over
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, torch_device, whole_number
@@ -41,10 +43,8 @@ from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
 from tasks.overhead import Costs, Stopwatch, Update, as_lists, difference, spent_in, spent_on
-from tasks.report import format_table
 from tasks.sizes import ARCHITECTURES
 from tasks.trainings import Training, adamw, classifying, predicting_tokens
-from tasks.workers import in_fresh_process
 
 MODELS = ("cnn-14k", "llama-25m", "llama-100m")
 PLACES = ("cpu", "device", "disk")

@@ -30,6 +30,7 @@ from nino import NowcastOptimizer, NowcastPlan
 from nino.data import Trajectory, record
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
+from nino.evaluation.workers import Report, do_all
 from nino.session.jump.ramp import check_ramp
 from nino.session.schedule import Schedule
 from nino.snapshots.mean import check_average_over
@@ -50,7 +51,6 @@ from tasks.jump_schedules import (
     state_bytes,
 )
 from tasks.nowcasters import load_nowcaster
-from tasks.workers import Report, do_all
 
 EVALUATE_EVERY = 400
 """Updates, about; at the next recorded state."""

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from nino import Nowcaster
 from nino.data import ResampledRun, Trajectory
+from nino.data.split import find_runs
 from nino.errors import NinoError
+from nino.evaluation.report import format_table
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.nowcasters import load_nowcaster
-from tasks.recorded_runs import find_runs
-from tasks.report import format_table
 
 LINEAR = "linear"
 MATRIX_DIMS = 2

@@ -274,7 +274,7 @@ def test_batches_of_a_ensemble_are_those_of_each_run_alone(shift: int) -> None:
 def test_a_ensemble_is_held_out_as_a_whole(tmp_path: Path) -> None:
     from recordings import MLP, record_walk
 
-    from tasks.recorded_runs import split_runs
+    from nino.data.split import split_runs
 
     for index in range(12):
         folder = record_walk(tmp_path / f"mlp-{index:02d}", MLP, "mlp", num_states=2)
@@ -289,7 +289,7 @@ def test_a_ensemble_is_held_out_as_a_whole(tmp_path: Path) -> None:
 def test_a_run_is_held_out_with_the_one_that_jumps(tmp_path: Path) -> None:
     from recordings import MLP, record_walk
 
-    from tasks.recorded_runs import split_runs
+    from nino.data.split import split_runs
 
     for index in range(8):
         record_walk(tmp_path / f"mlp-{index}", MLP, "mlp", num_states=2)

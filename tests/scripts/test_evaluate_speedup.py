@@ -22,10 +22,17 @@ from tiny import mlp, tiny_nowcaster, weights_of
 from torch import nn
 
 from nino import NinoError
-from nino.graph.architectures import is_known
-from tasks.baselines import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, OuterNesterov, hidden_matrices
-from tasks.cells import Cell, Clock, learning_rate_factor, make_cell, read_result, train, train_and_write
-from tasks.comparing import (
+from nino.evaluation.baselines import (
+    ExponentialAverage,
+    LatestAverage,
+    Lookahead,
+    MuonWithAdamW,
+    OuterNesterov,
+    hidden_matrices,
+)
+from nino.evaluation.methods import Rhythm, Setup, check_method, load_jump, parse_method
+from nino.evaluation.report import format_markdown
+from nino.evaluation.tables import (
     Goal,
     at_best_rates,
     best_rate,
@@ -39,13 +46,13 @@ from tasks.comparing import (
     spread,
     summarise,
 )
+from nino.evaluation.training import Cell, Clock, learning_rate_factor, make_cell, read_result, train, train_and_write
+from nino.evaluation.workers import do_all
+from nino.graph.architectures import is_known
 from tasks.images import load_parquet_images
-from tasks.methods import Rhythm, Setup, check_method, load_jump, parse_method
-from tasks.report import format_markdown
 from tasks.speedup import TASKS
 from tasks.task import DenoisingTask, TextTask
 from tasks.text import TextData
-from tasks.workers import do_all
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_speedup.py"
 GOLDEN = Path(os.environ.get("NINO_GOLDEN", Path(__file__).parents[3] / "shared" / "golden")) / "official"

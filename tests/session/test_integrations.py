@@ -40,7 +40,7 @@ from transformers import SchedulerType, TrainerCallback
 
 from nino import NinoError
 from nino.callbacks import NowcastCallback
-from tasks.baselines import MuonWithAdamW
+from nino.evaluation.baselines import MuonWithAdamW
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

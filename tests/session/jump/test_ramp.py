@@ -23,10 +23,10 @@ import nino.session.jump.ramp
 from nino import NinoError, NowcastOptimizer, NowcastPlan, NowcastSession
 from nino.costs import estimate_costs
 from nino.errors import SnapshotError
+from nino.evaluation.methods import Rhythm, Setup, parse_method
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import Ramp, check_ramp
 from nino.session.session import MANY_SKIPPED
-from tasks.methods import Rhythm, Setup, parse_method
 
 GLIDE = 3
 """Half of the period."""
