@@ -371,7 +371,7 @@ def _followers(method: Method, optimizer: Optimizer, model: nn.Module, steps: in
         followers.append(Lookahead(optimizer, model, method.slow.value))
     elif method.slow is not None:
         followers.append(OuterNesterov(optimizer, model, *method.slow.value))
-    parameters = list(model.parameters())
+    parameters: list[torch.Tensor] = list(model.parameters())
     if method.average is not None and method.average.kind == "ema":
         followers.append(ExponentialAverage(parameters, method.average.value))
     elif method.average is not None:

@@ -37,6 +37,7 @@ def plan_settings() -> dict[str, Setting]:
     for field in fields(NowcastPlan):
         kinds = set(get_args(hints[field.name])) - {NoneType} or {hints[field.name]}
         literal = next((kind for kind in {hints[field.name], *kinds} if get_origin(kind) is Literal), None)
+        read: Callable[[str], Any]
         if literal is not None:
             choices = get_args(literal)
             expected, read = f"one of {', '.join(choices)}", partial(_choice, choices)
