@@ -36,5 +36,14 @@ def filled(*steps: int, context: int = 3, **settings: Any) -> SnapshotStore:
     return fill(SnapshotStore(context, **settings), *steps)
 
 
+def read(
+    store: SnapshotStore, state: dict[str, Any], trained: dict[str, Tensor], others: dict[str, Tensor] | None = None
+) -> set[str]:
+    """Go on with a saved state; the parameters that its snapshots lack."""
+    saved = store.parse(state, trained, others)
+    store.resume(saved)
+    return saved.lacking
+
+
 def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if not path.is_dir() and path.name != "lock")

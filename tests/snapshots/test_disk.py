@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stores import files_in, fill, parameters, store_in, values
+from stores import files_in, fill, parameters, read, store_in, values
 from tiny import assert_same
 
 from nino.snapshots import SnapshotStore
@@ -124,7 +124,7 @@ def test_what_nobody_wants_is_written_and_deleted(leave: str, slow_disk: threadi
         del store
         gc.collect()
     elif leave == "replace":
-        store.load_state_dict({"steps": [], "snapshots": [], "exact": []}, parameters(0))
+        read(store, {"steps": [], "snapshots": [], "exact": []}, parameters(0))
     else:
         getattr(store, leave)()
 

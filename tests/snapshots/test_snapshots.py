@@ -36,7 +36,7 @@ def test_a_session_names_the_snapshot_that_did_not_reach_the_disk(
         patch.setattr(os, "replace", _no_room)
         for _ in range(4):
             session.after_step()
-        assert session.state_dict()["history"]["steps"] == []  # a checkpoint is saved meanwhile
+        assert session.state_dict()["history"]["store"]["steps"] == []  # a checkpoint is saved meanwhile
     for _ in range(4, 2 * PERIOD):
         session.after_step()
 
@@ -67,7 +67,7 @@ def test_a_training_is_the_same_in_every_place(place: Any, tmp_path: Path) -> No
     def train(**settings: Any) -> tuple[dict[str, Tensor], list[bool]]:
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        optimizer = nino.NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, **settings)
+        optimizer = nino.NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(**settings))
         for index in range(2 * PERIOD + 3):
             one_update(model, optimizer, index)
         return weights_of(model), [report.has_moved for report in optimizer.reports]
@@ -83,7 +83,7 @@ def test_a_run_resumes_with_snapshots_in_another_place(tmp_path: Path) -> None:
     def wrapped(**settings: Any) -> tuple[nn.Module, nino.NowcastOptimizer]:
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        return model, nino.NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, **settings)
+        return model, nino.NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(**settings))
 
     model, optimizer = wrapped()
     for index in range(PERIOD - 1):
