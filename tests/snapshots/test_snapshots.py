@@ -36,7 +36,7 @@ def test_a_session_names_the_snapshot_that_did_not_reach_the_disk(
         patch.setattr(os, "replace", _no_room)
         for _ in range(4):
             session.after_step()
-        assert session.state_dict()["history"]["store"]["steps"] == []  # a checkpoint is saved meanwhile
+        assert session.state_dict()["history"]["snapshots"]["steps"] == []  # a checkpoint is saved meanwhile
     for _ in range(4, 2 * PERIOD):
         session.after_step()
 
