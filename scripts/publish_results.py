@@ -5,8 +5,8 @@
     python scripts/publish_results.py pages
 
 ``add`` reads ``results.json`` of a script's output folder and keeps its tables, arguments and machine as
-``summary.json`` and ``table.md``, with ``--picture`` its curves as ``docs/images/NAME.png``. Single trainings stay where
-they are; the command makes them again.
+``summary.json`` and ``table.md``, with ``--picture`` its curves as ``docs/images/NAME.png``. Single trainings stay
+where they are; the command makes them again.
 ``pages`` writes ``results/README.md``, the index, and ``docs/results.md``, every table.
 """
 

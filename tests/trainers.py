@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import PERIOD, tiny_nowcaster
+from tiny import PERIOD, planned, tiny_nowcaster
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -72,4 +72,4 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None =
 
 
 def callback(**settings: Any) -> NowcastCallback:
-    return NowcastCallback(tiny_nowcaster(), period=PERIOD, **settings)
+    return NowcastCallback(tiny_nowcaster(), period=PERIOD, **planned(settings))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PERIOD, assert_same, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, planned, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -93,13 +93,18 @@ def test_tokens_of_accumulated_batches_are_weighed_alike_everywhere(tmp_path: Pa
 
 
 def test_horizons_as_asked_for(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"max_horizon": 3, "decay_power": 1, "until": 20}
+    settings: dict[str, Any] = {"max_horizon_steps": 6, "horizon_decay": 1, "stop_after": 20}
     nowcast = callback(**settings)
     trainer(tmp_path, nowcast, max_steps=26).train()
 
     model = llama()
     optimizer = NowcastOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-2), model, tiny_nowcaster(), period=PERIOD, max_steps=26, **settings
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        model,
+        tiny_nowcaster(),
+        period=PERIOD,
+        max_steps=26,
+        **planned(settings),
     )
     trainer(tmp_path, model=model, optimizers=(optimizer, None), max_steps=26).train()
 

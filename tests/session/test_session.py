@@ -299,7 +299,7 @@ def test_a_failed_nowcast_changes_no_weight_and_the_next_one_works(
     assert warnings_in(caplog)[0].startswith("nowcast after step 6 was refused, training goes on: ")
     assert reason in session.reports[0].reason
     assert not session.reports[0].has_moved
-    assert session.reports[0].as_log()["nowcast/accepted"] == 0
+    assert session.reports[0].as_log()["nowcast/applied"] == 0
     assert "nowcast/jump/all" not in session.reports[0].as_log()
 
     nowcaster.answer = add(1)

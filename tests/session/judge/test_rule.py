@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
+from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, planned, weights_of
 from torch import Tensor, nn
 
-import nino.session.session
+import nino
 from nino import NinoError, NowcastOptimizer, NowcastPlan
 from nino.session.judge.rule import RECOVERY, Backoff, Evidence, RollbackConfig, gather_evidence, has_recovered
+from nino.session.jump.batch_norm import BatchNormRenewal
 
 PERIOD, R = 30, 10
 CONFIG = RollbackConfig(steps=R)
@@ -193,7 +194,7 @@ def test_whatever_a_model_holds_is_put_back(place: Any, tmp_path: Path) -> None:
     settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer = NowcastOptimizer(
-        adam, model, ScriptedNowcaster(add(3)), period=PERIOD, plan=NowcastPlan(rollback_window=R), **settings
+        adam, model, ScriptedNowcaster(add(3)), period=PERIOD, **planned({"rollback_window": R, **settings})
     )
     _train(model, optimizer, 0, PERIOD + R)
     assert [report.outcome for report in optimizer.reports] == ["rolled back"]
@@ -236,7 +237,7 @@ def test_a_jump_that_cannot_be_completed_is_taken_back(
     def fail(*_: Any) -> None:
         raise RuntimeError("no such moments")
 
-    monkeypatch.setattr(nino.session.session, "settle_moments", fail)
+    monkeypatch.setattr(BatchNormRenewal, "begin", fail)
     model, plain = mlp(), mlp()
     optimizer = _optimizer(model, add(3), rollback_window=rollback_window)
     _train(model, optimizer, 0, PERIOD + 2)
@@ -280,8 +281,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
             model,
             ScriptedNowcaster(add(3)),
             period=PERIOD,
-            plan=NowcastPlan(rollback_window=R),
-            **settings,
+            **planned({"rollback_window": R, **settings}),
         )
 
     model, plain = mlp(), mlp()
@@ -448,7 +448,7 @@ def test_an_interrupt_after_the_prediction_leaves_a_report(monkeypatch: pytest.M
     def interrupted(*arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(nino.session.session, "settle_moments", interrupted)
+    monkeypatch.setattr(BatchNormRenewal, "begin", interrupted)
     model = mlp()
     optimizer = _optimizer(model, add(3))
     with pytest.raises(KeyboardInterrupt):
