@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from models import flat_cnn, gpt2, llama_gqa
-from test_in_place import WIDE, _live, _peak_bytes
+from test_predict_into import WIDE, _live, _peak_bytes
 from tiny import tiny_config, tiny_nowcaster
 from torch import Tensor, nn
 

@@ -14,7 +14,7 @@ from tiny import tiny_nowcaster
 from torch import Tensor, nn
 
 from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, Predictor, SnapshotError, load_predictor
-from nino.predict.extrapolation import Extrapolator, LinearExtrapolator, ReducedRankExtrapolator
+from nino.predict.extrapolators import Extrapolator, LinearExtrapolator, ReducedRankExtrapolator
 
 Snapshots = list[dict[str, Tensor]]
 BOTH = pytest.mark.parametrize("predictor", [LinearExtrapolator(), ReducedRankExtrapolator(0.1)], ids=["linear", "rre"])
