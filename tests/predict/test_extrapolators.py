@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, gpt2
-from parallel.test_shards import NUMBER, OwnRows, Summing
+from partitions import NUMBER, OwnRows, Summing
 from tiny import tiny_nowcaster
 from torch import Tensor, nn
 
