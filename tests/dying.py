@@ -191,7 +191,7 @@ def accelerate_and_die(folder: str, reached: Any) -> None:
 
 def trainer_and_die(folder: str, reached: Any) -> None:
     """With checkpoints every three steps, die while the snapshots of the third are saved."""
-    from test_callback import callback, trainer
+    from trainers import callback, trainer
     from transformers import TrainerCallback
 
     class Arm(TrainerCallback):

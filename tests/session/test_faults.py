@@ -371,7 +371,7 @@ def test_a_vocabulary_that_outgrows_the_nowcaster_ends_nowcasting_and_not_the_ru
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pytest.importorskip("transformers")
-    from test_trainer import llama
+    from trainers import llama
 
     model = llama()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -635,7 +635,7 @@ def test_a_run_that_is_killed_while_accelerate_saves_its_state(tmp_path: Path, p
 def whole() -> Any:
     """A Trainer's uninterrupted run: its weights and reports."""
     pytest.importorskip("transformers")
-    from test_trainer import callback, trainer
+    from trainers import callback, trainer
 
     with TemporaryDirectory() as folder:
         nowcast = callback(rollback_window=2)
@@ -651,7 +651,7 @@ def reports_of(nowcast: Any) -> list[nino.NowcastReport]:
 def test_a_trainer_that_is_killed_while_snapshots_are_saved(
     tmp_path: Path, processes: Any, whole: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from test_trainer import callback, llama, trainer
+    from trainers import callback, llama, trainer
 
     kill_at_its_point(processes, dying.trainer_and_die, str(tmp_path))
     checkpoints = tmp_path / "out"
@@ -674,7 +674,7 @@ def test_a_trainer_that_is_killed_while_snapshots_are_saved(
 
 
 def test_a_full_disk_under_a_checkpoint(small_disk: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
-    from test_trainer import callback, trainer
+    from trainers import callback, trainer
     from transformers import TrainerCallback
 
     class Fill(TrainerCallback):
@@ -709,7 +709,7 @@ def test_a_full_disk_under_a_checkpoint(small_disk: Path, whole: Any, caplog: py
 
 def test_evaluation_and_generation_change_nothing(tmp_path: Path, whole: Any) -> None:
     # With snapshots after 2, 4, 6 ... and rollback windows from 7 to 8 and from 13 to 14, in the middle of both.
-    from test_trainer import callback, tokens, trainer
+    from trainers import callback, tokens, trainer
     from transformers import TrainerCallback
 
     class Generate(TrainerCallback):
@@ -732,7 +732,7 @@ def test_evaluation_and_generation_change_nothing(tmp_path: Path, whole: Any) ->
 
 
 def test_a_trainer_that_is_given_epochs_only(tmp_path: Path, whole: Any) -> None:
-    from test_trainer import callback, trainer
+    from trainers import callback, trainer
 
     nowcast = callback(rollback_window=2)
     run = trainer(tmp_path, nowcast, max_steps=-1, num_train_epochs=14 / 16)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, gpt2
-from parallel.test_shards import NUMBER, OwnRows, Summing
+from partitions import NUMBER, OwnRows, Summing
 from tiny import tiny_nowcaster
 from torch import Tensor, nn
 
 from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, Predictor, SnapshotError, load_predictor
-from nino.predict.extrapolation import Extrapolator, LinearExtrapolator, ReducedRankExtrapolator
+from nino.predict.extrapolators import Extrapolator, LinearExtrapolator, ReducedRankExtrapolator
 
 Snapshots = list[dict[str, Tensor]]
 BOTH = pytest.mark.parametrize("predictor", [LinearExtrapolator(), ReducedRankExtrapolator(0.1)], ids=["linear", "rre"])
