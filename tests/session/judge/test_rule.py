@@ -383,7 +383,7 @@ def test_a_disaster_is_undone_halfway() -> None:
     model, plain = mlp(), mlp()
     bases = [torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, plain)]
     optimizer = NowcastOptimizer(
-        bases[0], model, ScriptedNowcaster(add(3)), period=120, plan=NowcastPlan(rollback_window=100)
+        bases[0], model, ScriptedNowcaster(add(3)), period=120, plan=NowcastPlan(rollback_window=100, ramp=0)
     )
     _train(model, optimizer, 0, 120 + 49)
     assert optimizer.reports[-1].outcome != "rolled back"
