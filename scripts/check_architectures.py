@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from publish_results import head_commit
 from torch import nn
 
 import nino
@@ -32,7 +33,6 @@ from nino.graph import NeuralGraph
 from nino.graph.check import WiringReport
 from tasks.architectures import SPECIMENS
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, fail, make_output_folder, run_main
-from publish_results import head_commit
 from tasks.machine import describe_machine
 from tasks.own_model import load_own_model
 from tasks.report import format_markdown
