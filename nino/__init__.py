@@ -13,7 +13,7 @@ from nino.session import NowcastSession
 from nino.session.report import NowcastReport
 from nino.session.schedule import ScheduleConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
