@@ -21,9 +21,7 @@ PAGES = [
     *sorted((ROOT / "pretrained").glob("*/README.md")),
     RESULTS / "README.md",
 ]
-HISTORY = (NOTES, RESULTS)
-    page for page in PAGES if NOTES not in page.parents and page.name != "results.md" and RESULTS not in page.parents
-]
+OF_TODAY = [page for page in PAGES if page.name != "results.md" and not {NOTES, RESULTS} & set(page.parents)]
 """Without history: notes and commands of old results name files of their day."""
 FOLDERS = ("nino", "callbacks", "scripts", "tests", "docs", "pretrained", "results")
 
