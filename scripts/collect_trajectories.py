@@ -33,7 +33,7 @@ from nino.errors import TrajectoryError
 from nino.session.jump.ramp import check_ramp
 from nino.snapshots.mean import check_average_over
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
-from tasks.ensembles import ensemble_device, record_ensemble, time_ensemble
+from tasks.ensembles import record_ensemble
 from tasks.jump_schedules import (
     IMAGE_RATES,
     IMAGE_SETS,
@@ -48,10 +48,7 @@ from tasks.jump_schedules import (
     plan_language_run,
     state_bytes,
 )
-from tasks.measuring import duration
 from tasks.nowcasters import load_nowcaster
-from tasks.rehearsal import random_images, random_text, time_training
-from tasks.task import ImageTask, TextTask
 from tasks.workers import Report, do_all
 
 EVALUATE_EVERY = 400
@@ -225,27 +222,6 @@ def record_all(groups: list[list[RunPlan]], args: argparse.Namespace) -> dict[st
     return failed
 
 
-def rehearsal_task(plan: RunPlan) -> ImageTask | TextTask:
-    """Random data of the size of the plan's."""
-    config = plan.architecture.get("config", {})
-    channels = IMAGE_SETS[plan.data].channels if plan.data in IMAGE_SETS else 0
-    return random_text(config["vocab_size"]) if config else random_images(channels, plan.image_size)
-
-
-def seconds_together(plans: list[RunPlan]) -> float:
-    """About how long an ensemble, or a run of none, takes; nowcasts and writing are not counted."""
-    if plans[0].ensemble:
-        return plans[0].steps * time_ensemble(plans, rehearsal_task(plans[0]))
-    return run_seconds(plans[0])
-
-
-def run_seconds(plan: RunPlan) -> float:
-    """About how long a run takes on one thread of this machine; nowcasts and writing are not counted."""
-    torch.set_num_threads(1)
-    update, evaluation = time_training(rehearsal_task(plan), make_model(plan), plan.batch_size, forward_format(plan))
-    return plan.steps * (update + evaluation / max(EVALUATE_EVERY, plan.interval))
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument(
@@ -308,9 +284,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=positive_int, default=1, help="runs at once, one thread each; with --ensemble, ensembles"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only say what would be recorded, how large it is and how long it takes"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be recorded, and how large it is")
     args = parser.parse_args(argv)
     needed = []
     if args.family in ("all", "images"):
@@ -361,9 +335,6 @@ def main(argv: list[str]) -> int:
         f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
     )
     if args.dry_run:
-        at_once = 1 if args.ensemble > 1 and ensemble_device().type == "cuda" else args.jobs  # ensembles share the GPU
-        seconds = sum(map(seconds_together, tqdm(groups, leave=False))) / at_once
-        print(f"about {duration(seconds)} with --jobs {at_once}, at the speed of this machine now")
         return 0
     make_output_folder("--out", args.out)
     failed = record_all(groups, args)

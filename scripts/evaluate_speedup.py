@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, get_args
 
 from tqdm import tqdm
@@ -51,7 +50,6 @@ from tasks.comparing import (
 )
 from tasks.images import HeldOut
 from tasks.machine import describe_machine
-from tasks.measuring import duration
 from tasks.methods import ADAM, YES_OR_NO, Rhythm, check_jumps, check_method, parse_method, update_or_part
 from tasks.report import Panel, draw_panels, format_markdown, format_table
 from tasks.speedup import TASKS
@@ -94,28 +92,6 @@ def plan(args: argparse.Namespace) -> list[Cell]:
         for seed in dict.fromkeys(args.seeds)
         for method in methods
     ]
-
-
-def estimated_seconds(cell: Cell, finished: Iterable[Result]) -> float:
-    """How long a training takes: as finished ones of the same task and method, else as on our machine."""
-    same = [
-        (result["seconds"] + result["evaluation_seconds"]) / result["cell"]["steps"]
-        for result in finished
-        if (result["cell"]["task"], result["cell"]["method"]) == (cell.task, cell.method)
-    ]
-    spec = TASKS[cell.task]
-    each = spec.seconds_per_update + spec.seconds_per_evaluation / cell.evaluate_every
-    return cell.steps * (median(same) if same else each)
-
-
-def list_cells(cells: Sequence[Cell], results: Mapping[Cell, Result], jobs: int) -> None:
-    """Say what there is to do, and about how long it takes."""
-    total = 0.0
-    for cell in cells:
-        seconds = 0.0 if cell in results else estimated_seconds(cell, results.values())
-        total += seconds
-        print(f"{'finished' if cell in results else 'about ' + duration(seconds):>12}  {cell.label}")
-    print(f"about {duration(total / jobs)} with --jobs {jobs}, if each has a core to itself")
 
 
 def train_all(cells: Sequence[Cell], args: argparse.Namespace) -> dict[Cell, str]:
@@ -260,7 +236,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--targets", type=targets_of_task, nargs="+", default=[], help="TASK=VALUE,VALUE,...: other values to reach")
     add("--jobs", type=positive_int, default=2, help="trainings at once, one thread each")
     add("--out", type=Path, default=Path("runs/speedup"))
-    add("--dry-run", action="store_true", help="only list the trainings, and about how long they take")
+    add("--dry-run", action="store_true", help="only list the trainings")
     args = parser.parse_args(argv)
     args.targets = dict(args.targets)
     for task in args.tasks:
@@ -281,7 +257,8 @@ def main(argv: list[str]) -> int:
     todo = [cell for cell in cells if cell not in results]
     print(f"{len(cells)} trainings planned, {len(cells) - len(todo)} already finished")
     if args.dry_run:
-        list_cells(cells, results, args.jobs)
+        for cell in cells:
+            print(f"{'finished' if cell in results else 'to do':>8}  {cell.label}")
         return 0
     make_output_folder("--out", args.out)
     failed = train_all(todo, args) if todo else {}

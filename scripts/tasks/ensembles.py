@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from nino.session.jump.ramp import Ramp
 from nino.session.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
 from nino.snapshots.mean import RunningMean, is_added
 from tasks.jump_schedules import RunPlan, forward_format, jump_schedule, load_task, notes_of
-from tasks.measuring import seconds_of
 from tasks.nowcasters import load_nowcaster
 from tasks.task import Batch, ImageTask, TextTask
 
@@ -58,20 +56,6 @@ def record_ensemble(plans: Sequence[RunPlan], data: Path, out: Path) -> dict[str
         if not writers.going_on:
             break
     return writers.close()
-
-
-def time_ensemble(plans: Sequence[RunPlan], task: ImageTask | TextTask) -> float:
-    """About how many seconds an update of all runs takes, on this machine as busy as it is now."""
-    torch.set_num_threads(1)  # as it is recorded
-    device = ensemble_device()
-    task, ensemble = on_device(task, device), make_ensemble(plans, task, device)
-    generators = [torch.Generator().manual_seed(plan.seed) for plan in plans]
-
-    def update() -> None:
-        ensemble.update(draw_batches(task, plans[0].batch_size, generators))
-
-    update()  # warms up
-    return median(seconds_of(update, device) for _ in range(5))
 
 
 def make_ensemble(plans: Sequence[RunPlan], task: ImageTask | TextTask, device: torch.device) -> Ensemble:

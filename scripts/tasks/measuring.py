@@ -1,11 +1,9 @@
-"""How benchmarks measure time and memory."""
+"""How benchmarks measure memory."""
 
 from __future__ import annotations
 
-import math
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -56,23 +54,3 @@ class Memory:
 def _resident() -> tuple[int, int]:
     memory = psutil.Process().memory_info()
     return memory.rss, memory.rss - getattr(memory, "shared", 0)
-
-
-def seconds_of(action: Callable[[], object], device: torch.device) -> float:
-    """How long an action takes, with the work that it leaves on the device."""
-    began = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, rounded up.
-
-    Example:
-        >>> duration(7322)
-        '2:02:02'
-    """
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -48,9 +48,6 @@ class SpeedupTask:
     weight_decay: float
     batch_size: int
     steps: int
-    seconds_per_update: float
-    """On one thread of a server of 2023; only for estimates."""
-    seconds_per_evaluation: float
 
     def check_data(self, name: str, folder: Path | None) -> None:
         """Refuse a folder without the files.
@@ -94,8 +91,6 @@ def _wikitext(folder: Path, held_out: HeldOut) -> Task:
 def _image_task(
     build: Callable[[], nn.Module],
     data: Callable[[Path, HeldOut], Task],
-    seconds_per_update: float,
-    seconds_per_evaluation: float,
     *,
     targets: tuple[float, ...],
     name: str = "cifar10",
@@ -115,8 +110,6 @@ def _image_task(
         weight_decay=0.0,
         batch_size=batch_size,
         steps=steps,
-        seconds_per_update=seconds_per_update,
-        seconds_per_evaluation=seconds_per_evaluation,
     )
 
 
@@ -125,24 +118,18 @@ def _cnn(
     channels: int,
     hidden: tuple[int, int, int],
     targets: tuple[float, ...],
-    seconds_per_update: float,
-    seconds_per_evaluation: float,
 ) -> SpeedupTask:
     """A published CNN, trained and tested as published."""
     return _image_task(
         partial(build_model, convnet(channels, hidden, first_padding=0)),
         partial(_images, name),
-        seconds_per_update,
-        seconds_per_evaluation,
         targets=targets,
         name=name,
         steps=10_000,
     )
 
 
-def _language_model(
-    build: Callable[[], nn.Module], seconds_per_update: float, seconds_per_evaluation: float
-) -> SpeedupTask:
+def _language_model(build: Callable[[], nn.Module]) -> SpeedupTask:
     return SpeedupTask(
         build=build,
         data=_wikitext,
@@ -154,8 +141,6 @@ def _language_model(
         weight_decay=1e-2,
         batch_size=16,
         steps=5_000,
-        seconds_per_update=seconds_per_update,
-        seconds_per_evaluation=seconds_per_evaluation,
     )
 
 
@@ -170,8 +155,6 @@ def _digits_task(norm: bool) -> SpeedupTask:
         weight_decay=0.0,
         batch_size=64,
         steps=3_000,
-        seconds_per_update=0.0045,
-        seconds_per_evaluation=0.005,
     )
 
 
@@ -193,18 +176,16 @@ UNET = partial(UNet, channels=3, width=8)
 LSTM = partial(LstmLanguageModel, VOCAB_SIZE, width=64, layers=2)
 
 TASKS: dict[str, SpeedupTask] = {
-    "c10-16": _cnn("cifar10", 3, (16, 32, 32), C10_TARGETS, 0.045, 1.4),
-    "c10-32": _cnn("cifar10", 3, (32, 64, 64), C10_TARGETS, 0.15, 4.7),
-    "mnist-16": _cnn("mnist", 1, (16, 32, 32), MNIST_TARGETS, 0.033, 0.75),
-    "gpt2-2-32": _language_model(_gpt2(layers=2, width=32, heads=2), 0.021, 0.11),
-    "gpt2-3-64": _language_model(_gpt2(layers=3, width=64, heads=4), 0.049, 0.28),
-    "llama-2-32": _language_model(_llama(layers=2, width=32, heads=2, kv_heads=1), 0.022, 0.1),
-    "llama-3-64": _language_model(_llama(layers=3, width=64, heads=4, kv_heads=2), 0.044, 0.22),
-    "convnext-16": _image_task(CONVNEXT, _fewer_images, 0.012, 0.15, targets=C10_TARGETS, batch_size=64),
-    "unet-8": _image_task(
-        UNET, _noisy_images, 0.02, 0.35, targets=DENOISING_TARGETS, metric="eval_loss", batch_size=16
-    ),
-    "lstm-64": replace(_language_model(LSTM, 0.017, 0.2), learning_rate=2e-2, steps=3_000),
+    "c10-16": _cnn("cifar10", 3, (16, 32, 32), C10_TARGETS),
+    "c10-32": _cnn("cifar10", 3, (32, 64, 64), C10_TARGETS),
+    "mnist-16": _cnn("mnist", 1, (16, 32, 32), MNIST_TARGETS),
+    "gpt2-2-32": _language_model(_gpt2(layers=2, width=32, heads=2)),
+    "gpt2-3-64": _language_model(_gpt2(layers=3, width=64, heads=4)),
+    "llama-2-32": _language_model(_llama(layers=2, width=32, heads=2, kv_heads=1)),
+    "llama-3-64": _language_model(_llama(layers=3, width=64, heads=4, kv_heads=2)),
+    "convnext-16": _image_task(CONVNEXT, _fewer_images, targets=C10_TARGETS, batch_size=64),
+    "unet-8": _image_task(UNET, _noisy_images, targets=DENOISING_TARGETS, metric="eval_loss", batch_size=16),
+    "lstm-64": replace(_language_model(LSTM), learning_rate=2e-2, steps=3_000),
     "digits-16": _digits_task(norm=False),
     "digits-16-norm": _digits_task(norm=True),
 }

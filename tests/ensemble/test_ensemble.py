@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,7 +19,6 @@ from nino.errors import NinoError
 from nino.predict.model import build_network
 from nino.predict.model.config import Inputs
 from tasks.images import convnet
-from tasks.methods import Method
 from tasks.task import ImageTask, TextTask
 from tasks.text import TextData, gpt2, llama
 
@@ -270,118 +269,6 @@ def test_batches_of_a_ensemble_are_those_of_each_run_alone(shift: int) -> None:
     for index, seed in enumerate((1, 2)):
         own_images, own_labels = task.batch(4, torch.Generator().manual_seed(seed))
         assert torch.equal(images[index], own_images) and torch.equal(labels[index], own_labels)
-
-
-def test_plans_are_compared_on_many_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compare_plans import main
-
-    nowcast = "nino:nino-tiny@period=20,average_over=2"
-    ramping = f"{nowcast},ramp=10"
-    settings = ["--seeds", "2", "--steps", "60", "--eval-every", "20", "--out", str(tmp_path)]
-    assert main(["--methods", "adam", nowcast, ramping, *settings]) == 0
-    table = capsys.readouterr().out
-    assert [line.split()[0] for line in table.splitlines()[2:]] == ["adam", nowcast, ramping]
-    found = json.loads((tmp_path / "plans.json").read_text())
-    assert (tmp_path / "plans.png").exists() and list(found["runs"]) == ["adam", nowcast, ramping]
-    adam, jumped, ramped = ([run["curve"] for run in runs] for runs in found["runs"].values())
-    assert [[point["step"] for point in curve] for curve in adam] == [[20, 40, 60]] * 2
-    assert adam[0] != adam[1]
-    for plain, jump, ramp in zip(adam, jumped, ramped, strict=True):
-        assert ramp[0] == plain[0]  # it sets out where the weights are
-        assert plain[-1] not in (jump[-1], ramp[-1]) and jump[-1] != ramp[-1]
-
-
-def test_a_plan_without_its_counterpart_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compare_plans import main
-
-    settings = ["--seeds", "1", "--steps", "30", "--eval-every", "10", "--out", str(tmp_path)]
-    nowcast = "nino:nino-tiny@period=20"
-    assert main(["--methods", f"ema+{nowcast}", "adam", nowcast, *settings]) == 0
-    header, _, alone, *_ = capsys.readouterr().out.splitlines()
-    assert header.endswith("to the best without jumps") and alone.split()[-1] == "-"
-
-
-def test_plans_are_compared_with_an_average_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compare_plans import main, row_of
-
-    from tasks.comparing import Goal
-
-    nowcast = "nino:nino-tiny@period=20"
-    settings = ["--seeds", "2", "--steps", "50", "--eval-every", "10", "--learning-rate", "0.01"]
-    assert main(["--methods", "adam", "ema", nowcast, f"ema+{nowcast}", *settings, "--out", str(tmp_path)]) == 0
-    runs = json.loads((tmp_path / "plans.json").read_text())["runs"]
-    adam, ema, jumped, both = ([point["eval_accuracy"] for point in curves[0]["curve"]] for curves in runs.values())
-    assert adam[:1] == jumped[:1] != ema[:1] == both[:1]
-    assert both[1] == jumped[1] and both[3] == jumped[3]  # an average begins anew where a jump lands
-    assert both[4] != jumped[4]
-    row = row_of("", runs[f"ema+{nowcast}"], runs["ema"], Goal("eval_accuracy", True, ()))  # not beside Adam
-    assert capsys.readouterr().out.rstrip().endswith(str(row["to the best without jumps"] or "-"))
-
-
-def test_a_method_that_fails_costs_only_itself(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import compare_plans
-
-    train = compare_plans.train
-
-    def fail_with_jumps(method: Method, args: Any) -> Any:
-        if method.jump is not None:
-            raise RuntimeError("out of\nmemory")
-        return train(method, args)
-
-    monkeypatch.setattr(compare_plans, "train", fail_with_jumps)
-    settings = ["--seeds", "2", "--steps", "20", "--eval-every", "20", "--out", str(tmp_path)]
-    assert compare_plans.main(["--methods", "nino:nino-tiny@period=10", "adam", *settings]) == 1
-    printed = capsys.readouterr()
-    assert [line.split()[0] for line in printed.out.splitlines()[2:]] == ["adam"]
-    assert "failed: nino:nino-tiny@period=10: RuntimeError: out of memory\n" in printed.err
-
-
-def test_plans_that_diverge_are_told_apart() -> None:
-    from compare_plans import row_of
-
-    from tasks.comparing import Goal
-
-    def run(*values: float | None) -> dict[str, Any]:
-        curve = [{"step": 10 * number, "eval_loss": value} for number, value in enumerate(values, start=1)]
-        return {"curve": curve, "diverged": values[-1] is None}
-
-    goal = Goal("eval_loss", False, ())
-    row = row_of(
-        "nino", [run(3.0, 1.0), run(4.0, 3.0), run(2.0, 1.0)], [run(2.0, 2.0), run(5.0, None), run(None)], goal
-    )
-    assert {name: str(value) for name, value in row.items()} == {
-        "method": "nino",
-        "best": "1.667 ± 1.2",
-        "last": "1.667 ± 1.2",
-        "to the best without jumps": "15 ± 7.1 (2 of 3)",
-    }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--methods", "muon"], "expected adam or nowcasts of it"),
-        (["--methods", "linear"], "nowcasts of it by a network"),
-        (["--methods", "adam", "--task", "c10-16", "--data", "nowhere"], "does not exist"),
-        (["--methods", "nino:nino-tiny@period=41", "--steps", "60"], "period=41 must be a multiple of context=5"),
-        (["--methods", "nino:nino-tiny@period=50", "--steps", "40"], "never jumps in 40 steps"),
-        (["--methods", "adam", "--steps", "30", "--budget", "20"], "--budget 20 is less than --steps 30"),
-    ],
-)
-def test_plans_that_cannot_be_compared_are_one_line(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from compare_plans import main
-
-    from tasks.cli import run_main
-
-    with pytest.raises(SystemExit) as stopped:
-        run_main(main, [*arguments, "--out", str(tmp_path / "out")])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert words in line
 
 
 def test_a_ensemble_is_held_out_as_a_whole(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nino import NeuralGraph, Nowcaster
+from nino import NeuralGraph, Nowcaster, NowcasterConfig
 from nino.graph.edge_list import EdgeList
 from nino.graph.ir import MAX_FEATURES, NUM_EDGE_TYPES, EdgeType
 from nino.predict.engine import graph_inputs
@@ -112,6 +112,35 @@ class Case:
         order[self.golden_edge_keys.argsort(stable=True)] = self.our_edge_keys.argsort(stable=True)
         assert torch.equal(self.our_edge_keys[order], self.golden_edge_keys)
         return order
+
+    @cached_property
+    def laplacian(self) -> Tensor:
+        """``I - D^-1/2 A D^-1/2`` of the undirected binary graph without self loops, from the golden edges."""
+        source, target = self.tensors["edge_index"].long()
+        adjacency = torch.zeros(self.graph.num_nodes, self.graph.num_nodes, dtype=torch.float64)
+        adjacency[source, target] = adjacency[target, source] = 1
+        scale = adjacency.fill_diagonal_(0).sum(1).rsqrt()
+        return torch.eye(self.graph.num_nodes, dtype=torch.float64) - scale[:, None] * adjacency * scale
+
+    @cached_property
+    def num_determined(self) -> int:
+        """How many of the golden positions the graph determines: up to the first eigenvalue that repeats."""
+        eigenvalues = torch.linalg.eigvalsh(self.laplacian)[1 : 2 + NowcasterConfig().num_positions]
+        repeats = eigenvalues.diff() < 1e-6
+        return int(repeats.int().argmax()) if repeats.any() else len(repeats)
+
+    def positions_with_golden_choices(self) -> Tensor:
+        """Our positions, but for what a solver chooses: signs, and vectors of a repeated eigenvalue, are the golden."""
+        ours, golden = self.graph.positions(), self.tensors["node_pos"]
+        determined = ours[:, : self.num_determined]
+        signs = (determined * golden[:, : self.num_determined]).sum(0).sign()
+        return torch.cat([determined * signs, golden[:, self.num_determined :]], dim=1)
+
+    def error(self, weights: str, horizon: int, **how: Any) -> float:
+        """Of a prediction, relative to the golden step."""
+        golden, last = self.tensors[f"predicted.{weights}.k{horizon}"], self.tensors["states"][-1]
+        predicted = _nowcaster(weights).predict(self.snapshots, horizon, self.graph, **how)
+        return float((self.flat(predicted) - golden).norm() / (golden - last).norm())
 
     def inputs(self) -> EdgeInputs:
         """The network's inputs, asking for the outputs of all edges."""
@@ -220,15 +249,38 @@ def test_edge_features(case: Case) -> None:
 def test_predictions(case: Case, weights: str, engine: Any) -> None:
     if not any(key.startswith(f"predicted.{weights}.") for key in case.tensors):
         pytest.skip(f"the case has no predictions of {weights}")
-    last = case.tensors["states"][-1]
-    errors = {}
-    for k in case.record["k"]:
-        golden = case.tensors[f"predicted.{weights}.k{k}"]
-        predicted = _nowcaster(weights).predict(
-            case.snapshots, k, case.graph, positions=case.tensors["node_pos"], engine=engine
-        )
-        errors[k] = float((case.flat(predicted) - golden).norm() / (golden - last).norm())
+    horizons = case.record["k"] if engine == "blockwise" else case.record["k"][::3]  # the other one is slow
+    errors = {k: case.error(weights, k, positions=case.tensors["node_pos"], engine=engine) for k in horizons}
     assert max(errors.values()) <= UPDATE_TOLERANCE, f"relative error of the step per horizon: {errors}"
+
+
+def test_positions(case: Case) -> None:
+    """The golden ones, up to sign, as far as the graph determines them; then smooth vectors of the same Laplacian."""
+    ours, golden = case.graph.positions(), case.tensors["node_pos"]
+    assert case.num_determined >= 2
+    torch.testing.assert_close(case.positions_with_golden_choices(), golden, rtol=0, atol=1e-5)
+
+    vectors = ours[:, ours.norm(dim=0) > 0].double()
+    eigenvalues = (vectors * (case.laplacian @ vectors)).sum(0)
+    assert (case.laplacian @ vectors - eigenvalues * vectors).abs().max() < 1e-6
+    assert (vectors.T @ vectors - torch.eye(vectors.shape[1])).abs().max() < 1e-6
+    assert (eigenvalues.diff() > -1e-9).all()
+    smoothest = torch.linalg.eigvalsh(case.laplacian)[1:]
+    assert (eigenvalues >= smoothest[: len(eigenvalues)] - 1e-6).all()
+
+
+@pytest.mark.parametrize("weights", _trained_weight_names())
+def test_predictions_with_our_positions(case: Case, weights: str) -> None:
+    """End to end; and columns in another order, or one of another sign, are found out."""
+    horizon, positions = case.record["k"][-1], case.positions_with_golden_choices()
+    assert case.error(weights, horizon, positions=positions) <= UPDATE_TOLERANCE
+
+    turned = torch.cat([-positions[:, :1], positions[:, 1:]], dim=1)
+    for wrong in (positions.roll(1, dims=1), positions[:, [1, 0, *range(2, 8)]], turned):
+        assert case.error(weights, horizon, positions=wrong) > 20 * UPDATE_TOLERANCE
+
+    own = case.graph.positions()
+    assert case.error(weights, horizon) == case.error(weights, horizon, positions=own)
 
 
 @pytest.mark.parametrize(

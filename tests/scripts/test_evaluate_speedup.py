@@ -150,7 +150,7 @@ def test_the_same_command_resumes(
     assert main([*options_of(out), "--dry-run", "--seeds", "0", "1"]) == 0
     listed = capsys.readouterr().out
     assert listed.count("finished  digits-16") == 11
-    assert "digits-16 adam seed 1 lr 0.001 constant 12\n" in listed and "with --jobs 2" in listed
+    assert "to do  digits-16 adam seed 1 lr 0.001 constant 12\n" in listed
 
 
 def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,12 +262,6 @@ def test_file_names_change_with_what_matters() -> None:
     assert cell_of("adam").rhythm is None and cell_of("ema").rhythm is None and cell_of("lawa").rhythm == RHYTHM
     assert cell_of("nino:nino-tiny").weights and cell_of("linear").weights is None
     assert "/" not in cell_of("nino:./pretrained/nino-tiny").file_name
-
-
-def test_duration() -> None:
-    from tasks.measuring import duration
-
-    assert [duration(seconds) for seconds in (0.2, 61, 7322)] == ["0:00:01", "0:01:01", "2:02:02"]
 
 
 # One training.

@@ -6,7 +6,6 @@ import copy
 import errno
 import gc
 import io
-import json
 import logging
 import os
 import pickle
@@ -973,25 +972,3 @@ def test_the_callback_passes_the_place_on(tmp_path: Path) -> None:
             None,  # type: ignore[arg-type]
             model=mlp(),
         )
-
-
-def test_benchmark_script(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "scripts" / "benchmark_snapshots.py"
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
-
-    done = run("--models", "cnn-14k", "--repeats", 2, "--threads", 1, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "results.json").read_text())
-    rows = {(row["model"], row["place"], row["format"]): row for row in result["summary"]}
-    assert rows.keys() >= {("cnn-14k", *kind) for kind in (("cpu", "exact"), ("cpu", "bfloat16"), ("disk", "exact"))}
-    for row in rows.values():
-        expected = 100 * row["snapshot ms"] / (result["arguments"]["interval"] * row["update ms"])
-        assert row["% of interval"] == pytest.approx(expected)
-    assert "% of interval" in done.stdout
-
-    for bad in (["--repeats", "0"], ["--models", "gpt-9"], ["--snapshot-folder", __file__]):
-        refused = run("--out", tmp_path, *bad)
-        assert refused.returncode == 2
-        assert "Traceback" not in refused.stderr

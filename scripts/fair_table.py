@@ -1,0 +1,204 @@
+"""The fair table: percent of the optimizer steps that a method saves at equal final held-out loss, task by task.
+
+    python scripts/fair_table.py --data DATA --rates                        # first: the best rate of every base
+    python scripts/fair_table.py --data DATA --dry-run                      # what is missing, with hours
+    python scripts/fair_table.py --data DATA --methods nino-base snoo       # train, and write the table
+
+Every combination of task, base optimizer, method, seed and budget is one training on one thread, several at once; the
+base is trained at all budgets, whatever is put on top of it at the longest. A finished training is one small file, so
+the same command resumes; what has finished is gathered in ``cells.json``, from which another machine goes on.
+docs/fair-table.md lists the tasks and says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from nino.errors import NinoError
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
+from tasks.fair_cells import FairCell, gather, read_result, train_and_write
+from tasks.fair_methods import fair_methods
+from tasks.fair_picture import draw_rows
+from tasks.fair_summary import BASE, aggregates, rows_of
+from tasks.fair_tasks import BASES, BUDGETS, FAIR_TASKS, RATE_BUDGET, RATE_SEEDS, SEEDS
+from tasks.images import HeldOut
+from tasks.machine import describe_machine
+from tasks.measuring import duration
+from tasks.report import format_markdown, format_table
+from tasks.workers import do_all
+
+RATES_FILE = "rates.json"
+Rates = Mapping[str, Mapping[str, float]]
+"""Task -> base -> learning rate."""
+
+
+def plan_rates(args: argparse.Namespace) -> list[FairCell]:
+    """The base at every rate of every task, on validation data."""
+    return [
+        FairCell(task=task, base=base, method=BASE, seed=seed, rate=rate, budget=RATE_BUDGET, held_out="validation")
+        for task in args.tasks
+        for base in args.bases
+        for seed in RATE_SEEDS
+        for rate in FAIR_TASKS[task].rates[base]
+    ]
+
+
+def plan_table(args: argparse.Namespace, rates: Rates) -> list[FairCell]:
+    """Tasks side by side, so that the first rows are complete early; the base at all budgets first."""
+    held_out: HeldOut = "validation" if args.purpose == "choose" else "test"
+    return [
+        FairCell(
+            task=task, base=base, method=method, seed=seed, rate=rates[task][base], budget=budget, held_out=held_out
+        )
+        for seed in args.seeds
+        for task in args.tasks
+        for base in args.bases
+        for method in dict.fromkeys([BASE, *args.methods])
+        for budget in (args.budgets if method == BASE else [1.0])
+    ]
+
+
+def best_rates(out: Path) -> dict[str, dict[str, float]]:
+    """The rate at which the base ended best, of every task and base that was tried at all its rates."""
+    found: dict[str, dict[str, float]] = {}
+    for name, task in FAIR_TASKS.items():
+        for base in BASES:
+            losses = {rate: _rate_loss(out, name, base, rate) for rate in task.rates[base]}
+            known = {rate: loss for rate, loss in losses.items() if loss is not None}
+            if len(known) == len(losses):
+                found.setdefault(name, {})[base] = min(known, key=lambda rate: known[rate])
+    return found
+
+
+def _rate_loss(out: Path, task: str, base: Any, rate: float) -> float | None:
+    cells = [
+        FairCell(task=task, base=base, method=BASE, seed=seed, rate=rate, budget=RATE_BUDGET, held_out="validation")
+        for seed in RATE_SEEDS
+    ]
+    results = [read_result(out, cell) for cell in cells]
+    losses = [result["final"]["eval_loss"] for result in results if result is not None]
+    if len(losses) < len(cells):
+        return None
+    return fmean(float("inf") if loss is None else loss for loss in losses)
+
+
+def read_rates(out: Path, tasks: Sequence[str], bases: Sequence[str]) -> Rates:
+    """The rates that ``--rates`` has written.
+
+    Raises:
+        NinoError: if one is missing.
+    """
+    path = out / RATES_FILE
+    rates: Rates = json.loads(path.read_text()) if path.exists() else {}
+    missing = [f"{task} ({base})" for task in tasks for base in bases if base not in rates.get(task, {})]
+    if missing:
+        raise NinoError(f"{path} has no learning rate of {', '.join(missing)}: run this with --rates first")
+    return rates
+
+
+def train_all(cells: Sequence[FairCell], args: argparse.Namespace) -> dict[FairCell, str]:
+    """Train cells, several at once, with a bar; returns those that failed, and why."""
+    failed: dict[FairCell, str] = {}
+    work = partial(train_and_write, data=args.data, cache=args.cache, published=str(args.published), out=args.out)
+    with tqdm(total=sum(cell.steps for cell in cells), unit="step", mininterval=1, dynamic_ncols=True) as bar:
+        for event in do_all(cells, work, min(args.jobs, len(cells))):
+            bar.update(event.amount)
+            if event.kind == "failed":
+                failed[event.job] = event.text
+            bar.set_postfix_str(f"{event.job.label}: {event.text or event.kind}", refresh=False)
+    return failed
+
+
+def list_cells(cells: Sequence[FairCell], todo: set[FairCell], jobs: int) -> None:
+    """Say what there is to do, and about how long it takes."""
+    seconds = 0.0
+    for cell in cells:
+        if cell in todo:
+            seconds += cell.steps * FAIR_TASKS[cell.task].seconds_per_step
+        print(f"{'to do' if cell in todo else 'finished':>9}  {cell.label}")
+    print(f"about {duration(seconds / jobs)} with --jobs {jobs}, if each has a core to itself")
+
+
+def report(cells: Sequence[FairCell], out: Path) -> None:
+    """Write summary.json, table.md and the picture of the cells that are finished."""
+    results = [result for cell in cells if (result := read_result(out, cell)) is not None]
+    rows = rows_of(results)
+    if not rows:
+        print("no row is complete yet: each needs its base at two budgets and a method on top of it")
+        return
+    totals = aggregates(rows)
+    summary = {"rows": [row.as_record() for row in rows], "aggregates": totals, "machine": describe_machine()}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    shown = [row.as_record() for row in sorted(rows, key=lambda row: (row.base, row.task, row.method))]
+    parts = ["# Steps saved at equal final held-out loss", format_markdown(totals), format_markdown(shown)]
+    (out / "table.md").write_text("\n\n".join(parts) + "\n")
+    draw_rows(out / "steps-saved.png", rows)
+    print(format_table(totals), format_table(shown), sep="\n\n")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, help="folder with cifar10-*.parquet, mnist-*.parquet and text/")
+    add("--cache", type=Path, default=Path("results/fair-table/cache"), help="decoded images and tokens are kept here")
+    add("--purpose", choices=list(SEEDS), default="report", help="on which tasks and seeds")
+    add("--tasks", nargs="+", choices=list(FAIR_TASKS), metavar="TASK", help=", ".join(FAIR_TASKS))
+    add("--bases", nargs="+", choices=BASES, default=list(BASES), help="optimizers")
+    add("--methods", nargs="+", default=["nino-base"], metavar="METHOD", help=", ".join(fair_methods("FILE")))
+    add("--seeds", type=int, nargs="+", help="by default those of the purpose")
+    add("--budgets", type=float, nargs="+", choices=BUDGETS, default=list(BUDGETS), help="of the base")
+    add(
+        "--published", type=Path, default=Path("nino_no_posw.pt"), help="published weights, for the method of that name"
+    )
+    add("--rates", action="store_true", help="find the best learning rate of every base, and write rates.json")
+    add("--jobs", type=positive_int, default=2, help="trainings at once, one thread each")
+    add("--out", type=Path, default=Path("results/fair-table"))
+    add("--dry-run", action="store_true", help="only list the trainings, and about how long they take")
+    args = parser.parse_args(argv)
+    known = fair_methods(str(args.published))
+    unknown = [method for method in args.methods if method not in known]
+    if unknown:
+        fail(f"--methods: {', '.join(unknown)} is none of {', '.join(known)}")
+    if "published" in args.methods and not args.published.is_file():
+        fail(f"--published: {args.published} does not exist; the method needs the published weights' .pt file")
+    args.tasks = args.tasks or [name for name, task in FAIR_TASKS.items() if task.purpose == args.purpose]
+    args.seeds = args.seeds or list(SEEDS[args.purpose])
+    for task in args.tasks:
+        FAIR_TASKS[task].check_data(task, args.data)
+    args.data = args.data or Path()
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    cells = plan_rates(args) if args.rates else plan_table(args, read_rates(args.out, args.tasks, args.bases))
+    todo = [cell for cell in cells if read_result(args.out, cell) is None]
+    print(f"{len(cells)} trainings planned, {len(cells) - len(todo)} already finished")
+    if args.dry_run:
+        list_cells(cells, set(todo), args.jobs)
+        return 0
+    make_output_folder("--out", args.out)
+    failed = train_all(todo, args) if todo else {}
+    gather(args.out)
+    if args.rates:
+        rates = json.dumps(best_rates(args.out), indent=1)
+        (args.out / RATES_FILE).write_text(rates + "\n")
+        print(rates)
+    else:
+        report(cells, args.out)
+    for cell, reason in failed.items():
+        print(f"failed: {cell.label}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:], resumes=True)

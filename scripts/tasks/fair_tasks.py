@@ -1,0 +1,325 @@
+"""The tasks of the fair table, as data: those to choose on and those to report on (docs/fair-table.md).
+
+Every task has a schedule of its own with a warm-up of 100 steps, and three learning rates per base optimizer, of which
+the best is taken (``scripts/fair_table.py --rates``). Sizes are such that a training takes a minute or so on one core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nino.data import build_model
+from nino.data.architecture import Architecture, describe_transformers
+from nino.errors import NinoError
+from tasks.fair_models import GruLanguageModel, Mixer, ResNet
+from tasks.fair_texts import Corpus, load_corpus, text_files
+from tasks.images import HeldOut, ImageData, convnet, convnext, load_parquet_images
+from tasks.modules import UNet
+from tasks.task import Batch, DenoisingTask, ImageTask, Task, TextTask
+from tasks.text import gpt2, llama
+
+Purpose = Literal["choose", "report"]
+Base = Literal["adam", "muon"]
+BASES: tuple[Base, ...] = ("adam", "muon")
+WARMUP = 100
+"""Steps over which the rate rises, in every task."""
+BUDGETS = (1.0, 0.8, 0.6)
+"""Parts of a task's steps, between which steps saved are read off."""
+SEEDS: dict[Purpose, tuple[int, ...]] = {"choose": (10, 11, 12, 13), "report": (0, 1, 2)}
+RATE_SEEDS = (10,)
+"""With which rates are found, on validation data, of report tasks as well."""
+RATE_BUDGET = 0.6
+"""At which."""
+CIFAR = ("cifar10-train.parquet", "cifar10-test.parquet")
+MNIST = ("mnist-train.parquet", "mnist-test.parquet")
+WINDOW = 64
+"""Tokens that a language model reads at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FairTask:
+    """One task with the settings that all methods share."""
+
+    kind: str
+    """Of model."""
+    purpose: Purpose
+    build: Callable[[], nn.Module]
+    """Makes a freshly initialised model."""
+    read: Callable[[Path, Path, HeldOut], Task]
+    """Reads the data, from the folder of data, with a folder to keep what was decoded in."""
+    files: tuple[str, ...]
+    """What the folder of data must hold."""
+    schedule: str
+    steps: int
+    """The longest budget, T."""
+    batch_size: int
+    rates: dict[Base, tuple[float, ...]]
+    """To choose from."""
+    weight_decay: float
+    seconds_per_step: float
+    """On one core of a server of 2023; only for estimates."""
+
+    def steps_of(self, budget: float) -> int:
+        """Optimizer steps of a part of the longest budget."""
+        return round(self.steps * budget)
+
+    def check_data(self, name: str, folder: Path | None) -> None:
+        """Refuse a folder without the files.
+
+        Raises:
+            NinoError: naming what is expected.
+        """
+        for file in self.files:
+            if folder is None or not (folder / file).exists():
+                where = "--data FOLDER" if folder is None else f"{folder / file}, which does not exist"
+                raise NinoError(f"task {name} needs {where}: a folder with {', '.join(self.files)}")
+
+
+@dataclass(frozen=True)
+class FlippedImages(ImageTask):
+    """Images that are mirrored at random while training, so that they last for more epochs."""
+
+    def _take(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        images, labels = super()._take(indices, generator)
+        flipped = torch.rand(len(images), generator=generator) < 0.5
+        return torch.where(flipped[:, None, None, None], images.flip(-1), images), labels
+
+
+@lru_cache(maxsize=1)
+def _pixels(name: str, size: int, data: Path, cache: Path, held_out: HeldOut) -> ImageData:
+    """Train on eleven twelfths of the training file; hold out the rest, or the test file."""
+    images = load_parquet_images(name, data, cache, size)
+    if held_out == "validation":
+        return images
+    return _with_test_images(images, name, size, data)
+
+
+def _with_test_images(images: ImageData, name: str, size: int, data: Path) -> ImageData:
+    """The same training images, and the test file's on their scale."""
+    from tasks.images import _read_parquet
+
+    raw_test, labels = _read_parquet(data / f"{name}-test.parquet")
+    raw_train, _ = _read_parquet(data / f"{name}-train.parquet")
+    train, test = (
+        F.interpolate(torch.from_numpy(raw).float() / 255, (size, size), mode="area")
+        for raw in (raw_train[: len(images.train_images)], raw_test)
+    )
+    mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
+    return ImageData(
+        train_images=images.train_images,
+        train_labels=images.train_labels,
+        eval_images=(test - mean) / std,
+        eval_labels=torch.from_numpy(labels),
+    )
+
+
+def _images(name: str, size: int, flip: bool, data: Path, cache: Path, held_out: HeldOut) -> Task:
+    return (FlippedImages if flip else ImageTask)(_pixels(name, size, data, cache, held_out))
+
+
+def _noisy(name: str, size: int, data: Path, cache: Path, held_out: HeldOut) -> Task:
+    pixels = _pixels(name, size, data, cache, held_out)
+    return DenoisingTask(FlippedImages(pixels, eval_images=2_000), noise=1.0)
+
+
+@lru_cache(maxsize=1)
+def _text(corpus: Corpus, vocab_size: int, data: Path, cache: Path, held_out: HeldOut) -> Task:
+    tokens = load_corpus(corpus, vocab_size, data, cache)
+    return TextTask(tokens, WINDOW, eval_windows=1_000, held_out=held_out)
+
+
+def vit(width: int, layers: int, size: int, patch: int) -> Architecture:
+    """A small vision transformer without dropout."""
+    config = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "image_size": size,
+        "patch_size": patch,
+        "num_labels": 10,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return describe_transformers("ViTForImageClassification", config)
+
+
+def _vision(
+    kind: str,
+    purpose: Purpose,
+    build: Callable[[], nn.Module],
+    schedule: str,
+    steps: int,
+    seconds: float,
+    rates: tuple[float, ...],
+    *,
+    size: int = 32,
+    flip: bool = True,
+    name: str = "cifar10",
+    noisy: bool = False,
+    muon: tuple[float, ...] | None = None,
+) -> FairTask:
+    return FairTask(
+        kind=kind,
+        purpose=purpose,
+        build=build,
+        read=partial(_noisy, name, size) if noisy else partial(_images, name, size, flip),
+        files=CIFAR if name == "cifar10" else MNIST,
+        schedule=schedule,
+        steps=steps,
+        batch_size=16 if noisy else 64,
+        rates={"adam": rates, "muon": rates if muon is None else muon},
+        weight_decay=0.0 if noisy else 1e-2,
+        seconds_per_step=seconds,
+    )
+
+
+def _language(
+    kind: str,
+    purpose: Purpose,
+    build: Callable[[], nn.Module],
+    corpus: Corpus,
+    vocab_size: int,
+    schedule: str,
+    steps: int,
+    seconds: float,
+    rates: tuple[float, ...],
+    muon: tuple[float, ...] | None = None,
+) -> FairTask:
+    return FairTask(
+        kind=kind,
+        purpose=purpose,
+        build=build,
+        read=partial(_text, corpus, vocab_size),
+        files=text_files(corpus),
+        schedule=schedule,
+        steps=steps,
+        batch_size=8,
+        rates={"adam": rates, "muon": rates if muon is None else muon},
+        weight_decay=1e-2,
+        seconds_per_step=seconds,
+    )
+
+
+_CHOOSE: dict[str, FairTask] = {
+    "cnn-16px": _vision(
+        "CNN",
+        "choose",
+        partial(build_model, convnet(3, (16, 32, 32))),
+        "cosine",
+        2_000,
+        0.004,
+        (5e-3, 1e-2, 2e-2),
+        size=16,
+    ),
+    "resnet-16px": _vision("ResNet", "choose", partial(ResNet, 3, 8), "wsd", 1_500, 0.005, (5e-3, 1e-2, 2e-2), size=16),
+    "vit-16px": _vision(
+        "ViT", "choose", partial(build_model, vit(48, 2, 16, 4)), "cosine", 2_000, 0.009, (1e-3, 2e-3, 4e-3), size=16
+    ),
+    "llama-64": _language(
+        "Llama",
+        "choose",
+        partial(build_model, llama(2, 64, 4, 2, 512)),
+        "books",
+        512,
+        "linear",
+        2_000,
+        0.010,
+        (2e-3, 4e-3, 8e-3),
+    ),
+    "gru-64": _language(
+        "GRU",
+        "choose",
+        partial(GruLanguageModel, 512, 64, 1),
+        "articles",
+        512,
+        "cosine",
+        1_500,
+        0.010,
+        (5e-3, 1e-2, 2e-2),
+    ),
+    "unet-16px": _vision(
+        "U-Net", "choose", partial(UNet, 3, 8), "linear", 1_500, 0.006, (5e-3, 1e-2, 2e-2), size=16, noisy=True
+    ),
+}
+_REPORT: dict[str, FairTask] = {
+    "cnn": _vision(
+        "CNN",
+        "report",
+        partial(build_model, convnet(3, (16, 32, 32))),
+        "cosine",
+        3_000,
+        0.017,
+        (5e-3, 1e-2, 2e-2),
+        flip=False,
+    ),
+    "cnn-mnist": _vision(
+        "CNN",
+        "report",
+        partial(build_model, convnet(1, (8, 16, 16))),
+        "linear",
+        2_000,
+        0.006,
+        (5e-3, 1e-2, 2e-2),
+        flip=False,
+        name="mnist",
+        size=28,
+    ),
+    "resnet": _vision("ResNet", "report", partial(ResNet, 3, 12), "linear", 3_000, 0.013, (5e-3, 1e-2, 2e-2)),
+    "vit": _vision(
+        "ViT", "report", partial(build_model, vit(64, 3, 32, 8)), "cosine", 3_000, 0.016, (1e-3, 2e-3, 4e-3)
+    ),
+    "mixer": _vision("MLP-Mixer", "report", partial(Mixer, 32, 8, 64, 3), "wsd", 3_000, 0.012, (2e-3, 4e-3, 8e-3)),
+    "convnext": _vision(
+        "ConvNeXt",
+        "report",
+        partial(build_model, convnext(3, (16, 32, 64), (1, 1, 1))),
+        "linear",
+        3_000,
+        0.009,
+        (2e-3, 4e-3, 8e-3),
+    ),
+    "unet": _vision("U-Net", "report", partial(UNet, 3, 8), "wsd", 2_000, 0.015, (5e-3, 1e-2, 2e-2), noisy=True),
+    "llama": _language(
+        "Llama",
+        "report",
+        partial(build_model, llama(3, 80, 4, 1, 1024)),
+        "python",
+        1024,
+        "cosine",
+        3_000,
+        0.021,
+        (2e-3, 4e-3, 8e-3),
+    ),
+    "gpt2": _language(
+        "GPT-2",
+        "report",
+        partial(build_model, gpt2(3, 64, 4, 1024, WINDOW)),
+        "books",
+        1024,
+        "wsd",
+        3_000,
+        0.017,
+        (2e-3, 4e-3, 8e-3),
+    ),
+    "gru": _language(
+        "GRU",
+        "report",
+        partial(GruLanguageModel, 1024, 96, 2),
+        "python",
+        1024,
+        "linear",
+        2_500,
+        0.020,
+        (5e-3, 1e-2, 2e-2),
+    ),
+}
+FAIR_TASKS: dict[str, FairTask] = _CHOOSE | _REPORT
