@@ -167,7 +167,7 @@ def write_pages() -> int:
     page = ["# Results", "", "Made from `results/*/summary.json` by `python scripts/publish_results.py`.", ""]
     for name in sorted(path.parent.name for path in RESULTS.glob("*/summary.json")):
         summary = json.loads((RESULTS / name / "summary.json").read_text())
-        title, command, commit = summary["title"], summary["command"], summary["commit"]
+        title, command, commit = (summary.get(key, "") for key in ("title", "command", "commit"))
         quoted = ", ".join(f"[{p.relative_to(ROOT)}](../{p.relative_to(ROOT)})" for p in pages_that_quote(name))
         index.append(f"| [{name}]({name}/table.md) | {title} | `{command}` | {commit} | {quoted} |")
         page += [f"## {name}", "", f"{title}. Commit {commit}:", "", f"```\n{command}\n```", ""]
