@@ -23,11 +23,12 @@ from nino.errors import CheckpointError, NinoError
 from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
 from nino.parallel.collectives import PeerFailureError
-from nino.predict.nowcaster import Nowcaster
+from nino.plan import NowcastPlan, plan_of
+from nino.predict.predictor import Predictor
+from nino.predict.registry import load_predictor
 from nino.predict.work_partition import fingerprint
 from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
-from nino.session.optimizer_state.moments import Moments
 from nino.session.report import NowcastReport
 from nino.session.saving import (
     HISTORY_FILE,
@@ -42,7 +43,6 @@ from nino.session.saving import (
     with_own_numbers,
 )
 from nino.session.target import unwrap
-from nino.snapshots import Place
 from nino.system.files import load_whole, save_whole
 
 logger = logging.getLogger(__name__)
@@ -55,35 +55,17 @@ class NowcastCallback(TrainerCallback):
 
     Args:
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
-        period: optimizer steps between nowcasts.
-        max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
-        decay_power: how fast horizons shrink; 1 is linear.
-        until: optimizer steps by which horizons have shrunk to one interval, and after which nothing is nowcast; by
-            default those of the whole run.
-        snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
-        snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
-        snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
-        average_over: steps before a snapshot over which the weights are averaged, at most the interval between
-            two; 1 for the weights as they are. Less of the optimizer's noise, for one more copy of the weights.
-        rollback_window: steps in which the training loss must recover from a jump, else the jump is undone;
-            by default a tenth of the period, 0 for never.
-        moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
-        preserve_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted
-            norms
-            grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
-            as when an average of the weights is what you evaluate.
-        ramp: steps over which a jump is dealt out: each moves the weights by its partition, and training corrects the
-            way. At most half of the period; 0 jumps at once. For one more copy of the weights meanwhile.
-        batch_norm: whether batch norms estimate their running statistics anew after a jump.
-        nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
+        period: optimizer steps between nowcasts; goes before the plan's. By default it is chosen for the run.
+        plan: all other settings, see :class:`nino.NowcastPlan`; what it leaves open is chosen when training starts.
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
             family that is sharded). By default it is wired when training starts, and a model of no known family by
             tracing it on the first batch.
         resume_from: checkpoint folder whose snapshots to go on from; by default that from which the Trainer resumes.
             Snapshots of other weights than those that are trained further are left out, with a warning.
+        others: earlier names of settings; any other keyword is refused, saying where it belongs.
 
     Raises:
-        NinoError: when training starts, if the model cannot be wired or a setting is out of range.
+        NinoError: if a setting is out of range; when training starts, if the model cannot be wired.
 
     Example:
         >>> trainer = Trainer(model, args, ..., callbacks=[NowcastCallback("nino-base", period=1000)])  # doctest: +SKIP
@@ -91,40 +73,17 @@ class NowcastCallback(TrainerCallback):
 
     def __init__(
         self,
-        nowcaster: Nowcaster | str | Path,
-        period: int = 1000,
+        nowcaster: Predictor | str | Path = "nino-base",
+        period: int | None = None,
         *,
-        max_horizon: int | None = None,
-        decay_power: float = 2.0,
-        until: int | None = None,
-        snapshots_on: Place = "cpu",
-        snapshot_folder: str | Path | None = None,
-        snapshot_dtype: torch.dtype | None = None,
-        average_over: int = 1,
-        rollback_window: int | None = None,
-        moments: Moments = "keep",
-        preserve_norms: bool = False,
-        ramp: int = 0,
-        batch_norm: bool = True,
-        nowcast_in_warmup: bool = False,
+        plan: NowcastPlan | None = None,
         graph: NeuralGraph | None = None,
         resume_from: str | Path | None = None,
+        **others: Any,
     ) -> None:
-        self.nowcaster = nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)
-        self.period = period
-        self.max_horizon = max_horizon
-        self.decay_power = decay_power
-        self.until = until
-        self.snapshots_on = snapshots_on
-        self.snapshot_folder = snapshot_folder
-        self.snapshot_dtype = snapshot_dtype
-        self.average_over = average_over
-        self.rollback_window = rollback_window
-        self.moments: Moments = moments
-        self.preserve_norms = preserve_norms
-        self.ramp = ramp
-        self.batch_norm = batch_norm
-        self.nowcast_in_warmup = nowcast_in_warmup
+        self.nowcaster = load_predictor(nowcaster)
+        self.plan = plan_of(plan, period, others)
+        self.plan.check_fits(self.nowcaster.context)
         self.graph = graph
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
@@ -153,21 +112,8 @@ class NowcastCallback(TrainerCallback):
         self.session = NowcastSession(
             model,
             self.nowcaster,
-            period=self.period,
             max_steps=state.max_steps if state.max_steps > 0 else None,
-            max_horizon=self.max_horizon,
-            decay_power=self.decay_power,
-            until=self.until,
-            snapshots_on=self.snapshots_on,
-            snapshot_folder=self.snapshot_folder,
-            snapshot_dtype=self.snapshot_dtype,
-            average_over=self.average_over,
-            rollback_window=self.rollback_window,
-            moments=self.moments,
-            preserve_norms=self.preserve_norms,
-            ramp=self.ramp,
-            batch_norm=self.batch_norm,
-            nowcast_in_warmup=self.nowcast_in_warmup,
+            plan=self.plan,
             optimizer=optimizer,
             graph=self.graph,
             on_report=self._log.add,

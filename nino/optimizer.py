@@ -13,20 +13,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.parallel.shards import local_tensor
-from nino.predict.nowcaster import Nowcaster
+from nino.plan import NowcastPlan, plan_of
+from nino.predict.predictor import Predictor
 from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
-from nino.session.optimizer_state.moments import Moments
 from nino.session.report import NowcastReport
 from nino.session.saving import load_session, save_session
-from nino.snapshots import Place
 
 logger = logging.getLogger(__name__)
 
@@ -40,31 +38,13 @@ class NowcastOptimizer(Optimizer):
         optimizer: built on parameters of ``model``.
         model: the model in training.
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
-        period: optimizer steps between nowcasts.
+        period: optimizer steps between nowcasts; goes before the plan's. By default it is chosen for the run.
         max_steps: optimizer steps of the whole run; horizons shrink towards its end. ``None`` if unknown.
-        max_horizon: the first nowcast's horizon in snapshot intervals, by default the nowcaster's longest.
-        decay_power: how fast horizons shrink; 1 is linear.
-        until: optimizer steps by which horizons have shrunk to one interval, and after which nothing is nowcast; by
-            default those of the whole run.
-        snapshots_on: where snapshots are kept: ``"cpu"``, the parameters' ``"device"``, or ``"disk"``.
-        snapshot_folder: for snapshots on disk: a folder, in which every process makes one of its own.
-        snapshot_dtype: format of snapshots; ``None`` keeps the parameters' own.
-        average_over: steps before a snapshot over which the weights are averaged, at most the interval between
-            two; 1 for the weights as they are. Less of the optimizer's noise, for one more copy of the weights.
-        rollback_window: steps in which the training loss must recover from a jump, else the jump is undone;
-            by default a tenth of the period, 0 for never. Only with losses, see :meth:`observe`.
-        moments: what becomes of the optimizer's moments after a jump: ``"keep"``, ``"scale"`` or ``"reset"``.
-        preserve_norms: whether a jump leaves matrices (two or more axes) the norms of the newest snapshot. Predicted
-            norms
-            grow, and Adam's steps become smaller beside them, as at a lower learning rate: for when that is not wanted,
-            as when an average of the weights is what you evaluate.
-        ramp: steps over which a jump is dealt out: each moves the weights by its partition, and training corrects the
-            way. At most half of the period; 0 jumps at once. For one more copy of the weights meanwhile.
-        batch_norm: whether batch norms estimate their running statistics anew after a jump.
-        nowcast_in_warmup: whether to nowcast from snapshots between which the learning rate rose.
+        plan: all other settings, see :class:`nino.NowcastPlan`; what it leaves open is chosen for the run.
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
             family that is sharded). By default it is wired here, and a model of no known family by tracing it on the
             first batch.
+        others: earlier names of settings; any other keyword is refused, saying where it belongs.
         on_report: called with every :class:`NowcastReport` when it is complete: one step after the nowcast, or after
             its ramp, or at the end of its rollback window. An error that it raises is logged and ends nothing.
 
@@ -74,7 +54,7 @@ class NowcastOptimizer(Optimizer):
 
     Example:
         >>> optimizer = nino.NowcastOptimizer(                                          # doctest: +SKIP
-        ...     torch.optim.AdamW(model.parameters(), lr=1e-3), model, "nino-base", period=1000, max_steps=10_000)
+        ...     torch.optim.AdamW(model.parameters(), lr=1e-3), model, max_steps=10_000)
     """
 
     optimizer: Optimizer
@@ -86,25 +66,14 @@ class NowcastOptimizer(Optimizer):
         self,
         optimizer: Optimizer,
         model: nn.Module,
-        nowcaster: Nowcaster | str | Path,
+        nowcaster: Predictor | str | Path = "nino-base",
         *,
-        period: int = 1000,
+        period: int | None = None,
         max_steps: int | None = None,
-        max_horizon: int | None = None,
-        decay_power: float = 2.0,
-        until: int | None = None,
-        snapshots_on: Place = "cpu",
-        snapshot_folder: str | Path | None = None,
-        snapshot_dtype: torch.dtype | None = None,
-        average_over: int = 1,
-        rollback_window: int | None = None,
-        moments: Moments = "keep",
-        preserve_norms: bool = False,
-        ramp: int = 0,
-        batch_norm: bool = True,
-        nowcast_in_warmup: bool = False,
+        plan: NowcastPlan | None = None,
         graph: NeuralGraph | None = None,
         on_report: Callable[[NowcastReport], None] | None = None,
+        **others: Any,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise NinoError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
@@ -117,19 +86,7 @@ class NowcastOptimizer(Optimizer):
             nowcaster,
             period=period,
             max_steps=max_steps,
-            max_horizon=max_horizon,
-            decay_power=decay_power,
-            until=until,
-            snapshots_on=snapshots_on,
-            snapshot_folder=snapshot_folder,
-            snapshot_dtype=snapshot_dtype,
-            average_over=average_over,
-            rollback_window=rollback_window,
-            moments=moments,
-            preserve_norms=preserve_norms,
-            ramp=ramp,
-            batch_norm=batch_norm,
-            nowcast_in_warmup=nowcast_in_warmup,
+            plan=plan_of(plan, None, others),
             optimizer=optimizer,
             graph=graph,
             on_report=on_report,

@@ -27,7 +27,7 @@ EXPECTED = (
     "'training_losses'), or what nino.run_record makes (with 'losses' and 'nowcasts')"
 )
 MARKS: dict[Outcome, tuple[str, str, str]] = {
-    "accepted": ("#1b7837", "-", "^"),
+    "applied": ("#1b7837", "-", "^"),
     "rolled back": ("#d6604d", "--", "x"),
     "refused": ("#7b3294", ":", "s"),
     "left out": ("#888888", ":", "o"),
@@ -240,19 +240,15 @@ def _marked(nowcasts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """With whole numbers for what is drawn: the step, and the horizon where there is one."""
     marked: list[Mapping[str, Any]] = []
     for nowcast in nowcasts:
-        horizon = {"nowcast/horizon": int(nowcast["nowcast/horizon"])} if "nowcast/horizon" in nowcast else {}
+        name = "nowcast/horizon_steps"
+        horizon = {name: int(nowcast[name])} if name in nowcast else {}
         marked.append({**nowcast, "nowcast/step": int(nowcast["nowcast/step"]), **horizon})
     return marked
 
 
 def _outcome(nowcast: Mapping[str, Any]) -> Outcome:
-    return NowcastReport(
-        step=nowcast["nowcast/step"],
-        horizon=0,
-        accepted=bool(nowcast.get("nowcast/accepted")),
-        rolled_back=bool(nowcast.get("nowcast/rolled_back")),
-        left_out=bool(nowcast.get("nowcast/left_out")),
-    ).outcome
+    """What became of it, from the numbers that a report logs."""
+    return next((name for name in MARKS if nowcast.get(f"nowcast/{name.replace(' ', '_')}")), "refused")
 
 
 def _draw_losses(axes: Axes, run: Run) -> None:
@@ -260,7 +256,7 @@ def _draw_losses(axes: Axes, run: Run) -> None:
     from matplotlib.ticker import LogFormatter
 
     steps, values = run.losses
-    jumps = [nowcast["nowcast/step"] for nowcast in run.nowcasts if nowcast.get("nowcast/accepted")]
+    jumps = [nowcast["nowcast/step"] for nowcast in run.nowcasts if _outcome(nowcast) in ("applied", "rolled back")]
     window = len(values) // SMOOTHING
     smoothed = smooth(values, steps, jumps, window)
     if window > 1:
@@ -299,7 +295,7 @@ def _draw_nowcasts(axes: Axes, nowcasts: Sequence[Mapping[str, Any]]) -> None:
                 clip_on=False,
                 label=f"nowcast {outcome} ({len(steps)})",
             )
-    horizons = {n["nowcast/step"]: n["nowcast/horizon"] for n in nowcasts if "nowcast/horizon" in n}
+    horizons = {n["nowcast/step"]: n["nowcast/horizon_steps"] for n in nowcasts if "nowcast/horizon_steps" in n}
     if not 0 < len(horizons) <= MAX_HORIZONS_SHOWN:
         axes.set_xlabel("optimizer steps")
         return

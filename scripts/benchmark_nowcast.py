@@ -126,14 +126,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         for parameter, tensor in live.items():
             tensor.copy_(snapshots[-1][parameter])
         with memory.watched():
-            nowcaster.predict_(
+            nowcaster.predict_into(
                 live,
                 snapshots,
                 HORIZON,
                 graph,
-                positions,
+                positions=positions,
                 dtype=dtype,
-                fuse=args.fuse,
                 memory_budget=args.memory_budget,
                 progress=progress,
             )
@@ -239,7 +238,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive_int, default=3, help="of models below 50M weights")
     parser.add_argument("--edges-up-to", type=float, default=4e6, help="weights up to which to run the definition too")
     parser.add_argument("--memory-budget", type=memory_size, help="for the engine, such as 500MB")
-    parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, help="compile the engine's inner loop")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-nowcast"))

@@ -31,7 +31,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from nino import NowcastOptimizer
+from nino import NowcastOptimizer, NowcastPlan
 from nino.data import build_model
 from nino.errors import NinoError
 from nino.session.judge.rule import default_rollback_window
@@ -79,10 +79,12 @@ def start(name: str, kind: str, args: argparse.Namespace, period: int, folder: P
             load_nowcaster(args.nowcaster),
             period=period,
             max_steps=MAX_STEPS,
-            snapshots_on=kind,  # type: ignore[arg-type]
-            snapshot_folder=folder if kind == "disk" else None,
-            average_over=min(args.average_over, period // load_nowcaster(args.nowcaster).config.context),
-            rollback_window=max(default_rollback_window(period), 1),
+            plan=NowcastPlan(
+                snapshots_on=kind,
+                snapshot_folder=folder if kind == "disk" else None,
+                average_over=min(args.average_over, period // load_nowcaster(args.nowcaster).config.context),
+                rollback_window=max(default_rollback_window(period), 1),
+            ),
         )
     return Training(model, optimizer, loss)
 
@@ -112,7 +114,7 @@ def side_by_side(name: str, args: argparse.Namespace, period: int, periods: int)
         for training in trainings.values():
             if isinstance(training.optimizer, NowcastOptimizer):
                 _check_nowcasts(training.optimizer, periods)
-                training.optimizer.session.store.close()
+                training.optimizer.session.history.store.close()
         return {kind: watch.steps for kind, watch in watches.items()}
 
 
@@ -123,7 +125,7 @@ def updates_bar(number: int, text: str) -> Iterable[int]:
 
 
 def _check_nowcasts(optimizer: NowcastOptimizer, expected: int) -> None:
-    refused = [report.reason for report in optimizer.reports if not report.accepted]
+    refused = [report.reason for report in optimizer.reports if not report.has_moved]
     if refused or len(optimizer.reports) != expected:
         fail(f"{len(optimizer.reports)} nowcasts instead of {expected}, refused: {refused[:1]}; nothing was measured")
 
@@ -188,7 +190,7 @@ def measure_memory(name: str, kind: str, args: argparse.Namespace) -> dict[str, 
             training.update()
         if isinstance(training.optimizer, NowcastOptimizer):
             _check_nowcasts(training.optimizer, 1)
-            training.optimizer.session.store.close()
+            training.optimizer.session.history.store.close()
     return {"peak bytes": memory.peak_own_bytes, "peak bytes with files": memory.peak_bytes}
 
 

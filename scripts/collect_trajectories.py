@@ -26,11 +26,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nino import NowcastOptimizer, ScheduleConfig
+from nino import NowcastOptimizer, NowcastPlan
 from nino.data import Trajectory, record
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
 from nino.session.jump.ramp import check_ramp
+from nino.session.schedule import Schedule
 from nino.snapshots.mean import check_average_over
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
 from tasks.ensembles import record_ensemble
@@ -118,10 +119,12 @@ def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
         nowcaster,
         period=plan.jump_period,
         max_steps=plan.steps,
-        rollback_window=0,  # what follows a bad jump is worth knowing
-        average_over=plan.jump_average,
-        preserve_norms=plan.jump_preserve_norms,
-        ramp=plan.jump_ramp,
+        plan=NowcastPlan(
+            rollback_window=0,
+            average_over=plan.jump_average,
+            preserve_norms=plan.jump_preserve_norms,
+            ramp=plan.jump_ramp,
+        ),
     )
 
 
@@ -309,7 +312,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def check_jumps(args: argparse.Namespace) -> None:
     """Stop if the nowcaster cannot be used in this rhythm, or leaves nothing to learn from between its jumps."""
     context = load_nowcaster(args.jump_with).config.context
-    schedule = ScheduleConfig(period=args.jump_period, context=context)
+    schedule = Schedule(period=args.jump_period, context=context)
     check_average_over(args.jump_average, schedule.interval)
     check_ramp(args.jump_ramp, args.jump_period)
     if args.jump_until is not None and not args.jump_period <= args.jump_until < args.steps:

@@ -23,8 +23,8 @@ import torch
 
 from nino import Nowcaster
 from nino.data import ResampledRun, Trajectory
+from nino.predict.files import CONFIG_FILE
 from nino.predict.model.networks import Trend
-from nino.predict.nowcaster import CONFIG_FILE
 from nino.pretraining.trend import Rows, draw_rows, errors, fit
 from nino.pretraining.windows import WindowSource
 from tasks.cli import (

@@ -4,10 +4,10 @@
     python scripts/plot_graph.py --model path/to/config.json
     python scripts/plot_graph.py --model my_project.models:build
 
-``layers.png`` has a box per group of neurons in forward order and an arrow per block; biases, norms and heads are listed
-in the boxes that they act on. ``adjacency.png`` has a column per group that edges come from and a row per group that
-they lead to. ``graph.json`` is the graph itself. No weights are needed and none are made: any size works. A function of
-yours, ``package.module:function``, returns ``(model, example_inputs)``; that model is traced.
+``layers.png`` has a box per group of neurons in forward order and an arrow per block; biases, norms and heads are
+listed in the boxes that they act on. ``adjacency.png`` has a column per group that edges come from and a row per group
+that they lead to. ``graph.json`` is the graph itself. No weights are needed and none are made: any size works. A
+function of yours, ``package.module:function``, returns ``(model, example_inputs)``; that model is traced.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_nowcaster,
 from torch import Tensor, nn
 
 import nino
-from nino.predict.engine.weights import PredictionWriter
+from nino import NowcastPlan
+from nino.predict.engine.writer import MovementWriter
 from nino.snapshots import Place, copying, writing
 
 STEPS, SAVED_AT, PROBATION = 20, 7, 2
@@ -40,8 +41,7 @@ class Run:
             torch.optim.AdamW(self.model.parameters(), lr=1e-2),
             self.model,
             settings.pop("nowcaster", None) or tiny_nowcaster(),
-            snapshots_on=place,
-            snapshot_folder=folder if place == "disk" else None,
+            plan=NowcastPlan(snapshots_on=place, snapshot_folder=folder if place == "disk" else None),
             **{"period": PERIOD, "max_steps": STEPS, "rollback_window": PROBATION, **settings},
         )
         self.session = self.optimizer.session
@@ -125,15 +125,15 @@ def file_of_the_rollback_copy(stop: Callable[[], None]) -> None:
 
 def half_of_a_nowcast(stop: Callable[[], None]) -> None:
     """In the next nowcast, when two of four parameters are overwritten."""
-    write, names = PredictionWriter.write, set()
+    write, names = MovementWriter.write, set()
 
-    def counted(self: PredictionWriter, block: Any, *arguments: Any) -> None:
+    def counted(self: MovementWriter, block: Any, *arguments: Any) -> None:
         names.add(block.parameter)
         if len(names) > 2:
             stop()
         write(self, block, *arguments)
 
-    PredictionWriter.write = counted  # type: ignore[method-assign]
+    MovementWriter.write = counted  # type: ignore[method-assign]
 
 
 def train_and_die(folder: str, place: Place, arm: Callable[..., None], before: int, reached: Any) -> None:

@@ -29,8 +29,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from nino import Nowcaster, NowcastOptimizer, NowcastReport, NowcastSession
+from nino import Nowcaster, NowcastOptimizer, NowcastPlan, NowcastReport, NowcastSession
 from nino.callbacks import NowcastCallback
+from nino.session.events import Event, Events
 
 BATCH = 4
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -146,7 +147,11 @@ class Setting:
     period: int = PERIOD
     knows_end: bool = True
     attach: dict[str, Any] = field(default_factory=dict)
-    """More settings of the wrapper or the callback."""
+    """Settings of the plan."""
+
+    @property
+    def plan(self) -> NowcastPlan:
+        return NowcastPlan(**self.attach)
 
     def model(self, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
@@ -160,7 +165,7 @@ class Setting:
             self.nowcaster(),
             period=self.period,
             max_steps=self.calls if self.knows_end else None,
-            **self.attach,
+            plan=self.plan,
         )
 
     def schedule(self, optimizer: Optimizer) -> Any:
@@ -200,9 +205,7 @@ class Outcome:
     @property
     def nowcasts(self) -> list[tuple[Any, ...]]:
         """Everything that integrations must agree on."""
-        return [
-            (r.step, r.horizon, r.accepted, r.rolled_back, r.relative_jump if r.accepted else 0.0) for r in self.reports
-        ]
+        return [(r.step, r.horizon, r.outcome, r.relative_jump if r.has_moved else 0.0) for r in self.reports]
 
     @property
     def losses(self) -> list[float]:
@@ -216,16 +219,17 @@ class Outcome:
 
 @contextmanager
 def watched() -> Iterator[dict[int, list[float]]]:
-    """The learning rates that sessions, by ``id``, note beside their snapshots meanwhile."""
+    """The learning rates that sessions, by ``id`` of their events, note beside their snapshots meanwhile."""
     rates: dict[int, list[float]] = defaultdict(list)
-    snapshot = NowcastSession._snapshot
+    emit = Events.emit
 
-    @functools.wraps(snapshot)
-    def spy(session: NowcastSession, learning_rate: float | None) -> None:
-        snapshot(session, learning_rate)
-        rates[id(session)].append(session._rates[-1])
+    @functools.wraps(emit)
+    def spy(events: Events, event: Event) -> None:
+        emit(events, event)
+        if event.kind == "snapshot" and event.learning_rate is not None:
+            rates[id(events)].append(event.learning_rate)
 
-    with mock.patch.object(NowcastSession, "_snapshot", spy):
+    with mock.patch.object(Events, "emit", spy):
         yield rates
 
 
@@ -258,7 +262,7 @@ def plain(setting: Setting, folder: Path, start: int = 0, save: Collection[int] 
             _follow(setting, scheduler, skipped, model, batches[0], call)
             if call + 1 in save:
                 torch.save({name: part.state_dict() for name, part in parts.items()}, folder / f"{call + 1}.pt")
-    return Outcome(optimizer.session, rates[id(optimizer.session)], weights_of(model), model)
+    return Outcome(optimizer.session, rates[id(optimizer.session.events)], weights_of(model), model)
 
 
 def _autocast(setting: Setting) -> Any:
@@ -333,7 +337,7 @@ def accelerate(setting: Setting, folder: Path, start: int = 0, save: Collection[
             steps, rest = divmod(call + 1, setting.accumulation)
             if steps in save and not rest:
                 accelerator.save_state(str(folder / str(steps)))
-    return Outcome(wrapper.session, rates[id(wrapper.session)], weights_of(model), model)
+    return Outcome(wrapper.session, rates[id(wrapper.session.events)], weights_of(model), model)
 
 
 def _use_fp16(accelerator: Any, setting: Setting) -> None:
@@ -355,7 +359,7 @@ def _forget_accelerators() -> None:
 def callback(
     setting: Setting, folder: Path, start: int = 0, save: Collection[int] = (), arguments: dict[str, Any] | None = None
 ) -> Outcome:
-    attached = NowcastCallback(setting.nowcaster(), setting.period, **setting.attach)
+    attached = NowcastCallback(setting.nowcaster(), setting.period, plan=setting.plan)
     model = setting.model(seed=start)
     optimizers = (setting.base(model), None)
     trained = trainer(setting, folder, model, save, arguments, optimizers=optimizers, callbacks=[attached])
@@ -440,7 +444,7 @@ def _trained(trained: Trainer, session: Callable[[], NowcastSession | None], sta
         trained.train(resume_from_checkpoint=f"{trained.args.output_dir}/checkpoint-{start}" if start else None)
     found = session()
     assert found is not None
-    return Outcome(found, rates[id(found)], weights_of(trained.model), trained.model)
+    return Outcome(found, rates[id(found.events)], weights_of(trained.model), trained.model)
 
 
 INTEGRATIONS = {

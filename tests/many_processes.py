@@ -31,7 +31,6 @@ from torch.distributed.fsdp import fully_shard
 
 import nino
 from nino import NowcastOptimizer
-from nino.costs import summed_per_nowcast
 from nino.graph.architectures import wire_each_alone
 from nino.parallel.collectives import Channel
 from nino.parallel.shards import is_dtensor, local_tensor
@@ -110,7 +109,7 @@ def nowcast_together(
     with channel.together():
         partition = partition_work(graph, parameters, wanted, local, channel)
         live = {name: parameters[name] for name in wanted}
-        jump = nowcaster.predict_(
+        jump = nowcaster.predict_into(
             live,
             local,
             2,
@@ -137,7 +136,7 @@ def compare(
     graph = nino.NeuralGraph.from_model(together)
     wanted = [name for index, name in enumerate(graph.shapes) if index % 4 != 3]
     live = {n: p for n, p in alone.named_parameters() if n in wanted}
-    jump = nowcaster.predict_(live, snapshots, 2, graph, preserve_norms=preserve_norms)
+    jump = nowcaster.predict_into(live, snapshots, 2, graph, preserve_norms=preserve_norms)
     result = nowcast_together(nowcaster, together, snapshots, graph, wanted, preserve_norms)
     new, expected = whole_weights(together), whole_weights(alone)
     error = sum(float((new[name] - expected[name]).double().square().sum()) for name in expected) ** 0.5
@@ -146,7 +145,7 @@ def compare(
         **result,
         "distance": result["distance"] / jump.distance,
         "all work": 2 * edges + (graph.num_edges if nowcaster.config.kind == "nino" else 0),
-        "planned bytes": summed_per_nowcast(graph, nowcaster.config),
+        "expected bytes": summed_per_nowcast(graph, nowcaster.config),
         "error": error / jump.distance,
         "rounding": 2**-24 * jump.norm / jump.distance,  # of the new weights themselves
         "frozen": all(torch.equal(new[n], snapshots[-1][n].cpu()) for n in new if n not in wanted),
@@ -155,6 +154,13 @@ def compare(
         "weights": torch.cat([value.flatten() for value in new.values()]),
         "elements": sum(local_tensor(parameter).numel() for parameter in together.parameters()),
     }
+
+
+def summed_per_nowcast(graph: nino.NeuralGraph, config: nino.NowcasterConfig) -> int:
+    """Bytes that a process adds to sums over all: three hidden vectors of float32 per neuron, statistics in float64."""
+    hidden = config.hidden if config.kind == "nino" else 0
+    products = (config.context - 1) ** 2 if config.inputs == "movements" else 0
+    return 3 * hidden * 4 * graph.num_nodes + (4 + products) * 8 * len(graph.shapes)
 
 
 def with_a_trend() -> nino.Nowcaster:
@@ -235,7 +241,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def reports_of(optimizer: NowcastOptimizer) -> list[tuple[int, bool, bool, str]]:
-    return [(r.step, r.accepted, r.rolled_back, r.reason) for r in optimizer.reports]
+    return [(r.step, r.has_moved, (r.outcome == "rolled back"), r.reason) for r in optimizer.reports]
 
 
 def adam(model: nn.Module, nowcaster: nino.Nowcaster | None = None, **settings: Any) -> NowcastOptimizer:
@@ -259,7 +265,7 @@ def sharded_averages() -> Result:
     optimizer.save_history(folder)
     other = adam(shard(mlp(seed=1).to(DEVICE)), average_over=2, ramp=3)
     other.load_history(folder)
-    mean, restored = (each.session.mean.state_dict() for each in (optimizer, other))
+    mean, restored = (each.session.history.mean.state_dict() for each in (optimizer, other))
     same = [torch.equal(value, restored["means"][name]) for name, value in mean["means"].items()]
     weights += train(model, optimizer, 3, 20)
     return {
@@ -308,7 +314,7 @@ def sharded_probation() -> Result:
         "counted while loading": steps,
         "resumed weights": train(resumed, other, 14, 20),
         "resumed reports": reports_of(other),
-        "snapshot bytes": optimizer.session.store.nbytes,
+        "snapshot bytes": optimizer.session.history.store.nbytes,
         "refused save": refusal,
     }
 
@@ -385,11 +391,11 @@ def fault_in(owner: Any, name: str, error: Exception, call: int = 0) -> Iterator
 FAULTS: Mapping[str, tuple[Any, str]] = {
     "before anything": (nino.session.jump.attempt, "_backup"),
     "planning": (nino.predict.work_partition, "deal"),
-    "measuring": (nino.predict.standardise.Moments, "standardiser"),
+    "measuring": (nino.predict.standardise.SnapshotStatistics, "standardiser"),
     "first round": (blockwise, "_messages_on_values"),
     "second round": (blockwise.kernels, "message_sums"),
     "predicting": (blockwise.kernels, "movements"),
-    "writing": (nino.predict.engine.weights.PredictionWriter, "finish"),
+    "writing": (nino.predict.engine.writer.MovementWriter, "finish"),
     "exchanging": (nino.predict.work_partition, "_parcels"),
 }
 
@@ -431,7 +437,7 @@ def recording(optimizer: NowcastOptimizer, results: Result, place: str) -> Calla
         before = {name: local_tensor(parameter).clone() for name, parameter in model.named_parameters()}
         report = nowcast()
         same = all(torch.equal(before[n], local_tensor(p)) for n, p in model.named_parameters())
-        results[place] = {"accepted": report.report.accepted, "reason": report.report.reason, "restored": same}
+        results[place] = {"accepted": report.report.has_moved, "reason": report.report.reason, "restored": same}
         return report
 
     return recorded
@@ -443,7 +449,7 @@ def sharded_faults() -> Result:
     optimizer = adam(model)  # and a NaN in the rows of one process
     train(model, optimizer, 0, PERIOD - 1)
     if dist.get_rank() == 1:
-        optimizer.session.store.snapshots[0]["0.weight"][0, 0] = torch.nan
+        optimizer.session.history.store.snapshots[0]["0.weight"][0, 0] = torch.nan
     with mock.patch.object(optimizer.session, "_nowcast", recording(optimizer, results, "NaN")):
         train(model, optimizer, PERIOD - 1, PERIOD)
     return results
@@ -761,7 +767,7 @@ def averaged_replicas() -> Result:
         snapshots[-1][name] = parameter.detach().clone()
     graph = nino.NeuralGraph.from_model(model)
     alone = copy.deepcopy(model)
-    tiny_nowcaster().predict_(dict(alone.named_parameters()), snapshots, 2, graph)
+    tiny_nowcaster().predict_into(dict(alone.named_parameters()), snapshots, 2, graph)
     nowcast_together(tiny_nowcaster(), model, snapshots, graph, list(graph.shapes))
     return {"alone": whole_weights(alone), "weights": whole_weights(model)}
 

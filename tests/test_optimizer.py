@@ -128,7 +128,7 @@ def test_until_a_nowcast_is_due_nothing_differs_from_the_bare_optimizer(base: st
     assert wrapped.wrapper.session.step == 11
 
     wrapped.train(11, 12)
-    assert [report.accepted for report in wrapped.wrapper.reports] == [True]
+    assert [report.has_moved for report in wrapped.wrapper.reports] == [True]
     assert any(
         not torch.equal(a, b)
         for a, b in zip(wrapped.model.parameters(), bare.train(11, 12).model.parameters(), strict=True)
@@ -265,7 +265,7 @@ def test_updates_that_the_grad_scaler_skips_are_not_counted() -> None:
         steps.append((wrapper.session.step, len(wrapper.reports)))
 
     assert steps == [(1, 0), (1, 0), (2, 0), (3, 0), (3, 0), (4, 0), (5, 0), (6, 1)]
-    assert wrapper.reports[0].accepted
+    assert wrapper.reports[0].has_moved
     assert scaler.get_scale() == 1.0  # halved twice
 
 
@@ -332,9 +332,11 @@ def test_a_plain_optimizer_state_starts_a_fresh_history(
     assert logged(caplog) == [
         f"the loaded optimizer state is without nowcasting: that goes on with a fresh history from update {step}"
     ]
-    assert (run.wrapper.session.step, len(run.wrapper.session.store)) == (step, 0)
+    assert (run.wrapper.session.step, len(run.wrapper.session.history.store)) == (step, 0)
     run.train(9, 18)
-    assert [(report.step, report.accepted) for report in run.wrapper.reports][-1] == ((18, True) if step else (6, True))
+    assert [(report.step, report.has_moved) for report in run.wrapper.reports][-1] == (
+        (18, True) if step else (6, True)
+    )
 
 
 def test_the_base_alone_reads_the_wrappers_state() -> None:

@@ -17,10 +17,10 @@ from nino import NinoError, NowcastReport, plot_run, run_record
 from nino.plots import read_run, smooth
 
 REPORTS = [
-    NowcastReport(step=100, horizon=40, accepted=True, loss_before=2.0),
-    NowcastReport(step=200, horizon=20, accepted=True, rolled_back=True, reason="worse"),
-    NowcastReport(step=300, horizon=10, accepted=False, reason="NaN"),
-    NowcastReport(step=400, horizon=5, accepted=False, left_out=True, reason="3 in a row"),
+    NowcastReport(step=100, horizon=40, outcome="applied", loss_before=2.0),
+    NowcastReport(step=200, horizon=20, outcome="applied", rolled_back=True, reason="worse"),
+    NowcastReport(step=300, horizon=10, outcome="refused", reason="NaN"),
+    NowcastReport(step=400, horizon=5, outcome="left out", reason="3 in a row"),
 ]
 LOSSES = [4 / math.sqrt(step) for step in range(1, 501)]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import nino
-from nino.predict.engine.weights import Jump
 from nino.predict.model import build_network
+from nino.system.pieces import exact_dtype
 
 PERIOD = 6
 """With a context of 3: snapshots after 2, 4, 6, 8, ... steps, nowcasts after 6, 12, 18, ..."""
@@ -32,30 +32,40 @@ def tiny_nowcaster(**settings: Any) -> nino.Nowcaster:
     return nino.Nowcaster(network)
 
 
-class ScriptedNowcaster(nino.Nowcaster):
-    """Predicts ``answer(newest snapshot)``, one parameter after another, and keeps what it was asked."""
+class ScriptedNowcaster:
+    """A predictor of ``answer(newest snapshot)``, one parameter after another, that keeps what it was asked."""
 
-    def __init__(self, answer: Callable[[Weights], Weights], **settings: Any) -> None:
-        super().__init__(build_network(tiny_config(**settings)))
+    def __init__(self, answer: Callable[[Weights], Weights], context: int = 3, max_horizon: int = 4) -> None:
         self.answer = answer
+        self.context, self.max_horizon = context, max_horizon
         self.asked: list[tuple[int, list[Weights]]] = []
 
-    def _predict_into(
+    def graph_of(self, model: nn.Module, example_inputs: Any = None) -> nino.NeuralGraph:
+        return nino.NeuralGraph.from_model(model, example_inputs=example_inputs)
+
+    def check_fits(self, graph: nino.NeuralGraph) -> None:
+        pass
+
+    def fingerprint_tensors(self) -> list[Tensor]:
+        return []
+
+    def predict_movement(
         self,
-        tensors: Mapping[str, Tensor],
         snapshots: Sequence[Mapping[str, Tensor]],
         horizon: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Jump:
+        graph: nino.NeuralGraph,
+        *,
+        only: Collection[str] | None = None,
+        **settings: Any,
+    ) -> nino.Movement:
         self.asked.append((horizon, [{name: value.clone() for name, value in each.items()} for each in snapshots]))
-        answer = self.answer({name: value.clone() for name, value in snapshots[-1].items()})
-        moved, norm = 0.0, 0.0
-        for name, tensor in tensors.items():
-            norm += float(tensor.float().square().sum())
-            moved += float((answer[name].float() - tensor.float()).square().sum())
-            tensor.copy_(answer[name])
-        return Jump(moved**0.5, norm**0.5)
+        last = snapshots[-1]
+        answer = self.answer({name: value.clone() for name, value in last.items()})
+        names = graph.shapes if only is None else only
+        exact = {name: exact_dtype(last[name]) for name in names}
+        return nino.Movement.measured(
+            {name: answer[name].to(exact[name]) - last[name].to(exact[name]) for name in names}, last
+        )
 
 
 def mlp(seed: int = 0) -> nn.Sequential:

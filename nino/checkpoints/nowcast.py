@@ -19,7 +19,7 @@ from nino.checkpoints.writing import DTYPES, NewCheckpoint, check_destination
 from nino.errors import NinoError, SnapshotError
 from nino.predict.nowcaster import Nowcaster
 from nino.session.report import NowcastReport
-from nino.session.schedule import ScheduleConfig, horizon_at
+from nino.session.schedule import Schedule, horizon_at
 from nino.session.target import unwrap
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def nowcast_checkpoints(
             weights.
         dtype: in which the network computes.
         device: where it computes; by default on the CPU.
-        memory_budget: bytes, as in :meth:`Nowcaster.predict_`.
+        memory_budget: bytes, as in :meth:`Nowcaster.predict_into`.
         preserve_norms: whether matrices keep the norms that they have in the last checkpoint, as there.
         progress: called with the work done and the total.
 
@@ -112,7 +112,7 @@ def nowcast_checkpoints(
     try:
         with NewCheckpoint(last, out) as new:
             parameters = {name: new.tensors[entries[name][0]] for name in moving}
-            moved = nowcaster.predict_(
+            moved = nowcaster.predict_into(
                 parameters,
                 snapshots,
                 horizon,
@@ -148,7 +148,7 @@ def default_horizon(steps: Sequence[int] | None, trainer_state: Mapping[str, Any
     context = nowcaster.config.context
     end = trainer_state.get("max_steps")
     known = steps is not None and isinstance(end, int) and end > 0
-    schedule = ScheduleConfig(
+    schedule = Schedule(
         period=context * (steps[1] - steps[0]) if steps else context,
         context=context,
         max_steps=end if known else None,
@@ -248,7 +248,8 @@ def _log_entry(result: CheckpointNowcast) -> dict[str, Any]:
     report = NowcastReport(
         step=step,
         horizon=result.horizon,
-        accepted=True,
+        horizon_steps=result.horizon * (result.steps[1] - result.steps[0]) if result.steps else result.horizon,
+        outcome="applied",
         seconds=result.seconds,
         relative_jump=result.relative_jump,
         relative_jump_by_kind=result.relative_jump_by_kind,

@@ -29,8 +29,8 @@ from nino.checkpoints.reading import (
     read_tensors,
 )
 from nino.errors import NinoError
+from nino.session.resume import without_history
 from nino.session.saving import HISTORY_FILE, HISTORY_FOLDER, OWN_HISTORY_FILE
-from nino.session.session import without_history
 from nino.system.files import save, save_whole, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ from nino.errors import TrajectoryError
 from nino.parallel.collectives import num_processes
 from nino.parallel.shards import is_dtensor, refuse_unsupported
 from nino.session import NowcastSession
+from nino.session.events import Event
 from nino.session.horizon import learning_rate_of
 from nino.session.target import unwrap
 
@@ -106,10 +107,13 @@ class Recorder:
         self.problem = ""
         """Why the recording has stopped."""
         self._model, self._writer, self._names = model, writer, names
-        self._interval, self._optimizer, self._session = interval, optimizer, session
+        self._interval, self._optimizer = interval, optimizer
         self._last = step if step > 0 else -1
         """Update of the last state, the same in all processes."""
-        self._jumps = self._jumps_so_far()
+        self._has_jumped = False
+        """Whether something beside the optimizer has moved the weights since the last step."""
+        if session is not None:
+            session.events.subscribe(self._listen)
 
     def is_due(self, step: int) -> bool:
         """Whether a state is recorded after ``step`` steps; for metrics that are worth computing only then."""
@@ -135,8 +139,8 @@ class Recorder:
         if self._writer is None:
             return
         try:
-            if (jumps := self._jumps_so_far()) - self._jumps:
-                self._jumps = jumps
+            if self._has_jumped:
+                self._has_jumped = False
                 self._writer.note_jump(step)
             if is_due:
                 rate = learning_rate_of(self._optimizer) if learning_rate is None else learning_rate
@@ -177,13 +181,8 @@ class Recorder:
             state[name] = tensor
         return state
 
-    def _jumps_so_far(self) -> set[tuple[str, int]]:
-        """What has moved the weights beside the optimizer: nowcasts, shares of them, and the undoing of nowcasts."""
-        if self._session is None:
-            return set()
-        reports = [report for report in self._session.reports if report.accepted]
-        undone = {("undone", report.step) for report in reports if report.rolled_back}
-        return undone | {("jumped", report.step) for report in reports} | {("ramped", self._session.ramp.shares)}
+    def _listen(self, event: Event) -> None:
+        self._has_jumped |= event.kind in ("moved", "undone")
 
     def _stop(self, step: int, error: Exception) -> None:
         self.problem = str(error) or repr(error)

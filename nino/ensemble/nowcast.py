@@ -13,12 +13,13 @@ from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.graph.edge_list import EdgeList
 from nino.graph.ir import MAX_FEATURES
-from nino.predict.engine.weights import MATRIX_AXES, factor_to_keep
 from nino.predict.model.config import Inputs
 from nino.predict.model.networks import EdgeInputs
+from nino.predict.movement import MATRIX_AXES, factor_to_keep, moved, rescaled, without
 from nino.predict.nowcaster import Nowcaster
-from nino.predict.standardise import EPSILON, Standardiser
-from nino.predict.unchanged import keep_unchanged, unchanged_mask
+from nino.predict.predictor import Predictor
+from nino.predict.standardise import SnapshotStatistics, Standardiser
+from nino.predict.unchanged import unchanged_mask
 
 
 class EnsembleNowcaster:
@@ -34,9 +35,9 @@ class EnsembleNowcaster:
         NinoError: if the nowcaster does not fit the graph, or is no network (an extrapolation, for example).
     """
 
-    def __init__(self, nowcaster: Nowcaster, graph: NeuralGraph, size: int, device: torch.device) -> None:
+    def __init__(self, nowcaster: Predictor, graph: NeuralGraph, size: int, device: torch.device) -> None:
         nowcaster.check_fits(graph)
-        if type(nowcaster) is not Nowcaster:
+        if not isinstance(nowcaster, Nowcaster):
             raise NinoError(
                 f"ensembles are nowcast by a network, and {type(nowcaster).__name__} predicts in its own way"
             )
@@ -74,22 +75,22 @@ class EnsembleNowcaster:
                 f"expected {self.config.context} snapshots and a horizon of 1 to {self.config.max_horizon}, "
                 f"got {len(snapshots)} and {horizon}"
             )
-        scalers, states, still = {}, {}, {}
+        scalers, states, unchanged = {}, {}, {}
         for name in snapshots[0]:
             values = torch.stack([snapshot[name] for snapshot in snapshots])
-            still[name] = unchanged_mask(values)
+            unchanged[name] = unchanged_mask(values)
             scalers[name] = measure_ensemble(values, self.config.inputs)
             states[name] = scalers[name].encode_(values)
-        moved = self._network(self._inputs(states, scalers), horizon).unflatten(0, (self.size, -1))
-        each = [self._edges.parameters(movement) for movement in moved]
-        predicted = {
-            name: scaler.decode(states[name][-1], torch.stack([movement[name] for movement in each]))
-            for name, scaler in scalers.items()
-        }
-        last = snapshots[-1]
-        if preserve_norms:
-            predicted = {name: _with_norms_of(last[name], value, still[name]) for name, value in predicted.items()}
-        return {name: keep_unchanged(value, last[name], still[name]) for name, value in predicted.items()}
+        by_model = self._network(self._inputs(states, scalers), horizon).unflatten(0, (self.size, -1))
+        each = [self._edges.parameters(movement) for movement in by_model]
+        predicted = {}
+        for name, last in snapshots[-1].items():
+            movement = torch.stack([movement[name] for movement in each])
+            change = without(scalers[name].change(states[name][-1], movement), unchanged[name])
+            if preserve_norms:
+                change = _with_norms_of(last, change, unchanged[name])
+            predicted[name] = moved(last, change)
+        return predicted
 
     def _inputs(self, states: Mapping[str, Tensor], scalers: Mapping[str, Standardiser]) -> EdgeInputs:
         by_edge = self._edges.features({name: state.flatten(0, 1) for name, state in states.items()})
@@ -107,13 +108,15 @@ class EnsembleNowcaster:
         )
 
 
-def _with_norms_of(last: Tensor, predicted: Tensor, still: Tensor | None) -> Tensor:
-    """Matrices ``[M, *shape]``, of which what is not still has the norm that it had."""
+def _with_norms_of(last: Tensor, change: Tensor, unchanged: Tensor | None) -> Tensor:
+    """A movement ``[M, *shape]`` of matrices, after which what moves has the norm that it had."""
     if last.ndim <= MATRIX_AXES:
-        return predicted
-    moving = (last, predicted) if still is None else (last.masked_fill(still, 0), predicted.masked_fill(still, 0))
+        return change
+    ends = (last, last + change)
+    moving = ends if unchanged is None else (end.masked_fill(unchanged, 0) for end in ends)
     old, new = (weights.double().flatten(1).square().sum(1) for weights in moving)
-    return predicted * factor_to_keep(old, new).to(predicted).view(-1, *[1] * (predicted.ndim - 1))
+    factor = factor_to_keep(old, new).to(change).view(-1, *[1] * (change.ndim - 1))
+    return rescaled(change, last, factor, unchanged)
 
 
 def measure_ensemble(values: Tensor, inputs: Inputs) -> Standardiser:
@@ -126,15 +129,13 @@ def measure_ensemble(values: Tensor, inputs: Inputs) -> Standardiser:
     Returns:
         Numbers of ``[M, 1, ...]``, which apply to ``[M, *shape]``; products of ``[M, C - 1, C - 1]``.
     """
-    context, size = values.shape[:2]
-    shape = (size, *[1] * (values.ndim - 2))
+    size = values.shape[1]
     flat = values.double().movedim(1, 0).flatten(2)  # [M, C, n]
     std, mean = torch.std_mean(flat, dim=(1, 2))
-    if inputs != "movements":
-        return Standardiser(mean.to(values).view(shape), std.to(values).view(shape))
+    number = flat[0].numel()
     moves = flat[:, :-1] - flat[:, -1:]
-    means = moves @ moves.mT / (context * flat.shape[-1])
-    unit = means.diagonal(dim1=1, dim2=2).sum(-1).sqrt() + EPSILON * (std + EPSILON)
-    products = context * means / unit.square()[:, None, None]
-    mean, std, unit = (number.to(values).view(shape) for number in (mean, std, unit))
-    return Standardiser(mean, std, unit, products.to(values))
+    measured = SnapshotStatistics(number, mean, std.square() * max(number - 1, 1), moves @ moves.mT, values.dtype)
+    scaler = measured.standardiser(inputs)
+    shape = (size, *[1] * (values.ndim - 2))
+    unit = None if scaler.unit is None else scaler.unit.view(shape)
+    return Standardiser(scaler.mean.view(shape), scaler.std.view(shape), unit, scaler.products)

@@ -60,10 +60,12 @@ class Box:
 
     @property
     def width(self) -> float:
+        """Enough for the longest line."""
         return max(len(text) for text, _ in self.lines) * CHARACTER + 2 * PADDING
 
     @property
     def height(self) -> float:
+        """Enough for all lines."""
         return len(self.lines) * LINE + 2 * PADDING
 
 

@@ -6,39 +6,35 @@ Standardises snapshots, runs an engine, maps the prediction back. Knows nothing 
 from __future__ import annotations
 
 import logging
-import math
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nino.errors import CheckpointError, NinoError, SnapshotError
+from nino.errors import CheckpointError, NinoError
 from nino.graph.ir import NeuralGraph
-from nino.parallel.shards import local_tensor
 from nino.predict.engine import predict_blockwise, predict_edgewise
-from nino.predict.engine.blockwise import MESSAGE_VECTORS, Progress
-from nino.predict.engine.hardware import fusing_pays, product_dtype
+from nino.predict.engine.blockwise import MESSAGE_VECTORS
+from nino.predict.engine.hardware import product_dtype
+from nino.predict.engine.reader import SnapshotReader
 from nino.predict.engine.tiling import Sizes
-from nino.predict.engine.weights import Jump, PredictionWriter, SnapshotReader, SnapshotViews, bytes_of_copies
+from nino.predict.engine.views import SnapshotViews, bytes_of_copies
+from nino.predict.engine.writer import MovementWriter
+from nino.predict.files import CONFIG_FILE, WEIGHTS_FILE, find_files, read_text
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import Network, Trend, build_network, build_network_with_weights
+from nino.predict.movement import Movement, MovementSize, moved
 from nino.predict.partition import WHOLE, Partition
-from nino.predict.standardise import check_snapshots, is_finite, measure_snapshots, piece_size, pieces_of
-from nino.system.signals import or_undone
+from nino.predict.positions import RememberedPositions
+from nino.predict.predictor import Progress
+from nino.predict.request import Computation, Engine, check_request, empty_movement, full_precision
+from nino.predict.standardise import check_snapshots, measure_snapshots
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-Engine = Literal["blockwise", "edges"]
 
 
 class Nowcaster:
@@ -56,11 +52,22 @@ class Nowcaster:
     def __init__(self, network: Network) -> None:
         self.network = network.eval().requires_grad_(False)
         self._said_wiring = False
+        self._positions = RememberedPositions()
 
     @property
     def config(self) -> NowcasterConfig:
         """Sizes and conventions of the network."""
         return self.network.config
+
+    @property
+    def context(self) -> int:
+        """How many snapshots it reads."""
+        return self.config.context
+
+    @property
+    def max_horizon(self) -> int:
+        """How many snapshot intervals it looks ahead at most."""
+        return self.config.max_horizon
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Nowcaster:
@@ -81,8 +88,8 @@ class Nowcaster:
             raise CheckpointError(
                 f"a nowcaster is given as a Nowcaster, a name or a folder, got {type(name).__name__}{hint}"
             )
-        config_path, weights_path = _find_files(str(name))
-        config = NowcasterConfig.from_json(_read_text(config_path), str(config_path))
+        config_path, weights_path = find_files(str(name))
+        config = NowcasterConfig.from_json(read_text(config_path), str(config_path))
         try:
             network = build_network_with_weights(config, load_file(weights_path))
         except (SafetensorError, RuntimeError, OSError) as error:
@@ -117,28 +124,6 @@ class Nowcaster:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(self.config.to_json())
-
-    def stretched(self, factor: float) -> Nowcaster:
-        """One whose every movement is ``factor`` times as long, in the same direction; this one stays as it is.
-
-        A nowcaster is trained to err little, so where it is unsure it moves less than the weights will. A single jump
-        that is stretched by 1.4 to 1.8 can be worth more; whole trainings gained nothing from it (docs/lab-notes.md,
-        2026-11-26).
-
-        Args:
-            factor: 1 changes nothing, -1 is backwards.
-
-        Raises:
-            NinoError: if it is not a finite number.
-        """
-        if not math.isfinite(factor):
-            raise NinoError(f"factor must be a finite number, got {factor!r}")
-        network = deepcopy(self.network)
-        for parameter in network.head.parameters():  # the last layer, which is linear
-            parameter.data.mul_(factor)
-        if network.trend is not None:
-            network.trend.stretch_(factor)
-        return Nowcaster(network)
 
     def with_trend(self, trend: Trend | None = None) -> Nowcaster:
         """One with the same network and a trend (:class:`nino.NowcasterConfig`).
@@ -197,14 +182,13 @@ class Nowcaster:
         device: torch.device | str | None = None,
         *,
         memory_budget: int | None = None,
-        fuse: bool | None = None,
         progress: Progress | None = None,
         preserve_norms: bool = False,
     ) -> dict[str, Tensor]:
         """Predict the weights ``horizon`` snapshot intervals after the last snapshot.
 
-        An element that is the same in all snapshots (the row of a padding token, a masked weight) stays as it is, to
-        the last bit.
+        An element that is the same in all snapshots (the row of a padding token, a masked weight) stays as it is, bit
+        for bit.
 
         Args:
             snapshots: ``config.context`` dicts of parameter name to tensor, oldest first; every parameter of the graph.
@@ -215,137 +199,150 @@ class Nowcaster:
             dtype: in which the network computes; snapshots may have any floating dtype. Below float32 the blockwise
                 engine computes its large products in it, where the hardware can, and everything else in float32.
             device: where to compute; by default where the last snapshot lies.
-            memory_budget: bytes that the blockwise engine may use beyond snapshots and predictions (not counting what
-                a compiler needs); ``None`` for what is fastest (node features, and a tile of some MB on a CPU, some
-                100 MB on a GPU).
-            fuse: whether the blockwise engine compiles its inner loop (``torch.compile``); ``None`` where it pays.
+            memory_budget: bytes that the blockwise engine may use beyond snapshots and movements; ``None`` for what is
+                fastest (node features, and a tile of some MB on a CPU, some 100 MB on a GPU).
             progress: called by the blockwise engine with the work done and the total.
             preserve_norms: whether every parameter of two or more axes is scaled to the norm that it has in the last
                 snapshot, up to rounding in its dtype (one that is zero there, or predicted so, is not). Elements that
                 stay as they are are not scaled: the others get the norm that they have there, and so does the whole.
 
         Returns:
-            Per parameter name the predicted tensor, with the dtype, device and memory format of the last snapshot.
+            Per parameter name the predicted tensor, with the dtype, device and memory format of the last snapshot: the
+            last snapshot and :meth:`predict_movement`, added up.
 
         Raises:
             SnapshotError: if the snapshots do not fit the graph or hold NaN or infinity, or the prediction does.
             NinoError: if the horizon, the engine, the dtype, the positions or the budget are out of range, or the graph
                 is none.
         """
-        self._check_arguments(horizon, graph, positions, engine, dtype, memory_budget)
-        check_snapshots(snapshots, graph.shapes, self.config.context)
-        out = {name: snapshots[-1][name].detach().clone() for name in graph.shapes}
-        how = _Computation(engine, dtype, _device(snapshots, device), memory_budget, fuse, progress, preserve_norms)
-        self._predict_into(out, snapshots, horizon, graph, positions, how)
-        return out
+        movement = self.predict_movement(
+            snapshots,
+            horizon,
+            graph,
+            positions=positions,
+            engine=engine,
+            dtype=dtype,
+            device=device,
+            memory_budget=memory_budget,
+            progress=progress,
+            preserve_norms=preserve_norms,
+        ).tensors
+        return {name: moved(snapshots[-1][name].detach(), movement.pop(name)) for name in graph.shapes}
 
     @torch.no_grad()
-    def predict_(
+    def predict_movement(
         self,
-        parameters: Mapping[str, Tensor],
         snapshots: Sequence[Mapping[str, Tensor]],
         horizon: int,
         graph: NeuralGraph,
-        positions: Tensor | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
+        positions: Tensor | None = None,
+        only: Collection[str] | None = None,
         device: torch.device | str | None = None,
-        memory_budget: int | None = None,
-        fuse: bool | None = None,
-        progress: Progress | None = None,
         preserve_norms: bool = False,
-        backup: Mapping[str, Tensor] | None = None,
         partition: Partition = WHOLE,
-    ) -> Jump:
-        """Predict straight into live parameters, piece by piece: no second copy of the weights is made.
+        progress: Progress | None = None,
+        memory_budget: int | None = None,
+        engine: Engine = "blockwise",
+        dtype: torch.dtype = torch.float32,
+    ) -> Movement:
+        """Predict how far the weights move; see :meth:`Predictor.predict_movement` and :meth:`predict`.
 
-        If anything fails half way (an interrupt included), the parameters are restored from the backup before the error
-        goes on; further interrupts wait until that is done.
+        Several processes plan their parts with :func:`nino.predict.work_partition.partition_work` and call this within
+        :meth:`nino.parallel.collectives.Channel.together`.
+        """
+        how = Computation(engine, dtype, device, memory_budget, progress, preserve_norms, partition)
+        self._check(snapshots, horizon, graph, positions, how)
+        tensors = empty_movement(snapshots[-1], graph, only)
+        size = self._compute(tensors, snapshots, horizon, graph, positions, how, writes_weights=False)
+        return Movement(size.distance, size.norm, size.by_kind, tensors)
+
+    @torch.no_grad()
+    def predict_into(
+        self,
+        out: Mapping[str, Tensor],
+        snapshots: Sequence[Mapping[str, Tensor]],
+        horizon: int,
+        graph: NeuralGraph,
+        *,
+        positions: Tensor | None = None,
+        device: torch.device | str | None = None,
+        preserve_norms: bool = False,
+        progress: Progress | None = None,
+        memory_budget: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> MovementSize:
+        """Write predicted weights piece by piece: no tensor of the model's size is made.
+
+        If anything fails, an interrupt included, what ``out`` holds is not known.
 
         Args:
-            parameters: what to overwrite, by name; parameters of the graph that are left out stay as they are, and so
-                do those that no graph holds (empty, or not floating point), and elements that are the same in all
-                snapshots.
+            out: what to write into, by name, of any strides, in the format of the last snapshot and in memory that no
+                snapshot shares; parameters of the graph that are left out are not predicted.
             snapshots: as in :meth:`predict`.
             horizon: as in :meth:`predict`.
             graph: as in :meth:`predict`.
             positions: as in :meth:`predict`.
-            dtype: as in :meth:`predict`.
             device: as in :meth:`predict`.
-            memory_budget: as in :meth:`predict`.
-            fuse: as in :meth:`predict`.
+            preserve_norms: as in :meth:`predict`, whose numbers are then met up to rounding.
             progress: as in :meth:`predict`.
-            preserve_norms: as in :meth:`predict`.
-            backup: holds what ``parameters`` hold now, bit for bit, in memory of its own; by default the last snapshot.
-            partition: this process's, if several work together; sessions plan it with
-                :func:`nino.predict.work_partition.partition_work` and call this within
-                :meth:`nino.parallel.collectives.Channel.together`. Of parameters that are sharded with FSDP2,
-                ``snapshots`` hold the local shards.
-
-        Returns:
-            How far the weights moved, in all processes.
+            memory_budget: bytes to use beyond snapshots and ``out``.
+            dtype: as in :meth:`predict`.
 
         Raises:
-            SnapshotError: as :meth:`predict`, or if the backup is not a copy of the parameters.
-            NinoError: as :meth:`predict`.
+            SnapshotError: as :meth:`predict`.
+            NinoError: as :meth:`predict`, or if ``out`` does not fit the graph.
         """
-        self._check_arguments(horizon, graph, positions, "blockwise", dtype, memory_budget)
-        shapes = {name: partition.held_rows(name, shape).shape(shape) for name, shape in graph.shapes.items()}
-        check_snapshots(snapshots, shapes, self.config.context)
-        live = _live(parameters, graph)
-        backup = snapshots[-1] if backup is None else backup
-        _check_backup(live, backup)
-        how = _Computation(
-            "blockwise", dtype, _device(snapshots, device), memory_budget, fuse, progress, preserve_norms, partition
-        )
+        how = Computation("blockwise", dtype, device, memory_budget, progress, preserve_norms)
+        self._check(snapshots, horizon, graph, positions, how)
+        for name, tensor in out.items():
+            if graph.shapes.get(name) != tuple(tensor.shape):
+                raise NinoError(f"{name} of shape {tuple(tensor.shape)} is no parameter of the graph")
+        return self._compute(out, snapshots, horizon, graph, positions, how, writes_weights=True)
 
-        def put_back() -> None:
-            for name, parameter in live.items():
-                parameter.copy_(backup[name])
+    def fingerprint_tensors(self) -> list[Tensor]:
+        """The network's weights, which processes compare to be sure that they predict with the same nowcaster."""
+        return list(self.network.parameters())
 
-        return or_undone(
-            lambda: self._predict_into(live, snapshots, horizon, graph, positions, how), put_back, lambda jump: jump
-        )
-
-    @torch.no_grad()
-    def _predict_into(
+    def _compute(
         self,
         tensors: Mapping[str, Tensor],
         snapshots: Sequence[Mapping[str, Tensor]],
         horizon: int,
         graph: NeuralGraph,
         positions: Tensor | None,
-        how: _Computation,
-    ) -> Jump:
-        device, exact = how.device, torch.promote_types(how.dtype, torch.float32)
+        how: Computation,
+        writes_weights: bool,
+    ) -> MovementSize:
+        device, partition = how.device_of(snapshots), how.partition
+        exact = torch.promote_types(how.dtype, torch.float32)
         network = self._network(device, how.dtype if how.engine == "edges" else exact)
-        partition = how.partition
         held = bytes_of_copies(graph, *snapshots, tensors, partition=partition) + self._bytes_of_copy(network)
         held += partition.extra_bytes(graph.groups, MESSAGE_VECTORS * self.config.hidden, exact.itemsize)
         sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, held)
         scalers = measure_snapshots(snapshots, graph.shapes, device, partition, self.config.inputs)
-        node_features = graph.positions(self.config.num_positions) if positions is None else positions
-        stored = SnapshotViews(graph, snapshots, partition)
-        writer = PredictionWriter(graph, tensors, scalers, stored, partition, how.preserve_norms)
-        with _full_precision(device):
+        positions = self._positions.of(graph, self.config.num_positions) if positions is None else positions
+        views = SnapshotViews(graph, snapshots, partition)
+        reader = SnapshotReader(views, scalers, device, exact)
+        writer = MovementWriter(graph, tensors, views, device, partition, how.preserve_norms, writes_weights)
+        with full_precision(device):
             if how.engine == "edges":
-                predict_edgewise(network, graph, snapshots, scalers, writer, node_features, horizon)
+                predict_edgewise(network, graph, reader, writer, positions, horizon)
             else:
+                products = product_dtype(how.dtype, device)
                 predict_blockwise(
                     network,
                     graph,
-                    SnapshotReader(stored, scalers, device, exact),
+                    reader,
                     writer,
-                    node_features,
+                    positions,
                     horizon,
                     sizes,
-                    product_dtype=product_dtype(how.dtype, device),
-                    fuse=fusing_pays(graph.num_edges, device) if how.fuse is None else how.fuse,
+                    product_dtype=products,
                     progress=how.progress,
                     partition=partition,
                 )
-        jump = writer.finish()
-        return jump if partition is WHOLE else jump.over_processes(partition, device)
+        return writer.finish()
 
     def _network(self, device: torch.device, dtype: torch.dtype) -> Network:
         """The network, or where it must be moved or converted a copy: it may hold a large table of words."""
@@ -358,31 +355,24 @@ class Nowcaster:
         copied = () if network is self.network else network.parameters()
         return sum(weights.numel() * weights.itemsize for weights in copied)
 
-    def _check_arguments(
+    def _check(
         self,
+        snapshots: Sequence[Mapping[str, Tensor]],
         horizon: int,
         graph: NeuralGraph,
         positions: Tensor | None,
-        engine: str,
-        dtype: torch.dtype,
-        memory_budget: int | None,
+        how: Computation,
     ) -> None:
-        if not isinstance(graph, NeuralGraph):
-            raise NinoError(
-                f"graph must be a NeuralGraph, got {type(graph).__name__}; nowcaster.graph_of(model) makes one"
-            )
-        if not isinstance(horizon, int) or isinstance(horizon, bool) or not 1 <= horizon <= self.config.max_horizon:
-            raise NinoError(f"horizon must be 1 to {self.config.max_horizon} snapshot intervals, got {horizon!r}")
-        if dtype not in DTYPES:
-            raise NinoError(f"dtype must be a floating point torch.dtype of 16 bits or more, got {dtype!r}")
-        if engine not in ("blockwise", "edges"):
-            raise NinoError(f"engine must be 'blockwise' or 'edges', got {engine!r}")
+        check_request(graph, horizon, self.max_horizon)
+        how.check()
         expected = (graph.num_nodes, self.config.num_positions)
         if positions is not None and tuple(positions.shape) != expected:
             raise NinoError(f"positions must have shape {expected}, got {tuple(positions.shape)}")
-        if memory_budget is not None and not isinstance(memory_budget, int):
-            raise NinoError(f"memory_budget must be a whole number of bytes, got {memory_budget!r}")
         self.check_fits(graph)
+        self._warn_of_wiring(graph)
+        check_snapshots(snapshots, how.partition.held_shapes(graph.shapes), self.context)
+
+    def _warn_of_wiring(self, graph: NeuralGraph) -> None:
         if graph.wiring in ("exact", "official") and graph.wiring != self.config.wiring and not self._said_wiring:
             self._said_wiring = True
             logger.warning(
@@ -391,132 +381,3 @@ class Nowcaster:
                 self.config.wiring,
                 graph.wiring,
             )
-
-
-@dataclass(frozen=True)
-class _Computation:
-    """How a nowcast is computed: arguments of :meth:`Nowcaster.predict`."""
-
-    engine: Engine
-    dtype: torch.dtype
-    device: torch.device
-    memory_budget: int | None
-    fuse: bool | None
-    progress: Progress | None
-    preserve_norms: bool
-    partition: Partition = WHOLE
-
-
-def _device(snapshots: Sequence[Mapping[str, Tensor]], device: torch.device | str | None) -> torch.device:
-    return torch.device(device) if device is not None else next(iter(snapshots[-1].values())).device
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Keep a caller's autocast out of the engines, which choose formats themselves."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _live(parameters: Mapping[str, Tensor], graph: NeuralGraph) -> dict[str, Tensor]:
-    """The parameters that a nowcast may write into; those that no graph holds are left out."""
-    live = {}
-    for name, parameter in parameters.items():
-        if name not in graph.shapes:
-            if parameter.is_floating_point() and parameter.numel():
-                raise NinoError(f"{name} is no parameter of the graph; pass the named_parameters() of its model")
-            continue
-        parameter = local_tensor(parameter)
-        if parameter.is_meta:
-            raise NinoError(f"{name} is on the meta device: there is nothing to write into")
-        if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
-            raise NinoError(f"elements of {name} share their memory (an expanded tensor); pass a copy of its own")
-        if parameter.is_inference() and not torch.is_inference_mode_enabled():
-            raise NinoError(f"{name} was made in torch.inference_mode() and can only be changed there")
-        live[name] = parameter
-    return live
-
-
-def _check_backup(parameters: Mapping[str, Tensor], snapshot: Mapping[str, Tensor]) -> None:
-    """Refuse a last snapshot from which the parameters could not be restored."""
-    for name, parameter in parameters.items():
-        if not _are_equal(snapshot[name], parameter):
-            if not is_finite(parameter):
-                raise SnapshotError(f"{name} holds NaN or infinity; there is nothing to nowcast from")
-            raise SnapshotError(
-                f"the last snapshot does not hold the present values of {name}; take it after the last step, in the "
-                "parameters' own dtype, so that they can be restored from it"
-            )
-    shared = _shared_memory(parameters, {name: snapshot[name] for name in parameters})
-    if shared is not None:
-        raise SnapshotError(f"the last snapshot shares the memory of {shared}; pass a copy to restore it from")
-
-
-def _are_equal(copy: Tensor, parameter: Tensor) -> bool:
-    """Bit for bit, but for the sign of zero; a piece at a time, since the copy may be on another device."""
-    if copy.dtype != parameter.dtype or copy.shape != parameter.shape:
-        return False
-    size = piece_size(parameter.device)
-    pieces = zip(pieces_of(copy, size), pieces_of(parameter, size), strict=True)
-    return all(torch.equal(piece.to(parameter.device), other) for piece, other in pieces)
-
-
-def _shared_memory(parameters: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> str | None:
-    """The name of a parameter or copy whose span of memory reaches into one of the other kind."""
-    spans = sorted(
-        (str(tensor.device), tensor.data_ptr(), is_copy, name, tensor)
-        for is_copy, tensors in ((False, parameters), (True, copies))
-        for name, tensor in tensors.items()
-        if tensor.numel()
-    )
-    ends: dict[tuple[str, bool], int] = {}
-    for device, start, is_copy, name, tensor in spans:
-        if start < ends.get((device, not is_copy), 0):
-            return name
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        ends[device, is_copy] = max(ends.get((device, is_copy), 0), start + (last + 1) * tensor.itemsize)
-    return None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
-
-
-def shipped_nowcasters() -> list[str]:
-    """Names of the nowcasters that are installed with Nino."""
-    root = resources.files("nino.pretrained")
-    return sorted(entry.name for entry in root.iterdir() if (entry / CONFIG_FILE).is_file())
-
-
-def _find_files(name: str) -> tuple[Path, Path]:
-    shipped = shipped_nowcasters()
-    if name in shipped:
-        folder = Path(str(resources.files("nino.pretrained") / name))
-    elif os.path.isdir(name):  # of a name that is too long it says no, where Path fails
-        folder = Path(name)
-    elif name.count("/") == 1 and not os.path.exists(name) and not name.startswith((".", "/")):
-        return _download(name)
-    else:
-        raise CheckpointError(
-            f"no nowcaster {name!r}: expected one of {shipped}, a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
-            "or a hub id 'user/name' (published .pt files load with Nowcaster.from_official)"
-        )
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} holds no {file}; expected a folder written by save_pretrained")
-    return folder / CONFIG_FILE, folder / WEIGHTS_FILE
-
-
-def _download(hub_id: str) -> tuple[Path, Path]:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(hub_id, CONFIG_FILE)), Path(hf_hub_download(hub_id, WEIGHTS_FILE))
-    except Exception as error:  # the client's own errors and those of the HTTP library that it uses
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{hub_id!r} is no local folder and cannot be had from the Hugging Face hub: {reason}"
-        ) from error

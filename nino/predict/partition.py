@@ -28,6 +28,10 @@ class Partition:
         del name
         return Rows.all_of(shape)
 
+    def held_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of tensors here, from those of whole parameters."""
+        return {name: self.held_rows(name, shape).shape(shape) for name, shape in shapes.items()}
+
     def own_rows(self, name: str, shape: tuple[int, ...]) -> Rows:
         """The rows of a parameter on which this process works; they are among those that it holds."""
         del name

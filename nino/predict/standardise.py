@@ -8,7 +8,7 @@ correlated tells whether they go on or come back (:class:`nino.predict.model.net
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor
 from nino.errors import SnapshotError
 from nino.predict.model.config import Inputs
 from nino.predict.partition import WHOLE, Partition
+from nino.system.pieces import exact_dtype, is_finite, piece_size, pieces_of
 
 EPSILON = 1e-6
-PIECE = {"cpu": 2**18, "cuda": 2**20}
-"""Elements that are measured at once, by device."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Standardiser:
         Returns:
             Numbers of at least float32. NaN or infinity in a snapshot makes all of them NaN or infinite.
         """
-        return Moments.of(list(snapshots), device, inputs).standardiser(inputs)
+        return SnapshotStatistics.of(list(snapshots), device, inputs).standardiser(inputs)
 
     def apply(self, weights: Tensor) -> Tensor:
         """``(w - mean) / (std + 1e-6)``."""
@@ -78,30 +77,26 @@ class Standardiser:
         """A difference of weights as a nowcaster predicts it."""
         return difference / (self.std + EPSILON if self.unit is None else self.unit)
 
-    def decode(self, last: Tensor, movement: Tensor) -> Tensor:
-        """Weights from the standardised last snapshot and how far they move from there."""
+    def change(self, last: Tensor, movement: Tensor) -> Tensor:
+        """How far weights move, from the standardised last snapshot and the predicted movement.
+
+        The published code goes back by ``w * std + mean``, which is off by ``1e-6 * w``; so is this for its weights.
+        """
         if self.unit is None:
-            return self.invert(last + movement)
-        return self.unapply(last) + movement * self.unit
-
-    def invert(self, weights: Tensor) -> Tensor:
-        """``w * std + mean``, the published way back, which is off by ``1e-6 * w``."""
-        return weights * self.std + self.mean
-
-    def unapply(self, weights: Tensor) -> Tensor:
-        """The inverse of :meth:`apply`."""
-        return weights * (self.std + EPSILON) + self.mean
+            return movement * self.std - EPSILON * last
+        return movement * self.unit
 
 
 @dataclass(frozen=True)
-class Moments:
-    """What is known of snapshots: how many numbers, their mean, and sums of products of differences."""
+class SnapshotStatistics:
+    """What is known of snapshots; several models' statistics may be stacked along first dimensions."""
 
     number: int
+    """How many numbers they hold."""
     mean: Tensor
     """float64, as are the sums."""
     squares: Tensor
-    """Of differences from the mean."""
+    """Sum of squares of differences from the mean."""
     moves: Tensor
     """``[C - 1, C - 1]``: sums of products of the differences of the earlier snapshots from the last one; ``[0, 0]``
     where they are not asked for."""
@@ -111,7 +106,7 @@ class Moments:
     @staticmethod
     def of(
         snapshots: Sequence[Tensor], device: torch.device | str | None = None, inputs: Inputs = "weights"
-    ) -> Moments:
+    ) -> SnapshotStatistics:
         """Measure tensors of one shape, which may be empty, a piece at a time."""
         exact = exact_dtype(*snapshots)
         number = sum(snapshot.numel() for snapshot in snapshots)
@@ -119,24 +114,17 @@ class Moments:
         moving = snapshots if inputs == "movements" else snapshots[-1:]
         if not number:
             zero = torch.zeros((), dtype=torch.float64, device=device)
-            return Moments(0, zero, zero, zero.new_zeros(len(moving) - 1, len(moving) - 1), exact)
-
-        def about(centre: Tensor, some: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            """Sums of the differences from a number, and of their squares."""
-            total = torch.zeros(2, dtype=torch.float64, device=device)
-            for piece in (piece for snapshot in some for piece in pieces_of(snapshot, piece_size(device))):
-                difference = piece.to(device, exact) - centre
-                total += torch.stack([difference.sum(), difference.square_().sum()])
-            return total[0], total[1]
-
+            return SnapshotStatistics(0, zero, zero, zero.new_zeros(len(moving) - 1, len(moving) - 1), exact)
         # What is summed must be small however far from zero the weights are, and exactly zero if they are all equal:
         # differences from the first snapshot's mean, itself a sum of differences from the first weight. That mean is
         # never further than sqrt(C) deviations from the mean of all, so nothing is lost when the squares are corrected.
         first = snapshots[0][(0,) * snapshots[0].ndim].to(device, exact)
-        centre = (first + about(first, snapshots[:1])[0] / snapshots[0].numel()).to(exact)
-        differences, squares = about(centre, snapshots)
+        centre = (first + _sums_about(first, snapshots[:1])[0] / snapshots[0].numel()).to(exact)
+        differences, squares = _sums_about(centre, snapshots)
         squares = (squares - differences**2 / number).clamp(min=0)
-        return Moments(number, centre + differences / number, squares, _products(moving, device, exact), exact)
+        return SnapshotStatistics(
+            number, centre + differences / number, squares, _products(moving, device, exact), exact
+        )
 
     def standardiser(self, inputs: Inputs = "weights") -> Standardiser:
         """The mean and the unbiased deviation; and the unit, which is never 0, if movements are read."""
@@ -145,9 +133,18 @@ class Moments:
         if inputs != "movements":
             return Standardiser(mean, deviation)
         means = self.moves / max(self.number, 1)  # over all snapshots; the last one does not move
-        unit = means.trace().sqrt() + EPSILON * (std + EPSILON)
-        products = (len(means) + 1) * means / unit.square()
+        unit = means.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() + EPSILON * (std + EPSILON)
+        products = (means.shape[-1] + 1) * means / unit.square()[..., None, None]
         return Standardiser(mean, deviation, unit.to(self.dtype), products.to(self.dtype))
+
+
+def _sums_about(centre: Tensor, snapshots: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums of the differences from a number, and of their squares, float64."""
+    total = torch.zeros(2, dtype=torch.float64, device=centre.device)
+    for piece in (piece for snapshot in snapshots for piece in pieces_of(snapshot, piece_size(centre.device))):
+        difference = piece.to(centre) - centre
+        total += torch.stack([difference.sum(), difference.square_().sum()])
+    return total[0], total[1]
 
 
 def _products(snapshots: Sequence[Tensor], device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -161,7 +158,7 @@ def _products(snapshots: Sequence[Tensor], device: torch.device | str, dtype: to
     return total
 
 
-def add_moments(parts: Sequence[tuple[Moments, bool]], partition: Partition) -> list[Moments]:
+def add_statistics(parts: Sequence[tuple[SnapshotStatistics, bool]], partition: Partition) -> list[SnapshotStatistics]:
     """Join what every process measured on its own rows, for several parameters at once.
 
     As in one process, differences from a number that is near are summed: here from the mean of the process with the
@@ -183,33 +180,10 @@ def add_moments(parts: Sequence[tuple[Moments, bool]], partition: Partition) -> 
     numbers, away, squares = sums[:, 0], sums[:, 1] / sums[:, 0], sums[:, 2] - sums[:, 1] ** 2 / sums[:, 0]
     moves = sums[:, 3:].view_as(moves)
     joined = zip(numbers.tolist(), centres + away, squares.clamp(min=0), moves, parts, strict=True)
-    return [Moments(int(number), mean, square, move, part.dtype) for number, mean, square, move, (part, _) in joined]
-
-
-def exact_dtype(*tensors: Tensor) -> torch.dtype:
-    """The format in which to measure tensors: float32, or float64 if any of them is."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def piece_size(device: torch.device | str) -> int:
-    """How many elements are measured at once."""
-    return PIECE.get(torch.device(device).type, PIECE["cuda"])
-
-
-def pieces_of(tensor: Tensor, size: int) -> Iterator[Tensor]:
-    """Cut a tensor into pieces of at most ``size`` elements, without copying."""
-    if tensor.numel() <= size:
-        yield tensor
-        return
-    rows = size * len(tensor) // tensor.numel()
-    for part in tensor.split(rows) if rows else tensor:
-        yield from pieces_of(part, size)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
-    pieces = pieces_of(tensor, piece_size(tensor.device))
-    return all(bool(torch.isfinite(piece.to(exact_dtype(tensor))).all()) for piece in pieces)
+    return [
+        SnapshotStatistics(int(number), mean, square, move, part.dtype)
+        for number, mean, square, move, (part, _) in joined
+    ]
 
 
 def measure_snapshots(
@@ -234,12 +208,12 @@ def measure_snapshots(
     measured = {}
     for name, shape in shapes.items():
         held, own = partition.held_rows(name, shape), partition.own_rows(name, shape)
-        moments = Moments.of([own.of(held, snapshot[name]) for snapshot in snapshots], device, inputs)
-        measured[name] = moments, own.start == 0 and len(own) > 0
+        statistics = SnapshotStatistics.of([own.of(held, snapshot[name]) for snapshot in snapshots], device, inputs)
+        measured[name] = statistics, own.start == 0 and len(own) > 0
     joined = [part for part, _ in measured.values()]
     if partition is not WHOLE:
-        joined = add_moments(list(measured.values()), partition)
-    scalers = {name: moments.standardiser(inputs) for name, moments in zip(measured, joined, strict=True)}
+        joined = add_statistics(list(measured.values()), partition)
+    scalers = {name: part.standardiser(inputs) for name, part in zip(measured, joined, strict=True)}
     for name, scaler in scalers.items():
         if not bool(torch.isfinite(scaler.std)):
             broken = [age for age, snapshot in enumerate(snapshots) if not is_finite(snapshot[name])]

@@ -23,7 +23,7 @@ from nino.graph.rows import Place, Rows, block_shape, place_of
 from nino.parallel.collectives import Channel
 from nino.parallel.shards import Holding, local_tensors
 from nino.predict.partition import WHOLE, Partition
-from nino.predict.standardise import pieces_of
+from nino.system.pieces import pieces_of
 
 BUCKET_BYTES = 2**25
 """Sums and rows are exchanged in pieces of about this size; a model's smallest messages then travel together."""

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from torch.optim import Optimizer
 
-from nino.session.schedule import ScheduleConfig
+from nino.session.schedule import Schedule
 
 SMALLEST_RISE = 1e-3
 """A learning rate that rose by less than this part of itself between two snapshots did not rise."""
@@ -53,7 +53,7 @@ def has_risen(rates: Iterable[float]) -> bool:
     return any(later > earlier * (1 + SMALLEST_RISE) for earlier, later in pairwise(rates))
 
 
-def horizon_by_mass(horizon: int, rates: Iterable[float], step: int, config: ScheduleConfig) -> int:
+def horizon_by_mass(horizon: int, rates: Iterable[float], step: int, config: Schedule) -> int:
     """Shorten a horizon to what the learning rate still allows.
 
     Args:
@@ -71,7 +71,7 @@ def horizon_by_mass(horizon: int, rates: Iterable[float], step: int, config: Sch
         an interval of it holds 0.94 * 200 = 188. The next 40 intervals are 8,000 steps, along which the rate falls
         from 0.9 to 0.1: their mass is 8000 * (0.9 + 0.1) / 2 = 4,000, or 21.3 intervals.
 
-        >>> config = ScheduleConfig(period=1000, max_steps=10_000)
+        >>> config = Schedule(period=1000, max_steps=10_000)
         >>> horizon_by_mass(40, [0.98, 0.96, 0.94, 0.92, 0.9], 1000, config)
         21
         >>> horizon_by_mass(40, [1.0, 1.0, 1.0, 1.0, 1.0], 1000, config)

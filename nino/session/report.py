@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from nino.session.judge.rule import MIN_LOSSES_BEFORE
 
 Loss = float | Tensor
-Outcome = Literal["accepted", "rolled back", "refused", "left out"]
+Outcome = Literal["applied", "rolled back", "left out", "refused"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +26,20 @@ class NowcastReport:
 
     step: int
     """Optimizer steps done."""
+    outcome: Outcome
+    """``applied``: the weights were moved (until the report is complete they may be rolled back). ``rolled back``:
+    they were put back, since the loss did not recover. ``left out``: none was tried, on purpose. ``refused``: it could
+    not be done."""
     horizon: int
     """Snapshot intervals ahead."""
-    accepted: bool
-    """Whether the weights were replaced."""
-    rolled_back: bool = False
-    """Whether they were put back after the rollback window, since the loss did not recover."""
-    steps_undone: int = 0
-    """Updates that were lost with it then."""
-    left_out: bool = False
-    """Whether no nowcast was tried, on purpose."""
+    horizon_steps: int
+    """The same in optimizer steps."""
     reason: str = ""
-    """Why not, if they were not replaced, or why they were put back."""
+    """Why it was not applied, or rolled back."""
+    steps_undone: int = 0
+    """Optimizer steps that were lost with a roll-back."""
     ramp: int = 0
-    """Updates over which the weights were moved; 0 for at once."""
+    """Steps over which the weights were moved; 0 for at once."""
     seconds: float = 0.0
     """Wall-clock time of the prediction and of writing it back."""
     bytes_sent: int = 0
@@ -60,23 +60,17 @@ class NowcastReport:
     """Mean training loss of the second half of the rollback window; NaN without one."""
 
     @property
-    def outcome(self) -> Outcome:
-        """What became of the nowcast, in a word or two."""
-        if self.rolled_back:
-            return "rolled back"
-        if self.accepted:
-            return "accepted"
-        return "left out" if self.left_out else "refused"
+    def has_moved(self) -> bool:
+        """Whether the weights were moved, even if they were put back later."""
+        return self.outcome in ("applied", "rolled back")
 
     def as_log(self) -> dict[str, float]:
         """Numbers for a logger, named ``nowcast/...``; what is not known is left out."""
         values = {
             "nowcast/step": self.step,
-            "nowcast/horizon": self.horizon,
-            "nowcast/accepted": float(self.accepted),
-            "nowcast/rolled_back": float(self.rolled_back),
+            "nowcast/horizon_steps": self.horizon_steps,
+            **{f"nowcast/{name.replace(' ', '_')}": float(self.outcome == name) for name in get_args(Outcome)},
             "nowcast/steps_undone": self.steps_undone or math.nan,
-            "nowcast/left_out": float(self.left_out),
             "nowcast/ramp": self.ramp or math.nan,
             "nowcast/seconds": self.seconds,
             "nowcast/bytes": self.snapshot_bytes + self.rollback_bytes,
@@ -101,14 +95,14 @@ class NowcastReport:
     def __str__(self) -> str:
         """One line for a person."""
         begin = f"nowcast after step {self.step}"
-        if self.rolled_back:
-            return f"{begin} was undone, training goes on from there: {self.reason}"
-        if not self.accepted:
+        if self.outcome == "rolled back":
+            return f"{begin} was rolled back, training goes on from there: {self.reason}"
+        if self.outcome != "applied":
             return f"{begin} was {self.outcome}, training goes on: {self.reason}"
         losses = (("before", self.loss_before), ("at", self.loss_at), ("after", self.loss_after))
         known = ", ".join(f"{loss:.4g} {when}" for when, loss in losses if not math.isnan(loss))
         return (
-            f"{begin}: {self.horizon} intervals ahead, weights moved by {self.relative_jump:.3g} of their norm"
+            f"{begin}: {self.horizon_steps:,} steps ahead, weights moved by {self.relative_jump:.3g} of their norm"
             + (f" over {self.ramp} steps" if self.ramp else "")
             + f", {self.seconds:.1f} s"
             + (f"; loss {known}" if known else "")
@@ -127,7 +121,7 @@ class OpenReport:
     after: list[Loss] = field(default_factory=list)
     """Since the weights have arrived."""
     on_the_way: int = 0
-    """Updates until then."""
+    """Steps until then."""
 
     def book(self, loss: Loss | None) -> bool:
         """Count one step and its loss, if that is known; whether the report is complete then."""
@@ -161,7 +155,7 @@ class OpenReport:
             bool(state["is_monitored"]),
             before,
             after,
-            index(state.get("on_the_way", 0)),
+            index(state["on_the_way"]),
         )
         if (
             opened.steps_to_come < 0
@@ -173,8 +167,10 @@ class OpenReport:
 
 
 def _read_report(state: Mapping[str, Any]) -> NowcastReport:
-    convert: dict[str, Callable[[Any], Any]] = {"int": index, "float": float, "bool": bool, "str": str}
+    convert: dict[str, Callable[[Any], Any]] = {"int": index, "float": float, "str": str, "Outcome": str}
     kinds = {entry.name: convert.get(str(entry.type)) for entry in fields(NowcastReport)}
-    numbers = {name: kind(state[name]) for name, kind in kinds.items() if kind is not None and name in state}
-    by_kind = {str(kind): float(jump) for kind, jump in state.get("relative_jump_by_kind", {}).items()}
+    numbers = {name: kind(state[name]) for name, kind in kinds.items() if kind is not None}
+    if numbers["outcome"] not in get_args(Outcome):
+        raise ValueError(f"a report of outcome {numbers['outcome']!r}")
+    by_kind = {str(kind): float(jump) for kind, jump in state["relative_jump_by_kind"].items()}
     return NowcastReport(**{**state, **numbers, "relative_jump_by_kind": by_kind})

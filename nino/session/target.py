@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.graph.architectures import is_known, wire_each_alone
 from nino.graph.builder import check_graph, graph_parameters
-from nino.parallel.shards import compute_device, local_tensor, refuse_unsupported
-from nino.predict.nowcaster import Nowcaster
+from nino.parallel.shards import compute_device, refuse_unsupported
+from nino.predict.predictor import Predictor
 from nino.session.changes import describe_changes
 from nino.session.first_inputs import FirstInputs
-from nino.system.signals import defer_signals
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class TrainingTarget:
     def __init__(
         self,
         model: nn.Module,
-        nowcaster: Nowcaster,
+        nowcaster: Predictor,
         optimizer: Optimizer | None,
         graph: NeuralGraph | None = None,
     ) -> None:
@@ -58,7 +57,6 @@ class TrainingTarget:
             self._say_what_is_missing()
         nowcaster.check_fits(self.graph)
         self._check()
-        self.positions = self.graph.positions(nowcaster.config.num_positions)
         self._shapes = graph_parameters(self.module)
         self._trained: dict[str, nn.Parameter] | None = None
         """The model's parameters, and those that were trained, when last looked at; ``None`` if not looked at yet."""
@@ -161,7 +159,6 @@ class TrainingTarget:
             self.problem = str(error) or repr(error)
             return
         self.graph, self.problem = graph, ""
-        self.positions = graph.positions(self.nowcaster.config.num_positions)
 
     def _check(self) -> None:
         parameters = self.trainable()
@@ -176,14 +173,6 @@ class TrainingTarget:
                 "no parameter of the model is trained: all are frozen, or the optimizer holds others (make it after "
                 "fully_shard; DeepSpeed and FSDP1 keep copies of their own, which cannot be nowcast)"
             )
-
-
-@torch.no_grad()
-def write_parameters(parameters: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    """Write new values into live parameters in place, so that storages, ties and views survive."""
-    with defer_signals():
-        for name, parameter in parameters.items():
-            local_tensor(parameter).copy_(new[name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:

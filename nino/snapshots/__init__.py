@@ -4,6 +4,6 @@
 the host beside the training, ``folder`` is a folder that no other process touches.
 """
 
-from nino.snapshots.store import Place, SnapshotStore
+from nino.snapshots.store import SnapshotStore
 
-__all__ = ["Place", "SnapshotStore"]
+__all__ = ["SnapshotStore"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nino.errors import NinoError, SnapshotError
-from nino.predict.standardise import exact_dtype
+from nino.errors import SnapshotError
+from nino.system.pieces import exact_dtype
 
 MOST_ADDED = 20
 """Weights that a mean is made of at most: more of them cost time and hardly change it."""
@@ -28,17 +28,6 @@ def is_added(step: int, interval: int, steps: int) -> bool:
 def counts(to_come: int, steps: int) -> bool:
     """Whether weights count in a mean over ``steps`` that is due ``to_come`` steps later."""
     return 0 <= to_come < steps and to_come % -(-steps // MOST_ADDED) == 0
-
-
-def check_average_over(steps: int, interval: int) -> int:
-    """Return the number if a snapshot can be the mean over so many steps.
-
-    Raises:
-        NinoError: if it is not at least 1 and at most the interval between snapshots.
-    """
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= interval:
-        raise NinoError(f"average_over must be 1 to {interval} steps, the interval between snapshots, got {steps!r}")
-    return steps
 
 
 class RunningMean:
@@ -84,7 +73,7 @@ class RunningMean:
             SnapshotError: if it is damaged.
         """
         mean = RunningMean()
-        if state is None:  # saved before there were means
+        if state is None:  # of another average: nothing of it can be used
             return mean
         count, saved = int(state["count"]), dict(state["means"])
         if count < 0 or bool(count) != bool(saved):

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from nino.errors import SnapshotError
 from nino.parallel.shards import local_tensors
+from nino.plan import Place
 from nino.snapshots.backend import SnapshotBackend, StoredSnapshot
 from nino.snapshots.disk import DiskBackend
 from nino.snapshots.memory import MemoryBackend
-
-Place = Literal["cpu", "device", "disk"]
 
 
 class SnapshotStore:
@@ -145,10 +145,10 @@ class SnapshotStore:
             kept.is_lent = True
         return {"steps": list(self.steps), "snapshots": snapshots, "exact": [kept.is_exact for kept in self._kept]}
 
-    def load_state_dict(
+    def parse(
         self, state: Mapping[str, Any], trained: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None
-    ) -> set[str]:
-        """Restore :meth:`state_dict`, of a store in any place, putting copies where this store keeps them.
+    ) -> SavedSnapshots:
+        """Copy a :meth:`state_dict` of a store in any place to where this one keeps snapshots; nothing changes.
 
         Args:
             state: what :meth:`state_dict` returned.
@@ -156,18 +156,16 @@ class SnapshotStore:
             others: further ones that saved snapshots may hold, of when they were trained; they stay in them.
 
         Returns:
-            Those of ``trained`` that saved snapshots lack: they were frozen then. If there are any, the store is empty.
+            What :meth:`resume` takes.
 
         Raises:
-            SnapshotError: if the saved snapshots are of another model or damaged, or cannot be copied; nothing is
-                changed then.
+            SnapshotError: if the saved snapshots are of another model or damaged, or cannot be copied.
         """
         parameters = local_tensors({**(others or {}), **trained})
         steps, exact = _check_state(state, self.context, parameters)
         lacking = {name for taken in state["snapshots"] for name in trained.keys() - taken.keys()}
         if lacking:
-            self.clear()
-            return lacking
+            return SavedSnapshots([], [], lacking)
         with contextlib.suppress(OSError):  # the history that this one takes the place of
             self.finish()
         copies: list[StoredSnapshot] = []
@@ -181,8 +179,11 @@ class SnapshotStore:
             raise SnapshotError(f"saved history cannot be copied: {error}") from error
         finally:
             self._keeper.trim()
-        self._replace(steps, copies)
-        return set()
+        return SavedSnapshots(steps, copies, set())
+
+    def resume(self, saved: SavedSnapshots) -> None:
+        """Go on with what :meth:`parse` returned."""
+        self._replace(saved.steps, saved.copies)
 
     def __getstate__(self) -> dict[str, Any]:
         settings = {"context": self.context, "place": self.place, "dtype": self.dtype, "folder": self.folder}
@@ -218,6 +219,16 @@ class SnapshotStore:
         self.steps, self._kept = list(steps), kept
 
 
+@dataclass
+class SavedSnapshots:
+    """Snapshots that a store has copied and not taken over yet."""
+
+    steps: list[int]
+    copies: list[StoredSnapshot]
+    lacking: set[str]
+    """Parameters that are trained now and that saved snapshots lack: they were frozen then, and none can be used."""
+
+
 def _check_state(
     state: Mapping[str, Any], context: int, parameters: Mapping[str, Tensor]
 ) -> tuple[list[int], list[bool]]:
@@ -225,7 +236,7 @@ def _check_state(
     try:
         steps = [int(step) for step in state["steps"]]
         shapes = [{name: tuple(tensor.shape) for name, tensor in taken.items()} for taken in state["snapshots"]]
-        exact = [bool(flag) for flag in state.get("exact", [True] * len(shapes))]  # not told by the first release
+        exact = [bool(flag) for flag in state["exact"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SnapshotError(f"saved history is damaged: {error!r}") from error
     if not len(steps) == len(shapes) == len(exact) <= context or steps != sorted(set(steps)):

@@ -17,7 +17,6 @@ import torch
 
 from nino.errors import NinoError
 
-POWERS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -90,27 +89,6 @@ def memory_size(text: str) -> int:
     return value
 
 
-def amount(text: str) -> float:
-    """An argparse type for positive numbers with or without a unit: 4e6, 500G, 12T."""
-    match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)\s*([KMGTP]?)", text.strip(), re.IGNORECASE)
-    try:
-        value = float(match[1]) * POWERS[match[2].upper()] if match else 0.0
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number such as 4e6, 500G or 12T, got {text!r}")
-    return value
-
-
-def per_second(of: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type for rates: what another type reads, with or without ``/s`` behind it, as in 25GB/s."""
-
-    def rate(text: str) -> float:
-        return of(re.sub(r"\s*/s\s*$", "", text, flags=re.IGNORECASE))
-
-    return rate
-
-
 def check_output_file(option: str, path: Path) -> None:
     """Stop if no file can be written there: better before the work than after it."""
     if path.is_dir():
@@ -165,6 +143,8 @@ def run_main(main: Callable[[list[str]], int], argv: list[str], *, resumes: bool
         raise SystemExit(INTERRUPTED) from None
     except NinoError as error:
         fail(str(error))
+    except ModuleNotFoundError as error:
+        fail(f"{error}: pip install {error.name}")
     except OSError as error:  # a full disk, a path that cannot be read or written
         where = "" if error.filename is None else f"{error.filename}: "
         fail(where + " ".join((error.strerror or str(error)).split()))

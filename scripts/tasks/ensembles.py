@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nino import Nowcaster, ScheduleConfig
+from nino import Predictor
 from nino.data import build_model
 from nino.data.writer import TrajectoryWriter
 from nino.ensemble.nowcast import EnsembleNowcaster
 from nino.ensemble.training import Ensemble, Stacked
 from nino.errors import TrajectoryError
 from nino.session.jump.ramp import Ramp
-from nino.session.schedule import horizon_at, is_nowcast_step, is_over, is_snapshot_step
+from nino.session.schedule import Schedule, horizon_at, is_nowcast_step, is_over, is_snapshot_step
 from nino.snapshots.mean import RunningMean, is_added
 from tasks.jump_schedules import RunPlan, forward_format, jump_schedule, load_task, notes_of
 from tasks.nowcasters import load_nowcaster
@@ -126,8 +126,8 @@ class Jumps:
     def __init__(
         self,
         ensemble: Ensemble,
-        nowcaster: Nowcaster,
-        schedule: ScheduleConfig,
+        nowcaster: Predictor,
+        schedule: Schedule,
         average: int,
         until: int | None = None,
         preserve_norms: bool = False,

@@ -104,7 +104,7 @@ def train(cell: FairCell, data: Path, cache: Path, published: str, progress: Pro
         "diverged": has_diverged(losses),
         "final": {name: finite(round(value, 5)) for name, value in metrics.items()},
         "train_loss": [finite(round(value, 4)) for value in means(losses, POINTS)],
-        "jumps": sum(report.accepted and not report.rolled_back for report in setup.reports),
+        "jumps": sum(report.has_moved and report.outcome != "rolled back" for report in setup.reports),
         **spent,
     }
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nino import Nowcaster, ScheduleConfig
+from nino import Predictor
 from nino.data import build_model
+from nino.session.schedule import Schedule
 from tasks.images import convnet, load_parquet_images
 from tasks.task import ImageTask, TextTask
 from tasks.text import gpt2, llama, load_text_files
@@ -155,13 +156,13 @@ def load_task(plan: RunPlan, data: Path, out: Path) -> ImageTask | TextTask:
     return _load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache")
 
 
-def jump_schedule(plan: RunPlan, nowcaster: Nowcaster) -> ScheduleConfig:
+def jump_schedule(plan: RunPlan, nowcaster: Predictor) -> Schedule:
     """When a plan jumps, and how far, before ``jump_until``."""
-    return ScheduleConfig(
+    return Schedule(
         period=plan.jump_period or plan.steps,
-        context=nowcaster.config.context,
+        context=nowcaster.context,
         max_steps=plan.steps,
-        max_horizon=nowcaster.config.max_horizon,
+        max_horizon=nowcaster.max_horizon,
     )
 
 

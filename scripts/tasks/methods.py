@@ -26,12 +26,15 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from nino import Nowcaster, NowcastOptimizer, NowcastReport, ScheduleConfig
+from nino import Nowcaster, NowcastOptimizer, NowcastPlan, NowcastReport
 from nino.errors import NinoError
+from nino.predict.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
 from nino.predict.model import NowcasterConfig, build_network
+from nino.predict.predictor import Predictor
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import check_ramp
 from nino.session.optimizer_state.moments import Moments, check_moments
+from nino.session.schedule import Schedule
 from nino.snapshots.mean import check_average_over
 from tasks.baselines import (
     ExponentialAverage,
@@ -44,8 +47,7 @@ from tasks.baselines import (
     find_muon,
     find_schedule_free,
 )
-from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
-from tasks.nowcasters import load_weights
+from tasks.nowcasters import Scaled, load_weights
 
 ADAM = "adam"
 SNAPSHOTS_PER_PERIOD = 5
@@ -86,18 +88,18 @@ class Rhythm:
         """``until`` in a run of so many steps."""
         return round(self.until * steps) if isinstance(self.until, float) else self.until
 
-    def schedule(self, nowcaster: Nowcaster, steps: int) -> ScheduleConfig:
+    def schedule(self, nowcaster: Predictor, steps: int) -> Schedule:
         """The schedule of a run.
 
         Raises:
             NinoError: if it is out of the nowcaster's range.
         """
-        longest = nowcaster.config.max_horizon
+        longest = nowcaster.max_horizon
         if self.max_horizon is not None and self.max_horizon > longest:
             raise NinoError(f"max_horizon={self.max_horizon} is beyond the nowcaster's longest, {longest}")
-        schedule = ScheduleConfig(
+        schedule = Schedule(
             period=self.period,
-            context=nowcaster.config.context,
+            context=nowcaster.context,
             max_steps=steps,
             max_horizon=longest if self.max_horizon is None else self.max_horizon,
             decay_power=self.decay_power,
@@ -300,7 +302,7 @@ def _refuse(name: str, reason: str) -> NoReturn:
     raise NinoError(f"method {name!r}: {reason}")
 
 
-def load_jump(part: Part) -> Nowcaster:
+def load_jump(part: Part) -> Predictor:
     """What makes a method's jumps.
 
     Raises:
@@ -316,7 +318,7 @@ def load_jump(part: Part) -> Nowcaster:
             return Nowcaster(build_network(NowcasterConfig(hidden=part.value)))
     if part.kind == "scaled":
         factor, name = part.value
-        return load_weights(name).stretched(factor)
+        return Scaled(load_weights(name), factor)
     nowcaster = Nowcaster.from_official(part.value) if part.kind == "official" else load_weights(part.value)
     expected = {"nino": "nino", "wnn": "wnn"}.get(part.kind, nowcaster.config.kind)
     if nowcaster.config.kind != expected:
@@ -369,9 +371,11 @@ def check_jumps(method: Method, steps: int) -> None:
         _refuse(method.name, f"never jumps in {steps} steps: its period of {method.rhythm.period} is no shorter")
 
 
-def fingerprint(jump: Part, nowcaster: Nowcaster) -> str | None:
+def fingerprint(jump: Part, nowcaster: Predictor) -> str | None:
     """What tells a jump's weights from others of the same name; ``None`` of a jump that has none."""
-    if jump.kind in ("linear", "rre"):
+    if isinstance(nowcaster, Scaled):
+        return f"{fingerprint(jump, nowcaster.predictor)}x{nowcaster.factor:g}"
+    if not isinstance(nowcaster, Nowcaster):
         return None
     digest = hashlib.sha256(nowcaster.config.to_json().encode())
     for key, tensor in sorted(nowcaster.network.state_dict().items()):
@@ -404,15 +408,16 @@ class Setup:
                 nowcaster,
                 period=rhythm.period,
                 max_steps=steps,
-                max_horizon=rhythm.max_horizon,
-                decay_power=rhythm.decay_power,
-                until=rhythm.last_update(steps),
-                rollback_window=rhythm.rollback_window,
-                moments=rhythm.moments,
-                preserve_norms=rhythm.preserve_norms,
-                ramp=rhythm.ramp,
-                batch_norm=rhythm.batch_norm,
-                average_over=rhythm.average_over,
+                plan=NowcastPlan(
+                    max_horizon_steps=rhythm.max_horizon,
+                    horizon_decay=rhythm.decay_power,
+                    stop_after=rhythm.last_update(steps),
+                    rollback_window=rhythm.rollback_window,
+                    preserve_norms=rhythm.preserve_norms,
+                    ramp=rhythm.ramp,
+                    recalibrate_batch_norm=rhythm.batch_norm,
+                    average_over=rhythm.average_over,
+                ),
             )
 
     @property
@@ -435,7 +440,7 @@ class Setup:
             follower.after_step()
             if was_gliding and not self._is_gliding:
                 follower.arrive()
-        jumps = sum(report.accepted + report.rolled_back for report in self.reports)
+        jumps = sum(report.has_moved + (report.outcome == "rolled back") for report in self.reports)
         if jumps != self._jumps:
             self._jumps = jumps
             for follower in self.followers:
@@ -443,7 +448,7 @@ class Setup:
 
     @property
     def _is_gliding(self) -> bool:
-        return isinstance(self.optimizer, NowcastOptimizer) and self.optimizer.session.ramp.is_on
+        return isinstance(self.optimizer, NowcastOptimizer) and self.optimizer.session.jumps.ramp.is_on
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:

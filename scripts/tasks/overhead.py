@@ -55,9 +55,9 @@ class Stopwatch:
         for owner, method, what in (
             (session, "observe", "nowcasting"),
             (session, "after_step", "nowcasting"),
-            (session.store, "append", "snapshot"),
-            (session.mean, "add", "addition"),
-            (session.rollback_copy, "take", "rollback_copy"),
+            (session.history.store, "append", "snapshot"),
+            (session.history.mean, "add", "addition"),
+            (session.jumps.rollback_copy, "take", "rollback_copy"),
             (session.nowcaster, "predict_", "prediction"),
         ):
             setattr(owner, method, self._timed(getattr(owner, method), what))

@@ -147,7 +147,7 @@ def test_tokens_of_accumulated_batches_are_weighed_alike_everywhere(tmp_path: Pa
         plain_optimizer.zero_grad()
 
     for reports in (nowcast.reports, optimizer.reports, plain_optimizer.reports):
-        assert [(r.step, r.horizon, r.accepted) for r in reports] == [(6, 4, True), (12, 1, True)]
+        assert [(r.step, r.horizon, r.has_moved) for r in reports] == [(6, 4, True), (12, 1, True)]
         assert [r.relative_jump for r in reports] == [r.relative_jump for r in nowcast.reports]
     assert_same(weights_of(model), weights_of(by_callback.model))
     assert_same(weights_of(plain), weights_of(by_callback.model))
@@ -178,7 +178,7 @@ def test_only_parameters_of_the_optimizer_are_nowcast(tmp_path: Path) -> None:
         tmp_path, nowcast, model=model, optimizers=(torch.optim.SGD(model.lm_head.parameters(), lr=0.1), None)
     ).train()
 
-    assert [report.accepted for report in nowcast.reports] == [True, True]
+    assert [report.has_moved for report in nowcast.reports] == [True, True]
     assert {n for n, value in weights_of(model).items() if not torch.equal(value, before[n])} == {"lm_head.weight"}
 
 
@@ -203,7 +203,7 @@ def test_a_model_of_an_unknown_family_is_traced_on_its_first_batch(tmp_path: Pat
     model = Model()
     trainer(tmp_path, nowcast, model=model).train()
 
-    assert [(r.step, r.accepted) for r in nowcast.reports] == [(6, True), (12, True)]
+    assert [(r.step, r.has_moved) for r in nowcast.reports] == [(6, True), (12, True)]
     assert nowcast.session is not None
     assert nowcast.session.graph.family == "traced"
     assert not model._forward_pre_hooks
@@ -480,7 +480,7 @@ def test_resume_without_saved_snapshots_starts_a_fresh_history(
     trainer(tmp_path, nowcast).train(resume_from_checkpoint=str(path.parent))
 
     assert logged(caplog) == [f"{path} does not exist: nowcasting goes on with a fresh history"]
-    assert [(r.step, r.horizon, r.accepted) for r in nowcast.reports] == [(12, 1, True)]
+    assert [(r.step, r.horizon, r.has_moved) for r in nowcast.reports] == [(12, 1, True)]
 
 
 def _truncate(path: Path) -> None:

@@ -501,7 +501,7 @@ def test_weights_are_read_and_written_through_maps(tmp_path: Path, run_folder: P
     paths = copy_run(run_folder, tmp_path, shard if sharded else (lambda checkpoint: None))
 
     class Watched(nino.Nowcaster):
-        def predict_(self, parameters: Any, snapshots: Any, *args: Any, **kwargs: Any) -> Any:
+        def predict_into(self, parameters: Any, snapshots: Any, *args: Any, **kwargs: Any) -> Any:
             for path, snapshot in zip(paths, snapshots, strict=True):
                 assert {Path(mapped_file(value)).parent for value in snapshot.values()} == {path}
             [folder] = tmp_path.glob(".new.*.part")
@@ -509,7 +509,7 @@ def test_weights_are_read_and_written_through_maps(tmp_path: Path, run_folder: P
             parameters["model.norm.weight"].fill_(7)
             assert torch.equal(read(folder)["model.norm.weight"], torch.full((16,), 7.0))  # in the file at once
             parameters["model.norm.weight"].copy_(snapshots[-1]["model.norm.weight"])
-            return super().predict_(parameters, snapshots, *args, **kwargs)
+            return super().predict_into(parameters, snapshots, *args, **kwargs)
 
     nowcast_checkpoints(paths, tmp_path / "new", Watched(nowcaster().network), 3)
     assert_same(read(tmp_path / "new"), expected(paths, llama()))
@@ -753,7 +753,7 @@ import nino
 sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
 
 class Slow(nino.Nowcaster):
-    def predict_(self, parameters, *args, **kwargs):
+    def predict_into(self, parameters, *args, **kwargs):
         for value in parameters.values():
             value.zero_()
         print("predicting", flush=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
-from nino import NowcastOptimizer, TrajectoryError
+from nino import NowcastOptimizer, NowcastPlan, TrajectoryError
 from nino.data import Trajectory, build_model, describe_model, record
 from nino.data.trajectory import HEADER_FILE, STATES_FILE
 
@@ -155,7 +155,7 @@ def test_jumps_are_noted_as_they_happen(tmp_path: Path) -> None:
     weights = train(tmp_path, optimizer=optimizer, model=model, last=20)
 
     run = Trajectory(tmp_path)
-    assert [report.step for report in optimizer.reports if report.accepted] == [6, 12] == run.jumps
+    assert [report.step for report in optimizer.reports if report.has_moved] == [6, 12] == run.jumps
     assert run.training["optimizer"] == "AdamW"
     assert_holds(run, weights)  # at 6 and 12 those after the jump
     assert run.segments() == [range(0, 2), range(2, 4), range(4, 7)]
@@ -168,7 +168,12 @@ def test_a_jump_that_is_undone_is_a_second_jump(tmp_path: Path) -> None:
     recorder_folder = tmp_path / "run"
     far = ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()})
     optimizer = NowcastOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-2), model, far, period=12, max_steps=24, rollback_window=2
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        model,
+        far,
+        period=12,
+        max_steps=24,
+        plan=NowcastPlan(rollback_window=2),
     )
     recorder = record(model, recorder_folder, interval=1, optimizer=optimizer)
     for step in range(1, 18):
@@ -180,7 +185,7 @@ def test_a_jump_that_is_undone_is_a_second_jump(tmp_path: Path) -> None:
         optimizer.step()
         recorder.after_step(step)
     (report,) = optimizer.reports
-    assert report.rolled_back
+    assert report.outcome == "rolled back"
     recorder.close()
     assert Trajectory(recorder_folder).jumps == [12, 12 + report.steps_undone]
 

@@ -80,7 +80,7 @@ def test_every_number_of_a_report_is_explained() -> None:
     report = NowcastReport(
         step=1,
         horizon=1,
-        accepted=False,
+        outcome="refused",
         reason="NaN",
         relative_jump=0.1,
         relative_jump_by_kind={"query": 0.1},

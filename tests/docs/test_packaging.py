@@ -103,7 +103,7 @@ def test_installed_wheel_works_on_its_own(installed: Path, tmp_path: Path) -> No
     code = """
 import importlib.util, json, sys
 import nino, nino.callbacks, nino.pretrained
-from nino.predict.nowcaster import shipped_nowcasters
+from nino.predict.files import shipped_nowcasters
 print(json.dumps({
     "files": [module.__file__ for module in (nino, nino.callbacks, nino.pretrained)],
     "top level": [name for name in ("callbacks", "pretrained") if importlib.util.find_spec(name)],

@@ -137,7 +137,7 @@ def assert_rolled_back_as_alone(results: Results) -> None:
     nowcaster = ScriptedNowcaster(lambda newest: {name: 30 * value for name, value in newest.items()})
     optimizer = optimizer_of(model, nowcaster, period=12, rollback_window=4)
     alone = train_alone(model, optimizer, 20)
-    assert optimizer.reports[0].rolled_back
+    assert optimizer.reports[0].outcome == "rolled back"
     for found in results:
         assert [report[:3] for report in found["reports"]] == [(12, True, True)]
         for step, expected in enumerate(alone):
@@ -172,7 +172,7 @@ SHARDED = [
 def assert_shards_are_nowcast(found: dict[str, Results]) -> None:
     assert_table(found["sharded_table"], {case.name for case in CASES})
     for row in found["sharded_table"][0].values():  # what planning says, and a few numbers more
-        assert 0 < row["bytes"] - row["planned bytes"] < 1000
+        assert 0 < row["bytes"] - row["expected bytes"] < 1000
     assert_traffic_follows_neurons(found["traffic"])
     assert_trained_as_alone(found["sharded_training"])
     assert_trained_as_alone(found["sharded_averages"], average_over=2, ramp=3)
@@ -233,8 +233,8 @@ def assert_resumed_by_one_process(folder: Path) -> None:
         optimizer.load_history(folder / "checkpoint-5" / "nowcast")
         plain = mlp()
         alone = train_alone(plain, optimizer_of(plain, tiny_nowcaster(), period=PERIOD), 4)
-        assert (optimizer.session.step, optimizer.session.store.steps) == (5, [2, 4])
-        for snapshot, expected in zip(optimizer.session.store.snapshots, (alone[1], alone[3]), strict=True):
+        assert (optimizer.session.step, optimizer.session.history.store.steps) == (5, [2, 4])
+        for snapshot, expected in zip(optimizer.session.history.store.snapshots, (alone[1], alone[3]), strict=True):
             assert_same(snapshot, expected)
         with pytest.raises(CheckpointError, match=r"holds tensors of each of 2 processes .* there are 1 now"):
             optimizer.load_history(folder / "checkpoint" / "nowcast")

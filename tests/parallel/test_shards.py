@@ -29,7 +29,7 @@ from nino.graph.builder import GraphBuilder
 from nino.graph.rows import Place, Rows, num_edges_at, place_of, view_rows, whole_place
 from nino.parallel.shards import local_tensor
 from nino.predict.partition import Partition
-from nino.predict.standardise import Moments, Standardiser, add_moments
+from nino.predict.standardise import SnapshotStatistics, Standardiser, add_statistics
 from nino.predict.work_partition import deal
 from nino.session import NowcastSession
 from nino.session.saving import discard_saved
@@ -123,8 +123,8 @@ def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
 
     def work(rank: int) -> None:
         own = values[cuts[rank] : cuts[rank + 1]]
-        moments = Moments.of(own.split(2, dim=1), inputs="movements")
-        found[rank] = add_moments([(moments, rank == 0)], partition)[0].standardiser("movements")
+        measured = SnapshotStatistics.of(own.split(2, dim=1), inputs="movements")
+        found[rank] = add_statistics([(measured, rank == 0)], partition)[0].standardiser("movements")
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -183,8 +183,8 @@ def test_rows_of_hand_made_blocks_are_predicted_as_the_whole(case: Case) -> None
         partition = OwnRows(sums, rank, graph)
         rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
         own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
-        found[rank] = {name: tensor.clone() for name, tensor in own[-1].items()}
-        caster.predict_(found[rank], own, 1, graph, dtype=torch.float64, partition=partition)
+        movement = caster.predict_movement(own, 1, graph, dtype=torch.float64, partition=partition)
+        found[rank] = {name: own[-1][name] + way for name, way in movement.tensors.items()}
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(NUMBER)]
     for thread in threads:
@@ -245,9 +245,9 @@ def test_one_process_with_shards_is_one_without(place: Any, process_group: None,
     for model in (plain, sharded):
         optimizer = _optimizer(model, snapshots_on=place, snapshot_folder=folder)
         _train(model, optimizer, 0, 2 * PERIOD)
-        assert [report.accepted for report in optimizer.reports] == [True, True]
+        assert [report.has_moved for report in optimizer.reports] == [True, True]
         assert optimizer.reports[0].bytes_sent == 0
-        optimizer.session.store.close()
+        optimizer.session.history.store.close()
     assert_same({n: local_tensor(p) for n, p in sharded.named_parameters()}, weights_of(plain))
 
 
@@ -259,7 +259,7 @@ def test_a_model_may_be_sharded_after_its_optimizer_was_wrapped(process_group: N
     optimizers[sharded].param_groups[0]["params"] = list(sharded.parameters())
     for model, optimizer in optimizers.items():
         _train(model, optimizer, 0, PERIOD)
-        assert optimizer.reports[-1].accepted
+        assert optimizer.reports[-1].has_moved
     assert_same({n: local_tensor(p) for n, p in sharded.named_parameters()}, weights_of(plain))
 
 
@@ -359,10 +359,10 @@ def test_a_history_is_saved_whole_or_not_at_all(
 
     resumed = _optimizer(_sharded())
     resumed.load_history(folder)
-    assert (resumed.session.step, resumed.session.store.steps) == (3, [2])
+    assert (resumed.session.step, resumed.session.history.store.steps) == (3, [2])
     optimizer.save_history(folder)  # over the old one, and over the leftover
     resumed.load_history(folder)
-    assert (resumed.session.step, resumed.session.store.steps) == (5, [2, 4])
+    assert (resumed.session.step, resumed.session.history.store.steps) == (5, [2, 4])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nowcast"]
 
 
@@ -441,7 +441,7 @@ def test_a_run_that_is_killed_between_the_two_renames_keeps_its_history(
     resumed = _optimizer(_sharded())
     resumed.load_history(folder)
 
-    assert (resumed.session.step, resumed.session.store.steps) == (3, [2])
+    assert (resumed.session.step, resumed.session.history.store.steps) == (3, [2])
     assert [record.getMessage() for record in caplog.records if record.name == "nino.session.saving"] == [
         f"{folder} is missing, a run was killed while it replaced it: {folder}.old is read instead"
     ]

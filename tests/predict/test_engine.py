@@ -17,9 +17,12 @@ from wired import WIRED
 
 from nino import NeuralGraph, Nowcaster
 from nino.graph.ir import EdgeBlock
-from nino.predict.engine import fusion, hardware, kernels, predict_blockwise, predict_edgewise
+from nino.graph.rows import Place
+from nino.predict.engine import hardware, predict_blockwise, predict_edgewise
+from nino.predict.engine.reader import SnapshotReader
 from nino.predict.engine.tiling import Sizes, places
-from nino.predict.engine.weights import Place, PredictionWriter, SnapshotReader, SnapshotViews, piece_of
+from nino.predict.engine.views import SnapshotViews, piece_of
+from nino.predict.engine.writer import MovementWriter
 from nino.predict.model import NowcasterConfig, build_network
 from nino.predict.standardise import measure_snapshots
 
@@ -167,15 +170,22 @@ def _random_network(config: NowcasterConfig, seed: int, dtype: torch.dtype) -> A
         return network.to(dtype).eval().requires_grad_(False)
 
 
-class Movements(PredictionWriter):
+class Movements(MovementWriter):
     """Keeps what an engine predicts as it is: standardised movements, not yet weights."""
 
     def __init__(self, graph: NeuralGraph, dtype: torch.dtype) -> None:
         empty = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in graph.shapes.items()}
-        super().__init__(graph, empty, {}, SnapshotViews(graph, []))
+        super().__init__(graph, empty, SnapshotViews(graph, []), torch.device("cpu"))
 
-    def write(self, block: EdgeBlock, place: Place, last: Tensor, movement: Tensor) -> None:
-        piece_of(block, self.tensors[str(block.parameter)], place).copy_(movement)
+    def write(self, block: EdgeBlock, place: Place, change: Tensor) -> None:
+        piece_of(block, self.tensors[str(block.parameter)], place).copy_(change)
+
+
+class Standardised(SnapshotReader):
+    """Leaves movements as they are."""
+
+    def change(self, block: EdgeBlock, last: Tensor, movement: Tensor) -> Tensor:
+        return movement
 
 
 def _blockwise(
@@ -184,7 +194,7 @@ def _blockwise(
     """Standardised movements by the blockwise engine."""
     dtype = network.head.weight.dtype
     scalers = measure_snapshots(snapshots, graph.shapes, inputs=network.config.inputs)
-    reader = SnapshotReader(SnapshotViews(graph, snapshots), scalers, torch.device("cpu"), dtype)
+    reader = Standardised(SnapshotViews(graph, snapshots), scalers, torch.device("cpu"), dtype)
     found = Movements(graph, dtype)
     positions = graph.positions(network.config.num_positions)
     predict_blockwise(network, graph, reader, found, positions, horizon, sizes, **options)
@@ -193,10 +203,12 @@ def _blockwise(
 
 def _edgewise(network: Any, graph: NeuralGraph, snapshots: list[State], horizon: int) -> State:
     """Standardised movements by the definition."""
-    found = Movements(graph, torch.promote_types(network.head.weight.dtype, torch.float32))
+    exact = torch.promote_types(network.head.weight.dtype, torch.float32)
+    found = Movements(graph, exact)
     scalers = measure_snapshots(snapshots, graph.shapes, inputs=network.config.inputs)
+    reader = Standardised(SnapshotViews(graph, snapshots), scalers, torch.device("cpu"), exact)
     positions = graph.positions(network.config.num_positions)
-    predict_edgewise(network, graph, snapshots, scalers, found, positions, horizon, backend="native")
+    predict_edgewise(network, graph, reader, found, positions, horizon, backend="native")
     return dict(found.tensors)
 
 
@@ -394,9 +406,8 @@ def test_bfloat16_is_close(weights: str, sizes: Sizes, family: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_on_a_gpu_as_defined_on_the_cpu(case: Case, fuse: bool, dtype: torch.dtype) -> None:
+def test_on_a_gpu_as_defined_on_the_cpu(case: Case, dtype: torch.dtype) -> None:
     graph = NeuralGraph.from_model(case.build())
     config = NowcasterConfig(hidden=32, max_horizon=6)
     nowcaster = Nowcaster(_random_network(config, 0, torch.float64))
@@ -404,7 +415,7 @@ def test_on_a_gpu_as_defined_on_the_cpu(case: Case, fuse: bool, dtype: torch.dty
     defined = nowcaster.predict(snapshots, 4, graph, engine="edges", dtype=torch.float64)
     on_gpu = [{name: tensor.cuda() for name, tensor in snapshot.items()} for snapshot in snapshots]
     for source in (snapshots, on_gpu):  # copied piece by piece, or already there
-        found = nowcaster.predict(source, 4, graph, dtype=dtype, device="cuda", fuse=fuse)
+        found = nowcaster.predict(source, 4, graph, dtype=dtype, device="cuda")
         moved = {name: found[name].cpu() - snapshots[-1][name] for name in found}
         expected = {name: defined[name] - snapshots[-1][name] for name in defined}
         tolerance = TOLERANCE.get(dtype, BFLOAT16_TOLERANCE)
@@ -437,7 +448,7 @@ def test_float64_weights_in_float64(case: Case, kind: Any) -> None:
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """What was found out and said about this machine is forgotten, before and after."""
-    remembered = (fusion.fused, fusion._say_once, hardware._cpu_multiplies, hardware._say_once)
+    remembered = (hardware._cpu_multiplies, hardware._say_once)
     for function in remembered:
         function.cache_clear()
     yield
@@ -484,81 +495,3 @@ def test_float64_is_never_lowered(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     predict = _predicting(torch.float64)
     assert _relative_error(predict(dtype=torch.float64), predict(dtype=torch.float64, engine="edges")) < 1e-12
     assert not caplog.records
-
-
-class CompilerError(Exception):
-    """Of a compiler, whatever it raises."""
-
-
-def _raises(*arguments: Any, **options: Any) -> Any:
-    raise CompilerError(*(["no compiler was found\nsecond line"] if arguments else []))
-
-
-@pytest.mark.usefixtures("_forgotten")
-@pytest.mark.parametrize(
-    ("fails", "reason"),
-    [
-        (_raises, "no compiler was found"),
-        (lambda function, **options: _raises, "no compiler was found"),
-        (lambda function, **options: lambda *arguments: _raises(), "CompilerError"),
-    ],
-    ids=["at once", "when called", "without a word"],
-)
-def test_without_a_compiler_it_goes_on_and_says_so_once(
-    fails: Callable[..., Any], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    predict = _predicting()
-    expected = predict(fuse=False)
-    monkeypatch.setattr(torch, "compile", fails)
-    for _ in range(2):
-        found = predict(fuse=True)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].endswith(reason)
-
-
-@pytest.mark.usefixtures("_forgotten")
-@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.cuda.OutOfMemoryError])
-def test_what_is_no_failure_of_the_compiler_goes_on(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def interrupted(*arguments: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: interrupted)
-    with pytest.raises(error):
-        _predicting()(fuse=True)
-    assert not caplog.records
-
-
-@pytest.mark.usefixtures("_forgotten")
-def test_what_is_compiled_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-
-    def count(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        compiled.append(function)
-        return function
-
-    monkeypatch.setattr(torch, "compile", count)
-    predict = _predicting()
-    predict()
-    assert not compiled, "on a CPU compiling does not pay"
-    for _ in range(2):
-        predict(fuse=True)
-    assert compiled == [kernels.message_sums, kernels.movements]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_forgotten")
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_kernels_compute_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    """Really compiled, for several families, tiles and convolutions in turn."""
-    monkeypatch.setattr(hardware, "_cpu_multiplies", lambda dtype: True)
-    nowcaster = Nowcaster(_random_network(NowcasterConfig(hidden=32, max_horizon=6), 0, torch.float32))
-    for case in [case for case in CASES if case.name in ("mlp", "wide_kernel_cnn", "gpt2", "llama_gqa")]:
-        graph = NeuralGraph.from_model(case.build())
-        snapshots = _random_snapshots(graph, 5, 0, torch.float32)
-        plain, compiled = (nowcaster.predict(snapshots, 4, graph, dtype=dtype, fuse=fuse) for fuse in (False, True))
-        assert _relative_error(compiled, plain) < (1e-6 if dtype == torch.float32 else BFLOAT16_TOLERANCE)
-    assert "could not be compiled" not in caplog.text

@@ -21,7 +21,7 @@ from evaluate_speedup import main, parse_args, plan
 from tiny import mlp, tiny_nowcaster, weights_of
 from torch import nn
 
-from nino import NeuralGraph, NinoError
+from nino import NinoError
 from nino.graph.architectures import is_known
 from tasks.baselines import ExponentialAverage, LatestAverage, Lookahead, MuonWithAdamW, OuterNesterov, hidden_matrices
 from tasks.cells import Cell, Clock, learning_rate_factor, make_cell, read_result, train, train_and_write
@@ -39,7 +39,6 @@ from tasks.comparing import (
     spread,
     summarise,
 )
-from tasks.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
 from tasks.images import load_parquet_images
 from tasks.methods import Rhythm, Setup, check_method, load_jump, parse_method
 from tasks.report import format_markdown
@@ -407,7 +406,7 @@ def test_models_of_no_known_family_are_traced(task: str, data_folder: Path) -> N
         loss.backward()
         setup.update(loss)
     assert setup.optimizer.session.graph.family == "traced"  # type: ignore[attr-defined]
-    assert [report.accepted for report in setup.reports] == [True]
+    assert [report.has_moved for report in setup.reports] == [True]
 
 
 def test_noise_is_new_in_training_and_the_same_in_evaluation(data_folder: Path) -> None:
@@ -488,38 +487,6 @@ def update(setup: Setup, model: nn.Module) -> None:
     loss = model(torch.ones(2, 4)).square().mean()
     loss.backward()
     setup.update(loss)
-
-
-def snapshots_of(values: list[list[float]]) -> tuple[list[dict[str, torch.Tensor]], NeuralGraph]:
-    """Snapshots of a layer of a few weights."""
-    layer = nn.Sequential(nn.Linear(len(values[0]), 1, bias=False))
-    return [{"0.weight": torch.tensor([value])} for value in values], NeuralGraph.from_model(layer)
-
-
-def test_linear_extrapolation() -> None:
-    # From 0 to 4 in four intervals: seven more make 4 + 7 * 4 / 4. The second weight comes from 0 to 2 on a detour.
-    snapshots, graph = snapshots_of(
-        [[0.0, 0.0, 1.0], [3.0, 5.0, 1.0], [1.0, 1.0, 1.0], [2.0, 7.0, 1.0], [4.0, 2.0, 1.0]]
-    )
-    live = {"0.weight": snapshots[-1]["0.weight"].clone()}
-    jump = LinearExtrapolator().predict_(live, snapshots, 7, graph)
-    assert torch.allclose(live["0.weight"], torch.tensor([[11.0, 5.5, 1.0]]))
-    assert jump.norm == pytest.approx(21**0.5) and jump.distance == pytest.approx((7**2 + 3.5**2) ** 0.5)
-    assert torch.equal(LinearExtrapolator().predict(snapshots, 7, graph)["0.weight"], live["0.weight"])
-
-
-def test_reduced_rank_extrapolation_finds_the_fixed_point() -> None:
-    # x' - 1 = diag(0.9, 0.5, -0.3) (x - 1): four movements are enough for three modes.
-    snapshots, graph = snapshots_of([[1 + 0.9**i, 1 + 0.5**i, 1 + (-0.3) ** i] for i in range(5)])
-    last = snapshots[-1]["0.weight"]
-    way = torch.ones(1, 3) - last
-    for cap, share in ((0.99, 0.875), (0.01, 0.01 * float(last.norm() / way.norm()))):
-        live = {"0.weight": last.clone()}
-        jump = ReducedRankExtrapolator(cap).predict_(live, snapshots, 3, graph)
-        assert torch.allclose(live["0.weight"], last + share * way, atol=0.02)
-        assert jump.relative <= cap + 1e-6
-    still = [{"0.weight": last.clone()} for _ in range(5)]
-    assert ReducedRankExtrapolator(0.5).predict_({"0.weight": last.clone()}, still, 3, graph).distance == 0
 
 
 def test_jumps_follow_the_schedule_of_nowcasting() -> None:

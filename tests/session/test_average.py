@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
-from nino import NinoError, NowcastOptimizer, NowcastSession
+from nino import NinoError, NowcastOptimizer, NowcastPlan, NowcastSession
 from nino.snapshots.mean import MOST_ADDED, RunningMean, is_added
 
 PERIOD, AVERAGE = 12, 3
@@ -21,7 +21,7 @@ PERIOD, AVERAGE = 12, 3
 def counting(nowcaster: ScriptedNowcaster, dtype: torch.dtype = torch.float32) -> NowcastSession:
     model = nn.Linear(2, 1, bias=False, dtype=dtype)
     nn.init.zeros_(model.weight)
-    return NowcastSession(nn.Sequential(model), nowcaster, period=PERIOD, average_over=AVERAGE)
+    return NowcastSession(nn.Sequential(model), nowcaster, period=PERIOD, plan=NowcastPlan(average_over=AVERAGE))
 
 
 def count_on(session: NowcastSession, times: int) -> None:
@@ -52,13 +52,15 @@ def test_snapshots_are_means_and_the_jump_starts_from_the_last_one(dtype: torch.
 def test_after_the_last_nowcast_of_a_plan_nothing_is_kept_or_added_up() -> None:
     nowcaster = ScriptedNowcaster(add(100))
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
-    session = NowcastSession(model, nowcaster, period=PERIOD, average_over=AVERAGE, until=PERIOD + 2)
+    session = NowcastSession(
+        model, nowcaster, period=PERIOD, plan=NowcastPlan(average_over=AVERAGE, stop_after=PERIOD + 2)
+    )
     count_on(session, PERIOD - 1)
-    assert len(session.store) and session.mean.count
+    assert len(session.history.store) and session.history.mean.count
     count_on(session, PERIOD)
     assert len(nowcaster.asked) == 1
-    assert not len(session.store) and not session.mean.count
-    assert session.store._keeper._free == []  # type: ignore[attr-defined]  # no snapshot is coming
+    assert not len(session.history.store) and not session.history.mean.count
+    assert session.history.store._keeper._free == []  # type: ignore[attr-defined]  # no snapshot is coming
 
 
 def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None:
@@ -68,7 +70,7 @@ def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None
     session = counting(ScriptedNowcaster(break_down))
     count_on(session, 12)
     assert session.model[0].weight[0, 0] == 12
-    assert not session.reports or not session.reports[-1].accepted
+    assert not session.reports or not session.reports[-1].has_moved
 
 
 def test_no_room_for_the_mean_costs_the_mean_alone(
@@ -114,7 +116,7 @@ def test_mean_is_computed_in_float32() -> None:
 @pytest.mark.parametrize("average", [0, 5, 2.0, True])
 def test_averages_out_of_range_are_one_line(average: float) -> None:
     with pytest.raises(NinoError, match="average_over must be 1 to 4 steps"):
-        NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD, average_over=average)  # type: ignore[arg-type]
+        NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(average_over=average))  # type: ignore[arg-type]
 
 
 def train(steps: range, model: nn.Module, optimizer: NowcastOptimizer) -> None:
@@ -131,7 +133,7 @@ def begin() -> tuple[nn.Module, NowcastOptimizer]:
     model = mlp()
     adam = torch.optim.Adam(model.parameters(), lr=1e-2)
     return model, NowcastOptimizer(
-        adam, model, tiny_nowcaster(), period=PERIOD, rollback_window=2, average_over=AVERAGE
+        adam, model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(rollback_window=2, average_over=AVERAGE)
     )
 
 
@@ -139,7 +141,7 @@ def begin() -> tuple[nn.Module, NowcastOptimizer]:
 def test_resume_is_exact(at: int) -> None:
     model, optimizer = begin()
     train(range(40), model, optimizer)
-    assert sum(report.accepted for report in optimizer.reports) >= 2
+    assert sum(report.has_moved for report in optimizer.reports) >= 2
 
     halted, halted_optimizer = begin()
     train(range(at), halted, halted_optimizer)
@@ -163,7 +165,7 @@ def test_a_state_without_means_resumes() -> None:
     other, other_optimizer = begin()
     other.load_state_dict(model.state_dict())
     other_optimizer.load_state_dict(state)
-    assert other_optimizer.session.mean.count == 0
+    assert other_optimizer.session.history.mean.count == 0
     train(range(3, 14), other, other_optimizer)
     assert other_optimizer.session.reports or other_optimizer.session.step == 14
 
@@ -174,12 +176,14 @@ def test_a_mean_over_other_updates_is_not_gone_on_with(average: int) -> None:
     train(range(3), model, optimizer)  # one of three steps that the snapshot after four is the mean of
     other = mlp()
     adam = torch.optim.Adam(other.parameters(), lr=1e-2)
-    changed = NowcastOptimizer(adam, other, tiny_nowcaster(), period=PERIOD, rollback_window=2, average_over=average)
+    changed = NowcastOptimizer(
+        adam, other, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(rollback_window=2, average_over=average)
+    )
     other.load_state_dict(model.state_dict())
     changed.load_state_dict(optimizer.state_dict())
-    assert changed.session.mean.count == 0
+    assert changed.session.history.mean.count == 0
     train(range(3, 4), other, changed)
-    assert_same(changed.session.store.snapshots[-1], weights_of(other))
+    assert_same(changed.session.history.store.snapshots[-1], weights_of(other))
 
 
 def test_a_damaged_mean_is_refused() -> None:

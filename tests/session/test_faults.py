@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import nino
 from nino import GraphError, NinoError, NowcastOptimizer
-from nino.predict.engine.weights import PredictionWriter
+from nino.predict.engine.writer import MovementWriter
 from nino.session.judge.rule import Evidence, RollbackConfig, has_recovered
 
 TIMEOUT_S = 120
@@ -134,8 +134,8 @@ def test_a_full_disk_under_the_history(small_disk: Path, caplog: pytest.LogCaptu
     filler.unlink()
     run.train()
 
-    assert [report.accepted for report in run.optimizer.reports] == [False, True, True]
-    assert len(warnings_in(caplog)) == 2 + sum(report.rolled_back for report in run.optimizer.reports)
+    assert [report.has_moved for report in run.optimizer.reports] == [False, True, True]
+    assert len(warnings_in(caplog)) == 2 + sum((report.outcome == "rolled back") for report in run.optimizer.reports)
 
 
 def test_a_full_disk_under_the_rollback_copy(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,14 +149,14 @@ def test_a_full_disk_under_the_rollback_copy(small_disk: Path, caplog: pytest.Lo
     ]
 
     filler.unlink()
-    assert [report.accepted for report in run.train().optimizer.reports] == [False, True, True]
+    assert [report.has_moved for report in run.train().optimizer.reports] == [False, True, True]
 
 
 def test_any_state_can_be_kept_on_disk_for_a_probation(tmp_path: Path) -> None:
     # Batch norm counts its batches in whole numbers.
     runs = [Run(tmp_path, place, nn.Sequential(*mlp(), nn.BatchNorm1d(2))).train() for place in ("cpu", "disk")]
 
-    assert [report.accepted for report in runs[1].optimizer.reports] == [True] * 3
+    assert [report.has_moved for report in runs[1].optimizer.reports] == [True] * 3
     assert_same(runs[1].model.state_dict(), runs[0].model.state_dict())
 
 
@@ -164,12 +164,12 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, uninterrupted: dict[str, Tensor]
 ) -> None:
     run = Run(tmp_path / "snapshots", "disk").train(8)
-    run.session.store.finish()
+    run.session.history.store.finish()
     shutil.rmtree(tmp_path / "snapshots")  # as cleaners of temporary folders do
     run.train()
 
     assert_same(weights_of(run.model), uninterrupted)  # what was written stays readable
-    assert len(warnings_in(caplog)) == sum(report.rolled_back for report in run.optimizer.reports)
+    assert len(warnings_in(caplog)) == sum((report.outcome == "rolled back") for report in run.optimizer.reports)
     del run
     gc.collect()
     assert list((tmp_path / "snapshots").iterdir()) == []
@@ -211,7 +211,7 @@ def test_nan_losses_before_a_nowcast_are_no_reason_to_trust_it(caplog: pytest.Lo
         "nowcast after step 6 was refused, training goes on: 6 of the last 6 training losses are NaN or infinite, so "
         "it could not be judged"
     ]
-    assert [report.accepted for report in run.train(STEPS).optimizer.reports] == [False, True, True]
+    assert [report.has_moved for report in run.train(STEPS).optimizer.reports] == [False, True, True]
 
 
 def test_a_single_nan_loss_before_a_nowcast_does_not_hide_a_bad_one() -> None:
@@ -221,7 +221,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_hide_a_bad_one() -> None:
     run.train(PERIOD + PROBATION)
 
     assert math.isnan(run.optimizer.reports[0].loss_before)
-    assert run.optimizer.reports[0].rolled_back
+    assert run.optimizer.reports[0].outcome == "rolled back"
     assert max((before[name] - value).abs().max().item() for name, value in weights_of(run.model).items()) > 20
 
 
@@ -229,7 +229,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_speak_against_a_good_one() 
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: newest)).train(3).train(4, observed=nan)
     run.train(PERIOD + PROBATION, observed=lambda loss: loss * 0)
 
-    assert not run.optimizer.reports[0].rolled_back
+    assert run.optimizer.reports[0].outcome != "rolled back"
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -247,42 +247,42 @@ def test_losses_that_become_nan_in_the_probation_undo_the_nowcast() -> None:
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     run.session.nowcaster.answer = lambda newest: {n: v + 1e-3 for n, v in newest.items()}
-    assert [report.accepted for report in run.train().optimizer.reports] == [True] * 3
-    assert run.optimizer.reports[0].rolled_back
+    assert [report.has_moved for report in run.train().optimizer.reports] == [True] * 3
+    assert run.optimizer.reports[0].outcome == "rolled back"
 
 
 def test_nan_weights_are_never_nowcast_and_memory_is_bounded() -> None:
     run = Run(max_steps=None).train(PERIOD + PROBATION)
     healthy = weights_of(run.model)
     nn.init.constant_(run.model[0].bias, math.nan)
-    sizes = {len(run.train(step).session.store) for step in range(PERIOD + PROBATION, 10 * PERIOD)}
+    sizes = {len(run.train(step).session.history.store) for step in range(PERIOD + PROBATION, 10 * PERIOD)}
     assert max(sizes) == 2  # the third is of the step with the nowcast
-    assert [report.accepted for report in run.optimizer.reports][1:] == [False] * 8
+    assert [report.has_moved for report in run.optimizer.reports][1:] == [False] * 8
 
     with torch.no_grad():
         for name, value in healthy.items():
             run.model.get_parameter(name).copy_(value)
     run.optimizer.state.clear()  # Adam's moments are NaN too
     run.train(12 * PERIOD)
-    assert [report.accepted for report in run.optimizer.reports][-1]
+    assert [report.has_moved for report in run.optimizer.reports][-1]
 
 
 def test_a_prediction_that_is_nan_in_its_last_piece_only(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, calls = PredictionWriter.write, []
+    write, calls = MovementWriter.write, []
 
-    def spoilt(self: PredictionWriter, block: Any, place: Any, last: Tensor, movement: Tensor) -> None:
+    def spoilt(self: MovementWriter, block: Any, place: Any, change: Tensor) -> None:
         calls.append(block)
-        write(self, block, place, last, movement * (math.nan if len(calls) == 4 else 1))
+        write(self, block, place, change * (math.nan if len(calls) == 4 else 1))
 
-    monkeypatch.setattr(PredictionWriter, "write", spoilt)
+    monkeypatch.setattr(MovementWriter, "write", spoilt)
     run = Run().train(PERIOD)
     assert len(calls) == 4
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     assert "is NaN or infinite in torch.float32; it was refused" in warnings_in(caplog)[0]
 
-    assert [report.accepted for report in run.train().optimizer.reports] == [False, True, True]
+    assert [report.has_moved for report in run.train().optimizer.reports] == [False, True, True]
 
 
 # Models that change
@@ -346,12 +346,12 @@ def test_a_model_that_changes_between_snapshots(change: Any, line: str, caplog: 
     change(run)
     run.train()
 
-    assert [report.accepted for report in run.optimizer.reports] == [True, False, True]
+    assert [report.has_moved for report in run.optimizer.reports] == [True, False, True]
     assert [message for message in warnings_in(caplog) if "no family" not in message] == [
         f"the model has changed by update 10, snapshots start afresh: {line}",
         "nowcast after step 12 was refused, training goes on: 2 of 3 snapshots were taken since the history began",
     ]
-    assert run.session.store.steps == [20]
+    assert run.session.history.store.steps == [20]
     assert run.session.trainable_parameters().keys() == dict(run.model.named_parameters()).keys()
 
 
@@ -387,11 +387,11 @@ def test_a_vocabulary_that_outgrows_the_nowcaster_ends_nowcasting_and_not_the_ru
     train(9)
     model.resize_token_embeddings(64, mean_resizing=False)
     train(11)
-    assert len(optimizer.session.store) == 0  # no memory for what will not be read
+    assert len(optimizer.session.history.store) == 0  # no memory for what will not be read
     model.resize_token_embeddings(32)
     train(10)
 
-    assert [report.accepted for report in optimizer.reports] == [True, False, False, False, True]
+    assert [report.has_moved for report in optimizer.reports] == [True, False, False, False, True]
     start_afresh = "snapshots start afresh: resized: lm_head.weight, model.embed_tokens.weight"
     refused = (
         "was refused, training goes on: this nowcaster's table has rows for 32 words, the model has 64; use a "
@@ -441,7 +441,7 @@ def test_a_module_that_is_replaced_in_the_probation_is_not_overwritten(caplog: p
     fresh = weights_of(run.model)["2.weight"]
     run.train(PERIOD + PROBATION)
 
-    assert not run.optimizer.reports[0].rolled_back
+    assert run.optimizer.reports[0].outcome != "rolled back"
     assert (run.model[2].weight - fresh).abs().max() < 0.1
     assert warnings_in(caplog) == [
         "the model has changed by update 8, snapshots start afresh, the nowcast after step 6 is not judged: "
@@ -471,7 +471,7 @@ def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
         why = "2 of 3 snapshots were taken since the history began"
         expected.append(f"nowcast after step 12 was refused, training goes on: {why}")
     assert warnings_in(caplog) == expected
-    assert resumed.optimizer.reports[-1].accepted == (saved_at == PERIOD + 1)
+    assert resumed.optimizer.reports[-1].has_moved == (saved_at == PERIOD + 1)
 
 
 def test_a_layer_that_is_frozen_in_the_probation_is_undone_with_the_others() -> None:
@@ -480,7 +480,7 @@ def test_a_layer_that_is_frozen_in_the_probation_is_undone_with_the_others() -> 
     run.model[0].requires_grad_(False)
     run.train(PERIOD + PROBATION)
 
-    assert run.optimizer.reports[0].rolled_back
+    assert run.optimizer.reports[0].outcome == "rolled back"
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
 
 
@@ -517,9 +517,9 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
     number: Any, error: Any, times: int, monkeypatch: pytest.MonkeyPatch, term: None
 ) -> None:
     run = Run().train(PERIOD - 1)
-    write, calls, copies = PredictionWriter.write, [], []
+    write, calls, copies = MovementWriter.write, [], []
 
-    def interrupted(self: PredictionWriter, *arguments: Any) -> None:
+    def interrupted(self: MovementWriter, *arguments: Any) -> None:
         write(self, *arguments)
         calls.append(1)
         if len(calls) == 3:
@@ -527,7 +527,7 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
                 copies.append(interrupt_copies(monkeypatch, number))
             signal.raise_signal(number)
 
-    monkeypatch.setattr(PredictionWriter, "write", interrupted)
+    monkeypatch.setattr(MovementWriter, "write", interrupted)
     handler = signal.getsignal(number)
     with pytest.raises(error):
         run.train(PERIOD)
@@ -537,7 +537,7 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
     assert [len(each) >= 4 for each in copies] == [True] * (times - 1)  # the second did come during the restore
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     assert signal.getsignal(number) is handler
-    assert [report.accepted for report in run.train().optimizer.reports] == [True, True]  # who goes on, goes on
+    assert [report.has_moved for report in run.train().optimizer.reports] == [True, True]  # who goes on, goes on
 
 
 def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
-    assert run.optimizer.reports[0].rolled_back and run.session.monitor.backoff.failures == 1
+    assert (run.optimizer.reports[0].outcome == "rolled back") and run.session.monitor.backoff.failures == 1
     run.save(tmp_path / "checkpoint.pt")  # as who is interrupted does
     resumed = Run(nowcaster=run.session.nowcaster).load(tmp_path / "checkpoint.pt").train()
     assert_same(weights_of(resumed.model), weights_of(run.train().model))
@@ -584,7 +584,7 @@ def test_a_report_that_nobody_could_take_does_not_end_the_run(caplog: pytest.Log
     run = Run(on_report=take, rollback_window=0).train()
 
     assert seen == [6, 12, 18]
-    assert [report.accepted for report in run.optimizer.reports] == [True] * 3
+    assert [report.has_moved for report in run.optimizer.reports] == [True] * 3
     assert warnings_in(caplog) == [
         f"on_report failed for the nowcast after step {step}, training goes on: no connection to the dashboard"
         for step in (6, 12)
@@ -602,13 +602,13 @@ def test_a_run_shorter_than_a_period_is_plain_training_and_can_be_extended(tmp_p
     assert short.optimizer.reports == []
 
     extended = Run(max_steps=2 * PERIOD).load(tmp_path / "checkpoint.pt").train(2 * PERIOD - 1)
-    assert [(report.step, report.accepted) for report in extended.optimizer.reports] == [(6, True)]
+    assert [(report.step, report.has_moved) for report in extended.optimizer.reports] == [(6, True)]
 
 
 def test_a_run_of_unknown_length_nowcasts_to_its_end() -> None:
     run = Run(max_steps=None, rollback_window=0).train(5 * PERIOD)
 
-    assert [(r.step, r.horizon, r.accepted) for r in run.optimizer.reports] == [
+    assert [(r.step, r.horizon, r.has_moved) for r in run.optimizer.reports] == [
         (step, 3, True) for step in (6, 12, 18, 24, 30)
     ]
 
@@ -661,7 +661,7 @@ def test_a_trainer_that_is_killed_while_snapshots_are_saved(
     nowcast = callback(rollback_window=2)
     last = trainer(tmp_path, nowcast, model=llama(seed=1))
     last.train(resume_from_checkpoint=str(checkpoints / "checkpoint-9"))
-    assert [(report.step, report.accepted) for report in nowcast.reports] == [(12, False)]  # 2 of 3 snapshots
+    assert [(report.step, report.has_moved) for report in nowcast.reports] == [(12, False)]  # 2 of 3 snapshots
     assert (
         sum("nowcast.pt does not exist: nowcasting goes on with a fresh" in text for text in warnings_in(caplog)) == 1
     )

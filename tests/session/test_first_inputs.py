@@ -99,7 +99,7 @@ def test_it_is_traced_on_the_first_batch(caplog: pytest.LogCaptureFixture) -> No
     assert hooks_of(model) == 0
     for index in range(1, PERIOD):
         update(model, optimizer, index)
-    assert [report.accepted for report in optimizer.reports] == [True]
+    assert [report.has_moved for report in optimizer.reports] == [True]
     assert warnings_of(caplog) == []
 
 
@@ -197,7 +197,7 @@ def test_a_compiled_model_is_traced_and_stays_compiled(when: str, whole: bool) -
         update(called, optimizer, index)
         counts.append(compiler.calls - sum(counts))
     assert optimizer.session.graph.family == "traced"
-    assert [report.accepted for report in optimizer.reports] == [True]
+    assert [report.has_moved for report in optimizer.reports] == [True]
     assert hooks_of(called) == hooks_of(model) == 0
     assert counts[0] > 0 and set(counts) == {counts[0]}, "what is compiled stays compiled"
     torch._dynamo.reset()
@@ -265,7 +265,7 @@ def test_a_model_that_cannot_be_traced_trains_on_per_parameter(caplog: pytest.Lo
     for index in range(2 * PERIOD):
         update(model, optimizer, index)
     assert optimizer.session.graph.wiring == "per-parameter"
-    assert [report.accepted for report in optimizer.reports] == [True, True]
+    assert [report.has_moved for report in optimizer.reports] == [True, True]
     [message] = warnings_of(caplog)
     assert "OfEight cannot be traced: test_first_inputs.py:" in message
     assert "shape '[8, 4]' is invalid for input of size 8" in message
@@ -278,7 +278,7 @@ def test_arguments_without_names_are_one_warning(caplog: pytest.LogCaptureFixtur
     optimizer = wrap(model)
     for index in range(PERIOD):
         update(model, optimizer, index, scale=2.0)
-    assert [report.accepted for report in optimizer.reports] == [True]
+    assert [report.has_moved for report in optimizer.reports] == [True]
     [message] = warnings_of(caplog)
     assert "Nameless cannot be traced on its first batch: it is called with keyword arguments beside" in message
 
@@ -288,7 +288,7 @@ def test_a_model_whose_forward_is_never_called_is_one_warning(caplog: pytest.Log
     optimizer = wrap(model)
     for index in range(PERIOD):
         update(model.forward, optimizer, index)
-    assert [report.accepted for report in optimizer.reports] == [True]
+    assert [report.has_moved for report in optimizer.reports] == [True]
     [message] = warnings_of(caplog)
     assert message.startswith("Branched was trained, but its forward was not called")
 

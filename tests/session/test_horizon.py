@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from tiny import PERIOD, batch, mlp, tiny_nowcaster
 
-from nino import NowcastOptimizer, ScheduleConfig
+from nino import NowcastOptimizer
 from nino.session.horizon import has_risen, horizon_by_mass
+from nino.session.schedule import Schedule
 
-CONFIG = ScheduleConfig(period=1000, max_steps=10_000)
+CONFIG = Schedule(period=1000, max_steps=10_000)
 INTERVAL = CONFIG.interval
 
 
@@ -57,7 +58,7 @@ def test_cosine_comes_close_to_the_true_mass_and_stays_below_what_a_constant_rat
 
 def test_without_a_known_end_the_line_ends_where_it_points() -> None:
     # From 1.0 to 0.6 in 800 steps: zero after another 1,200; mass 0.6 * 1200 / 2 = 360 of 0.8 * 200 an interval.
-    rates, unknown = [1.0, 0.9, 0.8, 0.7, 0.6], ScheduleConfig(period=1000)
+    rates, unknown = [1.0, 0.9, 0.8, 0.7, 0.6], Schedule(period=1000)
     assert horizon_by_mass(40, rates, 1000, unknown) == 2
 
 
@@ -99,9 +100,9 @@ def test_no_nowcast_reads_snapshots_of_the_warm_up() -> None:
         return min(update / 8, 1.0)
 
     reports = _train(rate, 18).reports
-    assert [(report.step, report.accepted) for report in reports] == [(6, False), (12, True)]
+    assert [(report.step, report.has_moved) for report in reports] == [(6, False), (12, True)]
     assert "the learning rate rose" in reports[0].reason
-    assert [r.accepted for r in _train(rate, 18, nowcast_in_warmup=True).reports] == [True, True]
+    assert [r.has_moved for r in _train(rate, 18, nowcast_in_warmup=True).reports] == [True, True]
 
 
 def test_horizons_shrink_with_the_rate_and_the_last_ones_are_left_out() -> None:
@@ -111,5 +112,5 @@ def test_horizons_shrink_with_the_rate_and_the_last_ones_are_left_out() -> None:
     assert [report.step for report in falling] == [report.step for report in constant]
     assert all(a.horizon <= b.horizon for a, b in zip(falling, constant, strict=True))
     assert sum(a.horizon for a in falling) < sum(b.horizon for b in constant)
-    assert not falling[-1].accepted and "learning rate that is left" in falling[-1].reason
-    assert constant[-1].accepted
+    assert not falling[-1].has_moved and "learning rate that is left" in falling[-1].reason
+    assert constant[-1].has_moved

@@ -178,11 +178,11 @@ HOLDS: dict[str, Callable[[Outcome], bool]] = {
     "tied": lambda o: o.model.lm_head.weight is o.model.model.embed_tokens.weight,
     "LoRA": lambda o: o.session.graph.family == "adapters" and len(o.session.trainable_parameters()) == 4,
     "two groups": lambda o: 1e-2 < o.rates[0] <= 2e-2,
-    "averaged snapshots": lambda o: o.session.mean.count == 0 and not o.session.store.exact,
+    "averaged snapshots": lambda o: o.session.history.mean.count == 0 and not o.session.history.store.exact,
     "norms kept": lambda o: o.session.preserve_norms,
-    "ramping": lambda o: o.session.ramp.shares == 3 == o.reports[0].ramp,
-    "rollback_window kept": lambda o: not any(report.rolled_back for report in o.reports),
-    "rollback_window undone": lambda o: o.reports[0].rolled_back,
+    "ramping": lambda o: o.session.jumps.ramp.shares == 3 == o.reports[0].ramp,
+    "rollback_window kept": lambda o: not any((report.outcome == "rolled back") for report in o.reports),
+    "rollback_window undone": lambda o: o.reports[0].outcome == "rolled back",
 }
 
 
@@ -192,8 +192,8 @@ def test_conditions_are_what_they_say(condition: str) -> None:
 
     assert [report.step for report in outcome.reports] == [6, 12]
     left_out = [report.reason.startswith(("the learning rate", "the run ends")) for report in outcome.reports]
-    assert all(report.accepted or left for report, left in zip(outcome.reports, left_out, strict=True))
-    assert outcome.reports[0].accepted or condition in {*SCHEDULERS, "two groups"}
+    assert all(report.has_moved or left for report, left in zip(outcome.reports, left_out, strict=True))
+    assert outcome.reports[0].has_moved or condition in {*SCHEDULERS, "two groups"}
     assert len(outcome.rates) == outcome.session.step // outcome.session.schedule.interval
     assert len(set(outcome.rates)) > 1 or condition == "constant"
     assert HOLDS.get(condition, lambda _: True)(outcome)

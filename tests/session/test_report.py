@@ -15,7 +15,10 @@ from torch import nn
 import nino
 from nino import NowcastOptimizer, NowcastReport, NowcastSession
 from nino.graph.ir import NeuralGraph
-from nino.predict.engine.weights import Jump, PredictionWriter, SnapshotReader, SnapshotViews
+from nino.predict.engine.reader import SnapshotReader
+from nino.predict.engine.views import SnapshotViews
+from nino.predict.engine.writer import MovementWriter
+from nino.predict.movement import MovementSize
 from nino.predict.standardise import measure_snapshots
 
 ACCEPTED = NowcastReport(
@@ -90,7 +93,7 @@ def test_a_jump_is_measured_per_kind_of_weight() -> None:
     live = {name: value.clone() for name, value in before.items()}
     graph = NeuralGraph.from_model(model)
 
-    jump = tiny_nowcaster().predict_(live, snapshots, 4, graph)
+    jump = tiny_nowcaster().predict_into(live, snapshots, 4, graph)
 
     def kind_of(name: str) -> str:
         if "ln_" in name:
@@ -123,13 +126,14 @@ def test_the_measurement_reads_no_weight_again() -> None:
     graph, last = NeuralGraph.from_model(model), weights_of(model)
     snapshots = [{name: value + age * 0.1 for name, value in last.items()} for age in (2, 1, 0)]
     scalers, stored = measure_snapshots(snapshots, graph.shapes), SnapshotViews(graph, snapshots)
-    writer = PredictionWriter(graph, {name: value.clone() for name, value in last.items()}, scalers, stored)
+    writer = MovementWriter(graph, {n: v.clone() for n, v in last.items()}, stored, torch.device("cpu"))
     reader = SnapshotReader(stored, scalers, torch.device("cpu"), torch.float32)
     for block in graph.parameter_blocks:
         dense = block.kind.value == "dense"
         place = (slice(0, block.target.size), slice(0, block.source.size if dense else 1))
         standardised = reader.read(block, place)[2::3]
-        writer.write(block, place, standardised, torch.zeros_like(standardised))
+        change = reader.change(block, standardised, torch.zeros_like(standardised))
+        writer.write(block, place, change)
     for tensor in writer.tensors.values():
         tensor.fill_(1e6)
 
@@ -264,5 +268,5 @@ def test_a_session_reports_the_jump_by_kind() -> None:
 
 
 def test_a_jump_without_kinds_has_none() -> None:
-    assert Jump(1.0, 2.0).relative == 0.5 and dict(Jump(1.0, 2.0).by_kind) == {}
+    assert MovementSize(1.0, 2.0).relative == 0.5 and dict(MovementSize(1.0, 2.0).by_kind) == {}
     assert nino.NowcastReport(step=1, horizon=1, accepted=True).relative_jump_by_kind == {}

@@ -112,11 +112,11 @@ def test_resume_is_exact(name: str, integration: str, point: int, whole: Any) ->
 def test_settings_are_what_they_say(name: str, whole: Any) -> None:
     setting, folder, outcome = whole(name, "plain")
 
-    assert [(r.step, r.accepted, r.rolled_back) for r in outcome.reports] == [
+    assert [(r.step, r.has_moved, (r.outcome == "rolled back")) for r in outcome.reports] == [
         (9, True, name.startswith("undone")),
         (18, True, name.startswith("undone")),
     ]
-    assert outcome.session.rollback_copy._made is not None or "rollback_window" not in setting.attach
+    assert outcome.session.jumps.rollback_copy._made is not None or "rollback_window" not in setting.attach
     saved = torch.load(folder / f"{IN_PROBATION}.pt", weights_only=True)["optimizer"]["nowcast"]
     assert (saved["rollback_copy"] is not None) == ("rollback_window" in setting.attach)
 
@@ -176,5 +176,5 @@ def test_a_callback_joins_a_training_that_began_without_it(tmp_path: Path) -> No
     joined = integrations.callback(ALWAYS, tmp_path, start=4, save=[10], arguments=arguments)
     again = integrations.callback(ALWAYS, tmp_path, start=10, arguments=arguments)
 
-    assert [(report.step, report.accepted) for report in joined.reports] == [(9, False), (18, True)]
+    assert [(report.step, report.has_moved) for report in joined.reports] == [(9, False), (18, True)]
     assert_same(again.weights, joined.weights)

@@ -8,7 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, mlp, tiny_nowc
 from torch import Tensor, nn
 
 import nino
-from nino import NinoError, NowcastReport, NowcastSession
-from nino.session.session import without_history
+from nino import NinoError, NowcastPlan, NowcastReport, NowcastSession
+from nino.session.resume import without_history
 
 State = dict[str, Any]
 
@@ -73,24 +73,29 @@ def test_acts_at_exactly_the_right_updates() -> None:
 
     assert trace == [*range(1, 6), 106, *range(107, 112), 212, *range(213, 218), 318, 319, 320]
     assert asked(nowcaster) == [(4, [2, 4, 6]), (2, [108, 110, 112]), (1, [214, 216, 218])]
-    assert [(r.step, r.horizon, r.accepted) for r in session.reports] == [(6, 4, True), (12, 2, True), (18, 1, True)]
+    assert [(r.step, r.horizon, r.has_moved) for r in session.reports] == [(6, 4, True), (12, 2, True), (18, 1, True)]
 
 
 def test_horizons_as_asked_for() -> None:
     """At most 3 intervals, then 3, 2, 1 in a straight line until update 20; the run itself is longer."""
     nowcaster = ScriptedNowcaster(add(100))
     session = NowcastSession(
-        one_layer(), nowcaster, period=PERIOD, max_steps=40, max_horizon=3, decay_power=1, until=20, rollback_window=3
+        one_layer(),
+        nowcaster,
+        period=PERIOD,
+        max_steps=40,
+        plan=NowcastPlan(max_horizon_steps=6, horizon_decay=1, stop_after=20, rollback_window=3),
     )
     update(session, 40, losses=lambda step: 1.0 / step)
 
     assert [(report.step, report.horizon) for report in session.reports] == [(6, 3), (12, 2), (18, 1)]
-    with pytest.raises(NinoError, match=r"max_horizon=5 is beyond the nowcaster.s longest, 4$"):
-        NowcastSession(one_layer(), nowcaster, period=PERIOD, max_horizon=5)
-    with pytest.raises(NinoError, match="max_horizon must be a whole number of at least 1, got '5'"):
-        NowcastSession(one_layer(), nowcaster, period=PERIOD, max_horizon="5")  # type: ignore[arg-type]
-    with pytest.raises(NinoError, match=r"until=6 leaves no nowcast"):
-        NowcastSession(one_layer(), nowcaster, period=PERIOD, until=6)
+    assert [report.horizon_steps for report in session.reports] == [6, 4, 2]
+    with pytest.raises(
+        NinoError, match=r"max_horizon_steps=10 is beyond the nowcaster.s longest, 8 steps with period=6"
+    ):
+        NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(max_horizon_steps=10))
+    with pytest.raises(NinoError, match=r"stop_after=6 leaves no nowcast"):
+        NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(stop_after=6))
 
 
 def test_history_is_bounded() -> None:
@@ -98,7 +103,7 @@ def test_history_is_bounded() -> None:
     sizes = []
     for _ in range(20):  # far beyond the announced end, after which nothing is nowcast
         update(session)
-        sizes.append(len(session.store))
+        sizes.append(len(session.history.store))
 
     assert sizes == [0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2, *[3] * 9]
     assert len(session.reports) == 1
@@ -135,7 +140,9 @@ def test_a_run_that_ends_before_its_first_nowcast_gets_a_warning(caplog: pytest.
 
 
 def test_a_run_that_goes_on_beyond_its_end_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD, max_steps=8, rollback_window=0)
+    session = NowcastSession(
+        one_layer(), ScriptedNowcaster(add(0)), period=PERIOD, max_steps=8, plan=NowcastPlan(rollback_window=0)
+    )
     update(session, 8)
     assert not warnings_in(caplog)
     update(session, 8)
@@ -154,7 +161,7 @@ def test_a_history_that_starts_late_skips_one_nowcast_and_says_so(caplog: pytest
     assert warnings_in(caplog) == [
         "nowcast after step 6 was refused, training goes on: 2 of 3 snapshots were taken since the history began"
     ]
-    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
+    assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True)]
 
 
 # What a nowcast leaves alone
@@ -189,7 +196,7 @@ def _storages(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 def test_untouched_means_untouched() -> None:
     torch.manual_seed(0)
     model = Zoo()
-    session = NowcastSession(model, tiny_nowcaster(), period=PERIOD, batch_norm=False)
+    session = NowcastSession(model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(recalibrate_batch_norm=False))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -207,7 +214,7 @@ def test_untouched_means_untouched() -> None:
     random_states = (torch.get_rng_state(), random.getstate())
     session.after_step()
 
-    assert session.reports[-1].accepted
+    assert session.reports[-1].has_moved
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {*trainable, "head.weight"}  # nothing else, and each of them
@@ -242,12 +249,14 @@ def test_parameters_that_the_optimizer_does_not_hold_count_as_frozen() -> None:
 
 def test_bfloat16_snapshots_do_not_round_the_weights() -> None:
     model = one_layer(1.001)  # 1.0 in bfloat16, whose steps are 1 / 128 here
-    session = NowcastSession(model, ScriptedNowcaster(add(0)), period=PERIOD, snapshot_dtype=torch.bfloat16)
+    session = NowcastSession(
+        model, ScriptedNowcaster(add(0)), period=PERIOD, plan=NowcastPlan(snapshot_dtype=torch.bfloat16)
+    )
 
     for _ in range(PERIOD):
         session.after_step()
 
-    assert session.reports[-1].accepted
+    assert session.reports[-1].has_moved
     assert torch.equal(model[0].weight, torch.full((1, 2), 1.001))
 
 
@@ -289,13 +298,13 @@ def test_a_failed_nowcast_changes_no_weight_and_the_next_one_works(
     assert len(warnings_in(caplog)) == 1
     assert warnings_in(caplog)[0].startswith("nowcast after step 6 was refused, training goes on: ")
     assert reason in session.reports[0].reason
-    assert not session.reports[0].accepted
+    assert not session.reports[0].has_moved
     assert session.reports[0].as_log()["nowcast/accepted"] == 0
     assert "nowcast/jump/all" not in session.reports[0].as_log()
 
     nowcaster.answer = add(1)
     update(session, PERIOD)
-    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
+    assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True)]
     assert_same(weights_of(model), {name: value + PERIOD + 1 for name, value in expected.items()})
 
 
@@ -311,14 +320,14 @@ def test_nan_in_a_snapshot_costs_one_nowcast(caplog: pytest.LogCaptureFixture) -
     update(session, 2)
 
     assert_same(weights_of(model), {name: value + 1 + 1 for name, value in healthy.items()})
-    assert [r.accepted for r in session.reports] == [False]
+    assert [r.has_moved for r in session.reports] == [False]
     assert warnings_in(caplog) == [
         "nowcast after step 6 was refused, training goes on: snapshot 1: 0.bias holds NaN or infinity; nowcast again "
         "from healthy snapshots"
     ]
 
     update(session, PERIOD)
-    assert [r.accepted for r in session.reports] == [False, True]
+    assert [r.has_moved for r in session.reports] == [False, True]
     assert len(warnings_in(caplog)) == 1
 
 
@@ -338,21 +347,21 @@ def test_a_snapshot_that_cannot_be_taken_does_not_end_the_run(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
-    copy_one = session.store._copy
+    copy_one = session.history.store._copy
 
     def fail_once(tensor: Tensor) -> Tensor:
-        monkeypatch.setattr(session.store, "_copy", copy_one)
+        monkeypatch.setattr(session.history.store, "_copy", copy_one)
         raise RuntimeError("out of memory")
 
     update(session, 3)
-    monkeypatch.setattr(session.store, "_copy", fail_once)
+    monkeypatch.setattr(session.history.store, "_copy", fail_once)
     update(session, 9)
 
     assert warnings_in(caplog) == [
         "no snapshot after step 4, training goes on: out of memory",
         "nowcast after step 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
     ]
-    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True)]
+    assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True)]
 
 
 def test_freezing_and_unfreezing_during_the_run() -> None:
@@ -366,7 +375,7 @@ def test_freezing_and_unfreezing_during_the_run() -> None:
     model.requires_grad_(False)
     update(session, PERIOD)
 
-    assert [(r.step, r.accepted) for r in session.reports] == [(6, False), (12, True), (18, True)]
+    assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True), (18, True)]
     assert session.reports[0].reason == "1 of 3 snapshots were taken since the history began"
     assert math.isnan(session.reports[2].relative_jump)  # nothing to move
 
@@ -388,16 +397,24 @@ def test_report_of_a_worked_example() -> None:
     assert len(reports) == 1
     assert reports[0].seconds > 0
     assert replace(reports[0], seconds=0) == NowcastReport(
-        step=6, horizon=4, accepted=True, relative_jump=0.5, snapshot_bytes=24, loss_before=35, loss_at=70
+        step=6,
+        horizon=4,
+        horizon_steps=8,
+        outcome="applied",
+        relative_jump=0.5,
+        snapshot_bytes=24,
+        loss_before=35,
+        loss_at=70,
     )
     log = reports[0].as_log()
     assert log.pop("nowcast/seconds") > 0
     assert log == {
         "nowcast/step": 6,
-        "nowcast/horizon": 4,
-        "nowcast/accepted": 1,
+        "nowcast/horizon_steps": 8,
+        "nowcast/applied": 1,
         "nowcast/rolled_back": 0,
         "nowcast/left_out": 0,
+        "nowcast/refused": 0,
         "nowcast/bytes": 3 * 2 * 4,
         "nowcast/jump/all": 0.5,
         "nowcast/loss/before": 35,
@@ -427,9 +444,11 @@ def test_who_is_told_sees_the_session_after_the_update() -> None:
 
     def look(report: NowcastReport) -> None:
         state = session.state_dict()
-        seen.append((report.step, state["history"]["steps"], state["step"]))
+        seen.append((report.step, state["history"]["snapshots"]["steps"], state["step"]))
 
-    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=3, rollback_window=0, on_report=look)
+    session = NowcastSession(
+        one_layer(), ScriptedNowcaster(add(0)), period=3, on_report=look, plan=NowcastPlan(rollback_window=0)
+    )
     update(session, 4)
     assert seen == [(3, [4], 4)], "the snapshot of this step is there"
 
@@ -443,29 +462,28 @@ def test_detached_by_who_is_told(place: Any, tmp_path: Path) -> None:
         one_layer(),
         ScriptedNowcaster(add(0)),
         period=PERIOD,
-        rollback_window=0,
-        snapshots_on=place,
-        snapshot_folder=tmp_path if place == "disk" else None,
         on_report=stop,
+        plan=NowcastPlan(rollback_window=0, snapshots_on=place, snapshot_folder=tmp_path if place == "disk" else None),
     )
     update(session, 2 * PERIOD)
-    assert len(session.store) == 0 and not list(tmp_path.iterdir())
+    assert len(session.history.store) == 0 and not list(tmp_path.iterdir())
     assert [report.step for report in session.reports] == [PERIOD]
 
 
 def test_a_state_without_history_knows_nothing_of_the_weights_before() -> None:
     model = one_layer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    settings: dict[str, Any] = {"period": 12, "rollback_window": 8, "average_over": 2, "optimizer": optimizer}
+    plan = NowcastPlan(rollback_window=8, average_over=2)
+    settings: dict[str, Any] = {"period": 12, "plan": plan, "optimizer": optimizer}
     session = NowcastSession(model, ScriptedNowcaster(add(9)), **settings)
     update(session, 19, losses=float)
-    assert session.monitor.is_monitoring and session.mean.count == 1 and len(session.store) == 1
+    assert session.monitor.is_monitoring and session.history.mean.count == 1 and len(session.history.store) == 1
     resumed = NowcastSession(model, ScriptedNowcaster(add(9)), **settings)
     resumed.load_state_dict(without_history(session.state_dict()))
-    assert (resumed.step, resumed.mean.count, len(resumed.store), resumed.reports) == (19, 0, 0, [])
-    assert not resumed.trial.is_monitoring and not resumed.trial.losses
+    assert (resumed.step, resumed.history.mean.count, len(resumed.history.store), resumed.reports) == (19, 0, 0, [])
+    assert not resumed.monitor.is_monitoring and not resumed.monitor.losses
     update(resumed, 18, losses=float)
-    assert [report.accepted for report in resumed.reports] == [False, True], "the first has too few snapshots"
+    assert [report.has_moved for report in resumed.reports] == [False, True], "the first has too few snapshots"
 
 
 def test_loss_before_is_the_mean_of_twenty_updates() -> None:
@@ -535,7 +553,7 @@ def test_resumed_session_goes_on_as_if_nothing_had_happened(at: int) -> None:
     whole_nowcaster.asked.clear()
 
     late: list[NowcastReport] = []
-    resumed.trial.on_report = late.append
+    resumed.monitor.on_report = late.append
     for session in (whole, resumed):
         update(session, 15, losses=float)
 
@@ -546,14 +564,28 @@ def test_resumed_session_goes_on_as_if_nothing_had_happened(at: int) -> None:
     assert resumed.step == at + 15
 
 
+def _report(**changes: Any) -> State:
+    return {**asdict(NowcastReport(step=6, outcome="applied", horizon=3, horizon_steps=6)), **changes}
+
+
 def _opened(**changes: Any) -> State:
-    report = {"step": 6, "horizon": 3, "accepted": True}
-    opened = {"report": report, "steps_to_come": 3, "is_monitored": True, "before": [1.0, 2.0, 1.0], "after": []}
-    return {**opened, **changes}
+    waits = {"steps_to_come": 3, "is_monitored": True, "on_the_way": 0}
+    return {"report": _report(), **waits, "before": [1.0, 2.0, 1.0], "after": [], **changes}
 
 
-def _damage(**changes: Any) -> Callable[[State], State]:
-    return lambda state: {**state, **changes}
+def _damage(part: str = "", **changes: Any) -> Callable[[State], State]:
+    """Change entries of a saved state, or of one part of it."""
+    if not part:
+        return lambda state: {**state, **changes}
+    return lambda state: {**state, part: {**state[part], **changes}}
+
+
+def _snapshots(name: str, *shape: int) -> State:
+    return {"steps": [2], "snapshots": [{name: torch.ones(*shape)}], "exact": [True]}
+
+
+def _backoff(**changes: Any) -> Callable[[State], State]:
+    return _damage("monitor", backoff={"scale": 1.0, "failures": 0, "periods_to_skip": 0, **changes})
 
 
 @pytest.mark.parametrize(
@@ -562,31 +594,30 @@ def _damage(**changes: Any) -> Callable[[State], State]:
         (lambda state: {}, "damaged: KeyError"),
         (lambda state: [], "damaged: TypeError"),
         (lambda state: {k: v for k, v in state.items() if k != "step"}, "damaged: KeyError"),
-        (_damage(version=99), "has version 99, expected 4"),
-        (_damage(period=12), "the saved run had period=12, this one has 6; resume with the same period"),
-        (_damage(context=2), "the saved run had context=2, this one has 3"),
-        (_damage(step="soon"), "damaged: ValueError"),
+        (_damage(version=99), "has version 99, expected 5"),
+        (_damage("clock", period=12), "the saved run had period=12, this one has 6; resume with the same period"),
+        (_damage("clock", context=2), "the saved run had context=2, this one has 3"),
+        (_damage("clock", origin=-1), "damaged: ValueError"),
+        (_damage(step="soon"), "damaged: TypeError"),
         (_damage(step=1), "damaged: snapshots from after its 1 steps"),
-        (_damage(losses=None), "damaged: TypeError"),
-        (_damage(open_report={"accuracy": 1}), "damaged: KeyError"),
-        (_damage(history={"steps": [2]}), "damaged"),
-        (
-            _damage(history={"steps": [2], "snapshots": [{"0.weight": torch.ones(2, 3)}]}, learning_rates=[1.0]),
-            r"another model: \['0.weight'\] differ",
-        ),
-        (_damage(trust={"scale": None, "failures": 0, "periods_to_skip": 0}), "damaged: TypeError"),
-        (_damage(trust={"scale": math.nan, "failures": 0, "periods_to_skip": 0}), "damaged: ValueError"),
-        (_damage(trust={"scale": 1.0, "failures": 0, "periods_to_skip": "1"}), "damaged: TypeError"),
-        (_damage(open_report=_opened(steps_to_come=None)), "damaged: TypeError"),
-        (_damage(open_report=_opened(before=[1.0, "low", 2.0])), "damaged: ValueError"),
-        (_damage(open_report=_opened(before=[1.0])), "damaged: ValueError"),
-        (_damage(open_report=_opened()), "damaged: a nowcast in its rollback window without its rollback copy"),
-        (_damage(open_report=_opened(report={"step": "x", "horizon": 1, "accepted": True})), "damaged: TypeError"),
-        (_damage(learning_rates=[1.0]), "damaged: 1 learning rates of 2 snapshots"),
-        (
-            _damage(history={"steps": [2], "snapshots": [{"weight": torch.ones(1, 2)}]}, learning_rates=[1.0]),
-            "another model",
-        ),
+        (_damage("monitor", losses=None), "damaged: TypeError"),
+        (_damage("monitor", open_report={"accuracy": 1}), "damaged: KeyError"),
+        (_damage("history", snapshots={"steps": [2]}), "damaged"),
+        (_damage("history", snapshots=_snapshots("0.weight", 2, 3)), r"another model: \['0.weight'\] differ"),
+        (_damage("history", snapshots=_snapshots("weight", 1, 2)), "another model"),
+        (_damage("history", snapshots={**_snapshots("0.weight", 1, 2), "exact": []}), "damaged"),
+        (_damage("history", learning_rates=[]), "damaged: 0 learning rates of 2 snapshots"),
+        (_damage("history", average_over=None, mean=None), "damaged: TypeError"),
+        (_backoff(scale=None), "damaged: TypeError"),
+        (_backoff(scale=math.nan), "damaged: ValueError"),
+        (_backoff(periods_to_skip="1"), "damaged: TypeError"),
+        (_damage("monitor", open_report=_opened(steps_to_come=None)), "damaged: TypeError"),
+        (_damage("monitor", open_report=_opened(before=[1.0, "low", 2.0])), "damaged: ValueError"),
+        (_damage("monitor", open_report=_opened(before=[1.0])), "damaged: ValueError"),
+        (_damage("monitor", open_report=_opened()), "damaged: a nowcast in its rollback window without its copy"),
+        (_damage("monitor", open_report=_opened(report=_report(step="x"))), "damaged: TypeError"),
+        (_damage("monitor", open_report=_opened(report=_report(outcome="good"))), "damaged: ValueError"),
+        (_damage("ramp", steps_left=3), "damaged: ValueError"),
     ],
 )
 def test_damaged_and_foreign_states_change_nothing(spoil: Callable[[State], Any], message: str) -> None:
@@ -618,7 +649,7 @@ def test_a_layer_that_is_frozen_between_snapshots_does_not_hinder_resuming() -> 
     resumed = _resumed(whole, train_first=False)
     for session in (whole, resumed):
         update(session, 4)  # snapshot without the layer after 6 steps, which jump; the next ones after 8
-    assert [report.accepted for report in resumed.reports] == [True]
+    assert [report.has_moved for report in resumed.reports] == [True]
     assert_same(weights_of(resumed.model), weights_of(whole.model))
 
 
@@ -629,24 +660,24 @@ def test_a_layer_that_is_unfrozen_before_resuming_starts_a_fresh_history(caplog:
 
     resumed = _resumed(whole, train_first=True)
 
-    assert (resumed.step, resumed.store.steps, list(resumed._rates)) == (4, [], [])
+    assert (resumed.step, resumed.history.store.steps, list(resumed.history.rates)) == (4, [], [])
     assert warnings_in(caplog) == [
         "2 parameters are trained now and were not when it was saved (0.bias, 0.weight): snapshots start afresh"
     ]
     update(resumed, PERIOD + 2)
-    assert [(report.step, report.accepted) for report in resumed.reports] == [(6, False), (12, True)]
+    assert [(report.step, report.has_moved) for report in resumed.reports] == [(6, False), (12, True)]
 
 
 def test_detaching_gives_memory_back() -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
     update(session, PERIOD + 1)
-    keeper: Any = session.store._keeper
+    keeper: Any = session.history.store._keeper
     assert keeper._free and keeper._copiers
 
     session.detach()
 
     assert not keeper._free and not keeper._copiers
-    assert session.rollback_copy._made is None
+    assert session.jumps.rollback_copy._made is None
     assert session._is_detached
 
 
@@ -672,7 +703,7 @@ def test_compiled_and_data_parallel_wrappers_are_looked_through(process_group: N
         wrapped(inputs).sum().backward()
         session.after_step()
 
-    assert session.reports[-1].accepted
+    assert session.reports[-1].has_moved
     assert torch.equal(wrapped(inputs), model(inputs))  # the compiled function sees the new weights
 
 
@@ -709,7 +740,10 @@ def test_a_detached_session_only_counts() -> None:
 def test_matrices_keep_the_norms_of_the_newest_snapshot(preserve_norms: bool, average: int) -> None:
     model = mlp()
     session = NowcastSession(
-        model, tiny_nowcaster(), period=PERIOD, average_over=average, batch_norm=False, preserve_norms=preserve_norms
+        model,
+        tiny_nowcaster(),
+        period=PERIOD,
+        plan=NowcastPlan(average_over=average, recalibrate_batch_norm=False, preserve_norms=preserve_norms),
     )
     walked: list[dict[str, torch.Tensor]] = []
     for _ in range(PERIOD):
@@ -722,9 +756,3 @@ def test_matrices_keep_the_norms_of_the_newest_snapshot(preserve_norms: bool, av
     moved = {name: parameter.norm() / newest[name].norm() - 1 for name, parameter in model.named_parameters()}
     assert all(abs(moved[name]) > 1e-5 for name in moved if not preserve_norms or newest[name].ndim == 1)
     assert all(abs(moved[name]) < 1e-5 for name in moved if preserve_norms and newest[name].ndim == 2)
-
-
-@pytest.mark.parametrize("setting", ["preserve_norms", "batch_norm"])
-def test_switches_are_true_or_false(setting: str) -> None:
-    with pytest.raises(NinoError, match=f"{setting} must be True or False, got 'yes'"):
-        NowcastSession(mlp(), tiny_nowcaster(), period=PERIOD, **{setting: "yes"})  # type: ignore[arg-type]

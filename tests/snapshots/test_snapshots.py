@@ -28,7 +28,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as global_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nino
-from nino import NinoError, SnapshotError
+from nino import NinoError, NowcastPlan, SnapshotError
 from nino.snapshots import SnapshotStore
 from nino.snapshots.copying import SideStreamCopier
 from nino.snapshots.disk import FORMATS
@@ -435,7 +435,10 @@ def test_a_session_names_the_snapshot_that_did_not_reach_the_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = nino.NowcastSession(
-        mlp(), tiny_nowcaster(), period=PERIOD, snapshots_on="disk", snapshot_folder=tmp_path / "snapshots"
+        mlp(),
+        tiny_nowcaster(),
+        period=PERIOD,
+        plan=NowcastPlan(snapshots_on="disk", snapshot_folder=tmp_path / "snapshots"),
     )
     with monkeypatch.context() as patch:  # the disk takes the file but not its last byte
         patch.setattr(os, "replace", _no_room)
@@ -449,7 +452,7 @@ def test_a_session_names_the_snapshot_that_did_not_reach_the_disk(
         "no snapshot after step 2, training goes on: [Errno 28] No space left on device",
         "nowcast after step 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
     ]
-    assert [report.accepted for report in session.reports] == [False, True]
+    assert [report.has_moved for report in session.reports] == [False, True]
 
 
 def test_a_folder_that_is_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
@@ -469,14 +472,16 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(tmp_path: Path) -> Non
 
 def test_a_session_survives_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = mlp()
-    session = nino.NowcastSession(model, tiny_nowcaster(), period=PERIOD, snapshots_on="disk", snapshot_folder=tmp_path)
+    session = nino.NowcastSession(
+        model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(snapshots_on="disk", snapshot_folder=tmp_path)
+    )
     [folder] = tmp_path.iterdir()
     (folder / "snapshot-000002.part").symlink_to("/dev/full")
 
     for _ in range(2 * PERIOD):
         session.after_step()
 
-    assert [report.accepted for report in session.reports] == [False, True]
+    assert [report.has_moved for report in session.reports] == [False, True]
     assert caplog.messages[0] == ("no snapshot after step 4, training goes on: [Errno 28] No space left on device")
 
 
@@ -922,7 +927,7 @@ def test_a_training_is_the_same_in_every_place(place: Any, tmp_path: Path) -> No
         optimizer = nino.NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, **settings)
         for index in range(2 * PERIOD + 3):
             one_update(model, optimizer, index)
-        return weights_of(model), [report.accepted for report in optimizer.reports]
+        return weights_of(model), [report.has_moved for report in optimizer.reports]
 
     settings = {"snapshots_on": place, **({"snapshot_folder": tmp_path} if place == "disk" else {})}
     weights, accepted = train(**settings)
@@ -949,7 +954,7 @@ def test_a_run_resumes_with_snapshots_in_another_place(tmp_path: Path) -> None:
         resumed_model.load_state_dict(weights)
         resumed.load_state_dict(copy.deepcopy(state))
         one_update(resumed_model, resumed, PERIOD)
-        assert resumed.reports[-1].accepted
+        assert resumed.reports[-1].has_moved
         assert_same(weights_of(resumed_model), weights_of(model))
 
 
@@ -959,14 +964,16 @@ def test_the_callback_passes_the_place_on(tmp_path: Path) -> None:
 
     arguments: Any = SimpleNamespace(n_gpu=1)
     state: Any = SimpleNamespace(max_steps=100, global_step=0)
-    callback = NowcastCallback(tiny_nowcaster(), PERIOD, snapshots_on="disk", snapshot_folder=tmp_path / "snapshots")
+    callback = NowcastCallback(
+        tiny_nowcaster(), PERIOD, plan=NowcastPlan(snapshots_on="disk", snapshot_folder=tmp_path / "snapshots")
+    )
     callback.on_train_begin(arguments, state, None, model=mlp())  # type: ignore[arg-type]
     assert callback.session is not None
-    assert str(tmp_path / "snapshots") == str(callback.session.store.folder)
+    assert str(tmp_path / "snapshots") == str(callback.session.history.store.folder)
     assert len(list((tmp_path / "snapshots").iterdir())) == 1
 
     with pytest.raises(NinoError, match="need a snapshot_folder"):
-        NowcastCallback(tiny_nowcaster(), PERIOD, snapshots_on="disk").on_train_begin(
+        NowcastCallback(tiny_nowcaster(), PERIOD, plan=NowcastPlan(snapshots_on="disk")).on_train_begin(
             arguments,
             state,
             None,  # type: ignore[arg-type]

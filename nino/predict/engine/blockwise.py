@@ -26,16 +26,15 @@ from torch import Tensor, nn
 
 from nino.graph.ir import EdgeBlock, NeuralGraph
 from nino.predict.engine import kernels
-from nino.predict.engine.fusion import fused
+from nino.predict.engine.reader import SnapshotReader
 from nino.predict.engine.tiling import Blocks, Sizes, Strip, constant_of
-from nino.predict.engine.weights import PredictionWriter, SnapshotReader
+from nino.predict.engine.writer import MovementWriter
 from nino.predict.model.networks import Convolution, EdgeUpdate, NiNo, Wnn
 from nino.predict.partition import WHOLE, Partition
+from nino.predict.predictor import Progress
 
 MESSAGE_VECTORS = 2
 """Hidden vectors per neuron that are summed over its edges, in the round that has most."""
-Progress = Callable[[int, int], None]
-"""Called with the work done and the total, in H x H products on edges."""
 
 
 @dataclass(frozen=True)
@@ -74,29 +73,27 @@ def predict_blockwise(
     network: NiNo | Wnn,
     graph: NeuralGraph,
     reader: SnapshotReader,
-    writer: PredictionWriter,
+    writer: MovementWriter,
     positions: Tensor,
     horizon: int,
     sizes: Sizes,
     *,
     product_dtype: torch.dtype | None = None,
-    fuse: bool = False,
     progress: Progress | None = None,
     partition: Partition = WHOLE,
 ) -> None:
-    """Predict the weights that the writer wants.
+    """Predict how far the weights that the writer wants will move.
 
     Args:
         network: in evaluation mode, on the reader's device and in its dtype.
         graph: of the model.
         reader: of its snapshots.
-        writer: of the predictions; it may write into what the reader reads, which is read for the last time then.
+        writer: of the predictions.
         positions: ``[num_nodes, num_positions]``.
         horizon: snapshot intervals ahead.
         sizes: of strips and tiles.
         product_dtype: in which H x H products on edges are computed; by default the reader's dtype.
-        fuse: whether to compile what is computed on a tile.
-        progress: is told how much is done, of this process's partition.
+        progress: is told how much is done of this process's partition, in H x H products on edges.
         partition: of the work; only its own rows are read and written.
     """
     blocks = Blocks(graph, sizes, reader.device, partition)
@@ -105,7 +102,7 @@ def predict_blockwise(
         _predict_alone(network, blocks, reader, writer, horizon, _Progress(progress, 2 * num_wanted))
     else:
         tell = _Progress(progress, num_edges + 2 * num_wanted)
-        run = _Run(network, blocks, reader, product_dtype or reader.dtype, fuse, tell)
+        run = _Run(network, blocks, reader, product_dtype or reader.dtype, tell)
         run.predict(writer, positions, horizon)
 
 
@@ -113,7 +110,7 @@ def _predict_alone(
     network: Wnn,
     blocks: Blocks,
     reader: SnapshotReader,
-    writer: PredictionWriter,
+    writer: MovementWriter,
     horizon: int,
     tell: _Progress,
 ) -> None:
@@ -128,7 +125,7 @@ def _predict_alone(
                 tile = values[:, :, rows, columns].movedim(1, -1)
                 movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
             _add_trend(movement, values, factors)
-            writer.write(block, strip.place, values[:, -1], movement)
+            writer.write(block, strip.place, reader.change(block, values[:, -1], movement))
             tell.did(2 * strip.num_edges)
 
 
@@ -170,7 +167,6 @@ class _Run:
         blocks: Blocks,
         reader: SnapshotReader,
         product_dtype: torch.dtype,
-        fuse: bool,
         progress: _Progress,
     ) -> None:
         self.network = network
@@ -178,15 +174,13 @@ class _Run:
         self.reader = reader
         self.product_dtype = product_dtype
         self.progress = progress
-        self.message_sums = fused(kernels.message_sums) if fuse else kernels.message_sums
-        self.movements = fused(kernels.movements) if fuse else kernels.movements
         (self.conv, self.update), (self.last_conv, self.last_update) = network.rounds()
         self.raw = Fold(network.edge_proj.weight, network.edge_proj.bias + network.type_embed.weight)
         self.first = self.raw.then(self.update.from_edge)
         self.first_weight = self.first.transposed()
         self.hidden = Fold.of(self.update.lin)
 
-    def predict(self, writer: PredictionWriter, positions: Tensor, horizon: int) -> None:
+    def predict(self, writer: MovementWriter, positions: Tensor, horizon: int) -> None:
         """Predict the weights that the writer wants: two rounds of messages, then movements edge by edge."""
         words = self.blocks.graph.words().to(self.reader.device)
         nodes = self.network.embed_nodes(positions.to(self.reader.device, self.reader.dtype), words)
@@ -218,7 +212,7 @@ class _Run:
             first = self.first_weight[: len(values)]  # unused kernel positions are zero and drop out
             for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
                 at = strip.rows_of_source(rows), columns
-                hidden, scaled = self.message_sums(
+                hidden, scaled = kernels.message_sums(
                     values[:, rows, columns], from_source[at], from_target[rows], as_source[at], first, weight
                 )
                 sums[0, rows] += hidden
@@ -265,7 +259,7 @@ class _Run:
                     part.copy_(conv.finish(old, complete(old, means)))
         return new
 
-    def _write_movements(self, writer: PredictionWriter, after_first: Tensor, nodes: Tensor, horizon: int) -> None:
+    def _write_movements(self, writer: MovementWriter, after_first: Tensor, nodes: Tensor, horizon: int) -> None:
         """The last edge update and the head."""
         second = self.hidden.then(self.last_update.from_edge)
         third = Fold.of(self.last_update.lin).then(self.network.head_hidden)
@@ -289,12 +283,12 @@ class _Run:
                 for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
                     at = strip.rows_of_source(rows), columns
                     first_ends, second_ends = ((source[at], target[rows]) for source, target in ends)
-                    movement[:, rows, columns] = self.movements(
+                    movement[:, rows, columns] = kernels.movements(
                         values[:, rows, columns], first_ends, second_ends, weights
                     )
                 by_age = values.unflatten(0, (-1, self.reader.context))
                 _add_trend(movement, by_age, factors)
-                writer.write(block, strip.place, by_age[:, -1], movement)
+                writer.write(block, strip.place, self.reader.change(block, by_age[:, -1], movement))
                 self.progress.did(2 * strip.num_edges)
 
     def _values(self, strip: Strip) -> Tensor:

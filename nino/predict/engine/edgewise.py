@@ -5,7 +5,7 @@ Memory grows by several H-vectors per weight, so this is for small models, tests
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from nino.graph.edge_list import EdgeList
 from nino.graph.ir import NeuralGraph
 from nino.graph.rows import whole_place
-from nino.predict.engine.weights import PredictionWriter, piece_of
+from nino.predict.engine.reader import SnapshotReader
+from nino.predict.engine.views import piece_of
+from nino.predict.engine.writer import MovementWriter
 from nino.predict.model.networks import EdgeInputs, Network
 from nino.predict.model.segments import SegmentBackend
 from nino.predict.standardise import Standardiser
@@ -53,37 +55,31 @@ def graph_inputs(
 def predict_edgewise(
     network: Network,
     graph: NeuralGraph,
-    snapshots: Sequence[Mapping[str, Tensor]],
-    scalers: Mapping[str, Standardiser],
-    writer: PredictionWriter,
+    reader: SnapshotReader,
+    writer: MovementWriter,
     positions: Tensor,
     horizon: int,
     backend: SegmentBackend = "auto",
 ) -> None:
-    """Predict the weights that the writer wants.
+    """Predict how far the weights that the writer wants will move.
 
     Args:
-        network: in evaluation mode, on the device and in the dtype in which to compute.
+        network: in evaluation mode, on the reader's device and in the dtype in which to compute.
         graph: of the model.
-        snapshots: oldest first.
-        scalers: of every parameter.
+        reader: of its snapshots.
         writer: of the predictions.
         positions: ``[num_nodes, num_positions]``.
         horizon: snapshot intervals ahead.
         backend: how messages are averaged.
     """
-    device, dtype = network.head.weight.device, network.head.weight.dtype
-    exact = torch.promote_types(dtype, torch.float32)
-    states = {
-        name: scalers[name].encode_(torch.stack([s[name].to(device, exact) for s in snapshots]))
-        for name in graph.shapes
-    }
+    dtype = network.head.weight.dtype
+    states = {name: reader.read_parameter(name) for name in graph.shapes}
     edges = graph.edge_list()
     rounded = {name: state.to(dtype) for name, state in states.items()}
-    inputs = graph_inputs(edges, rounded, scalers, positions.to(device, dtype), graph.words())
-    movement = edges.parameters(network(inputs, horizon, backend).to(exact))
+    inputs = graph_inputs(edges, rounded, reader.scalers, positions.to(reader.device, dtype), graph.words())
+    movement = edges.parameters(network(inputs, horizon, backend).to(reader.dtype))
     for block in graph.parameter_blocks:
         if writer.wants(block):
             place, name = whole_place(block), str(block.parameter)
             last, moved = (piece_of(block, tensor, place) for tensor in (states[name][-1], movement[name]))
-            writer.write(block, place, last, moved)
+            writer.write(block, place, reader.change(block, last, moved))

@@ -1,4 +1,4 @@
-"""What the machine is good at: which formats it multiplies, and where compiling pays."""
+"""What the machine is good at: which formats it multiplies."""
 
 from __future__ import annotations
 
@@ -8,17 +8,6 @@ from functools import cache
 import torch
 
 logger = logging.getLogger(__name__)
-
-MIN_EDGES_TO_FUSE_CUDA = 50_000_000
-
-
-def fusing_pays(num_edges: int, device: torch.device) -> bool:
-    """Whether to compile what is computed on a tile.
-
-    On CUDA the non-linearities between the products are bound by memory; fusing them is worth the compiler's seconds
-    for a large model. On a CPU a tile stays in the cache, and fusing gained nothing (``docs/lab-notes.md``).
-    """
-    return device.type == "cuda" and num_edges >= MIN_EDGES_TO_FUSE_CUDA
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -4,8 +4,6 @@ Shapes: a tile has t targets and s sources (paired edges: t edges, s = 1). ``val
 ``[Q, t, s]``. What depends on one end only comes as ``from_source`` ``[1 or t, s, H]`` and ``from_target``
 ``[t, 1, H]``. ``n = t * s``. Products of H x H matrices run in the dtype of the matrix, everything else in that of the
 values: in bfloat16 the sums and the non-linearities would lose more than the products gain.
-
-Every function is plain tensor arithmetic, so that ``torch.compile`` can fuse it; see :mod:`nino.predict.engine.fusion`.
 """
 
 from __future__ import annotations

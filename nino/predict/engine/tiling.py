@@ -23,7 +23,7 @@ from nino.graph.ir import (
 from nino.graph.rows import Place, block_shape, moved, num_edges_at
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.partition import WHOLE, Partition
-from nino.predict.standardise import piece_size
+from nino.system.pieces import piece_size
 
 STRIP_EDGES = 2**18
 TILE_EDGES = {"cpu": 2**13, "cuda": 2**18}

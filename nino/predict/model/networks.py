@@ -161,11 +161,6 @@ class Trend(nn.Module):
         of_distances = torch.einsum("...sk,sc->...ck", chosen[..., :-1, :], differences)
         return torch.cat([of_distances, 1 + chosen[..., -1:, :]], dim=-2)
 
-    def stretch_(self, factor: float) -> None:
-        """Add up as many times the movements; what the network predicts counts as before."""
-        for parameter in self.head.parameters():
-            parameter.data[: self.steps * self.max_horizon].mul_(factor)
-
 
 def _differences(like: Tensor) -> Tensor:
     """``[C - 1, C - 1]``: turns distances from the last snapshot into movements from each snapshot to the next."""

@@ -28,7 +28,6 @@ from nino.session.judge.rule import (
     why_not_judged,
 )
 from nino.session.report import Loss, NowcastReport, OpenReport
-from nino.session.target import TrainingTarget
 
 logger = logging.getLogger("nino.session")  # that of a session: who watches its nowcasts watches one logger
 
@@ -51,17 +50,17 @@ class Monitor:
 
     Args:
         config: how long a nowcast is in its rollback window, and how strictly it is judged.
-        live: the model; processes exchange numbers on its device.
+        device: where processes exchange numbers; asked for each time.
         on_report: called with each complete report; an error that it raises is logged and ends nothing.
     """
 
     def __init__(
         self,
         config: RollbackConfig,
-        live: TrainingTarget,
+        device: Callable[[], torch.device],
         on_report: Callable[[NowcastReport], None] | None = None,
     ) -> None:
-        self.config, self._live, self.on_report = config, live, on_report
+        self.config, self._device, self.on_report = config, device, on_report
         self.backoff = Backoff()
         self.reports: list[NowcastReport] = []
         self.losses: deque[Loss] = deque(maxlen=config.losses_before)
@@ -101,7 +100,7 @@ class Monitor:
         if not self._observed or len(self._observed) % MANY_OBSERVED:
             return False
         is_stuck = self.is_monitoring and not any(math.isfinite(float(loss)) for loss in self._observed)
-        is_stuck = self.is_monitoring and is_true_everywhere(is_stuck, self._live.device)
+        is_stuck = self.is_monitoring and is_true_everywhere(is_stuck, self._device())
         del self._observed[:-MANY_OBSERVED]
         return is_stuck
 
@@ -132,7 +131,7 @@ class Monitor:
             return None
         report, is_over = nowcast.with_losses(), nowcast.steps_to_come <= 0
         after = [float(loss) for loss in nowcast.after] if nowcast.is_monitored else []
-        if nowcast.is_monitored and is_true_everywhere(bool(after), self._live.device):
+        if nowcast.is_monitored and is_true_everywhere(bool(after), self._device()):
             evidence = gather_evidence(finite(self._of_all(nowcast.before)), self._of_all(after))
             report = replace(report, loss_after=evidence.after)
             steps = step - report.step - report.ramp  # since the weights have arrived
@@ -148,8 +147,8 @@ class Monitor:
 
     def _of_all(self, losses: list[float]) -> list[float]:
         """The losses of the global batches: the mean over processes, as far back as all remember."""
-        known = int(min_over_processes(len(losses), self._live.device))
-        return mean_over_processes(losses[len(losses) - known :], self._live.device)
+        known = int(min_over_processes(len(losses), self._device()))
+        return mean_over_processes(losses[len(losses) - known :], self._device())
 
     def before_jump(self) -> list[float]:
         """The losses that a nowcast made now would be compared with, oldest first."""
@@ -168,7 +167,14 @@ class Monitor:
                 "no training losses are observed, so no nowcast can be rolled back: call observe(loss) of the "
                 "optimizer or the callback before each step, or set rollback_window=0"
             )
-        return is_true_everywhere(not why_not_judged(losses), self._live.device)
+        return is_true_everywhere(not why_not_judged(losses), self._device())
+
+    def skips_this_one(self) -> bool:
+        """Whether this nowcast is left out, after failures; that is counted."""
+        skips = self.backoff.periods_to_skip > 0
+        if skips:
+            self.backoff = self.backoff.after_skipping()
+        return skips
 
     def begin(self, report: NowcastReport, judged_by: list[float] | None = None) -> OpenReport:
         """Open a report; in its rollback window if there are losses from before the jump to judge it by."""
@@ -187,7 +193,7 @@ class Monitor:
 
     def tell(self, report: NowcastReport) -> None:
         """Log a complete report and hand it to whoever wants it."""
-        if report.accepted and is_main_process():  # others were logged when they were refused, or left out
+        if report.has_moved and is_main_process():  # others were logged when they were refused, or left out
             log_report(report)
         try:
             if self.on_report is not None:
@@ -217,7 +223,7 @@ class Monitor:
         }
 
     @staticmethod
-    def read(state: Mapping[str, Any]) -> MonitorState:
+    def parse(state: Mapping[str, Any]) -> MonitorState:
         """Check what :meth:`state_dict` gave, for :meth:`resume`.
 
         Raises:
@@ -251,5 +257,5 @@ class MonitorState:
 
 def log_report(report: NowcastReport) -> None:
     """The one log record of a nowcast, with all its numbers in ``record.nowcast``."""
-    level = logging.INFO if report.outcome in ("accepted", "left out") else logging.WARNING
+    level = logging.INFO if report.outcome in ("applied", "left out") else logging.WARNING
     logger.log(level, "%s", report, extra={"nowcast": report.as_record()})

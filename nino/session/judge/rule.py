@@ -20,9 +20,8 @@ from operator import index
 from typing import Any
 
 from nino.errors import NinoError
+from nino.plan import PART_JUDGED, NowcastPlan
 
-PART_OF_PERIOD = 10
-"""By default a rollback window takes one part in so many of a period."""
 RECOVERY = 100
 """Updates after which a good jump is no longer on its way back; that does not depend on the period."""
 PATIENT_FAILURES = 1
@@ -32,26 +31,6 @@ MIN_LOSSES_BEFORE = 3
 """Fewer losses before a jump than this say nothing of their noise."""
 
 
-def default_rollback_window(period: int) -> int:
-    """Updates that a nowcast has to recover in, unless told otherwise; 0, for never judged, if a period is below 10.
-
-    Example:
-        >>> default_rollback_window(1000)
-        100
-    """
-    return period // PART_OF_PERIOD
-
-
-def longest_rollback_window(period: int) -> int:
-    """Updates that a nowcast inconclusive is given in all: twice those of others, but no more than a good jump needs.
-
-    Example:
-        >>> longest_rollback_window(1000), longest_rollback_window(500), longest_rollback_window(200)
-        (100, 100, 40)
-    """
-    return min(RECOVERY, 2 * default_rollback_window(period))
-
-
 @dataclass(frozen=True, kw_only=True)
 class RollbackConfig:
     """How long a nowcast has to prove itself, and how strictly it is judged."""
@@ -59,7 +38,7 @@ class RollbackConfig:
     steps: int = 100
     """Optimizer steps that a nowcast has to recover in (R); 0 keeps every nowcast."""
     longest: int = 0
-    """Updates that one inconclusive after R is given in all, if they are more: see :func:`longest_rollback_window`."""
+    """Updates that one inconclusive after R is given in all, if they are more: see :func:`rollback_config`."""
     tolerance: float = 3.0
     """By how many standard errors the mean loss may exceed that before the jump, once a good one has recovered."""
     early_tolerance: float = 8.0
@@ -88,28 +67,20 @@ class RollbackConfig:
         return self.tolerance if steps >= RECOVERY else self.early_tolerance
 
 
-def rollback_config(period: int, steps: int | None = None, ramp: int = 0) -> RollbackConfig:
-    """How nowcasts of a run are judged.
+def rollback_config(plan: NowcastPlan) -> RollbackConfig:
+    """How nowcasts of a run are judged; one that is inconclusive gets twice the time, if the period has it.
 
     Args:
-        period: optimizer steps between nowcasts.
-        steps: that one has to recover in, once it has arrived; ``None`` for :func:`default_rollback_window`, 0 for
-            never.
-        ramp: steps over which a jump is dealt out, which come before.
-
-    Raises:
-        NinoError: if the next nowcast comes before the decision.
+        plan: complete.
 
     Example:
-        >>> rollback_config(1000).steps, rollback_config(1000, 0).steps
-        (100, 0)
+        >>> plan = NowcastPlan(period=500, rollback_window=50, ramp=25)
+        >>> rollback_config(plan).steps, rollback_config(plan).longest
+        (50, 100)
     """
-    chosen = default_rollback_window(period) if steps is None else steps
-    config = RollbackConfig(steps=chosen, longest=min(longest_rollback_window(period), max(period - ramp - 1, 0)))
-    if chosen and chosen + ramp >= period:
-        way = f" and a ramp of {ramp}" if ramp else ""
-        raise NinoError(f"rollback_window={chosen}{way} must end before the next nowcast, period={period} steps later")
-    return config
+    period, window, ramp = plan.period or 0, plan.rollback_window or 0, plan.ramp or 0
+    longest = min(RECOVERY, 2 * (period // PART_JUDGED), max(period - ramp - 1, 0))
+    return RollbackConfig(steps=window, longest=longest)
 
 
 def finite(losses: Sequence[float]) -> list[float]:

@@ -49,7 +49,7 @@ class BatchNormRenewal:
     def __init__(self, model: nn.Module, steps: int = RENEWAL_STEPS) -> None:
         self.model = model
         self.steps = steps
-        self._updates_left = 0
+        self._steps_left = 0
         self._known: dict[str, _Known] = {}
 
     @torch.no_grad()
@@ -60,27 +60,27 @@ class BatchNormRenewal:
             return
         layers = {name: layer for name, layer in self._layers() if _can_renew(layer)}
         if layers:
-            self._updates_left = self.steps
+            self._steps_left = self.steps
             _average_over_processes(layers.values())
             self._known = {name: _look(layer, steps=0) for name, layer in layers.items()}
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Make the last step's step of the statistics longer; after the last time, they go their usual way."""
-        if not self._updates_left:
+        if not self._steps_left:
             return
         layers = {name: layer for name, layer in self._layers() if name in self._known and layer.momentum}
         for name, layer in layers.items():
             _lengthen(layer, self._known[name])
         _average_over_processes(layers.values())
         self._known = {name: _look(layer, self._known[name].steps) for name, layer in layers.items()}
-        self._updates_left -= 1
-        if not self._updates_left:
+        self._steps_left -= 1
+        if not self._steps_left:
             self.end()
 
     def end(self) -> None:
         """Let the statistics go their usual way."""
-        self._updates_left = 0
+        self._steps_left = 0
         self._known = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,10 +93,10 @@ class BatchNormRenewal:
             }
             for name, known in self._known.items()
         }
-        return {"steps_left": self._updates_left, "known": known}
+        return {"steps_left": self._steps_left, "known": known}
 
     @staticmethod
-    def read(state: Mapping[str, Any]) -> tuple[int, dict[str, dict[str, Tensor]]]:
+    def parse(state: Mapping[str, Any]) -> tuple[int, dict[str, dict[str, Tensor]]]:
         """What :meth:`resume` takes, from a saved :meth:`state_dict`.
 
         Raises:
@@ -110,7 +110,7 @@ class BatchNormRenewal:
 
     def resume(self, saved: tuple[int, dict[str, dict[str, Tensor]]]) -> None:
         """Go on where a saved renewal was; the model's buffers must be, or will be, those of the same checkpoint."""
-        self._updates_left, known = saved
+        self._steps_left, known = saved
         self._known = {}
         for name, layer in self._layers():
             if name in known:

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from nino.errors import SnapshotError
 from nino.parallel.shards import as_sharded, local_tensor, local_tensors
+from nino.plan import Place
 from nino.session.optimizer_state.opaque_state import put_back_hidden_state, take_hidden_state
-from nino.snapshots import Place, SnapshotStore
+from nino.snapshots import SnapshotStore
 from nino.system.signals import defer_signals
 
 logger = logging.getLogger(__name__)
@@ -128,27 +129,31 @@ class RollbackCopy:
         """Everything needed to go on: numbers and tensors only."""
         return {"store": self._store.state_dict(), "numbers": dict(self._numbers)}
 
-    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`.
+    def parse(self, state: Mapping[str, Any] | None, model: nn.Module) -> RollbackCopy:
+        """A copy as :meth:`state_dict` saved it, in the place of this one, which stays as it is.
 
         Args:
-            state: what :meth:`state_dict` returned.
-            model: for the places of its buffers.
-            parameters: all that the model has: the copies may be of some of them.
+            state: what :meth:`state_dict` returned; ``None`` for an empty one.
+            model: for its parameters, of which the copies may be of some, and for the places of its buffers.
 
         Raises:
             SnapshotError: if it is damaged or of another model.
+            KeyError, TypeError, ValueError: likewise.
         """
+        found = RollbackCopy(self._place, self._folder)
+        if state is None:
+            return found
         copies = state["store"]["snapshots"]
         if len(copies) != 1:
             raise SnapshotError(f"saved rollback copy is damaged: {len(copies)} copies, expected 1")
         (taken,) = copies
         # The optimizer may not be restored yet, and buffers may grow: they are only known from the copies.
         expected = {key: tensor for key, tensor in taken.items() if not key.startswith(f"{WEIGHT}/")}
-        live = _live_tensors(model, parameters, None)
+        live = _live_tensors(model, dict(model.named_parameters()), None)
         expected |= {k: t for k, t in live.items() if k not in expected or t.shape == expected[k].shape}
-        self._store.load_state_dict(state["store"], {}, expected)
-        self._numbers = dict(state["numbers"])
+        found._store.resume(found._store.parse(state["store"], {}, expected))
+        found._numbers = dict(state["numbers"])
+        return found
 
     def _tensors(self) -> dict[tuple[str, str], Tensor]:
         snapshot = self._store.snapshots[-1] if len(self._store) else {}

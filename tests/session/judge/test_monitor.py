@@ -19,7 +19,7 @@ def jumped(**config: int) -> Monitor:
     """A trial that begins after step 500."""
     live: Any = SimpleNamespace(device=torch.device("cpu"))
     trial = Monitor(RollbackConfig(**config), live)
-    trial.begin(NowcastReport(step=500, horizon=10, accepted=True), BEFORE)
+    trial.begin(NowcastReport(step=500, horizon=10, outcome="applied"), BEFORE)
     return trial
 
 

@@ -17,7 +17,7 @@ from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
 from torch import Tensor, nn
 
 import nino.session.session
-from nino import NinoError, NowcastOptimizer
+from nino import NinoError, NowcastOptimizer, NowcastPlan
 from nino.session.judge.rule import RECOVERY, Backoff, Evidence, RollbackConfig, gather_evidence, has_recovered
 
 PERIOD, R = 30, 10
@@ -123,7 +123,11 @@ def _optimizer(model: nn.Module, answer: Any, rollback_window: int = R, base: st
         "momentum": lambda: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
     }
     return NowcastOptimizer(
-        bases[base](), model, ScriptedNowcaster(answer), period=PERIOD, rollback_window=rollback_window
+        bases[base](),
+        model,
+        ScriptedNowcaster(answer),
+        period=PERIOD,
+        plan=NowcastPlan(rollback_window=rollback_window),
     )
 
 
@@ -144,9 +148,9 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
     model = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
     optimizer = _optimizer(model, add(3), base=base)
     _train(model, optimizer, 0, PERIOD)
-    assert optimizer.reports[-1].accepted
+    assert optimizer.reports[-1].has_moved
     _train(model, optimizer, PERIOD, PERIOD + R - 1)
-    assert not optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome != "rolled back"
     _train(model, optimizer, PERIOD + R - 1, PERIOD + R)
 
     plain = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
@@ -154,7 +158,7 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
     _train(plain, other, 0, PERIOD)
 
     report = optimizer.reports[-1]
-    assert report.rolled_back
+    assert report.outcome == "rolled back"
     assert "before and" in report.reason
     assert sum("was undone" in record.getMessage() for record in caplog.records) == 1
     assert_same(model.state_dict(), plain.state_dict())  # buffers too
@@ -188,7 +192,9 @@ def test_whatever_a_model_holds_is_put_back(place: Any, tmp_path: Path) -> None:
     model, plain = Odd(), Odd()
     settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = NowcastOptimizer(adam, model, ScriptedNowcaster(add(3)), period=PERIOD, rollback_window=R, **settings)
+    optimizer = NowcastOptimizer(
+        adam, model, ScriptedNowcaster(add(3)), period=PERIOD, plan=NowcastPlan(rollback_window=R), **settings
+    )
     _train(model, optimizer, 0, PERIOD + R)
     assert [report.outcome for report in optimizer.reports] == ["rolled back"]
     base = torch.optim.AdamW(plain.parameters(), lr=1e-3)
@@ -206,7 +212,9 @@ def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCap
     model, plain = nn.Sequential(*body, nn.Linear(2, 2)), None
     plain = copy.deepcopy(model)
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = NowcastOptimizer(base, model, ScriptedNowcaster(add(3)), period=PERIOD, rollback_window=R, graph=graph)
+    optimizer = NowcastOptimizer(
+        base, model, ScriptedNowcaster(add(3)), period=PERIOD, graph=graph, plan=NowcastPlan(rollback_window=R)
+    )
     said = "2 trained parameters are not in the graph that was given and are never nowcast: 3.bias, 3.weight"
     assert [record.getMessage() for record in caplog.records] == [said]
     _train(model, optimizer, 0, PERIOD + 2)
@@ -215,7 +223,7 @@ def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCap
     file.seek(0)
     optimizer.load_state_dict(torch.load(file, weights_only=True))
     _train(model, optimizer, PERIOD + 2, PERIOD + R)
-    assert optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome == "rolled back"
     _train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3), 0, PERIOD)
     assert_same(model.state_dict(), plain.state_dict())
     assert base.state[model[3].weight]["step"] == PERIOD
@@ -234,7 +242,7 @@ def test_a_jump_that_cannot_be_completed_is_taken_back(
     _train(model, optimizer, 0, PERIOD + 2)
     _train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3), 0, PERIOD + 2)
     assert_same(model.state_dict(), plain.state_dict())
-    assert [(report.accepted, report.reason) for report in optimizer.reports] == [(False, "no such moments")]
+    assert [(report.has_moved, report.reason) for report in optimizer.reports] == [(False, "no such moments")]
     assert "no such moments" in caplog.text
 
 
@@ -268,7 +276,12 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
     def wrapped(model: nn.Module) -> NowcastOptimizer:
         settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
         return NowcastOptimizer(
-            Private(model), model, ScriptedNowcaster(add(3)), period=PERIOD, rollback_window=R, **settings
+            Private(model),
+            model,
+            ScriptedNowcaster(add(3)),
+            period=PERIOD,
+            plan=NowcastPlan(rollback_window=R),
+            **settings,
         )
 
     model, plain = mlp(), mlp()
@@ -287,7 +300,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
     _train(model, optimizer, PERIOD + R - 1, PERIOD + R)
     _train(plain, other, 0, PERIOD)
 
-    assert optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome == "rolled back"
     assert_same(weights_of(model), weights_of(plain))
     for part, expected in zip(optimizer.optimizer._parts, other._parts, strict=True):  # type: ignore[attr-defined]
         states = [list(each.state.values()) for each in (part, expected)]
@@ -340,7 +353,7 @@ def test_caches_do_not_hinder_undoing(base: str, caplog: pytest.LogCaptureFixtur
     other = _optimizer(plain, add(3), rollback_window=0, base=base).optimizer
     _train(plain, other, 0, PERIOD)
 
-    assert optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome == "rolled back"
     assert_same(weights_of(model), weights_of(plain))
     assert torch.equal(model[0].counter, plain[0].counter)
     assert model[0].grows.numel() > plain[0].grows.numel()
@@ -362,21 +375,23 @@ def test_a_rollback_copy_is_resumed_from_before_a_cache_has_grown() -> None:
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each, of in ((model, optimizer), (resumed_model, resumed)):
         _train(each, of, PERIOD + 1, PERIOD + R)
-        assert of.session.reports[-1].rolled_back
+        assert of.session.reports[-1].outcome == "rolled back"
     assert_same(weights_of(resumed_model), weights_of(model))
 
 
 def test_a_disaster_is_undone_halfway() -> None:
     model, plain = mlp(), mlp()
     bases = [torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, plain)]
-    optimizer = NowcastOptimizer(bases[0], model, ScriptedNowcaster(add(3)), period=120, rollback_window=100)
+    optimizer = NowcastOptimizer(
+        bases[0], model, ScriptedNowcaster(add(3)), period=120, plan=NowcastPlan(rollback_window=100)
+    )
     _train(model, optimizer, 0, 120 + 49)
-    assert not optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome != "rolled back"
     _train(model, optimizer, 120 + 49, 120 + 50)
     _train(plain, bases[1], 0, 120)
 
     report = optimizer.reports[-1]
-    assert report.rolled_back and report.steps_undone == 50 and "after 50 steps" in report.reason
+    assert (report.outcome == "rolled back") and report.steps_undone == 50 and "after 50 steps" in report.reason
     assert report.as_log()["nowcast/steps_undone"] == 50
     assert_same(weights_of(model), weights_of(plain))
 
@@ -395,7 +410,7 @@ def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: st
             optimizer.observe(math.inf)
     _train(plain, _optimizer(plain, add(3), rollback_window=0).optimizer, 0, PERIOD)
 
-    assert optimizer.reports[-1].rolled_back and "every step was skipped" in optimizer.reports[-1].reason
+    assert (optimizer.reports[-1].outcome == "rolled back") and "every step was skipped" in optimizer.reports[-1].reason
     assert_same(weights_of(model), weights_of(plain))
     assert optimizer.session.monitor.backoff.failures == 1
     _train(model, optimizer, PERIOD, 2 * PERIOD)  # and training goes on
@@ -408,7 +423,7 @@ def test_many_micro_batches_are_no_skipped_updates() -> None:
     _train(model, optimizer, 0, PERIOD)
     for _ in range(600):
         optimizer.observe(1.0)
-    assert not optimizer.reports[-1].rolled_back
+    assert optimizer.reports[-1].outcome != "rolled back"
     assert len(optimizer.session.monitor._observed) <= 512
 
 
@@ -417,10 +432,15 @@ def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-3)
         optimizer = NowcastOptimizer(
-            base, model, ScriptedNowcaster(good), period=PERIOD, rollback_window=R, max_steps=max_steps
+            base,
+            model,
+            ScriptedNowcaster(good),
+            period=PERIOD,
+            max_steps=max_steps,
+            plan=NowcastPlan(rollback_window=R),
         )
         _train(model, optimizer, 0, PERIOD)
-        assert optimizer.reports[-1].accepted == accepted
+        assert optimizer.reports[-1].has_moved == accepted
         assert accepted or optimizer.reports[-1].reason == "the run ends before a jump could recover"
 
 
@@ -433,7 +453,7 @@ def test_an_interrupt_after_the_prediction_leaves_a_report(monkeypatch: pytest.M
     optimizer = _optimizer(model, add(3))
     with pytest.raises(KeyboardInterrupt):
         _train(model, optimizer, 0, PERIOD)
-    assert optimizer.reports[-1].accepted  # on record, and in its rollback window
+    assert optimizer.reports[-1].has_moved  # on record, and in its rollback window
     assert optimizer.state_dict()["nowcast"]["rollback_copy"] is not None
 
 
@@ -442,7 +462,7 @@ def test_a_good_jump_is_kept() -> None:
     optimizer = _optimizer(model, good)
     _train(model, optimizer, 0, 2 * PERIOD + R)
 
-    assert [(r.accepted, r.rolled_back) for r in optimizer.reports] == [(True, False)] * 2
+    assert [(r.has_moved, (r.outcome == "rolled back")) for r in optimizer.reports] == [(True, False)] * 2
     assert all(math.isfinite(r.loss_after) for r in optimizer.reports)
 
 
@@ -454,7 +474,7 @@ def test_without_losses_there_is_no_probation() -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
 
-    assert [(r.accepted, r.rolled_back) for r in optimizer.reports] == [(True, False)]
+    assert [(r.has_moved, (r.outcome == "rolled back")) for r in optimizer.reports] == [(True, False)]
 
 
 @pytest.mark.parametrize("answer", [add(3), good], ids=["undone", "kept"])
@@ -478,7 +498,9 @@ def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: i
     _train(resumed_model, second, stop, 2 * PERIOD + R)
 
     assert_same(weights_of(resumed_model), weights_of(straight))
-    assert [r.rolled_back for r in second.reports][-1:] == [r.rolled_back for r in whole.reports][-1:]
+    assert [(r.outcome == "rolled back") for r in second.reports][-1:] == [
+        (r.outcome == "rolled back") for r in whole.reports
+    ][-1:]
     assert second.session.monitor.backoff == whole.session.monitor.backoff
 
 
@@ -499,7 +521,7 @@ def test_without_losses_nowcasts_are_kept_and_one_line_says_so(caplog: pytest.Lo
         optimizer.zero_grad()
         F.mse_loss(model(inputs), targets).backward()
         optimizer.step()
-    assert [report.accepted for report in optimizer.reports] == [True] * 3
-    assert not any(report.rolled_back for report in optimizer.reports)
+    assert [report.has_moved for report in optimizer.reports] == [True] * 3
+    assert not any((report.outcome == "rolled back") for report in optimizer.reports)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "kept without a rollback window: call observe(loss)" in warnings[0]

@@ -173,7 +173,7 @@ def test_a_compiled_model_stays_compiled() -> None:
     run = Run(_far)
     run.model.forward = torch.compile(run.model.forward, backend=compiler, fullgraph=True)
     run.train(0, 2 * PERIOD)
-    assert [report.accepted for report in run.optimizer.reports] == [True, True]
+    assert [report.has_moved for report in run.optimizer.reports] == [True, True]
     assert (compiled, called) == (1, 2 * PERIOD)
     torch._dynamo.reset()
 
@@ -200,7 +200,7 @@ def test_a_jump_that_is_undone_leaves_statistics_as_they_were() -> None:
         run.model(batch(0)[0])
         run.optimizer.observe(float("nan"))
         run.optimizer.session.after_step()
-    assert run.optimizer.reports[-1].rolled_back
+    assert run.optimizer.reports[-1].outcome == "rolled back"
     for name, value in run.model[3].named_buffers():
         assert torch.equal(value, plain.model[3].get_buffer(name)), name
 

@@ -20,7 +20,8 @@ from torch import nn
 import nino
 import nino.data
 import nino.session.jump.ramp
-from nino import NinoError, NowcastOptimizer, NowcastSession
+from nino import NinoError, NowcastOptimizer, NowcastPlan, NowcastSession
+from nino.costs import estimate_costs
 from nino.errors import SnapshotError
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import Ramp, check_ramp
@@ -53,7 +54,7 @@ def test_every_update_takes_its_share() -> None:
     session = session_of(one_layer())
     assert trace(session, 12) == [*range(1, 7), 40, 74, 108, 109, 110, 111]
     assert trace(session, 2) == [145, 179]
-    assert [(report.step, report.accepted) for report in session.reports] == [(6, True), (12, True)]
+    assert [(report.step, report.has_moved) for report in session.reports] == [(6, True), (12, True)]
 
 
 def test_it_is_reported_when_weights_have_arrived() -> None:
@@ -79,7 +80,7 @@ def test_without_it_weights_jump_at_once() -> None:
 
 def test_snapshots_see_weights_on_their_way() -> None:
     nowcaster = ScriptedNowcaster(add(90.0))
-    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, ramp=GLIDE, rollback_window=0)
+    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(ramp=GLIDE, rollback_window=0))
     update(session, 12)
     _, (_, second) = nowcaster.asked
     assert [s["0.weight"][0, 0].item() for s in second] == [8 + 60, 10 + 90, 12 + 90]
@@ -91,7 +92,9 @@ def test_it_arrives_where_a_jump_lands() -> None:
     for ramp in (0, GLIDE):
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, ramp=ramp, rollback_window=0)
+        optimizer = NowcastOptimizer(
+            base, model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(ramp=ramp, rollback_window=0)
+        )
         for index in range(PERIOD + GLIDE):
             if index == PERIOD:
                 base.param_groups[0]["lr"] = 0.0
@@ -123,7 +126,11 @@ def test_masters_of_the_weights_move_along() -> None:
     """The optimizer writes its float32 copies over the weights at every step: the way would be lost."""
     model = mlp().bfloat16()
     optimizer = NowcastOptimizer(
-        Mastered(model.parameters()), model, ScriptedNowcaster(add(3.0)), period=PERIOD, ramp=GLIDE, rollback_window=0
+        Mastered(model.parameters()),
+        model,
+        ScriptedNowcaster(add(3.0)),
+        period=PERIOD,
+        plan=NowcastPlan(ramp=GLIDE, rollback_window=0),
     )
     still: dict[str, torch.Tensor] = {}
     for index in range(PERIOD + GLIDE):
@@ -170,7 +177,10 @@ def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
     model = mlp()
     model[0].weight.data[1] = 0.3
     session = NowcastSession(
-        model, tiny_nowcaster(), period=PERIOD, average_over=2, snapshot_dtype=dtype, ramp=GLIDE, rollback_window=0
+        model,
+        tiny_nowcaster(),
+        period=PERIOD,
+        plan=NowcastPlan(average_over=2, snapshot_dtype=dtype, ramp=GLIDE, rollback_window=0),
     )
     for _ in range(PERIOD + GLIDE):
         with torch.no_grad():
@@ -179,7 +189,7 @@ def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
             model[0].weight[1] = 0.3
         before = weights_of(model)
         session.after_step()
-    assert session.reports[0].accepted and torch.equal(model[0].weight[1], torch.full_like(model[0].weight[1], 0.3))
+    assert session.reports[0].has_moved and torch.equal(model[0].weight[1], torch.full_like(model[0].weight[1], 0.3))
     assert not torch.equal(model[0].weight, before["0.weight"])
 
 
@@ -187,7 +197,7 @@ def test_recordings_say_where_weights_were_moved(tmp_path: Path) -> None:
     model = one_layer()
     base = torch.optim.SGD(model.parameters(), lr=1.0)
     optimizer = NowcastOptimizer(
-        base, model, ScriptedNowcaster(add(99.0)), period=PERIOD, ramp=GLIDE, rollback_window=0
+        base, model, ScriptedNowcaster(add(99.0)), period=PERIOD, plan=NowcastPlan(ramp=GLIDE, rollback_window=0)
     )
     recorder = nino.data.record(model, tmp_path / "run", interval=2, optimizer=optimizer)
     recorder.after_step(0)
@@ -221,7 +231,9 @@ def test_averages_begin_anew_at_the_arbaseline_and_slow_weights_go_on() -> None:
 
 def test_batch_norms_begin_anew_when_weights_have_arrived() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    session = NowcastSession(model, ScriptedNowcaster(add(1.0)), period=PERIOD, ramp=2, rollback_window=0)
+    session = NowcastSession(
+        model, ScriptedNowcaster(add(1.0)), period=PERIOD, plan=NowcastPlan(ramp=2, rollback_window=0)
+    )
     renewals = []
     for _ in range(PERIOD + 3):
         model(torch.randn(4, 2))
@@ -255,15 +267,15 @@ def weight_of(session: NowcastSession) -> float:
 def test_a_jump_is_undone_whole_once_it_has_arrived() -> None:
     session = judged(lambda since: 50.0, GLIDE + 3)
     (report,) = session.reports
-    assert report.rolled_back and report.steps_undone == GLIDE + 3
-    assert weight_of(session) == 8 * PERIOD and not session.ramp.is_on
+    assert (report.outcome == "rolled back") and report.steps_undone == GLIDE + 3
+    assert weight_of(session) == 8 * PERIOD and not session.jumps.ramp.is_on
 
 
 def test_losses_on_the_way_are_not_held_against_it() -> None:
     """High while the weights are on their way, and as before once they have arrived."""
     session = judged(lambda since: 50.0 if since <= GLIDE else 1.0, GLIDE + 3)
     (report,) = session.reports
-    assert report.accepted and not report.rolled_back and report.loss_at == report.loss_after == 1.0
+    assert report.has_moved and report.outcome != "rolled back" and report.loss_at == report.loss_after == 1.0
     assert weight_of(session) == 8 * PERIOD + GLIDE + 3 + 99
 
 
@@ -272,7 +284,11 @@ def test_a_jump_that_stops_updates_is_undone_on_its_way() -> None:
     assert weight_of(session) == 8 * PERIOD + 1 + 33
     for _ in range(MANY_SKIPPED):
         session.after_skipped_step()
-    assert session.reports[0].rolled_back and weight_of(session) == 8 * PERIOD and not session.ramp.is_on
+    assert (
+        (session.reports[0].outcome == "rolled back")
+        and weight_of(session) == 8 * PERIOD
+        and not session.jumps.ramp.is_on
+    )
 
 
 def test_a_jump_that_failed_does_not_ramp() -> None:
@@ -280,9 +296,9 @@ def test_a_jump_that_failed_does_not_ramp() -> None:
         raise RuntimeError("no memory")
 
     nowcaster = ScriptedNowcaster(fail)
-    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, ramp=GLIDE, rollback_window=0)
+    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(ramp=GLIDE, rollback_window=0))
     assert trace(session, 8) == [*range(1, 9)]
-    assert not session.reports[0].accepted and not session.ramp.is_on
+    assert not session.reports[0].has_moved and not session.jumps.ramp.is_on
 
 
 @pytest.mark.parametrize("change", ["frozen", "replaced"])
@@ -300,7 +316,7 @@ def test_what_changes_on_the_way_ends_it(change: str, caplog: pytest.LogCaptureF
     update(session, 2)
     for name, weights in weights_of(model).items():
         assert torch.equal(weights, moved[name] + 2)
-    assert not session.ramp.is_on
+    assert not session.jumps.ramp.is_on
     assert warnings_in(caplog)[0] == (
         "a nowcast ends on its way, 2 of 3 steps before the weights had arrived, training goes on: the parameters "
         "that are trained have changed"
@@ -316,7 +332,7 @@ def test_a_share_that_fails_ends_the_way_and_not_the_run(
     session = session_of(one_layer())
     update(session, PERIOD + 1)
     monkeypatch.setattr("nino.session.jump.ramp._move", fail)
-    assert trace(session, 3) == [41, 42, 43] and not session.ramp.is_on
+    assert trace(session, 3) == [41, 42, 43] and not session.jumps.ramp.is_on
     assert "2 of 3 steps before the weights had arrived, training goes on: CUDA out of mem" in warnings_in(caplog)[-1]
     with monkeypatch.context() as patch:  # but processes that hold different weights must not go on
         patch.setattr("nino.session.jump.ramp.num_processes", lambda: 2)
@@ -344,7 +360,7 @@ def test_an_interrupt_waits_for_a_share(share: int, monkeypatch: pytest.MonkeyPa
     resumed = session_of(copy.deepcopy(session.model))
     resumed.load_state_dict(session.state_dict())
     update(resumed, GLIDE - share)
-    assert weight_of(resumed) == PERIOD + GLIDE + 99 and not resumed.ramp.is_on
+    assert weight_of(resumed) == PERIOD + GLIDE + 99 and not resumed.jumps.ramp.is_on
 
 
 @pytest.mark.parametrize("end", ["finish", "detach", "reset"])
@@ -352,7 +368,7 @@ def test_the_end_of_a_run_is_the_end_of_the_way(end: str) -> None:
     session = session_of(one_layer())
     update(session, PERIOD + 1)
     getattr(session, end)()
-    assert not session.ramp.is_on and trace(session, 2) == [41, 42]
+    assert not session.jumps.ramp.is_on and trace(session, 2) == [41, 42]
 
 
 @pytest.mark.parametrize("steps_left", [GLIDE + 4, GLIDE + 5])
@@ -361,8 +377,8 @@ def test_a_jump_that_could_not_arrive_is_left_out(steps_left: int) -> None:
     session = session_of(one_layer(), max_steps=PERIOD + steps_left)
     update(session, PERIOD + 1)
     (report,) = session.reports
-    assert report.left_out == (steps_left == GLIDE + 4)
-    assert report.reason == ("the run ends before a jump could recover" if report.left_out else "")
+    assert (report.outcome == "left out") == (steps_left == GLIDE + 4)
+    assert report.reason == ("the run ends before a jump could recover" if (report.outcome == "left out") else "")
 
 
 # Saved and resumed
@@ -386,7 +402,7 @@ def test_a_state_from_before_there_were_ramps_is_read() -> None:
     update(session, PERIOD + 1)
     state = {name: value for name, value in session.state_dict().items() if name != "ramp"}
     session.load_state_dict(state)
-    assert not session.ramp.is_on and session.ramp.steps == GLIDE
+    assert not session.jumps.ramp.is_on and session.jumps.ramp.steps == GLIDE
 
 
 @pytest.mark.parametrize("change", [{"steps_left": -1}, {"steps_left": 0}, {"rest": {}}, {"rest": 3}, None])
@@ -397,7 +413,7 @@ def test_a_damaged_state_is_refused(change: dict[str, Any] | None) -> None:
     state["ramp"] = {} if change is None else {**state["ramp"], **change}
     with pytest.raises(NinoError, match="damaged"):
         session.load_state_dict(state)
-    assert session.ramp.is_on
+    assert session.jumps.ramp.is_on
 
 
 def test_the_rest_of_other_parameters_is_left_out() -> None:
@@ -417,7 +433,7 @@ def test_the_rest_of_other_parameters_is_left_out() -> None:
 def test_a_ramp_takes_at_most_half_of_a_period(ramp: Any) -> None:
     message = r"ramp must be 0 \(a jump at once\) to 3 steps, half of the period of 6, got"
     with pytest.raises(NinoError, match=message):
-        NowcastSession(one_layer(), tiny_nowcaster(), period=PERIOD, ramp=ramp)
+        NowcastSession(one_layer(), tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(ramp=ramp))
     assert check_ramp(3, PERIOD) == 3
 
 
@@ -425,17 +441,19 @@ def test_a_verdict_comes_before_the_next_nowcast() -> None:
     assert rollback_config(60, ramp=20).longest == rollback_config(60).longest == 12
     assert rollback_config(60, 6, ramp=30).longest == 12 and rollback_config(60, 6, ramp=50).longest == 9
     with pytest.raises(NinoError, match="rollback_window=4 and a ramp of 2 must end before the next nowcast, period=6"):
-        NowcastSession(one_layer(), tiny_nowcaster(), period=PERIOD, ramp=2, rollback_window=4)
+        NowcastSession(one_layer(), tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(ramp=2, rollback_window=4))
 
 
 def test_what_it_takes_is_planned() -> None:
     model = mlp()
-    session = NowcastSession(model, tiny_nowcaster(), period=60, ramp=20, rollback_window=0)
-    planned = nino.plan(model, tiny_nowcaster(), device="cpu", period=60, ramp=20, rollback_window=0).memory
+    session = NowcastSession(model, tiny_nowcaster(), period=60, plan=NowcastPlan(ramp=20, rollback_window=0))
+    planned = estimate_costs(
+        model, tiny_nowcaster(), device="cpu", period=60, plan=NowcastPlan(ramp=20, rollback_window=0)
+    )
     for _ in range(61):
         for parameter in model.parameters():
             parameter.data.mul_(1.01)
         session.after_step()
     rest = session.state_dict()["ramp"]["rest"]
     assert planned.ramp == sum(value.nbytes for value in rest.values()) > 0
-    assert nino.plan(model, tiny_nowcaster(), device="cpu", period=60).memory.ramp == 0
+    assert estimate_costs(model, tiny_nowcaster(), device="cpu", period=60).ramp == 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
 from torch import Tensor, nn
 
-from nino import NowcastOptimizer
+from nino import NowcastOptimizer, NowcastPlan
 from nino.session.optimizer_state.master_weights import find_master_weights
 
 R = 3
@@ -58,7 +58,7 @@ class Run:
             self.model,
             ScriptedNowcaster(add_three),
             period=PERIOD,
-            rollback_window=rollback_window,
+            plan=NowcastPlan(rollback_window=rollback_window),
         )
 
     def train(self, first: int, last: int) -> Run:
@@ -100,7 +100,7 @@ def test_masters_are_undone_to_the_last_bit(kind: str) -> None:
     plain.optimizer.detach()
     plain.train(0, PERIOD)
 
-    assert run.optimizer.reports[-1].rolled_back
+    assert run.optimizer.reports[-1].outcome == "rolled back"
     assert_same(weights_of(run.model), weights_of(plain.model))
     assert_same(run.states(), plain.states())
 
@@ -112,7 +112,7 @@ def test_a_jump_that_is_refused_leaves_masters_alone() -> None:
     for each in (run, plain):
         each.train(0, PERIOD)
 
-    assert not run.optimizer.reports[-1].accepted
+    assert not run.optimizer.reports[-1].has_moved
     assert_same(run.states(), plain.states())
 
 
