@@ -15,7 +15,7 @@ from nino.predict.registry import load_predictor
 from nino.session import NowcastSession
 from nino.session.report import NowcastReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
