@@ -113,7 +113,7 @@ class Arithmetic:
         with evaluation_mode(model):
             logits = _answer_logits(model, prompts, answers)
         is_said = answers != PAD
-        said = logits.log_softmax(-1).gather(-1, answers.clamp(max=PAD)[..., None])[..., 0]
+        said = logits.log_softmax(-1).gather(-1, answers.masked_fill(~is_said, END)[..., None])[..., 0]
         return {
             "reward": (said * is_said).sum(1).exp().mean().item(),
             "accuracy": ((logits.argmax(-1) == answers) | ~is_said).all(1).float().mean().item(),
