@@ -1,6 +1,6 @@
 """Reinforcement learning with verifiable rewards: a small Llama that adds two-digit numbers with partial success.
 
-It is pretrained, letter by letter, on the books and on additions and subtractions. The reward is 1 for the right sum and
+It is pretrained, letter by letter, on the books and on additions, every other one of them with a mistake. The reward is 1 for the right sum and
 0 else; the groups of answers to one question are judged against each other (GRPO, arXiv:2402.03300), once each.
 Answers are short, so that the held-out reward can be computed instead of sampled: it is the mean probability of the
 right answer.
@@ -25,8 +25,10 @@ END = 0
 PAD = len(LETTERS)
 LENGTH = 48
 """Letters of a window in pretraining."""
-PRETRAINING = 2500
-QUESTIONS, ANSWERS = 16, 8
+PRETRAINING = 3000
+MISTAKES = 0.5
+"""The part of the additions it reads whose result is wrong: it knows how to add and does not always say so."""
+QUESTIONS, ANSWERS = 32, 16
 """Of one step."""
 LONGEST = 4
 """Letters of an answer, the new line included."""
@@ -57,6 +59,14 @@ def answers_of(pairs: Tensor) -> Tensor:
     return torch.tensor([encode(text) + [PAD] * (LONGEST - len(text)) for text in texts])
 
 
+def with_mistake(number: int, generator: torch.Generator) -> str:
+    """The number with one of its digits changed."""
+    digits = list(str(number))
+    place = int(torch.randint(len(digits), (1,), generator=generator))
+    digits[place] = str((int(digits[place]) + int(torch.randint(1, 10, (1,), generator=generator))) % 10)
+    return "".join(digits)
+
+
 class Arithmetic:
     """The task, as :class:`tasks.post_cells.Workload` describes it."""
 
@@ -81,31 +91,35 @@ class Arithmetic:
         )
 
     def _pretraining_batch(self, generator: torch.Generator) -> Tensor:
-        """Half books, half problems."""
-        starts = torch.randint(len(self.text) - LENGTH, (16,), generator=generator)
+        """Books, and additions of which every other one has a wrong digit."""
+        starts = torch.randint(len(self.text) - LENGTH, (8,), generator=generator)
         books = self.text[starts[:, None] + torch.arange(LENGTH)]
         lines = []
-        for _ in range(16):
+        for _ in range(24):
             drawn = torch.randint(len(self.train_pairs), (7,), generator=generator)
-            minus = torch.rand(7, generator=generator) < 0.5
-            text = "\n"
-            for (a, b), is_minus in zip(self.train_pairs[drawn].tolist(), minus.tolist(), strict=True):
-                text += f"{a}-{b}={a - b}\n" if is_minus else f"{a}+{b}={a + b}\n"
+            wrong = torch.rand(7, generator=generator) < MISTAKES
+            text = "".join(
+                f"\n{a}+{b}={with_mistake(a + b, generator) if is_wrong else a + b}"
+                for (a, b), is_wrong in zip(self.train_pairs[drawn].tolist(), wrong.tolist(), strict=True)
+            )
             lines.append(encode(text)[:LENGTH])
         return torch.cat([books, torch.tensor(lines)])
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Answers are sampled at temperature 1; the loss is their log-probability, weighted by their advantage."""
         drawn = torch.randint(len(self.prompts), (QUESTIONS,), generator=generator)
-        prompts = self.prompts[drawn].repeat_interleave(ANSWERS, 0)
-        answers = sample(model, prompts, generator)
-        rewards = (answers == self.answers[drawn].repeat_interleave(ANSWERS, 0)).all(1).float()
+        prompts, right = self.prompts[drawn], self.answers[drawn]
+        answers = sample(model, prompts, ANSWERS, generator)
+        rewards = (answers == right.repeat_interleave(ANSWERS, 0)).all(1).float()
         groups = rewards.view(QUESTIONS, ANSWERS)
         advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
-        said = log_probabilities(model, prompts, answers)
-        is_said = answers != PAD
-        loss = -(advantages[:, None] * said * is_said).sum() / is_said.sum()
-        return loss, {"reward": rewards.mean().item(), "tokens": int(is_said.sum())}
+        count = int((answers != PAD).sum())
+        # The same answer of one group is weighted by the sum of its advantages.
+        rows = torch.cat([prompts.repeat_interleave(ANSWERS, 0), answers], 1)
+        distinct, which = rows.unique(dim=0, return_inverse=True)
+        weights = torch.zeros(len(distinct)).index_add_(0, which, advantages)
+        said = log_probabilities(model, distinct[:, : prompts.shape[1]], distinct[:, prompts.shape[1] :])
+        return -(weights[:, None] * said).sum() / count, {"reward": rewards.mean().item(), "tokens": count}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The exact held-out reward at temperature 1, the accuracy at 0, and the loss on held-out text."""
@@ -126,16 +140,22 @@ def _fresh() -> nn.Module:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: Tensor, generator: torch.Generator) -> Tensor:
-    """Answers at temperature 1, ended and padded: int64 ``[n, LONGEST]``."""
-    tokens, is_over = prompts, torch.zeros(len(prompts), dtype=torch.bool)
-    for _ in range(LONGEST):
-        logits = logits_of(model(input_ids=tokens, logits_to_keep=1))[:, -1].float()
+def sample(model: nn.Module, prompts: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` answers to each prompt at temperature 1, ended and padded: int64 ``[n * count, LONGEST]``."""
+    output: Any = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
+    known, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(count, 0)
+    known.batch_repeat_interleave(count)
+    said: list[Tensor] = []
+    is_over = torch.zeros(len(logits), dtype=torch.bool)
+    while True:
+        logits = logits.float()
         logits[:, PAD] = -torch.inf
-        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].masked_fill(is_over, PAD)
-        is_over = is_over | (drawn == END)
-        tokens = torch.cat([tokens, drawn[:, None]], 1)
-    return tokens[:, prompts.shape[1] :]
+        said.append(torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].masked_fill(is_over, PAD))
+        is_over = is_over | (said[-1] == END)
+        if len(said) == LONGEST:
+            return torch.stack(said, 1)
+        output = model(input_ids=said[-1][:, None], past_key_values=known, use_cache=True)
+        logits = output.logits[:, -1]
 
 
 def _answer_logits(model: nn.Module, prompts: Tensor, answers: Tensor) -> Tensor:

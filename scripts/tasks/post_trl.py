@@ -1,0 +1,91 @@
+"""Trainings through TRL: supervised fine-tuning with ``SFTTrainer``, preference tuning with ``DPOTrainer``.
+
+The trainers do what they do for everybody; what is nowcast and measured hangs on one callback.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from tasks.post_questions import Preferences, Questions, Sft, stories
+
+BATCH = 16
+OnStep = Callable[[int, float], None]
+"""Told of every step of the optimizer, and of its loss (NaN where that is not known)."""
+
+
+class _Watch(TrainerCallback):
+    """Hands the Trainer's steps on."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self.on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step(state.global_step, float("nan"))
+
+
+def trainer_of(
+    workload: Questions, model: nn.Module, *, rate: float, steps: int, warmup: int, seed: int, callbacks: list[Any]
+) -> Any:
+    """The TRL trainer of a workload; it has not begun.
+
+    Args:
+        workload: supervised fine-tuning or preferences.
+        model: to train; with adapters, if they are to be trained.
+        rate: of learning, at its highest.
+        steps: of the optimizer.
+        warmup: steps of them in which the rate rises; then it falls in a straight line.
+        seed: of the data and of their order.
+        callbacks: of the trainer.
+    """
+    from datasets import Dataset
+
+    told = stories(BATCH * steps, seed)
+    settings: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(prefix="nino-post-training-"),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": steps,
+        "learning_rate": rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": warmup,
+        "seed": seed,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    if isinstance(workload, Preferences):
+        from trl import DPOConfig, DPOTrainer
+
+        pairs = Dataset.from_list([{"prompt": s.prompt, "chosen": s.right, "rejected": s.wrong} for s in told])
+        reference = None if hasattr(model, "peft_config") else deepcopy(model)
+        return DPOTrainer(
+            model,
+            ref_model=reference,
+            args=DPOConfig(**settings, beta=workload.beta),
+            train_dataset=pairs,
+            processing_class=workload.tokenizer,
+            callbacks=callbacks,
+        )
+    from trl import SFTConfig, SFTTrainer
+
+    answers = Dataset.from_list([{"prompt": s.prompt, "completion": s.right} for s in told])
+    return SFTTrainer(
+        model,
+        args=SFTConfig(**settings),
+        train_dataset=answers,
+        processing_class=workload.tokenizer,
+        callbacks=callbacks,
+    )
+
+
+__all__ = ["BATCH", "OnStep", "Preferences", "Sft", "trainer_of"]
