@@ -11,7 +11,7 @@ from pathlib import Path
 from tasks.cli import fail, run_main
 from tasks.post_cells import PostCell, Workload, check_method, read_result, train, write_result
 
-TASKS = ("authors", "arithmetic")
+TASKS = ("authors", "sft", "arithmetic", "preferences")
 
 
 def workload_of(task: str, data: Path, cache: Path) -> Workload:
@@ -19,9 +19,13 @@ def workload_of(task: str, data: Path, cache: Path) -> Workload:
         from tasks.post_authors import Authors
 
         return Authors(data, cache)
-    from tasks.post_arithmetic import Arithmetic
+    if task == "arithmetic":
+        from tasks.post_arithmetic import Arithmetic
 
-    return Arithmetic(data, cache)
+        return Arithmetic(data, cache)
+    from tasks.post_trl import PreferencesThroughTrl, SftThroughTrl
+
+    return (SftThroughTrl if task == "sft" else PreferencesThroughTrl)(data, cache)
 
 
 def main(argv: list[str]) -> int:

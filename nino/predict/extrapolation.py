@@ -10,6 +10,7 @@ With snapshots ``x_0 .. x_m`` taken at ``t_0 .. t_m``, every rule here moves the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def fit_coefficients(times: Sequence[float], ahead: float, products: Tensor | No
 
 
 def _span(times: Sequence[float]) -> float:
-    if len(times) < 2 or not all(later > earlier for earlier, later in zip(times, times[1:], strict=False)):
+    if len(times) < 2 or not all(later > earlier for earlier, later in pairwise(times)):
         raise ValueError(f"expected two or more rising times of snapshots, got {list(times)}")
     return times[-1] - times[0]
 
@@ -123,3 +124,57 @@ def fit_movement(snapshots: Snapshots, times: Sequence[float], ahead: float, ran
         products = products_of(tensors) if rank else None
         movement[name] = combine(tensors, fit_coefficients(times, ahead, products, rank))
     return movement
+
+
+def agreeing_movement(snapshots: Snapshots, times: Sequence[float], ahead: float) -> dict[str, Tensor]:
+    """On at the slower of the paces of both halves of the path, where their signs agree; elsewhere nothing moves.
+
+    What is noise in the path agrees by chance only. Not linear in the snapshots, unlike the other rules here.
+
+    Args:
+        snapshots: three or more, oldest first.
+        times: as in :func:`line_coefficients`.
+        ahead: as in :func:`line_coefficients`.
+    """
+    first, last = halves(snapshots, times)
+    movement = {}
+    for name, pace in first.items():
+        slower = torch.minimum(pace.abs(), last[name].abs()) * pace.sign()
+        movement[name] = ahead * torch.where(pace.sign() == last[name].sign(), slower, 0.0)
+    return movement
+
+
+def halves(snapshots: Snapshots, times: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The paces of both halves of a path, per unit of time, by parameter name.
+
+    Raises:
+        ValueError: if there are fewer than three snapshots.
+    """
+    _span(times)
+    if len(times) < 3:
+        raise ValueError(f"a path has two halves if it has three snapshots, got {len(times)}")
+    half = len(times) // 2
+
+    def pace(start: int, end: int) -> dict[str, Tensor]:
+        spent = times[end] - times[start]
+        return {
+            name: combine([snapshots[start][name], tensor], torch.tensor([-1.0, 1.0])) / spent
+            for name, tensor in snapshots[end].items()
+        }
+
+    return pace(0, half), pace(half, len(times) - 1)
+
+
+def straightness(snapshots: Snapshots, times: Sequence[float]) -> float:
+    """How much of a path goes on: 1 for a straight line, about 0 for a random walk, below 0 if it turned back.
+
+    If every half of the path is a common pace and noise of its own, this is the part of the squared length of the whole
+    that is the common pace's, and so by how much a line through the path is best shortened.
+
+    Returns:
+        ``<u, v> / |(u + v) / 2|^2`` for the paces ``u`` and ``v`` of the halves; 0 if the weights stood still.
+    """
+    first, last = halves(snapshots, times)
+    common = sum(float((first[name].double() * last[name].double()).sum()) for name in first)
+    length = sum(float(((first[name].double() + last[name].double()) / 2).square().sum()) for name in first)
+    return common / length if length else 0.0

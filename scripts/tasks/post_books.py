@@ -21,7 +21,9 @@ def find_books(data: Path) -> list[Path]:
     """
     books = sorted((data / "text" / "gutenberg").glob("*.txt"))
     if not books:
-        raise NinoError(f"{data / 'text' / 'gutenberg'} holds no books (*.txt); name the folder of the data with --data")
+        raise NinoError(
+            f"{data / 'text' / 'gutenberg'} holds no books (*.txt); name the folder of the data with --data"
+        )
     return books
 
 

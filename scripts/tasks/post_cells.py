@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nino.errors import NinoError
 from tasks.cells import Clock, finite
-from tasks.post_methods import BASE, Driver, driver_of
+from tasks.post_methods import BASE, driver_of
 
 VERSION = 1
 """Goes up when trainings change; older results are then no longer taken for results."""
@@ -98,13 +98,59 @@ def with_adapters(model: nn.Module, targets: tuple[str, ...], seed: int) -> nn.M
     return adapted
 
 
+class Watch:
+    """Drives nowcasts and measures, after every step.
+
+    Args:
+        cell: what is trained.
+        workload: its task.
+        model: in training.
+        points: evaluations, evenly spread.
+    """
+
+    def __init__(self, cell: PostCell, workload: Workload, model: nn.Module, points: int) -> None:
+        self.cell, self.workload, self.model = cell, workload, model
+        self.every = max(1, cell.steps // points)
+        self.driver = driver_of(cell.method, model, [rate_factor(step, cell.steps) for step in range(cell.steps)])
+        self.curve: list[dict[str, Any]] = [{"step": 0, "tokens": 0, **workload.evaluate(model)}]
+        self.told: list[float | None] = []
+        self.tokens = 0
+        self.clock = Clock()
+
+    def after_step(self, step: int, told: float, tokens: int = 0) -> None:
+        """Of the optimizer; ``told`` is its loss, or its reward."""
+        self.tokens += tokens
+        self.told.append(finite(round(told, 4)))
+        self.driver.after_step(step, told)
+        if step % self.every and step != self.cell.steps:
+            return
+        spent = self.clock.spent()
+        with self.clock.paused():
+            metrics = self.workload.evaluate(self.model)
+        point = {"step": step, "tokens": self.tokens, **metrics, **spent}
+        self.curve.append({name: finite(value) for name, value in point.items()})
+
+    def result(self) -> dict[str, Any]:
+        """What is kept of the training."""
+        return {
+            "cell": asdict(self.cell),
+            "metric": self.workload.metric,
+            "higher_is_better": self.workload.higher_is_better,
+            "curve": self.curve,
+            "nowcasts": self.driver.reports,
+            "nowcast_seconds": round(self.driver.seconds, 3),
+            **self.clock.spent(),
+            "training": self.told,
+        }
+
+
 def train(cell: PostCell, workload: Workload, say: Say, points: int = 12) -> dict[str, Any]:
     """Train a cell to its end.
 
     Args:
         cell: what to train.
         workload: its task.
-        say: told how it goes.
+        say: told how it went.
         points: evaluations, evenly spread.
 
     Raises:
@@ -115,50 +161,35 @@ def train(cell: PostCell, workload: Workload, say: Say, points: int = 12) -> dic
     if cell.tuning == "lora":
         model = with_adapters(model, workload.lora_targets, cell.seed)
     model.train()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=cell.rate, weight_decay=0.0, fused=True)
+    watch = Watch(cell, workload, model, points)
     torch.manual_seed(cell.seed)  # dropout
+    through = getattr(workload, "trainer", None)
+    if through is not None:
+        warmup = max(1, round(WARMUP * cell.steps))
+        settings = {"rate": cell.rate, "steps": cell.steps, "warmup": warmup, "seed": cell.seed}
+        through(model, **settings, on_step=watch.after_step).train()
+    else:
+        _loop(cell, workload, model, watch)
+    result = watch.result()
+    last = result["curve"][-1][workload.metric]
+    say(f"{cell.label}: {workload.metric} {last or float('nan'):.4f}, {result['cpu_seconds']:.0f} s")
+    return result
+
+
+def _loop(cell: PostCell, workload: Workload, model: nn.Module, watch: Watch) -> None:
+    """A plain loop: AdamW as the Trainer makes it, without weight decay, gradients clipped."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cell.rate, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(cell.seed)
-    driver = driver_of(cell.method, model, optimizer, [rate_factor(step, cell.steps) for step in range(cell.steps)])
-    clock = Clock()
-    curve: list[dict[str, Any]] = [{"step": 0, "tokens": 0, **workload.evaluate(model)}]
-    notes: list[list[float]] = []
-    tokens = 0
-    every = max(1, cell.steps // points)
     for step in range(1, cell.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = cell.rate * rate_factor(step - 1, cell.steps)
         loss, told = workload.loss(model, generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += int(told.get("tokens", 0))
-        notes.append([round(float(told.get("reward", loss.item())), 4)])
-        driver.after_step(step, notes[-1][0])
-        if step % every == 0 or step == cell.steps:
-            spent = clock.spent()
-            with clock.paused():
-                metrics = workload.evaluate(model)
-            point = {"step": step, "tokens": tokens, **metrics, **spent}
-            curve.append({name: finite(value) for name, value in point.items()})
-    say(f"{cell.label}: {workload.metric} {curve[-1][workload.metric]:.4f}, {clock.spent()['cpu_seconds']:.0f} s")
-    return _result(cell, workload, curve, driver, clock, [finite(note[0]) for note in notes])
-
-
-def _result(
-    cell: PostCell, workload: Workload, curve: list[dict[str, Any]], driver: Driver, clock: Clock, told: list[Any]
-) -> dict[str, Any]:
-    return {
-        "cell": asdict(cell),
-        "metric": workload.metric,
-        "higher_is_better": workload.higher_is_better,
-        "curve": curve,
-        "nowcasts": driver.reports,
-        "nowcast_seconds": round(driver.seconds, 3),
-        **clock.spent(),
-        "training": told,
-    }
+        watch.after_step(step, float(told.get("reward", loss.item())), int(told.get("tokens", 0)))
 
 
 def read_result(out: Path, cell: PostCell) -> dict[str, Any] | None:
@@ -186,7 +217,7 @@ def check_method(method: str) -> str:
         NinoError: if there is none.
     """
     if method != BASE:
-        driver_of(method, None, None, [1.0])
+        driver_of(method, None, [1.0])
     return method
 
 

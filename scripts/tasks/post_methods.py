@@ -7,14 +7,12 @@ A method is written as its predictor and its settings, ``line:period=20:reach=1`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.predict.backtest import persistence
@@ -181,7 +179,7 @@ class Jumper(Driver):
         return fit_movement(self.snapshots, self.times, ahead, self.settings.rank if self.settings.kind == RANK else 0)
 
 
-def driver_of(method: str, model: nn.Module | None, optimizer: Optimizer | None, factors: list[float]) -> Driver:
+def driver_of(method: str, model: nn.Module | None, factors: list[float]) -> Driver:
     """The driver of a method.
 
     Raises:
@@ -191,6 +189,3 @@ def driver_of(method: str, model: nn.Module | None, optimizer: Optimizer | None,
         return Driver()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad} if model is not None else {}
     return Jumper(Settings.parse(method), parameters, factors)
-
-
-Make = Callable[[], Driver]

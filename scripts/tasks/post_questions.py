@@ -28,7 +28,11 @@ NAMES = ("Anna", "Tom", "Emma", "John", "Mary", "Frank", "Jane", "Harry", "Alice
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey")
 THINGS = ("book", "hat", "cup", "ring", "letter", "horse", "box", "chair", "flower", "table", "key", "stone")
 PLACES = ("house", "garden", "wood", "church", "river", "town", "field", "room")
-HELD_OUT = 256
+HELD_OUT = 128
+TAUGHT = 150
+"""Supervised steps before preferences."""
+BETA = 0.1
+"""Of DPO."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Questions:
         texts = [split_text(book) for book in find_books(data)]
         self._text = "\n".join(text for text, _ in texts)
         held_out = torch.tensor(self.tokenizer("\n".join(text for _, text in texts)).input_ids)
-        starts = torch.linspace(0, len(held_out) - LENGTH, 64).long()
+        starts = torch.linspace(0, len(held_out) - LENGTH, 48).long()
         self.held_out_text = held_out[starts[:, None] + torch.arange(LENGTH)]
         held_out_stories = stories(HELD_OUT, seed=10**6)
         self.right = self.encode([(told.prompt, told.right) for told in held_out_stories])
@@ -126,9 +130,7 @@ class Questions:
             starts = torch.randint(len(tokens[0]) - LENGTH, (16,), generator=generator)
             return tokens[0][starts[:, None] + torch.arange(LENGTH)]
 
-        return pretrained(
-            "books", self._fresh, batches, steps=PRETRAINING, rate=3e-3, cache=self.cache, say=self.say
-        )
+        return pretrained("books", self._fresh, batches, steps=PRETRAINING, rate=3e-3, cache=self.cache, say=self.say)
 
     def _fresh(self) -> nn.Module:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -187,7 +189,6 @@ class Preferences(Questions):
     """Preference tuning of a model that was taught answers: the DPO loss (arXiv:2305.18290) of held-out pairs."""
 
     metric, higher_is_better = "eval_loss", False
-    beta = 0.1
 
     def build(self, seed: int) -> nn.Module:
         """Taught by some supervised steps, the same for every seed."""
@@ -215,12 +216,9 @@ class Preferences(Questions):
         """The DPO loss, the part of pairs whose right answer is likelier, and the loss on held-out text."""
         with evaluation_mode(model):
             right, wrong = (answer_log_probabilities(model, *pair)[0] for pair in (self.right, self.wrong))
-        margin = self.beta * (right - self.before[0] - wrong + self.before[1])
+        margin = BETA * (right - self.before[0] - wrong + self.before[1])
         return {
             "eval_loss": -F.logsigmoid(margin).mean().item(),
             "accuracy": (right > wrong).float().mean().item(),
             "text_loss": self.forgetting(model),
         }
-
-
-TAUGHT = 150

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from tasks.post_questions import Preferences, Questions, Sft, stories
+from tasks.post_questions import BETA, Preferences, Questions, Sft, stories
 
 BATCH = 16
 OnStep = Callable[[int, float], None]
@@ -31,7 +31,7 @@ class _Watch(TrainerCallback):
 
 
 def trainer_of(
-    workload: Questions, model: nn.Module, *, rate: float, steps: int, warmup: int, seed: int, callbacks: list[Any]
+    workload: Questions, model: nn.Module, *, rate: float, steps: int, warmup: int, seed: int, on_step: OnStep
 ) -> Any:
     """The TRL trainer of a workload; it has not begun.
 
@@ -42,14 +42,16 @@ def trainer_of(
         steps: of the optimizer.
         warmup: steps of them in which the rate rises; then it falls in a straight line.
         seed: of the data and of their order.
-        callbacks: of the trainer.
+        on_step: is told of every step.
     """
     from datasets import Dataset
 
-    told = stories(BATCH * steps, seed)
+    is_preferences = isinstance(workload, Preferences)
+    batch = BATCH // 2 if is_preferences else BATCH
+    told, callbacks = stories(batch * steps, seed), [_Watch(on_step)]
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="nino-post-training-"),
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": batch,
         "max_steps": steps,
         "learning_rate": rate,
         "lr_scheduler_type": "linear",
@@ -61,9 +63,9 @@ def trainer_of(
         "disable_tqdm": True,
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
     }
-    if isinstance(workload, Preferences):
+    if is_preferences:
         from trl import DPOConfig, DPOTrainer
 
         pairs = Dataset.from_list([{"prompt": s.prompt, "chosen": s.right, "rejected": s.wrong} for s in told])
@@ -71,7 +73,7 @@ def trainer_of(
         return DPOTrainer(
             model,
             ref_model=reference,
-            args=DPOConfig(**settings, beta=workload.beta),
+            args=DPOConfig(**settings, beta=BETA),
             train_dataset=pairs,
             processing_class=workload.tokenizer,
             callbacks=callbacks,
@@ -88,4 +90,17 @@ def trainer_of(
     )
 
 
-__all__ = ["BATCH", "OnStep", "Preferences", "Sft", "trainer_of"]
+class SftThroughTrl(Sft):
+    """Supervised fine-tuning through TRL."""
+
+    def trainer(self, model: nn.Module, **settings: Any) -> Any:
+        """See :func:`trainer_of`."""
+        return trainer_of(self, model, **settings)
+
+
+class PreferencesThroughTrl(Preferences):
+    """Preference tuning through TRL."""
+
+    def trainer(self, model: nn.Module, **settings: Any) -> Any:
+        """See :func:`trainer_of`."""
+        return trainer_of(self, model, **settings)
