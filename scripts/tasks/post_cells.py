@@ -144,7 +144,7 @@ class Watch:
         }
 
 
-def train(cell: PostCell, workload: Workload, say: Say, points: int = 12) -> dict[str, Any]:
+def train(cell: PostCell, workload: Workload, say: Say, points: int = 10) -> dict[str, Any]:
     """Train a cell to its end.
 
     Args:

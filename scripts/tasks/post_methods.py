@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from nino.errors import NinoError
 from nino.predict.backtest import persistence
-from nino.predict.extrapolation import fit_movement, line_movement
+from nino.predict.extrapolation import agreeing_movement, fit_movement, line_movement, straightness
 
 BASE = "base"
-LINE, FIT, RANK = "line", "fit", "rank"
+LINE, FIT, RANK, AGREE = "line", "fit", "rank", "agree"
 SNAPSHOTS = 5
 """Intervals of a window."""
 Weights = dict[str, Tensor]
@@ -36,15 +36,15 @@ class Settings:
     """How many windows a jump goes ahead; the first one's, if it adapts."""
     rank: int = 1
     adapt: int = 0
-    """Whether reach follows the persistence of what was predicted."""
-    longest: float = 8.0
+    """Whether reach follows the straightness of the window."""
+    longest: float = 4.0
     """Windows, at most."""
-    left: float = 0.5
+    left: float = 1.0
     """The part of the remaining rate mass that a jump may take the place of."""
-    low: float = 0.2
-    """Persistence below which no jump is made."""
-    caution: float = 0.5
-    """The part of the distance to where persistence would be zero that a jump goes."""
+    error: float = 0.08
+    """What a jump may add of the window's crooked part, in units of its straight part."""
+    least: float = 0.5
+    """Windows; a shorter jump is not made."""
     ramp: float = 0.0
     """The part of a period over which a jump is spread."""
 
@@ -64,8 +64,8 @@ class Settings:
                 values[name] = (int if known[name] == "int" else float)(value)
             except (KeyError, ValueError):
                 raise NinoError(f"method {method!r}: {pair!r} is none of {', '.join(known)} with a number") from None
-        if kind not in (LINE, FIT, RANK):
-            raise NinoError(f"unknown method {method!r}; expected {BASE}, {LINE}, {FIT} or {RANK}")
+        if kind not in (LINE, FIT, RANK, AGREE):
+            raise NinoError(f"unknown method {method!r}; expected {BASE}, {LINE}, {FIT}, {RANK} or {AGREE}")
         return Settings(kind, **values)
 
 
@@ -97,11 +97,8 @@ class Jumper(Driver):
         """The last step of the warm-up."""
         self.snapshots: list[Weights] = []
         self.times: list[float] = []
-        self.reach = settings.reach
         self.direction: Weights | None = None
         """What a unit of rate mass did in the last window."""
-        self.jumped = 0.0
-        """Windows, after the last window."""
         self.pending: tuple[Weights, int, int] | None = None
 
     @torch.no_grad()
@@ -111,7 +108,7 @@ class Jumper(Driver):
         interval = max(1, self.settings.period // SNAPSHOTS)
         if step > self.risen and self.pending is None:
             if not self.times:
-                self._snapshot(step - 0)
+                self._snapshot(step)
             elif (step - self.first) % interval == 0:
                 self._snapshot(step)
             if step - self.first >= self.settings.period:
@@ -127,7 +124,8 @@ class Jumper(Driver):
     def _jump(self, step: int) -> None:
         window = self.times[-1] - self.times[0]
         persisted = self._backtest(window)
-        reach = self._next_reach(persisted)
+        straight = straightness(self.snapshots, self.times)
+        reach = self._next_reach(straight)
         ahead = min(reach * window, self.settings.left * (self.mass[-1] - self.mass[step]))
         movement = self._predict(ahead)
         size = sum(float(part.square().sum()) for part in movement.values()) ** 0.5
@@ -136,11 +134,11 @@ class Jumper(Driver):
             {
                 "step": step,
                 "reach": round(ahead / window, 3),
+                "straightness": round(straight, 3),
                 "persistence": None if persisted is None else round(persisted, 3),
                 "relative_jump": size / norm,
             }
         )
-        self.reach, self.jumped = reach, ahead / window
         steps = max(1, round(self.settings.ramp * self.settings.period))
         self.pending = (movement, steps, steps)
         self.snapshots, self.times = [], []
@@ -162,18 +160,18 @@ class Jumper(Driver):
         self.direction = moved
         return persisted
 
-    def _next_reach(self, persisted: float | None) -> float:
-        """From where persistence would be zero, if it fell in a straight line (a secant, as Aitken's)."""
+    def _next_reach(self, straight: float) -> float:
+        """So far that the crooked part, which grows with the distance, stays a small part of the straight one."""
         if not self.settings.adapt:
             return self.settings.reach
-        if persisted is None:
+        if straight <= 0:
             return 0.0
-        if persisted < self.settings.low:
-            return 0.0
-        to_go = (1 + self.jumped) / max(1 - persisted, 1e-3)
-        return min(self.settings.caution * to_go, self.settings.longest, 2 * (1 + self.jumped))
+        reach = self.settings.error * straight / max(1 - straight, 1e-6)
+        return 0.0 if reach < self.settings.least else min(reach, self.settings.longest)
 
     def _predict(self, ahead: float) -> Weights:
+        if self.settings.kind == AGREE:
+            return agreeing_movement(self.snapshots, self.times, ahead)
         if self.settings.kind == LINE:
             return line_movement(self.snapshots, self.times, ahead)
         return fit_movement(self.snapshots, self.times, ahead, self.settings.rank if self.settings.kind == RANK else 0)
