@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tasks.images import load_images
-from tasks.stacked import Stacked, train_stacked
-from tasks.zoo_models import FAMILIES, Architecture, build, sample_architecture
 from torch import Tensor
 from torch.func import functional_call
 
-from nino.files import save_whole
+from nino.system.files import save_whole
+from tasks.images import load_images
+from tasks.stacked import Stacked, train_stacked
+from tasks.zoo_models import FAMILIES, Architecture, build, sample_architecture
 
 MEMBERS = 8
 BATCH = 64
 FAMILY_ORDER = ("cnn", "vit", "resnet", "cnn", "mixer", "deepsets", "cnn", "vit", "resnet", "mixer")
-LONGEST, SHORTEST = 1200, 60
+LONGEST, SHORTEST = 900, 50
 """Steps of training."""
 RATES = (3e-4, 2e-2)
 
@@ -83,8 +83,8 @@ def make_group(index: int, seed: int, images: dict[str, Tensor]) -> dict[str, An
     steps = (SHORTEST * (LONGEST / SHORTEST) ** uniform[1]).long()
     decays = torch.tensor([0.0, 0.01, 0.1])[torch.randint(3, (MEMBERS,), generator=generator)]
 
-    def draw() -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(images["train_labels"]), (MEMBERS, BATCH), generator=generator)
+    def draw(active: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(images["train_labels"]), (len(active), BATCH), generator=generator)
         return images["train_images"][chosen], images["train_labels"][chosen]
 
     trained = train_stacked(models, F.cross_entropy, draw, lrs, steps, decays)

@@ -28,7 +28,7 @@ def unstack(parameters: Stacked, index: int) -> Stacked:
 def train_stacked(
     models: Sequence[nn.Module],
     loss: Callable[..., Tensor],
-    draw: Callable[[], tuple[Tensor, ...]],
+    draw: Callable[[Tensor], tuple[Tensor, ...]],
     lrs: Tensor,
     steps: Tensor,
     weight_decays: Tensor | None = None,
@@ -39,7 +39,8 @@ def train_stacked(
     Args:
         models: of one architecture, with the weights to begin with.
         loss: of the model's output and what follows the input in a batch.
-        draw: the next batch of all models: inputs ``[M, n, ...]`` and whatever the loss reads besides.
+        draw: the next batch of the models of some indices, those that are not done yet: inputs ``[m, n, ...]`` and
+            whatever the loss reads besides.
         lrs: learning rates, ``[M]``.
         steps: int64 ``[M]``, how many steps each is trained.
         weight_decays: ``[M]``, zero by default.
@@ -57,18 +58,25 @@ def train_stacked(
     gradient = vmap(grad_and_value(loss_of))
     mean = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
     square = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    out: list[Stacked | None] = [None] * len(models)
+    done: dict[int, Stacked] = {}
     decays = torch.zeros_like(lrs) if weight_decays is None else weight_decays
+    active = torch.arange(len(models))
     for step in range(1, int(steps.max()) + 1):
-        gradients, _ = gradient(parameters, *draw())
-        part = (step / steps).clamp(max=1)
-        rates = lrs * (0.5 + 0.5 * torch.cos(math.pi * part)) if decay else lrs
+        gradients, _ = gradient(parameters, *draw(active))
+        rates = lrs[active]
+        if decay:
+            rates = rates * (0.5 + 0.5 * torch.cos(math.pi * step / steps[active]))
         for name, tensor in parameters.items():
-            rate = rates.view(-1, *[1] * (tensor.dim() - 1))
+            rate, shrink = (v.view(-1, *[1] * (tensor.dim() - 1)) for v in (rates, 1 - rates * decays[active]))
             mean[name].lerp_(gradients[name], 1 - BETAS[0])
             square[name].lerp_(gradients[name].square(), 1 - BETAS[1])
             size = (square[name] / (1 - BETAS[1] ** step)).sqrt_().add_(1e-8)
-            tensor.mul_(1 - rate * decays.view_as(rate)).sub_(rate * mean[name] / (1 - BETAS[0] ** step) / size)
-        for index in (steps == step).nonzero().flatten().tolist():
-            out[index] = unstack(parameters, index)
-    return [trained for trained in out if trained is not None]
+            tensor.mul_(shrink).sub_(rate * mean[name] / (1 - BETAS[0] ** step) / size)
+        is_done = steps[active] == step
+        if bool(is_done.any()):
+            done |= {int(active[row]): unstack(parameters, int(row)) for row in is_done.nonzero().flatten()}
+            parameters, mean, square = (
+                {name: tensor[~is_done] for name, tensor in state.items()} for state in (parameters, mean, square)
+            )
+            active = active[~is_done]
+    return [done[index] for index in range(len(models))]

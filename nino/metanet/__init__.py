@@ -1,0 +1,1 @@
+"""Graph metanetworks: networks that read, predict and edit the weights of other networks."""
