@@ -1,1 +1,8 @@
 """Graph metanetworks: networks that read, predict and edit the weights of other networks."""
+
+from nino.metanet.config import MetanetConfig
+from nino.metanet.inputs import GraphInputs, union
+from nino.metanet.network import GraphMetanetwork
+from nino.metanet.training import FitReport, fit
+
+__all__ = ["FitReport", "GraphInputs", "GraphMetanetwork", "MetanetConfig", "fit", "union"]
