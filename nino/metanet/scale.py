@@ -17,7 +17,6 @@ from nino.metanet.config import SYMMETRIES, MetanetConfig
 from nino.metanet.inputs import PLACE_FEATURES, GraphInputs
 from nino.metanet.layers import Encoded, Encoder, mlp, segment_mean
 
-
 TOLD = 1e3
 """Products below 1 / 1000 are told by their size, larger ones by its logarithm."""
 
