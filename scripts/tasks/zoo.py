@@ -60,8 +60,8 @@ def split(zoo: list[Member], task: str) -> Split:
     """Networks to train on, to choose rates by, and to report on.
 
     ``"all"``: 70 / 10 / 20 per cent, by network. ``"tenth"``: a tenth of these to train on, the same to report on.
-    ``"width"``: trained on the narrower half of each family's widths, reported on the wider. ``"architecture"``: trained
-    on all but vision transformers, reported on these.
+    ``"width"``: trained on the narrower half of each family's widths, reported on the wider. ``"architecture"``:
+    trained on all but vision transformers, reported on these.
     """
     order = torch.randperm(len(zoo), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
     shuffled = [zoo[index] for index in order]
