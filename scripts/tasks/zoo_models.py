@@ -13,7 +13,7 @@ FAMILIES = ("cnn", "resnet", "deepsets", "vit", "mixer")
 WIDTHS: dict[str, tuple[int, ...]] = {
     "cnn": (4, 6, 8, 12, 16, 24),
     "resnet": (4, 6, 8, 12, 16),
-    "deepsets": (16, 24, 32, 48, 64),
+    "deepsets": (8, 12, 16, 24, 32),
     "vit": (16, 24, 32),
     "mixer": (16, 24, 32),
 }
