@@ -7,7 +7,7 @@ while one is missing. It never touches values. :meth:`GraphBuilder.block` adds a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -61,10 +61,14 @@ def check_graph(graph: NeuralGraph, model: nn.Module) -> None:
 
 
 class GraphBuilder:
-    """Collect groups and blocks of one model; see ``nino/graph/architectures`` for how it reads in use."""
+    """Collect groups and blocks of one model; see ``nino/graph/architectures`` for how it reads in use.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.shapes = graph_parameters(model)
+    Args:
+        model: whose parameters are wired, or their names and shapes.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = graph_parameters(model) if isinstance(model, nn.Module) else dict(model)
         self._groups: dict[str, NeuronGroup] = {}
         self._axes: dict[str, Axis] = {}
         self._blocks: list[EdgeBlock] = []

@@ -318,6 +318,29 @@ class NeuralGraph:
 
         return wire(model, wiring, example_inputs)
 
+    def to_json(self) -> str:
+        """Write the graph as one line of JSON that :meth:`from_json` reads; see :mod:`nino.graph.serialise`.
+
+        Example:
+            >>> graph = NeuralGraph.from_model(nn.Linear(2, 3))
+            >>> NeuralGraph.from_json(graph.to_json()) == graph
+            True
+        """
+        from nino.graph.serialise import to_json
+
+        return to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> NeuralGraph:
+        """Read a graph that :meth:`to_json` wrote.
+
+        Raises:
+            GraphError: if the text is no such graph, is damaged, or was written in another format.
+        """
+        from nino.graph.serialise import from_json
+
+        return from_json(text)
+
     @property
     def num_nodes(self) -> int:
         """The number of nodes."""
