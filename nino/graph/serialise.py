@@ -33,7 +33,7 @@ def to_json(graph: NeuralGraph) -> str:
     """Write a graph as one line of JSON; see :meth:`NeuralGraph.to_json`."""
     axes = _AxisTable()
     number = {group: place for place, group in enumerate(graph.groups)}
-    groups = [[group.name, [axes.of(axis) for axis in group.axes], group.is_words] for group in graph.groups]
+    groups = [[group.name, [axes.of(axis) for axis in group.axes], group.is_vocabulary] for group in graph.groups]
 
     def side(slots: Slots) -> list[Any]:
         fixed = [[axes.of(axis), index] for axis, index in slots.fixed]
@@ -118,9 +118,9 @@ class _Reader:
         outer = {row[3] for row in self._saved["axes"]}
         for place, row in enumerate(self._saved["axes"]):
             self._read_axis(*row, is_shared=place in of_groups | outer)
-        for name, axes, is_words in self._saved["groups"]:
+        for name, axes, is_vocabulary in self._saved["groups"]:
             own = [self._axis(place) for place in axes]
-            self._groups.append(self._builder.group(_text(name), *own, is_words=_flag(is_words)))
+            self._groups.append(self._builder.group(_text(name), *own, is_vocabulary=_flag(is_vocabulary)))
         for block in self._saved["blocks"]:
             self._read_block(*block)
         graph = self._builder.finish(_text(self._saved["family"]), _text(self._saved["wiring"]))
