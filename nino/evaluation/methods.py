@@ -41,7 +41,7 @@ from nino.evaluation.scaled import Scaled
 from nino.evaluation.settings import read_setting
 from nino.optimizer import NowcastOptimizer
 from nino.plan import NowcastPlan, Run, choose
-from nino.predict.extrapolation import ReducedRankExtrapolator
+from nino.predict.extrapolators import ReducedRankExtrapolator
 from nino.predict.model import NowcasterConfig, build_network
 from nino.predict.nowcaster import Nowcaster
 from nino.predict.predictor import Predictor

@@ -362,7 +362,7 @@ class Local(nn.Module):
 
 def test_the_trainer_is_recorded_and_resumes(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from test_trainer import trainer
+    from trainers import trainer
 
     from nino.callbacks import TrajectoryRecorder
 
@@ -408,7 +408,7 @@ def test_the_trainer_is_recorded_and_resumes(tmp_path: Path) -> None:
 
 def test_the_trainers_nowcasts_are_noted_and_order_matters(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from test_trainer import callback, trainer
+    from trainers import callback, trainer
 
     from nino.callbacks import TrajectoryRecorder
 
