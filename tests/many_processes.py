@@ -369,7 +369,7 @@ def sharded_callback() -> Result:
     callback.on_save(arguments, state, None)
     dist.barrier()
     _, resumed, *_ = begin(5)
-    saved, read = (each.session.state_dict()["history"] for each in (callback, resumed))
+    saved, read = (each.session.state_dict()["history"]["snapshots"] for each in (callback, resumed))
     same = all(torch.equal(a[n], b[n]) for a, b in zip(saved["snapshots"], read["snapshots"], strict=True) for n in a)
     return {"steps": read["steps"], "same": same, "step": resumed.session.step}
 
@@ -624,14 +624,14 @@ def accelerated_resume() -> Result:
     train(model, optimizer, 0, 14, per_rank=True)
     accelerator.save_state(str(folder / "state"))
     optimizer.save_history(folder / "state history")
-    own = optimizer.session.state_dict()["open_report"]["before"]
+    own = optimizer.session.state_dict()["monitor"]["open_report"]["before"]
     weights = train(model, optimizer, 14, 20, per_rank=True)
     whole = {"weights": weights, "reports": numbers(optimizer)}
 
     accelerator.free_memory()
     model, optimizer = begin(1)
     accelerator.load_state(str(folder / "state"))
-    in_state = optimizer.session.state_dict()["open_report"]["before"]
+    in_state = optimizer.session.state_dict()["monitor"]["open_report"]["before"]
     optimizer.load_history(folder / "state history")
     weights = train(model, optimizer, 14, 20, per_rank=True)
     resumed = {"weights": weights, "reports": numbers(optimizer)}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from many_processes import FAULTS
 from models import CASES
-from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, tiny_nowcaster, weights_of
+from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, planned, tiny_nowcaster, weights_of
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -84,7 +84,7 @@ def assert_refused_together(results: Results, places: list[str], culprit: int = 
             assert lines == [line for line, has_failed in zip(refused, failed, strict=True) if has_failed]
         else:
             assert not any("refused" in line for line in said)
-        assert any("intervals ahead" in line for line in said) == (rank == 0)
+        assert any("steps ahead" in line for line in said) == (rank == 0)
         expected = {"accepted": False, "reason": reason, "restored": True}
         assert {place: found[place] for place in places} == dict.fromkeys(places, expected)
         assert found["after all"]["report"][1:] == (True, False, "")
@@ -105,7 +105,7 @@ def train_alone(model: nn.Module, optimizer: NowcastOptimizer, steps: int) -> li
 
 
 def optimizer_of(model: nn.Module, nowcaster: Any, **settings: Any) -> NowcastOptimizer:
-    return NowcastOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, nowcaster, **settings)
+    return NowcastOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, nowcaster, **planned(settings))
 
 
 PLACES = ["before anything", "measuring", "first round", "second round", "predicting", "writing"]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from models import CASES, Case
 from partitions import NUMBER, OwnRows, Summing
-from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, batch, mlp, planned, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -192,7 +192,7 @@ def _train(model: nn.Module, optimizer: NowcastOptimizer, first: int, last: int)
 
 def _optimizer(model: nn.Module, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, **settings)
+    return NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, **planned(settings))
 
 
 @pytest.mark.parametrize("place", ["cpu", "device", "disk"])
