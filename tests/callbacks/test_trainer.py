@@ -446,7 +446,8 @@ def _foreign(path: Path) -> None:
 
 
 def _of_another_period(path: Path) -> None:
-    torch.save({**torch.load(path, weights_only=True), "period": 12}, path)
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "clock": {**state["clock"], "period": 12}}, path)
 
 
 def _malicious(path: Path) -> None:
