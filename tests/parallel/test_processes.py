@@ -14,10 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from many_processes import FAULTS
 from models import CASES
-from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, planned, tiny_nowcaster, weights_of
+from tiny import (
+    PERIOD,
+    ScriptedNowcaster,
+    Weights,
+    assert_same,
+    mlp,
+    one_update,
+    tiny_nowcaster,
+    weights_of,
+    wrapped,
+)
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -94,18 +103,13 @@ def assert_refused_together(results: Results, places: list[str], culprit: int = 
 def train_alone(model: nn.Module, optimizer: NowcastOptimizer, steps: int) -> list[Weights]:
     weights = []
     for index in range(steps):
-        inputs, targets = batch(index)
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(inputs), targets)
-        loss.backward()
-        optimizer.observe(loss)
-        optimizer.step()
+        one_update(model, optimizer, index)
         weights.append(weights_of(model))
     return weights
 
 
 def optimizer_of(model: nn.Module, nowcaster: Any, **settings: Any) -> NowcastOptimizer:
-    return NowcastOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, nowcaster, **planned(settings))
+    return wrapped(torch.optim.AdamW(model.parameters(), lr=1e-2), model, nowcaster, **settings)
 
 
 PLACES = ["before anything", "measuring", "first round", "second round", "predicting", "writing"]

@@ -21,11 +21,11 @@ import dying
 import pytest
 import torch
 from dying import PROBATION, STEPS, Run
-from tiny import PERIOD, ScriptedNowcaster, assert_same, mlp, tiny_nowcaster, weights_of
+from tiny import PERIOD, ScriptedNowcaster, assert_same, mlp, tiny_nowcaster, weights_of, wrapped
 from torch import Tensor, nn
 
 import nino
-from nino import GraphError, NinoError, NowcastOptimizer
+from nino import GraphError, NinoError
 from nino.predict.engine.writer import MovementWriter
 from nino.session.judge.rule import Evidence, RollbackConfig, has_recovered
 from nino.session.jump import ramp
@@ -375,7 +375,7 @@ def test_a_vocabulary_that_outgrows_the_nowcaster_ends_nowcasting_and_not_the_ru
 
     model = llama()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(vocabulary_size=33), period=PERIOD)
+    optimizer = wrapped(base, model, tiny_nowcaster(vocabulary_size=33))
 
     def train(steps: int) -> None:
         words = torch.tensor([[1, 2, 3]])

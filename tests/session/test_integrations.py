@@ -21,6 +21,7 @@ from unittest import mock
 
 import pytest
 import torch
+from optimizers import Chained
 from tiny import PERIOD, assert_same, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -35,7 +36,6 @@ import integrations
 from integrations import (
     BATCH,
     INTEGRATIONS,
-    Chained,
     Net,
     Outcome,
     Setting,
