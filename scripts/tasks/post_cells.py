@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nino.errors import NinoError
-from tasks.cells import Clock, finite
+from nino.evaluation.training import Clock, finite
 from tasks.post_methods import BASE, driver_of
 
 VERSION = 1

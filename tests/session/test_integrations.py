@@ -50,8 +50,8 @@ from transformers import SchedulerType, TrainerCallback
 
 from nino import NinoError
 from nino.callbacks import NowcastCallback
+from nino.evaluation.baselines import MuonWithAdamW
 from nino.session.events import Event, Events
-from tasks.baselines import MuonWithAdamW
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

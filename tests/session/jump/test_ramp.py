@@ -35,10 +35,10 @@ import nino.data
 import nino.session.jump.ramp
 from nino import NinoError, NowcastPlan, NowcastSession
 from nino.costs import estimate_costs
+from nino.evaluation.methods import Setup, parse_method
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import Ramp
 from nino.session.session import MANY_SKIPPED
-from tasks.methods import Rhythm, Setup, parse_method
 
 GLIDE = 3
 """Half of the period."""
@@ -205,15 +205,18 @@ def test_recordings_say_where_weights_were_moved(tmp_path: Path) -> None:
         optimizer.step()
         recorder.after_step(step)
     recorder.close()
-    assert nino.data.Trajectory(tmp_path / "run").jumps == [6, 7, 8, 9]
+    assert nino.data.Trajectory(tmp_path / "run").jumps == [7, 8, 9]
 
 
-def test_averages_begin_anew_at_the_arbaseline_and_slow_weights_go_on() -> None:
+PLAN = NowcastPlan(period=10, ramp=5, rollback_window=0)
+
+
+def test_averages_begin_anew_when_weights_have_arrived_and_slow_weights_go_on() -> None:
     steps = 20
 
     def last(name: str) -> list[float]:
         model = one_layer()
-        setup = Setup(parse_method(name, Rhythm(period=10, ramp=5)), model, 0.0, 0.0, 40)
+        setup = Setup(parse_method(name, PLAN), model, 0.0, 0.0, 60)
         restarts: list[int] = []
         (follower,) = setup.followers
         begin_anew = follower.restart
@@ -224,8 +227,9 @@ def test_averages_begin_anew_at_the_arbaseline_and_slow_weights_go_on() -> None:
             setup.update(loss)
         return [*map(float, restarts)]
 
-    assert last("ema+linear") == [10, 15, 20]
-    assert last("lookahead+linear") == [10, 20]
+    assert last("ema+linear") == [15]
+    assert last("lookahead+linear") == []
+    assert last("lookahead+linear@ramp=0") == [10, 20]
 
 
 def test_batch_norms_begin_anew_when_weights_have_arrived() -> None:
