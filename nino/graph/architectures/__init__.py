@@ -10,7 +10,7 @@ families and traces together: on every model that both cover, the graphs are the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -86,20 +86,20 @@ def wire_each_alone(model: nn.Module) -> NeuralGraph:
 def _wire_by_tracing(model: nn.Module, example_inputs: Any) -> NeuralGraph:
     with left_as_it_was(model):
         try:
-            with without_weights(model):
-                return _trace(model, example_inputs)
+            with without_weights(model) as real:
+                return _trace(model, example_inputs, real)
         except Exception:  # it looks at values, or has an operation that the meta device does not
             return _trace(model, example_inputs)
 
 
-def _trace(model: nn.Module, example_inputs: Any) -> NeuralGraph:
+def _trace(model: nn.Module, example_inputs: Any, real: Mapping[int, Sequence[str]] | None = None) -> NeuralGraph:
     from nino.graph.tracing import wiring as tracing
 
     builder = GraphBuilder(model)
     if adapters.has_adapters(builder):
         adapters.leave_out_frozen(model, builder)
     try:
-        tracing.wire(model, builder, example_inputs)
+        tracing.wire(model, builder, example_inputs, real)
         return builder.finish("traced", "exact")
     except NinoError:
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product as combinations
 from math import prod
@@ -27,13 +27,21 @@ MOST_BLOCKS = 2**16
 """Blocks of one model; beyond, it is stored in a way that this wiring does not suit."""
 
 
-def wire(model: nn.Module, builder: GraphBuilder, example_inputs: Any) -> Axes:
+def wire(
+    model: nn.Module, builder: GraphBuilder, example_inputs: Any, real: Mapping[int, Sequence[str]] | None = None
+) -> Axes:
     """Wire any model by tracing it; returns what was found out about its axes.
+
+    Args:
+        model: to wire.
+        builder: of its graph.
+        example_inputs: as in :func:`~nino.graph.tracing.recorder.record`.
+        real: if others stand in for the parameters, the names of these by the memory of the real ones.
 
     Raises:
         GraphError: if the model cannot be traced, naming the operation and the line.
     """
-    trace = record(model, example_inputs)
+    trace = record(model, example_inputs, real)
     trace.parameters = {name: trace.parameters[name] for name in builder.shapes}
     axes = Axes(trace)
     neurons = find_neurons(trace, axes)

@@ -50,8 +50,13 @@ READERS = PRODUCTS | CONVOLUTIONS | CONCATENATIONS | {"aten.embedding", "aten._t
 def find_neurons(trace: Trace, axes: Axes) -> Neurons:
     """Find the neuron groups of a trace and which of them every piece of every parameter joins."""
     board = Board(trace, axes)
-    for call in trace.calls:
-        _apply(board, call)
+    seen: set[str] = set()
+    for calls in trace.passes:  # what another mode does with the same parameters tells nothing new
+        used = {value.parameter for call in calls for value in call.inputs if value.parameter is not None}
+        if not used <= seen:
+            for call in calls:
+                _apply(board, call)
+        seen |= used
     _wire_what_is_left(board)
     return board.neurons
 
