@@ -131,7 +131,8 @@ def record(model: nn.Module, example_inputs: Any, real: Mapping[int, Sequence[st
     Args:
         model: on any device, ``meta`` included.
         example_inputs: a tensor, a tuple of arguments, a mapping of keyword arguments, or :class:`Calls`.
-        real: names of the parameters for which others stand in, by the memory of the real ones.
+        real: names of the parameters for which others stand in, by the memory of the real ones. Where others do, a
+            failure in one mode counts, since the model may run in both with its own.
 
     Raises:
         GraphError: if the model runs on the inputs in neither mode, naming the operation and the line.
@@ -152,13 +153,15 @@ def record(model: nn.Module, example_inputs: Any, real: Mapping[int, Sequence[st
                 results = inputs.run(model)
         except Exception as error:  # whatever a model's forward may raise
             trace.problems.append(_problem(model, error))
+            if real:
+                break  # with real weights both modes may run
             continue
         outputs = [recorder.value(tensor) for result in results for tensor in outputs_of(result)]
         if not outputs:
             trace.problems.append(f"{type(model).__name__} returns no floating point tensor, but {_kinds(results)}")
             continue
         recorder.keep(outputs)
-    if not trace.passes:
+    if not trace.passes or (real and trace.problems):
         raise GraphError(trace.problems[-1])
     return trace
 
