@@ -67,6 +67,8 @@ def _apply(board: Board, call: Call) -> None:
     board.words.update(value for value in call.inputs if value.is_input)
     if call.name in STRUCTURAL and call.inputs[:1] and call.inputs[0] in board.words:
         board.words.update(call.outputs)
+    if all(map(board.is_constant, call.inputs)) and not call.written:
+        board.constants.update(call.outputs)
     if _is_of_weights_alone(board, call):
         _follow_weights(board, call)
         return
@@ -79,11 +81,12 @@ def _apply(board: Board, call: Call) -> None:
 
 
 def _is_of_weights_alone(board: Board, call: Call) -> bool:
-    """Whether an operation only prepares parameters: exponentials, transposes, rows of a table."""
+    """Whether an operation only prepares parameters: exponentials, transposes, masks, rows of a table."""
     if call.name in READERS:
         return False
     numbers = [value for value in call.inputs if value.shape and is_number(value)]
-    return any(map(board.is_weight, numbers)) and all(map(board.is_weight, numbers))
+    prepared = all(board.is_weight(value) or board.is_constant(value) for value in numbers)
+    return prepared and any(map(board.is_weight, numbers))
 
 
 def _follow_weights(board: Board, call: Call) -> None:
