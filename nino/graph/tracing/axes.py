@@ -130,12 +130,17 @@ class Axes:
             dims = apply(self, call)
         except MismatchError as error:
             dims = pinned_outputs(self, call, f"{reason_of(call)}: {error}")
+        except Exception as error:  # a defect of a rule must cost the symmetries of what it touches and no more
+            self.unknown.setdefault(call.name, f"{call.where} ({type(error).__name__}: {error})")
+            dims = pinned_outputs(self, call, f"{reason_of(call)} is not known to treat its positions alike")
+        sizes = [[index.size for index in of_value] for of_value in dims[: len(call.outputs)]]
+        if sizes != [list(value.shape) for value in call.outputs[: len(sizes)]]:
+            self.unknown.setdefault(call.name, f"{call.where} (its rule gave {dims})")
+            dims = pinned_outputs(self, call, f"{reason_of(call)} is not known to treat its positions alike")
         rows = [row for value in call.inputs for row in self._rows.get(value, [])]
         for value, of_value in zip(call.outputs, dims, strict=False):
             if rows:
                 self._rows[value] = rows
-            if [index.size for index in of_value] != list(value.shape):
-                raise AssertionError(f"the rule of {call.name} gave {of_value} for a value of shape {value.shape}")
             self.dims[value] = of_value
         for value in call.outputs:
             if value not in self.dims:

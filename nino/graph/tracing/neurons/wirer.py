@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from nino.graph.ir import EdgeType
@@ -55,10 +56,20 @@ def find_neurons(trace: Trace, axes: Axes) -> Neurons:
         used = {value.parameter for call in calls for value in call.inputs if value.parameter is not None}
         if not used <= seen:
             for call in calls:
-                _apply(board, call)
+                _apply_safely(board, call)
         seen |= used
     _wire_what_is_left(board)
     return board.neurons
+
+
+def _apply_safely(board: Board, call: Call) -> None:
+    """Where an operation cannot be followed, what reads its result reads neurons of its own: symmetries stay right."""
+    try:
+        _apply(board, call)
+    except Exception as error:  # a defect here must cost one connection and not the graph
+        board.neurons.not_followed.setdefault(call.name, f"{call.where} ({type(error).__name__}: {error})")
+        for output in call.outputs:
+            board.put(output, torch.zeros(output.shape))
 
 
 def _apply(board: Board, call: Call) -> None:
