@@ -40,6 +40,12 @@ NOISE = {
 """Operations that draw every element alike and for itself, and what stands for the numbers drawn: nothing is dropped."""
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, of which each process holds a part."""
+    module = sys.modules.get("torch.distributed.tensor")  # where there is one, it was imported
+    return module is not None and isinstance(parameter, module.DTensor)
+
+
 MODES = (True, False)
 """Training and evaluation mode: what is trained first."""
 

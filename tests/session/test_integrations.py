@@ -176,7 +176,7 @@ HOLDS: dict[str, Callable[[Outcome], bool]] = {
     "frozen": kept_first,
     "frozen and left out": kept_first,
     "tied": lambda o: o.model.lm_head.weight is o.model.model.embed_tokens.weight,
-    "LoRA": lambda o: o.session.graph.family == "adapters" and len(o.session.trainable_parameters()) == 4,
+    "LoRA": lambda o: o.session.graph.family == "traced" and len(o.session.trainable_parameters()) == 4,
     "two groups": lambda o: 1e-2 < o.rates[0] <= 2e-2,
     "averaged snapshots": lambda o: o.session.history.mean.count == 0 and not o.session.history.store.exact,
     "norms kept": lambda o: o.session.plan.preserve_norms,
