@@ -37,7 +37,7 @@ NOISE = {
     **dict.fromkeys(("rand", "rand_like", "uniform", "randn", "randn_like", "normal", "normal_functional"), 0.5),
     **dict.fromkeys(("exponential", "geometric", "cauchy", "log_normal"), 0.5),
 }
-"""Operations that draw every element alike and for itself, and what stands for the numbers drawn: nothing is dropped."""
+"""Operations that draw every element alike and for itself, and what stands for what is drawn: nothing is dropped."""
 
 
 def is_sharded(parameter: Tensor) -> bool:
