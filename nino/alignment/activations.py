@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nino.alignment.terms import Term
+from nino.graph.calls import as_arguments
 from nino.graph.ir import Axis, EdgeBlock, NeuralGraph
-from nino.graph.tracing.recorder import as_arguments
 
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nino.errors import NinoError
-from nino.graph.tracing.recorder import as_arguments
+from nino.graph.calls import as_arguments
 
 Evaluate = Callable[[nn.Module], float]
 """Of a model in evaluation mode: its loss, or another number that is better small."""
