@@ -8,7 +8,7 @@ import warnings
 from itertools import product
 from pathlib import Path
 
-from tasks.cli import fail, run_main
+from tasks.cli import run_main
 from tasks.post_cells import PostCell, Workload, check_method, read_result, train, write_result
 
 TASKS = ("authors", "sft", "arithmetic", "preferences")

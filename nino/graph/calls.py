@@ -91,7 +91,9 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor], depth: int = M
             return new
         return _changed(value, lambda copied: copied.update(new))
     attributes = _attributes(value)
-    changed = {name: new for name, old in attributes.items() if (new := map_tensors(old, function, depth - 1)) is not old}
+    changed = {
+        name: new for name, old in attributes.items() if (new := map_tensors(old, function, depth - 1)) is not old
+    }
     if not changed:
         return value
     return _changed(value, lambda copied: [object.__setattr__(copied, *item) for item in changed.items()])

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from nino.session.judge.rule import MIN_LOSSES_BEFORE
-
+MIN_LOSSES_BEFORE = 3
+"""Fewer losses before a jump than this say nothing of their noise."""
 Loss = float | Tensor
 Outcome = Literal["applied", "rolled back", "left out", "refused"]
 

@@ -107,9 +107,7 @@ class Jumper(Driver):
         self._ramp()
         interval = max(1, self.settings.period // SNAPSHOTS)
         if step > self.risen and self.pending is None:
-            if not self.times:
-                self._snapshot(step)
-            elif (step - self.first) % interval == 0:
+            if not self.times or (step - self.first) % interval == 0:
                 self._snapshot(step)
             if step - self.first >= self.settings.period:
                 self._jump(step)
