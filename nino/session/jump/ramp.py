@@ -165,9 +165,7 @@ def _address(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _move(
-    weights: Tensor, master_weights: list[Tensor], iterates: list[Tensor], rest: Tensor, steps_left: int
-) -> None:
+def _move(weights: Tensor, master_weights: list[Tensor], iterates: list[Tensor], rest: Tensor, steps_left: int) -> None:
     """Move weights by one part of the rest, and take what they have moved from it; piece by piece, for its memory."""
     exact = master_weights[0] if master_weights else weights
     size = piece_size(weights.device)

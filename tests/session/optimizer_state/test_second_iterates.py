@@ -109,9 +109,7 @@ def test_a_jump_stays(kind: str, ramp: int) -> None:
 
 @pytest.mark.parametrize("window", [0, 4], ids=["refused", "rolled back"])
 @pytest.mark.parametrize("kind", ["Lookahead", "schedule-free", "from the start"])
-def test_what_is_undone_is_undone_in_the_state_as_well(
-    kind: str, window: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_undone_is_undone_in_the_state_as_well(kind: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a failure right after the move, and with losses that do not recover."""
     if not window:
         monkeypatch.setattr("nino.session.jump.batch_norm.BatchNormRenewal.begin", _fail)
