@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import CASES, randomised
-from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_config, tiny_nowcaster
+from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, planned, tiny_config, tiny_nowcaster
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -249,7 +249,7 @@ def reports_of(optimizer: NowcastOptimizer) -> list[tuple[int, bool, bool, str]]
 
 def adam(model: nn.Module, nowcaster: nino.Nowcaster | None = None, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(base, model, nowcaster or tiny_nowcaster(), **{"period": PERIOD, **settings})
+    return NowcastOptimizer(base, model, nowcaster or tiny_nowcaster(), **planned({"period": PERIOD, **settings}))
 
 
 def sharded_training() -> Result:

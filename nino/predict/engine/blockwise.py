@@ -17,7 +17,7 @@ one neuron group, one tile. What depends on nodes is computed for a strip at a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nino.graph.ir import EdgeBlock, NeuralGraph
+from nino.graph.rows import Place
 from nino.predict.engine import kernels
+from nino.predict.engine.native import native_kernels
 from nino.predict.engine.reader import SnapshotReader
 from nino.predict.engine.tiling import Blocks, Sizes, Strip, constant_of
 from nino.predict.engine.writer import MovementWriter
@@ -173,6 +175,7 @@ class _Run:
         self.blocks = blocks
         self.reader = reader
         self.product_dtype = product_dtype
+        self.native = native_kernels(network.config.hidden, reader.dtype, product_dtype, reader.device)
         self.progress = progress
         (self.conv, self.update), (self.last_conv, self.last_update) = network.rounds()
         self.raw = Fold(network.edge_proj.weight, network.edge_proj.bias + network.type_embed.weight)
@@ -203,14 +206,17 @@ class _Run:
         """Round 2: one H x H product per edge for the scale; the shift is applied to the summed hidden vectors."""
         conv = self.last_conv
         scale, shift = self.hidden.then(conv.edge_encoder).halves()
-        weight = scale.transposed(self.product_dtype)
+        weight = self._right_factor(scale)
 
         def messages(strip: Strip) -> Tensor:
             values, (from_source, from_target) = self._values(strip), self._first_ends(strip, nodes)
             as_source = strip.at_source(conv.as_source(nodes[strip.source]))
             sums = nodes.new_zeros(MESSAGE_VECTORS, len(strip.target), nodes.shape[1])
             first = self.first_weight[: len(values)]  # unused kernel positions are zero and drop out
-            for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+            if self.native is not None:
+                found = self.native.message_sums(values, from_source, from_target, as_source, first, weight)
+                sums = torch.stack(found)
+            for rows, columns in self._tiles(strip):
                 at = strip.rows_of_source(rows), columns
                 hidden, scaled = kernels.message_sums(
                     values[:, rows, columns], from_source[at], from_target[rows], as_source[at], first, weight
@@ -263,7 +269,7 @@ class _Run:
         """The last edge update and the head."""
         second = self.hidden.then(self.last_update.from_edge)
         third = Fold.of(self.last_update.lin).then(self.network.head_hidden)
-        second_weight, third_weight = second.transposed(self.product_dtype), third.transposed(self.product_dtype)
+        second_weight, third_weight = self._right_factor(second), self._right_factor(third)
         head, head_bias = self.network.head_rows(horizon)
         for block in filter(writer.wants, self.blocks.graph.parameter_blocks):
             num_features = block.num_features
@@ -279,8 +285,11 @@ class _Run:
             for strip in self.blocks.strips(block):
                 values = self._values(strip)
                 ends = self._first_ends(strip, after_first), _ends(strip, self.last_update, nodes, second.constant)
-                movement = values.new_empty(num_features, *values.shape[1:])
-                for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+                if self.native is not None:
+                    movement = self.native.movements(values, *ends, weights)
+                else:
+                    movement = values.new_empty(num_features, *values.shape[1:])
+                for rows, columns in self._tiles(strip):
                     at = strip.rows_of_source(rows), columns
                     first_ends, second_ends = ((source[at], target[rows]) for source, target in ends)
                     movement[:, rows, columns] = kernels.movements(
@@ -290,6 +299,16 @@ class _Run:
                 _add_trend(movement, by_age, factors)
                 writer.write(block, strip.place, self.reader.change(block, by_age[:, -1], movement))
                 self.progress.did(2 * strip.num_edges)
+
+    def _right_factor(self, fold: Fold) -> Tensor:
+        """A fold's weight, laid out for products with hidden vectors."""
+        if self.native is not None:
+            return self.native.packed(fold.transposed())
+        return fold.transposed(self.product_dtype)
+
+    def _tiles(self, strip: Strip) -> Iterable[Place]:
+        """The tiles of a strip that are computed one after another; compiled kernels take it whole."""
+        return () if self.native is not None else strip.tiles(self.blocks.sizes.tile_edges)
 
     def _values(self, strip: Strip) -> Tensor:
         """The standardised snapshots of a strip, ``[Q, t, s]``."""
