@@ -1,0 +1,180 @@
+"""Extrapolation without a trained network: movements as combinations of the snapshots, one rule per matrix.
+
+With snapshots ``x_0 .. x_m`` taken at ``t_0 .. t_m``, every rule here moves the newest by ``sum_i a_i x_i`` with
+``sum_i a_i = 0``. The numbers ``a_i`` depend on the snapshots only through their inner products, a matrix of
+``m + 1`` rows per parameter, so that a rule costs one pass over the snapshots whatever its rank.
+
+``t`` may be steps or learning-rate mass; ``ahead`` is in the same unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nino.errors import SnapshotError
+
+Snapshots = Sequence[Mapping[str, Tensor]]
+
+
+def line_coefficients(times: Sequence[float], ahead: float) -> Tensor:
+    """On from the first snapshot to the last, in a straight line.
+
+    Args:
+        times: of the snapshots, rising, at least two.
+        ahead: how far to go, in the unit of ``times``.
+
+    Returns:
+        The numbers ``a``, float64 ``[m + 1]``; their sum is 0.
+
+    Example:
+        >>> line_coefficients([0, 1, 2], 3).tolist()
+        [-1.5, 0.0, 1.5]
+    """
+    numbers = torch.zeros(len(times), dtype=torch.float64)
+    numbers[-1] = ahead / _span(times)
+    numbers[0] = -numbers[-1]
+    return numbers
+
+
+def fit_coefficients(times: Sequence[float], ahead: float, products: Tensor | None = None, rank: int = 0) -> Tensor:
+    """On along the least-squares line through all snapshots, or through their projection on few directions.
+
+    The snapshots minus the first are a matrix of one row per time. Its best approximation of rank ``r`` leaves each
+    row a combination of ``r`` directions; a straight line is fitted to every direction's coefficient and continued
+    (RELEX, arXiv:2605.21468, does so with rank 1). Continuing the fit from the newest snapshot, and not from its
+    projection, keeps what the weights have learnt outside of these directions.
+
+    With ``U`` the first eigenvectors of the rows' inner products, and ``c`` the numbers that take the slope of a
+    least-squares line out of values at ``times``, the movement is ``ahead * sum_i (U U' c)_i x_i``.
+
+    Args:
+        times: as in :func:`line_coefficients`.
+        ahead: as in :func:`line_coefficients`.
+        products: inner products of the snapshots minus the first, float64 ``[m + 1, m + 1]``; needed with a rank.
+        rank: of the approximation; 0 for the snapshots as they are.
+
+    Returns:
+        The numbers ``a``, float64 ``[m + 1]``; their sum is 0.
+
+    Example:
+        >>> fit_coefficients([0, 1, 2], 2).tolist()
+        [-1.0, 0.0, 1.0]
+    """
+    _span(times)
+    at = torch.tensor(times, dtype=torch.float64)
+    slope = at - at.mean()
+    slope = slope / slope.square().sum()
+    if rank:
+        if products is None:
+            raise ValueError("an approximation of low rank needs the products of the snapshots")
+        directions = torch.linalg.eigh(products).eigenvectors[:, -rank:]
+        slope = directions @ (directions.T @ slope)
+    numbers = ahead * slope
+    numbers[0] -= numbers.sum()  # rows are relative to the first snapshot, which its own number does not move
+    return numbers
+
+
+def _span(times: Sequence[float]) -> float:
+    if len(times) < 2 or not all(later > earlier for earlier, later in pairwise(times)):
+        raise ValueError(f"expected two or more rising times of snapshots, got {list(times)}")
+    return times[-1] - times[0]
+
+
+def products_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Inner products of one parameter's snapshots minus the first, float64 ``[m + 1, m + 1]``.
+
+    Raises:
+        SnapshotError: if they are not finite.
+    """
+    rows = torch.stack([(tensor - tensors[0]).flatten() for tensor in tensors]).double()
+    products = rows @ rows.T
+    if not bool(products.isfinite().all()):
+        raise SnapshotError("the snapshots hold NaN or infinity, or lie too far apart; nothing is extrapolated")
+    return products.cpu()
+
+
+def combine(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    """``sum_i a_i (x_i - x_0)`` in float32 or better: the same as of the snapshots, as the numbers add up to 0."""
+    moved = torch.zeros_like(tensors[-1], dtype=torch.promote_types(tensors[-1].dtype, torch.float32))
+    for tensor, number in zip(tensors[1:], numbers[1:].tolist(), strict=True):
+        if number:
+            moved.add_(tensor.to(moved.dtype) - tensors[0].to(moved.dtype), alpha=number)
+    return moved
+
+
+def line_movement(snapshots: Snapshots, times: Sequence[float], ahead: float) -> dict[str, Tensor]:
+    """The straight line's movement, by parameter name."""
+    numbers = line_coefficients(times, ahead)
+    return {name: combine([snapshot[name] for snapshot in snapshots], numbers) for name in snapshots[-1]}
+
+
+def fit_movement(snapshots: Snapshots, times: Sequence[float], ahead: float, rank: int = 0) -> dict[str, Tensor]:
+    """The fit's movement, by parameter name; every parameter has directions of its own.
+
+    Raises:
+        SnapshotError: if a rank is asked for and the snapshots are not finite.
+    """
+    movement = {}
+    for name in snapshots[-1]:
+        tensors = [snapshot[name] for snapshot in snapshots]
+        products = products_of(tensors) if rank else None
+        movement[name] = combine(tensors, fit_coefficients(times, ahead, products, rank))
+    return movement
+
+
+def agreeing_movement(snapshots: Snapshots, times: Sequence[float], ahead: float) -> dict[str, Tensor]:
+    """On at the slower of the paces of both halves of the path, where their signs agree; elsewhere nothing moves.
+
+    What is noise in the path agrees by chance only. Not linear in the snapshots, unlike the other rules here.
+
+    Args:
+        snapshots: three or more, oldest first.
+        times: as in :func:`line_coefficients`.
+        ahead: as in :func:`line_coefficients`.
+    """
+    first, last = halves(snapshots, times)
+    movement = {}
+    for name, pace in first.items():
+        slower = torch.minimum(pace.abs(), last[name].abs()) * pace.sign()
+        movement[name] = ahead * torch.where(pace.sign() == last[name].sign(), slower, 0.0)
+    return movement
+
+
+def halves(snapshots: Snapshots, times: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The paces of both halves of a path, per unit of time, by parameter name.
+
+    Raises:
+        ValueError: if there are fewer than three snapshots.
+    """
+    _span(times)
+    if len(times) < 3:
+        raise ValueError(f"a path has two halves if it has three snapshots, got {len(times)}")
+    half = len(times) // 2
+
+    def pace(start: int, end: int) -> dict[str, Tensor]:
+        spent = times[end] - times[start]
+        return {
+            name: combine([snapshots[start][name], tensor], torch.tensor([-1.0, 1.0])) / spent
+            for name, tensor in snapshots[end].items()
+        }
+
+    return pace(0, half), pace(half, len(times) - 1)
+
+
+def straightness(snapshots: Snapshots, times: Sequence[float]) -> float:
+    """How much of a path goes on: 1 for a straight line, about 0 for a random walk, below 0 if it turned back.
+
+    If every half of the path is a common pace and noise of its own, this is the part of the squared length of the whole
+    that is the common pace's, and so by how much a line through the path is best shortened.
+
+    Returns:
+        ``<u, v> / |(u + v) / 2|^2`` for the paces ``u`` and ``v`` of the halves; 0 if the weights stood still.
+    """
+    first, last = halves(snapshots, times)
+    common = sum(float((first[name].double() * last[name].double()).sum()) for name in first)
+    length = sum(float(((first[name].double() + last[name].double()) / 2).square().sum()) for name in first)
+    return common / length if length else 0.0

@@ -1,0 +1,108 @@
+"""Extrapolations against worked examples, least squares of numpy and a singular value decomposition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nino.errors import SnapshotError
+from nino.predict.extrapolation import (
+    agreeing_movement,
+    fit_coefficients,
+    fit_movement,
+    line_coefficients,
+    line_movement,
+    straightness,
+)
+
+TIMES = [0.0, 1.0, 1.5, 3.0, 4.0]
+
+
+def path(seed: int, *, noise: float = 1.0, shape: tuple[int, ...] = (6, 7)) -> list[dict[str, torch.Tensor]]:
+    """A common pace and a random walk, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    start, pace = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    steps = torch.randn(len(TIMES), *shape, generator=generator, dtype=torch.float64).cumsum(0)
+    return [{"w": start + t * pace + noise * step} for t, step in zip(TIMES, steps, strict=True)]
+
+
+def test_every_rule_continues_a_straight_path():
+    snapshots = path(0, noise=0.0)
+    expected = 2.5 / TIMES[-1] * (snapshots[-1]["w"] - snapshots[0]["w"])
+    for movement in (
+        line_movement(snapshots, TIMES, 2.5),
+        fit_movement(snapshots, TIMES, 2.5),
+        fit_movement(snapshots, TIMES, 2.5, rank=1),
+        agreeing_movement(snapshots, TIMES, 2.5),
+    ):
+        torch.testing.assert_close(movement["w"], expected)
+
+
+def test_the_fit_has_the_slope_of_least_squares():
+    snapshots = path(1)
+    rows = np.stack([snapshot["w"].numpy().ravel() for snapshot in snapshots])
+    slope = np.polyfit(TIMES, rows, 1)[0].reshape(6, 7)
+    np.testing.assert_allclose(fit_movement(snapshots, TIMES, 3.0)["w"].numpy(), 3 * slope, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_rank_r_is_the_line_through_the_truncated_decomposition(rank):
+    snapshots = path(2)
+    rows = np.stack([(snapshot["w"] - snapshots[0]["w"]).numpy().ravel() for snapshot in snapshots])
+    left, values, right = np.linalg.svd(rows, full_matrices=False)
+    low = (left[:, :rank] * values[:rank]) @ right[:rank]
+    slope = np.polyfit(TIMES, low, 1)[0].reshape(6, 7)
+    moved = fit_movement(snapshots, TIMES, 2.0, rank=rank)["w"].numpy()
+    np.testing.assert_allclose(moved, 2 * slope, rtol=1e-8, atol=1e-10)
+
+
+def test_full_rank_is_the_plain_fit():
+    snapshots = path(3)
+    full = fit_movement(snapshots, TIMES, 1.0, rank=len(TIMES))
+    torch.testing.assert_close(full["w"], fit_movement(snapshots, TIMES, 1.0)["w"], rtol=1e-8, atol=1e-10)
+
+
+def test_numbers_add_up_to_zero_so_that_a_shift_of_all_weights_changes_nothing():
+    for numbers in (line_coefficients(TIMES, 2.0), fit_coefficients(TIMES, 2.0)):
+        assert abs(float(numbers.sum())) < 1e-12
+
+
+def test_only_agreeing_elements_move_at_the_slower_pace():
+    snapshots = [{"w": torch.tensor(values)} for values in ([0.0, 0.0, 0.0], [1.0, 1.0, -2.0], [4.0, -1.0, -3.0])]
+    # Halves of paces (1, 1, -2) and (3, -2, -1): the second turned back.
+    assert agreeing_movement(snapshots, [0.0, 1.0, 2.0], 2.0)["w"].tolist() == [2.0, 0.0, -2.0]
+
+
+def test_straightness_is_the_part_that_is_common():
+    times = [0.0, 1.0, 2.0]
+    assert straightness(path_of([0.0, 1.0, 2.0]), times) == pytest.approx(1.0)
+    assert straightness(path_of([0.0, 1.0, 0.0]), times) == 0.0  # it stands where it began
+    generator = torch.Generator().manual_seed(0)
+    pace, noise = torch.ones(20_000), torch.randn(2, 20_000, generator=generator)
+    walk = [torch.zeros(20_000), pace + noise[0], 2 * pace + noise.sum(0)]
+    # A common pace of square 1 and, of the mean of two noises, a square of 1/2: 1 / 1.5.
+    assert straightness([{"w": w} for w in walk], times) == pytest.approx(2 / 3, abs=0.02)
+
+
+def path_of(values: list[float]) -> list[dict[str, torch.Tensor]]:
+    return [{"w": torch.full((3,), value)} for value in values]
+
+
+def test_bfloat16_snapshots_are_combined_in_float32():
+    snapshots = [{"w": torch.full((4,), value, dtype=torch.bfloat16)} for value in (1.0, 1.0078125)]
+    moved = line_movement(snapshots, [0.0, 1.0], 0.1)["w"]
+    assert moved.dtype == torch.float32
+    torch.testing.assert_close(moved, torch.full((4,), 0.00078125))
+
+
+def test_times_that_do_not_rise_and_snapshots_that_are_not_finite_are_refused():
+    snapshots = path_of([0.0, 1.0])
+    with pytest.raises(ValueError, match="rising times"):
+        line_movement(snapshots, [1.0, 1.0], 1.0)
+    with pytest.raises(ValueError, match="three snapshots"):
+        agreeing_movement(snapshots, [0.0, 1.0], 1.0)
+    with pytest.raises(SnapshotError, match="NaN or infinity"):
+        fit_movement(path_of([0.0, float("nan")]), [0.0, 1.0], 1.0, rank=1)
+    with pytest.raises(ValueError, match="needs the products"):
+        fit_coefficients([0.0, 1.0], 1.0, rank=1)
