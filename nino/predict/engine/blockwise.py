@@ -17,7 +17,7 @@ one neuron group, one tile. What depends on nodes is computed for a strip at a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nino.graph.ir import EdgeBlock, NeuralGraph
-from nino.graph.rows import Place
 from nino.predict.engine import kernels
 from nino.predict.engine.native import native_kernels
 from nino.predict.engine.reader import SnapshotReader
@@ -35,6 +34,8 @@ from nino.predict.model.networks import Convolution, EdgeUpdate, NiNo, Wnn
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.predictor import Progress
 
+Ends = tuple[Tensor, Tensor]
+"""What depends on the sources and on the targets of a strip's edges."""
 MESSAGE_VECTORS = 2
 """Hidden vectors per neuron that are summed over its edges, in the round that has most."""
 
@@ -119,16 +120,47 @@ def _predict_alone(
     """WNN: every weight by itself."""
     for block in filter(writer.wants, blocks.graph.parameter_blocks):
         factors = _trend_factors(network, reader, block, horizon)
-        for strip in blocks.strips(block):
-            values = reader.read(block, strip.place).unflatten(0, (-1, reader.context))
-            movement = torch.empty_like(values[:, 0])
+
+        def movements(strip: Strip, values: Tensor, block: EdgeBlock = block) -> Tensor:
+            movement = torch.empty_like(values[:: reader.context])
             edge_type = torch.tensor(int(block.type), device=reader.device)
+            series = values.unflatten(0, (-1, reader.context))
             for rows, columns in strip.tiles(max(blocks.sizes.tile_edges // block.num_features, 1)):
-                tile = values[:, :, rows, columns].movedim(1, -1)
+                tile = series[:, :, rows, columns].movedim(1, -1)
                 movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
-            _add_trend(movement, values, factors)
-            writer.write(block, strip.place, reader.change(block, values[:, -1], movement))
+            return movement
+
+        for strip in blocks.strips(block):
+            writer.write(block, strip.place, _change(strip, reader, factors, movements))
             tell.did(2 * strip.num_edges)
+
+
+def _change(
+    strip: Strip, reader: SnapshotReader, factors: Sequence[Tensor], movements: Callable[[Strip, Tensor], Tensor]
+) -> Tensor:
+    """How far the weights of a strip move, ``[F, t, s]``; where few move, only these are read and computed.
+
+    Args:
+        strip: of a block with a parameter.
+        reader: of its snapshots.
+        factors: of the trend.
+        movements: what the network predicts for a strip and its values ``[F * C, t, s]``.
+    """
+    block, moving = strip.block, reader.moving_part(strip.block, strip.place)
+    if moving is not None:
+        whole = torch.zeros(block.num_features, *strip.shape, device=reader.device, dtype=reader.dtype)
+        if not len(moving[0]):
+            return whole
+        strip = strip.only(moving)
+    values = reader.read(block, strip.place, moving)
+    movement = movements(strip, values)
+    by_age = values.unflatten(0, (-1, reader.context))
+    _add_trend(movement, by_age, factors)
+    change = reader.change(block, by_age[:, -1], movement)
+    if moving is None:
+        return change
+    whole[:, moving[0][:, None], moving[1]] = change
+    return whole
 
 
 def _trend_factors(network: NiNo | Wnn, reader: SnapshotReader, block: EdgeBlock, horizon: int) -> Sequence[Tensor]:
@@ -211,12 +243,12 @@ class _Run:
         def messages(strip: Strip) -> Tensor:
             values, (from_source, from_target) = self._values(strip), self._first_ends(strip, nodes)
             as_source = strip.at_source(conv.as_source(nodes[strip.source]))
-            sums = nodes.new_zeros(MESSAGE_VECTORS, len(strip.target), nodes.shape[1])
             first = self.first_weight[: len(values)]  # unused kernel positions are zero and drop out
             if self.native is not None:
-                found = self.native.message_sums(values, from_source, from_target, as_source, first, weight)
-                sums = torch.stack(found)
-            for rows, columns in self._tiles(strip):
+                sums = self.native.message_sums(values, from_source, from_target, as_source, first, weight)
+            else:
+                sums = nodes.new_zeros(MESSAGE_VECTORS, len(strip.target), nodes.shape[1])
+            for rows, columns in () if self.native is not None else strip.tiles(self.blocks.sizes.tile_edges):
                 at = strip.rows_of_source(rows), columns
                 hidden, scaled = kernels.message_sums(
                     values[:, rows, columns], from_source[at], from_target[rows], as_source[at], first, weight
@@ -282,33 +314,33 @@ class _Run:
                 head=head[:num_features],
                 head_bias=head_bias[:num_features],
             )
-            for strip in self.blocks.strips(block):
-                values = self._values(strip)
+
+            def movements(strip: Strip, values: Tensor, weights: kernels.MovementWeights = weights) -> Tensor:
                 ends = self._first_ends(strip, after_first), _ends(strip, self.last_update, nodes, second.constant)
-                if self.native is not None:
-                    movement = self.native.movements(values, *ends, weights)
-                else:
-                    movement = values.new_empty(num_features, *values.shape[1:])
-                for rows, columns in self._tiles(strip):
-                    at = strip.rows_of_source(rows), columns
-                    first_ends, second_ends = ((source[at], target[rows]) for source, target in ends)
-                    movement[:, rows, columns] = kernels.movements(
-                        values[:, rows, columns], first_ends, second_ends, weights
-                    )
-                by_age = values.unflatten(0, (-1, self.reader.context))
-                _add_trend(movement, by_age, factors)
-                writer.write(block, strip.place, self.reader.change(block, by_age[:, -1], movement))
+                return self._movements(strip, values, ends, weights)
+
+            for strip in self.blocks.strips(block):
+                writer.write(block, strip.place, _change(strip, self.reader, factors, movements))
                 self.progress.did(2 * strip.num_edges)
+
+    def _movements(
+        self, strip: Strip, values: Tensor, ends: tuple[Ends, Ends], weights: kernels.MovementWeights
+    ) -> Tensor:
+        """What the network predicts for the edges of a strip, ``[F, t, s]``."""
+        if self.native is not None:
+            return self.native.movements(values, *ends, weights)
+        movement = values.new_empty(len(weights.head), *values.shape[1:])
+        for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+            at = strip.rows_of_source(rows), columns
+            first_ends, second_ends = ((source[at], target[rows]) for source, target in ends)
+            movement[:, rows, columns] = kernels.movements(values[:, rows, columns], first_ends, second_ends, weights)
+        return movement
 
     def _right_factor(self, fold: Fold) -> Tensor:
         """A fold's weight, laid out for products with hidden vectors."""
         if self.native is not None:
             return self.native.packed(fold.transposed())
         return fold.transposed(self.product_dtype)
-
-    def _tiles(self, strip: Strip) -> Iterable[Place]:
-        """The tiles of a strip that are computed one after another; compiled kernels take it whole."""
-        return () if self.native is not None else strip.tiles(self.blocks.sizes.tile_edges)
 
     def _values(self, strip: Strip) -> Tensor:
         """The standardised snapshots of a strip, ``[Q, t, s]``."""

@@ -77,19 +77,19 @@ class NativeKernels:
 
     def message_sums(
         self, values: Tensor, from_source: Tensor, from_target: Tensor, as_source: Tensor, first: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As :func:`nino.predict.engine.kernels.message_sums`, of a whole strip; ``scale`` is packed."""
+    ) -> Tensor:
+        """As :func:`nino.predict.engine.kernels.message_sums`, of a whole strip, ``[2, t, H]``; ``scale`` is packed."""
         kept = [tensor.contiguous() for tensor in (values, from_source, from_target, first, as_source, scale)]
         strip = _strip(*kept[:4])
-        hidden, scaled = from_target.new_zeros(2, values.shape[1], first.shape[1])
+        sums = from_target.new_zeros(2, values.shape[1], first.shape[1])
 
         def compute(start: int, stop: int) -> None:
             self._library.message_sums(
-                ctypes.byref(strip), ctypes.c_int64(start), ctypes.c_int64(stop), *map(_at, (*kept[4:], hidden, scaled))
+                ctypes.byref(strip), ctypes.c_int64(start), ctypes.c_int64(stop), *map(_at, (*kept[4:], *sums))
             )
 
         _by_rows(compute, values.shape[1], values.shape[2])
-        return hidden, scaled
+        return sums
 
     def movements(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt, prod
 
 import torch
@@ -23,6 +23,7 @@ from nino.graph.ir import (
 from nino.graph.rows import Place, block_shape, moved, num_edges_at
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.partition import WHOLE, Partition
+from nino.predict.unchanged import Moving
 from nino.system.pieces import piece_size
 
 STRIP_EDGES = 2**18
@@ -171,9 +172,14 @@ class Strip:
         return self.block.kind is BlockKind.DENSE
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Targets and sources; of paired edges their number, and 1."""
+        return len(self.target), len(self.source) if self.is_dense else 1
+
+    @property
     def num_edges(self) -> int:
         """The number of edges."""
-        return len(self.target) * (len(self.source) if self.is_dense else 1)
+        return self.shape[0] * self.shape[1]
 
     def at_source(self, features: Tensor) -> Tensor:
         """Features of the source nodes, laid out to be broadcast over the strip: ``[1, s, H]`` or ``[t, 1, H]``."""
@@ -183,9 +189,15 @@ class Strip:
         """Which rows of what :meth:`at_source` returned belong to a tile's rows."""
         return slice(None) if self.is_dense else rows
 
+    def only(self, moving: Moving) -> Strip:
+        """The edges between some of the targets and sources; its place is still that of the whole strip."""
+        rows, columns = moving
+        source = self.source[columns if self.is_dense else rows]
+        return replace(self, source=source, target=self.target[rows], local_target=self.local_target[rows])
+
     def tiles(self, tile_edges: int) -> Iterator[Place]:
         """Cut the strip into tiles, places counted from its corner."""
-        return places((len(self.target), len(self.source) if self.is_dense else 1), tile_edges)
+        return places(self.shape, tile_edges)
 
 
 class Blocks:
