@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,7 @@ def predict_blockwise(
     product_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     partition: Partition = WHOLE,
+    remembered: dict[Any, Any] | None = None,
 ) -> None:
     """Predict how far the weights that the writer wants will move.
 
@@ -98,8 +100,9 @@ def predict_blockwise(
         product_dtype: in which H x H products on edges are computed; by default the reader's dtype.
         progress: is told how much is done of this process's partition, in H x H products on edges.
         partition: of the work; only its own rows are read and written.
+        remembered: of the same graph from one nowcast to the next.
     """
-    blocks = Blocks(graph, sizes, reader.device, partition)
+    blocks = Blocks(graph, sizes, reader.device, partition, remembered)
     num_edges, num_wanted = blocks.num_edges(writer.wants)
     if isinstance(network, Wnn):
         _predict_alone(network, blocks, reader, writer, horizon, _Progress(progress, 2 * num_wanted))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import isqrt, prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from nino.system.pieces import piece_size
 STRIP_EDGES = 2**18
 TILE_EDGES = {"cpu": 2**13, "cuda": 2**18}
 MIN_TILE_EDGES = 2**8
+SMALL_NODES = 2**14
+"""Up to so many nodes the indices of all strips are remembered: making them takes longer than what is computed."""
 STRIP_PER_TILE = 16
 """Tiles' worth of edges that are read at once, at most."""
 SIDE_PER_TILE = 4
@@ -208,17 +211,39 @@ class Blocks:
         sizes: of strips and tiles.
         device: where node numbers are wanted.
         partition: of the work; strips are only of this process's own edges.
+        remembered: of the same graph from one time to the next; indices of small graphs are kept in it.
     """
 
-    def __init__(self, graph: NeuralGraph, sizes: Sizes, device: torch.device, partition: Partition = WHOLE) -> None:
+    def __init__(
+        self,
+        graph: NeuralGraph,
+        sizes: Sizes,
+        device: torch.device,
+        partition: Partition = WHOLE,
+        remembered: dict[Any, Any] | None = None,
+    ) -> None:
         self.graph = graph
         self.sizes = sizes
         self.device = device
         self.partition = partition
+        is_small = partition is WHOLE and graph.num_nodes <= SMALL_NODES
+        self._remembered = remembered if remembered is not None and is_small else None
         self._first = graph.first_nodes()
-        self._into: dict[NeuronGroup, list[EdgeBlock]] = {group: [_self_loops(group)] for group in graph.groups}
-        for block in graph.blocks:
-            self._into[block.target.group].append(block)
+        self._into: dict[NeuronGroup, list[EdgeBlock]] = self._remember("into", self._blocks_into)
+
+    def _blocks_into(self) -> dict[NeuronGroup, list[EdgeBlock]]:
+        into = {group: [_self_loops(group)] for group in self.graph.groups}
+        for block in self.graph.blocks:
+            into[block.target.group].append(block)
+        return into
+
+    def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is remembered under a key; if nothing is, it is made."""
+        if self._remembered is None:
+            return make()
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        return self._remembered[key]
 
     def strips_into(self, group: NeuronGroup) -> Iterator[Strip]:
         """The strips of all blocks that lead to a group."""
@@ -236,14 +261,22 @@ class Blocks:
 
     def counts(self, group: NeuronGroup) -> Tensor:
         """How many edges arrive at each neuron of a group: float64 ``[size, 1]``, on the CPU."""
+        return self._remember(("counts", group.name), lambda: self._count(group))
+
+    def _count(self, group: NeuronGroup) -> Tensor:
         counts = torch.zeros(group.size, dtype=torch.float64)
         for block in self._into[group]:
             sources = torch.tensor(float(block_shape(block)[1]), dtype=counts.dtype)
             counts.index_add_(0, block.target.local_index(), sources.expand(block.target.size))
         return counts[:, None]
 
-    def strips(self, block: EdgeBlock) -> Iterator[Strip]:
+    def strips(self, block: EdgeBlock) -> Iterable[Strip]:
         """Cut this process's part of a block into strips."""
+        if self._remembered is None:
+            return self._cut(block)
+        return self._remember(("strips", id(block), self.sizes, str(self.device)), lambda: [*self._cut(block)])
+
+    def _cut(self, block: EdgeBlock) -> Iterator[Strip]:
         own = self.partition.place(block)
         if not num_edges_at(own):
             return
