@@ -12,9 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nino.callbacks.loss_hook import readers_of
 from nino.callbacks.trainer import NowcastCallback
 from nino.data import Recorder, record
-from nino.data.architecture import Architecture
 from nino.data.writer import StateDtype
 from nino.errors import TrajectoryError
+from nino.graph import NeuralGraph
 from nino.session.horizon import learning_rate_of
 
 
@@ -29,7 +29,7 @@ class TrajectoryRecorder(TrainerCallback):
         folder: of the recording.
         interval: optimizer steps between states.
         training: anything JSON to note about the run, beside optimizer, learning rate, batch size and seed.
-        architecture: for models that :func:`nino.data.describe_model` cannot describe.
+        graph: of the model; by default it is wired on its first batch.
         dtype: number format on disk, ``"float32"`` or ``"float16"``.
 
     Raises:
@@ -46,13 +46,13 @@ class TrajectoryRecorder(TrainerCallback):
         interval: int = 25,
         *,
         training: Mapping[str, Any] | None = None,
-        architecture: Architecture | None = None,
+        graph: NeuralGraph | None = None,
         dtype: StateDtype = "float32",
     ) -> None:
         self.folder = folder
         self.interval = interval
         self.training = dict(training or {})
-        self.architecture = architecture
+        self.graph = graph
         self.dtype: StateDtype = dtype
         self.recorder: Recorder | None = None
         self._nowcasts: NowcastCallback | None = None
@@ -74,7 +74,7 @@ class TrajectoryRecorder(TrainerCallback):
             interval=self.interval,
             optimizer=kwargs.get("optimizer"),
             training=known | self.training,
-            architecture=self.architecture,
+            graph=self.graph,
             dtype=self.dtype,
             step=state.global_step,
             session=None if self._nowcasts is None else self._nowcasts.session,

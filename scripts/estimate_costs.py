@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,13 +66,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def estimate(args: argparse.Namespace) -> CostEstimate:
     """Call the library."""
-    settings = {
+    settings: dict[str, Any] = {
         name: value
         for name, value in vars(args).items()
         if name not in ("model", "nowcaster", "ranks_per_host", "out", "dtype", "snapshot_dtype")
     }
-    dtypes = {"dtype": DTYPES[args.dtype], "snapshot_dtype": DTYPES.get(args.snapshot_dtype)}
-    return estimate_costs(load_model(args.model), load_nowcaster(args.nowcaster).config, **settings, **dtypes)
+    settings |= {"dtype": DTYPES[args.dtype], "snapshot_dtype": DTYPES.get(args.snapshot_dtype)}
+    return estimate_costs(load_model(args.model), load_nowcaster(args.nowcaster).config, **settings)
 
 
 def lines_of(costs: CostEstimate, args: argparse.Namespace) -> Iterator[str]:

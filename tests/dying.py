@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_nowcaster, weights_of
+from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, planned, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
 import nino
-from nino import NowcastPlan
+from nino.plan import Place
 from nino.predict.engine.writer import MovementWriter
-from nino.snapshots import Place, copying, writing
+from nino.snapshots import copying, writing
 
 STEPS, SAVED_AT, PROBATION = 20, 7, 2
 """Nowcasts after 6, 12 and 18 of 20 steps; at the checkpoint after 7, that of 6 is in its rollback window."""
@@ -41,8 +41,16 @@ class Run:
             torch.optim.AdamW(self.model.parameters(), lr=1e-2),
             self.model,
             settings.pop("nowcaster", None) or tiny_nowcaster(),
-            plan=NowcastPlan(snapshots_on=place, snapshot_folder=folder if place == "disk" else None),
-            **{"period": PERIOD, "max_steps": STEPS, "rollback_window": PROBATION, **settings},
+            **planned(
+                {
+                    "period": PERIOD,
+                    "max_steps": STEPS,
+                    "rollback_window": PROBATION,
+                    "snapshots_on": place,
+                    "snapshot_folder": folder if place == "disk" else None,
+                    **settings,
+                }
+            ),
         )
         self.session = self.optimizer.session
 
@@ -183,7 +191,7 @@ def accelerate_and_die(folder: str, reached: Any) -> None:
 
 def trainer_and_die(folder: str, reached: Any) -> None:
     """With checkpoints every three steps, die while the snapshots of the third are saved."""
-    from test_callback import callback, trainer
+    from trainers import callback, trainer
     from transformers import TrainerCallback
 
     class Arm(TrainerCallback):

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import CASES, randomised
-from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_config, tiny_nowcaster
+from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, planned, tiny_config, tiny_nowcaster
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,6 +36,7 @@ from nino.parallel.collectives import Channel
 from nino.parallel.shards import is_dtensor, local_tensor
 from nino.predict.engine import blockwise
 from nino.predict.model import build_network
+from nino.predict.movement import moved
 from nino.predict.work_partition import partition_work
 from nino.session.jump.batch_norm import BatchNormRenewal
 
@@ -108,19 +109,21 @@ def nowcast_together(
     channel, told = Channel(DEVICE), [(0, 0)]
     with channel.together():
         partition = partition_work(graph, parameters, wanted, local, channel)
-        live = {name: parameters[name] for name in wanted}
-        jump = nowcaster.predict_into(
-            live,
+        movement = nowcaster.predict_movement(
             local,
             2,
             graph,
+            only=wanted,
             partition=partition,
             preserve_norms=preserve_norms,
             progress=lambda *told_: told.append(told_),
         )
+    for name, way in movement.tensors.items():
+        with torch.no_grad():
+            local_tensor(parameters[name]).copy_(moved(local[-1][name], way))
     done, total = told[-1]
     assert done == total
-    return {"distance": jump.distance, "bytes": channel.bytes_sent, "work": total}
+    return {"distance": movement.distance, "bytes": channel.bytes_sent, "work": total}
 
 
 def compare(
@@ -246,7 +249,7 @@ def reports_of(optimizer: NowcastOptimizer) -> list[tuple[int, bool, bool, str]]
 
 def adam(model: nn.Module, nowcaster: nino.Nowcaster | None = None, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(base, model, nowcaster or tiny_nowcaster(), **{"period": PERIOD, **settings})
+    return NowcastOptimizer(base, model, nowcaster or tiny_nowcaster(), **planned({"period": PERIOD, **settings}))
 
 
 def sharded_training() -> Result:
@@ -389,7 +392,7 @@ def fault_in(owner: Any, name: str, error: Exception, call: int = 0) -> Iterator
 
 
 FAULTS: Mapping[str, tuple[Any, str]] = {
-    "before anything": (nino.session.jump.attempt, "_backup"),
+    "before anything": (nino.session.jump.prediction, "partition_work"),
     "planning": (nino.predict.work_partition, "deal"),
     "measuring": (nino.predict.standardise.SnapshotStatistics, "standardiser"),
     "first round": (blockwise, "_messages_on_values"),

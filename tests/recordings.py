@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from nino import NeuralGraph
 from nino.data import TrajectoryWriter, build_model, describe_sequential
 from nino.data.architecture import Architecture
 
@@ -42,9 +43,8 @@ def record_walk(
     torch.manual_seed(seed)
     model = build_model(architecture)
     named = dict(model.named_parameters())
-    writer = TrajectoryWriter(
-        folder, [(n, tuple(p.shape)) for n, p in named.items()], architecture, {"family": family, "seed": seed}
-    )
+    writer = TrajectoryWriter(folder, [(n, tuple(p.shape)) for n, p in named.items()], {"family": family, "seed": seed})
+    writer.write_graph(NeuralGraph.from_model(model))
     state = {name: parameter.detach().clone() for name, parameter in named.items()}
     drift = {name: 0.05 * torch.randn_like(value) for name, value in state.items()}
     for index in range(num_states):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, ScriptedNowcaster, assert_same, batch, mlp, tiny_nowcaster, weights_of
+from tiny import PERIOD, ScriptedNowcaster, assert_same, batch, mlp, planned, tiny_nowcaster, weights_of
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
@@ -106,7 +106,7 @@ class Run:
 
 def sgd(model: nn.Module, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return NowcastOptimizer(base, model, tiny_nowcaster(), **{"period": PERIOD, **settings})
+    return NowcastOptimizer(base, model, tiny_nowcaster(), **planned({"period": PERIOD, **settings}))
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -17,10 +17,10 @@ from nino import NinoError, NowcastReport, plot_run, run_record
 from nino.plots import read_run, smooth
 
 REPORTS = [
-    NowcastReport(step=100, horizon=40, outcome="applied", loss_before=2.0),
-    NowcastReport(step=200, horizon=20, outcome="applied", rolled_back=True, reason="worse"),
-    NowcastReport(step=300, horizon=10, outcome="refused", reason="NaN"),
-    NowcastReport(step=400, horizon=5, outcome="left out", reason="3 in a row"),
+    NowcastReport(step=100, horizon=40, horizon_steps=40, outcome="applied", loss_before=2.0),
+    NowcastReport(step=200, horizon=20, horizon_steps=20, outcome="rolled back", reason="worse"),
+    NowcastReport(step=300, horizon=10, horizon_steps=10, outcome="refused", reason="NaN"),
+    NowcastReport(step=400, horizon=5, horizon_steps=5, outcome="left out", reason="3 in a row"),
 ]
 LOSSES = [4 / math.sqrt(step) for step in range(1, 501)]
 
@@ -53,7 +53,7 @@ def test_every_form_is_drawn(content: dict[str, Any], tmp_path: Path) -> None:
 
     (axes,) = figure.axes
     labels = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
-    for outcome, step in (("accepted", 100), ("rolled back", 200), ("refused", 300), ("left out", 400)):
+    for outcome, step in (("applied", 100), ("rolled back", 200), ("refused", 300), ("left out", 400)):
         assert list(labels[f"nowcast {outcome} (1)"].get_xdata()) == [step]
     styles = {(line.get_color(), line.get_marker()) for name, line in labels.items() if "nowcast" in str(name)}
     assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == 4
@@ -72,7 +72,7 @@ def test_the_smoothed_curve_is_drawn_beside_the_raw_one_and_not_across_jumps() -
     smoothed = [line for line in axes.lines if line.get_color() == "C0" and line is not raw]
     assert np.array_equal(raw.get_ydata(), LOSSES)
     spans = [(line.get_xdata()[0], line.get_xdata()[-1]) for line in smoothed]
-    assert spans == [(1, 100), (101, 200), (201, 500)]  # accepted, also when undone later; others changed nothing
+    assert spans == [(1, 100), (101, 200), (201, 500)]  # moved, also when undone later; others changed nothing
     assert smoothed[0].get_label() == "mean of 10 losses"
 
 
@@ -110,7 +110,10 @@ def test_a_record_of_a_loop() -> None:
         ('{"losses": [1, 2], "steps": [1], "nowcasts": []}', "no run that can be drawn"),
         ('{"losses": ["low"], "nowcasts": []}', "no run that can be drawn"),
         ('{"losses": [1], "nowcasts": [{}]}', r"KeyError\('nowcast/step'\)"),
-        ('{"losses": [1], "nowcasts": [{"nowcast/step": 1, "nowcast/horizon": null}]}', "no run that can be drawn"),
+        (
+            '{"losses": [1], "nowcasts": [{"nowcast/step": 1, "nowcast/horizon_steps": null}]}',
+            "no run that can be drawn",
+        ),
         ('{"log_history": [{"epoch": 1}]}', "holds no losses: nothing was logged yet"),
         ('{"training_losses": 3}', "no run that can be drawn"),
     ],

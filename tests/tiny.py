@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ PERIOD = 6
 """With a context of 3: snapshots after 2, 4, 6, 8, ... steps, nowcasts after 6, 12, 18, ..."""
 
 Weights = dict[str, Tensor]
+
+
+def planned(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of an integration: settings of the plan, but for the period, are put into one."""
+    names = {entry.name for entry in fields(nino.NowcastPlan)} - {"period"}
+    plan = {name: value for name, value in settings.items() if name in names}
+    others = {name: value for name, value in settings.items() if name not in names}
+    return {**others, "plan": nino.NowcastPlan(**plan)} if plan else others
 
 
 def tiny_config(**settings: Any) -> nino.NowcasterConfig:
@@ -79,6 +88,13 @@ def batch(index: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 + index)
     inputs = torch.randn(8, 4, generator=generator)
     return inputs, torch.stack([inputs.sum(1), inputs.prod(1)], dim=1)
+
+
+def one_update(model: nn.Module, optimizer: torch.optim.Optimizer, index: int = 0) -> None:
+    inputs, targets = batch(index)
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(inputs), targets).backward()
+    optimizer.step()
 
 
 def weights_of(model: nn.Module) -> Weights:

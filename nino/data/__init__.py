@@ -1,6 +1,6 @@
 """Recorded training runs: how they are recorded, stored, described and read."""
 
-from nino.data.architecture import build_model, describe_model, describe_sequential, describe_transformers
+from nino.data.architecture import build_model, describe_sequential, describe_transformers
 from nino.data.memmap import read_memmap
 from nino.data.recording import Recorder, record
 from nino.data.resampled import ResampledRun
@@ -13,7 +13,6 @@ __all__ = [
     "Trajectory",
     "TrajectoryWriter",
     "build_model",
-    "describe_model",
     "describe_sequential",
     "describe_transformers",
     "read_memmap",

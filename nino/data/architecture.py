@@ -1,15 +1,12 @@
 """Describe a model's architecture in JSON and build it again, without its weights.
 
-A trajectory must outlive the script that recorded it, so it carries enough to rebuild the *shape* of the
-model (never its weights): a transformers class name with its config, or the list of layers of an
+A model is described by plain values: a transformers class name with its config, or the list of layers of an
 ``nn.Sequential``. Only module classes of ``torch.nn`` and model classes of ``transformers`` are ever looked up, and
-settings that could fetch code from a hub are refused, so reading a foreign trajectory runs no foreign code.
+settings that could fetch code from a hub are refused, so a foreign description runs no foreign code.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
 from typing import Any
 
 import torch
@@ -48,29 +45,6 @@ def describe_transformers(class_name: str, config: dict[str, Any]) -> Architectu
     return {"library": "transformers", "class": class_name, "config": dict(config)}
 
 
-def describe_model(model: nn.Module) -> Architecture | None:
-    """Describe a live model so that :func:`build_model` makes one with its parameters; ``None`` if none does.
-
-    Models of ``transformers`` are described by their config, an ``nn.Sequential`` of ``torch.nn`` layers by these, one
-    within another layer by layer. Names may differ; shapes and their order do not.
-
-    Example:
-        >>> describe_model(nn.Sequential(nn.Linear(4, 2)))["layers"]
-        [['Linear', {'in_features': 4, 'out_features': 2, 'bias': True}]]
-    """
-    try:
-        described = _describe(model)
-        if described is None:
-            return None
-        with torch.random.fork_rng(devices=[]):
-            built = build_model(json.loads(json.dumps(described)), device="meta")
-    except (TrajectoryError, TypeError, ValueError):
-        return None
-    if described["library"] == "torch" and list(map(repr, _layers_of(built))) != list(map(repr, _layers_of(model))):
-        return None
-    return described if shapes_of(built) == shapes_of(model) else None
-
-
 def build_model(architecture: Architecture, device: str | torch.device | None = None) -> nn.Module:
     """Build a freshly initialised model of a described architecture.
 
@@ -92,43 +66,6 @@ def build_model(architecture: Architecture, device: str | torch.device | None = 
         raise TrajectoryError(
             f"cannot build the described architecture: {reason} (described as {str(architecture)[:200]})"
         ) from error
-
-
-def _describe(model: nn.Module) -> Architecture | None:
-    """A first guess: what the attributes of a model say of it."""
-    if isinstance(model, nn.Sequential):
-        return describe_sequential([(type(layer).__name__, _arguments(layer)) for layer in _layers_of(model)])
-    for base in type(model).__mro__:  # frameworks derive classes of their own, as FSDP2 does
-        if base.__module__.split(".")[0] == "transformers" and hasattr(model, "config"):
-            config: dict[str, Any] = model.config.to_diff_dict()  # type: ignore[operator,union-attr]
-            return describe_transformers(base.__name__, _of_architecture(config))
-    return None
-
-
-def _arguments(layer: nn.Module) -> dict[str, Any]:
-    """What a layer was made with, as far as its attributes tell: most are named like the arguments."""
-    names = [name for name in inspect.signature(type(layer).__init__).parameters if hasattr(layer, name)]
-    values = {name: getattr(layer, name) for name in names if not name.startswith("_")}
-    return {name: value is not None if name == "bias" else value for name, value in values.items()}
-
-
-def _of_architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what says nothing of the shape of a model, or might fetch code."""
-    left_out = ("implementation", "_version", "_name_or_path", "architectures", "dtype", "model_type")
-    kept = {name: value for name, value in config.items() if not name.endswith(left_out)}
-    return {name: _of_architecture(value) if isinstance(value, dict) else value for name, value in kept.items()}
-
-
-def _layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of an ``nn.Sequential``, with those of others within."""
-    if type(model) is not nn.Sequential:
-        return [model]
-    return [layer for child in model for layer in _layers_of(child)]
-
-
-def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
-    """Of all parameters, in the order in which the model names them."""
-    return [tuple(parameter.shape) for parameter in model.parameters()]
 
 
 def _build_torch(architecture: Architecture) -> nn.Module:

@@ -8,15 +8,16 @@ and ``<task>_p2.dat``: float16 matrices ``[runs, states, parameters]`` and nothi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nino.data.architecture import Architecture, build_model
-from nino.data.trajectory import Parameters, RecordedStates
+from nino.data.trajectory import RecordedStates
 from nino.data.writer import StateDtype, check_dtype
 from nino.errors import TrajectoryError
+from nino.graph.ir import NeuralGraph
 
 
 class MemmapRun(RecordedStates):
@@ -26,26 +27,29 @@ class MemmapRun(RecordedStates):
         self,
         name: Path,
         states: np.ndarray[Any, Any],
-        parameters: Parameters,
         interval: int,
-        architecture: Architecture,
+        graph: NeuralGraph,
         training: Mapping[str, Any],
     ) -> None:
         self.folder = name
-        self.architecture = architecture
+        self._graph = graph
         self.training = dict(training)
         self.complete = True
-        self.parameters = parameters
+        self.parameters = list(graph.shapes.items())
         self.steps = [interval * index for index in range(len(states))]
         self.learning_rates = [self.training.get("lr")] * len(states)
         self.metrics = [{} for _ in range(len(states))]
         self.jumps = []
         self._states = states
 
+    def graph(self) -> NeuralGraph:
+        """The graph of the model of all runs."""
+        return self._graph
+
 
 def read_memmap(
     path: str | Path,
-    architecture: Architecture,
+    graph: NeuralGraph,
     *,
     num_states: int,
     interval: int = 1,
@@ -56,8 +60,7 @@ def read_memmap(
 
     Args:
         path: of the file. Parts of a task are read one by one.
-        architecture: of the model of all runs; a row is its parameters in the order of ``named_parameters()``, each
-            flattened.
+        graph: of the model of all runs; a row is its parameters in the order of ``named_parameters()``, each flattened.
         num_states: states of each run.
         interval: optimizer steps between two states.
         training: what is known of the runs, ``family`` for instance.
@@ -70,14 +73,13 @@ def read_memmap(
         TrajectoryError: if there is no such file, or its size is not that of whole runs.
 
     Example:
-        >>> runs = read_memmap("c10-16.dat", architecture, num_states=500, training={"family": "c10"})  # doctest: +SKIP
+        >>> runs = read_memmap("c10-16.dat", graph, num_states=500, training={"family": "c10"})  # doctest: +SKIP
     """
     path = Path(path)
     check_dtype(dtype)
     if num_states < 1 or interval < 1:
         raise TrajectoryError(f"num_states and interval must be at least 1, got {num_states} and {interval}")
-    parameters = [(n, tuple(p.shape)) for n, p in build_model(architecture, device="meta").named_parameters()]
-    num_elements = sum(int(np.prod(shape)) for _, shape in parameters)
+    num_elements = sum(map(prod, graph.shapes.values()))
     run_bytes = num_states * num_elements * np.dtype(dtype).itemsize
     if not path.is_file():
         raise TrajectoryError(
@@ -90,7 +92,4 @@ def read_memmap(
             f"numbers ({run_bytes} bytes each): it is truncated, or of another model or number of states"
         )
     matrix = np.memmap(path, dtype=dtype, mode="r", shape=(size // run_bytes, num_states, num_elements))
-    return [
-        MemmapRun(path / str(run), states, parameters, interval, architecture, training or {})
-        for run, states in enumerate(matrix)
-    ]
+    return [MemmapRun(path / str(run), states, interval, graph, training or {}) for run, states in enumerate(matrix)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nino.data.architecture import Architecture, build_model, describe_model, shapes_of
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.data.writer import StateDtype, TrajectoryWriter, check_dtype
 from nino.errors import TrajectoryError
+from nino.graph.builder import check_graph
+from nino.graph.ir import NeuralGraph
 from nino.parallel.collectives import num_processes
 from nino.parallel.shards import is_dtensor, refuse_unsupported
 from nino.session import NowcastSession
 from nino.session.events import Event
+from nino.session.first_inputs import FirstInputs
 from nino.session.horizon import learning_rate_of
 from nino.session.target import unwrap
 
@@ -38,7 +39,7 @@ def record(
     interval: int = 25,
     optimizer: Optimizer | None = None,
     training: Mapping[str, Any] | None = None,
-    architecture: Architecture | None = None,
+    graph: NeuralGraph | None = None,
     dtype: StateDtype = "float32",
     step: int = 0,
     session: NowcastSession | None = None,
@@ -52,14 +53,14 @@ def record(
         optimizer: gives its name and, at each state, its learning rate.
         training: anything JSON to note about the run: ``family`` (by which reports of a pretraining are grouped), batch
             size, data; by default with the optimizer's name and torch's seed. Of a run that goes on, what has changed.
-        architecture: for models that :func:`nino.data.describe_model` cannot describe. What it builds has parameters of
-            the same shapes in the same order, whatever their names.
+        graph: of the model, by which a nowcaster is trained on the run; by default it is wired on its first batch.
         dtype: number format on disk, ``"float32"`` or ``"float16"``.
         step: optimizer steps done so far. States of later steps, of a run that was killed after its checkpoint, are
             dropped.
         session: of the nowcasts in this run, whose jumps are noted; of a ``NowcastOptimizer`` by default its own.
 
     Raises:
+        NinoError: if the graph is of another model.
         TrajectoryError: if a setting is out of range, nothing is trained, or the folder cannot be written, holds a
             finished recording (and ``step`` is 0) or a recording of another model.
 
@@ -74,8 +75,10 @@ def record(
     _check_number("interval", interval, 1)
     _check_number("step", step, 0)
     check_dtype(dtype)
-    model = unwrap(model)
+    called, model = model, unwrap(model)
     refuse_unsupported(model)
+    if graph is not None:
+        check_graph(graph, model)
     shapes = {name: tuple(parameter.shape) for name, parameter in _recorded(model).items()}
     if not shapes:
         raise TrajectoryError("no parameter of the model is trained: all are frozen; record after they are unfrozen")
@@ -85,10 +88,15 @@ def record(
     writer = None
     if num_processes() == 1 or dist.get_rank() == 0:
         try:
-            writer = _open(Path(folder), shapes, model, architecture, notes, training or {}, dtype, step)
+            writer = _open(Path(folder), shapes, notes, training or {}, dtype, step)
+            if graph is not None:
+                writer.write_graph(graph)
         except OSError as error:
             raise TrajectoryError(f"{folder} cannot be recorded to: {error.strerror or error}") from error
-    return Recorder(model, writer, list(shapes), interval, optimizer, session or own_session, step)
+    recorder = Recorder(model, writer, list(shapes), interval, optimizer, session or own_session, step)
+    if writer is not None and not writer.has_graph:
+        recorder.watch(called)
+    return recorder
 
 
 class Recorder:
@@ -112,8 +120,14 @@ class Recorder:
         """Update of the last state, the same in all processes."""
         self._has_jumped = False
         """Whether something beside the optimizer has moved the weights since the last step."""
+        self._first_inputs: FirstInputs | None = None
         if session is not None:
             session.events.subscribe(self._listen)
+
+    def watch(self, called: nn.Module) -> None:
+        """Wire the model on the first batch that ``called``, it or a wrapper around it, is trained on."""
+        self._first_inputs = FirstInputs(self._model, called)
+        self._first_inputs.watch()
 
     def is_due(self, step: int) -> bool:
         """Whether a state is recorded after ``step`` steps; for metrics that are worth computing only then."""
@@ -138,6 +152,8 @@ class Recorder:
             self._last = step
         if self._writer is None:
             return
+        if self._first_inputs is not None and not self._first_inputs.is_watching:
+            self._wire(self._first_inputs)
         try:
             if self._has_jumped:
                 self._has_jumped = False
@@ -160,6 +176,8 @@ class Recorder:
 
     def close(self, complete: bool = True) -> None:
         """Finish the recording; ``complete`` says that the run ended as it was meant to, if early. Never fails."""
+        if self._writer is not None and self._first_inputs is not None:  # never called as a module
+            self._wire(self._first_inputs)
         writer, self._writer = self._writer, None
         if writer is None:
             return
@@ -167,6 +185,20 @@ class Recorder:
             writer.close(complete)
         except (OSError, TrajectoryError) as error:
             self._stop(max(self._last, 0), error)
+
+    def _wire(self, seen: FirstInputs) -> None:
+        """Keep the graph; a run without is recorded all the same."""
+        self._first_inputs = None
+        try:
+            inputs = None if seen.is_watching else seen.take()
+            graph = NeuralGraph.from_model(self._model, example_inputs=inputs)
+            if self._writer is not None:
+                self._writer.write_graph(graph)
+        except Exception as error:
+            reason = str(error) or repr(error)
+            logger.warning("the graph of the model is not recorded, no nowcaster can be trained on it: %s", reason)
+        finally:
+            seen.stop()
 
     def _gather(self) -> dict[str, Tensor]:
         """The parameters to record; sharded ones are put together, for which every process is needed."""
@@ -186,6 +218,8 @@ class Recorder:
 
     def _stop(self, step: int, error: Exception) -> None:
         self.problem = str(error) or repr(error)
+        if self._first_inputs is not None:
+            self._first_inputs.stop()
         logger.warning("recording stops after step %d, training goes on: %s", step, self.problem)
         self._writer = None
 
@@ -193,8 +227,6 @@ class Recorder:
 def _open(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    model: nn.Module,
-    architecture: Architecture | None,
     notes: Mapping[str, Any],
     changed: Mapping[str, Any],
     dtype: StateDtype,
@@ -210,23 +242,7 @@ def _open(
         return TrajectoryWriter.reopen(folder, step, changed)
     if header is not None and header["complete"]:
         raise TrajectoryError(f"{folder} holds a finished recording: choose another folder, or delete it")
-    if architecture is None:
-        architecture = describe_model(model)
-    else:
-        _check_architecture(architecture, model)
-    return TrajectoryWriter(folder, list(shapes.items()), architecture, notes, dtype)
-
-
-def _check_architecture(architecture: Architecture, model: nn.Module) -> None:
-    with torch.random.fork_rng(devices=[]):
-        built = build_model(architecture, device="meta")
-    theirs, ours = shapes_of(built), shapes_of(model)
-    if theirs != ours:
-        different = next(pair for pair in zip_longest(theirs, ours) if pair[0] != pair[1])
-        raise TrajectoryError(
-            f"architecture describes another model: {len(theirs)} parameters, the model has {len(ours)}; the first "
-            f"that differs has shape {different[0]}, the model's {different[1]}"
-        )
+    return TrajectoryWriter(folder, list(shapes.items()), notes, dtype)
 
 
 def _recorded(model: nn.Module) -> dict[str, nn.Parameter]:

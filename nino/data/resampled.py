@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nino.data.trajectory import RecordedStates
 from nino.errors import TrajectoryError
+from nino.graph.ir import NeuralGraph
 
 
 class ResampledRun(RecordedStates):
@@ -41,8 +42,7 @@ class ResampledRun(RecordedStates):
                 f"got interval {interval} and average {average}"
             )
         self.folder, self.complete = run.folder, run.complete
-        self.architecture, self.training = run.architecture, run.training
-        self.parameters, self.jumps = run.parameters, run.jumps
+        self.training, self.parameters, self.jumps = run.training, run.parameters, run.jumps
         self._run, self._count, self._average = run, average // recorded, average
         self._segments, self._ends = [], list[int]()
         for segment in run.segments():
@@ -59,6 +59,10 @@ class ResampledRun(RecordedStates):
     def __len__(self) -> int:
         """The number of states."""
         return len(self._ends)
+
+    def graph(self) -> NeuralGraph:
+        """The graph of the model that was trained."""
+        return self._run.graph()
 
     def describe(self) -> str:
         """As of a run that was recorded so, and over what the means are."""

@@ -5,8 +5,7 @@ parameters of one snapshot, flattened and concatenated in the order of ``paramet
 appended and memory-mapped, so a run that is killed stays readable up to its last whole state and a window
 is read without touching the rest. ``trajectory.json`` (rewritten atomically after every state) holds everything else::
 
-    {"format": "nino-trajectory", "version": 2, "dtype": "float32",
-     "architecture": {...},                       # see nino.data.architecture; null if it cannot be described
+    {"format": "nino-trajectory", "version": 3, "dtype": "float32",
      "parameters": [["0.weight", [16, 3, 3, 3]], ...],
      "training": {"optimizer": "AdamW", "lr": 0.003, "seed": 1, ...},
      "steps": [0, 25, 50, ...],                   # optimizer steps done when each state was taken
@@ -15,14 +14,15 @@ is read without touching the rest. ``trajectory.json`` (rewritten atomically aft
      "jumps": [500],                              # steps after which the weights were moved by something else
      "complete": true}
 
-A state of the very update at which the weights jumped is of after the jump. Version 1 has neither ``learning_rates``
-nor ``jumps``, and always an architecture.
+A state of the very step at which the weights jumped is of after the jump. ``graph.json`` beside it is the graph of the
+model that was trained (:meth:`nino.NeuralGraph.to_json`); it is not there before the first step, or if the model could
+not be wired.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -30,17 +30,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nino.data.architecture import build_model
-from nino.errors import TrajectoryError
+from nino.errors import GraphError, TrajectoryError
+from nino.graph.ir import NeuralGraph
 
 FORMAT = "nino-trajectory"
-VERSION = 2
-READABLE_VERSIONS = (1, 2)
+VERSION = 3
 DTYPES = ("float32", "float16")
 HEADER_FILE = "trajectory.json"
 STATES_FILE = "states.bin"
+GRAPH_FILE = "graph.json"
 PER_STATE = ("steps", "learning_rates", "metrics")
 """Lists of the header with one entry per state."""
 READ_AT_ONCE = 2**24
@@ -53,7 +53,6 @@ class RecordedStates:
 
     folder: Path
     """Names the run in errors."""
-    architecture: dict[str, Any] | None
     training: dict[str, Any]
     complete: bool
     parameters: Parameters
@@ -62,7 +61,7 @@ class RecordedStates:
     learning_rates: list[float | None]
     metrics: list[dict[str, float]]
     jumps: list[int]
-    """Updates after which the weights were moved by something else than the optimizer."""
+    """Steps after which the weights were moved by something else than the optimizer."""
     _states: np.ndarray[Any, Any]
     """``[states, num_elements]`` on disk."""
 
@@ -86,42 +85,22 @@ class RecordedStates:
             raise TrajectoryError(f"{self.folder}: a state holds NaN or infinity; leave this run out")
         return rows
 
-    def split(self, state: Tensor, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-        """Cut ``[..., num_elements]`` into one tensor ``[..., *shape]`` per parameter (views).
-
-        Args:
-            state: one or several.
-            names: what to call the parameters, see :meth:`names_in`; by default as they were recorded.
-        """
+    def split(self, state: Tensor) -> dict[str, Tensor]:
+        """Cut one or several states ``[..., num_elements]`` into a tensor ``[..., *shape]`` per parameter (views)."""
         sizes = [prod(shape) for _, shape in self.parameters]
         parts = state.split(sizes, dim=-1)
         return {
-            names[name] if names else name: part.reshape((*state.shape[:-1], *shape))
+            name: part.reshape((*state.shape[:-1], *shape))
             for (name, shape), part in zip(self.parameters, parts, strict=True)
         }
 
-    def model(self) -> nn.Module:
-        """The model that was trained, without weights (on the meta device).
+    def graph(self) -> NeuralGraph:
+        """The graph of the model that was trained.
 
         Raises:
-            TrajectoryError: if the run does not say how to build it, or says it wrong.
+            TrajectoryError: if it is not known, or damaged.
         """
-        if self.architecture is None:
-            raise TrajectoryError(f"{self.folder} does not say how to build its model; record it with an architecture")
-        try:
-            return build_model(self.architecture, device="meta")
-        except TrajectoryError as error:
-            raise TrajectoryError(f"{self.folder}: {error}") from error
-
-    def names_in(self, model: nn.Module) -> dict[str, str]:
-        """What a model calls each recorded parameter: its own name, or if names differ, by the order of equal shapes.
-
-        An ``nn.Sequential`` that stands for a model of one's own names its parameters by numbers.
-        """
-        recorded = dict(self.parameters)
-        built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        alike = recorded.keys() != built.keys() and list(recorded.values()) == list(built.values())
-        return dict(zip(recorded, built if alike else recorded, strict=True))
+        raise NotImplementedError
 
     def check_finite(self) -> None:
         """Read all states once.
@@ -172,7 +151,6 @@ class Trajectory(RecordedStates):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         header = read_header(self.folder)
-        self.architecture = header["architecture"]
         self.training = header["training"]
         self.complete = header["complete"]
         self.parameters = [(name, tuple(shape)) for name, shape in header["parameters"]]
@@ -181,6 +159,18 @@ class Trajectory(RecordedStates):
         self.learning_rates = header["learning_rates"][: len(self._states)]
         self.metrics = header["metrics"][: len(self._states)]
         self.jumps = header["jumps"]
+
+    def graph(self) -> NeuralGraph:
+        """The graph that was recorded with the run."""
+        path = self.folder / GRAPH_FILE
+        try:
+            return NeuralGraph.from_json(path.read_text())
+        except FileNotFoundError:
+            raise TrajectoryError(
+                f"{self.folder} holds no {GRAPH_FILE}: its model was not wired; record it with graph="
+            ) from None
+        except (GraphError, UnicodeDecodeError) as error:
+            raise TrajectoryError(f"{path}: {error}") from error
 
     def _map_states(self, header: dict[str, Any]) -> np.ndarray[Any, Any]:
         path = self.folder / STATES_FILE
@@ -212,7 +202,7 @@ def whole_states(folder: Path, header: dict[str, Any]) -> int:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """The header of a recorded run, as of the newest version.
+    """The header of a recorded run.
 
     Raises:
         TrajectoryError: if there is none, or it is damaged, foreign or of a version that this release does not read.
@@ -226,19 +216,12 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise TrajectoryError(f"{path} is not readable JSON ({error}); record the run again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise TrajectoryError(f"{path} is not a trajectory: expected format {FORMAT!r}")
-    if header.get("version") not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
-        raise TrajectoryError(f"{path} has version {header.get('version')!r}, this release reads {readable}")
-    needed = {"dtype", "architecture", "parameters", "training", "steps", "metrics", "complete"}
-    if header["version"] == VERSION:
-        needed |= {"learning_rates", "jumps"}
-    missing = needed - set(header)
+    if header.get("version") != VERSION:
+        raise TrajectoryError(f"{path} has version {header.get('version')!r}, this release reads {VERSION}")
+    missing = {"dtype", "parameters", "training", "jumps", "complete", *PER_STATE} - set(header)
     if missing:
         raise TrajectoryError(f"{path} lacks {sorted(missing)}; record the run again")
     _check_types(path, header)
-    if header["version"] < VERSION:
-        rate = header["training"].get("lr")
-        header |= {"version": VERSION, "learning_rates": [rate] * len(header["steps"]), "jumps": []}
     return header
 
 
@@ -247,12 +230,12 @@ def _check_types(path: Path, header: dict[str, Any]) -> None:
         raise TrajectoryError(f"{path}: dtype must be one of {DTYPES}, got {header['dtype']!r}")
     if not isinstance(header["training"], dict):
         raise TrajectoryError(f"{path}: training must be an object, got {header['training']!r}; record the run again")
-    for key in {"parameters", "jumps", *PER_STATE} & set(header):
+    for key in ("parameters", "jumps", *PER_STATE):
         if not isinstance(header[key], list):
             raise TrajectoryError(f"{path}: {key} must be a list, got {header[key]!r}; record the run again")
     if not header["parameters"] or not all(_is_parameter(entry) for entry in header["parameters"]):
         raise TrajectoryError(f"{path}: parameters must be pairs of a name and a shape; record the run again")
-    for key in {"steps", "jumps"} & set(header):
+    for key in ("steps", "jumps"):
         if not all(type(step) is int for step in header[key]) or sorted(set(header[key])) != header[key]:
             raise TrajectoryError(f"{path}: {key} must be growing whole numbers; record the run again")
 

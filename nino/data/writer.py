@@ -23,6 +23,7 @@ from torch import Tensor
 from nino.data.trajectory import (
     DTYPES,
     FORMAT,
+    GRAPH_FILE,
     HEADER_FILE,
     PER_STATE,
     STATES_FILE,
@@ -32,7 +33,8 @@ from nino.data.trajectory import (
     whole_states,
 )
 from nino.errors import TrajectoryError
-from nino.system.files import sync_file
+from nino.graph.ir import NeuralGraph
+from nino.system.files import written_whole
 
 StateDtype = Literal["float32", "float16"]
 
@@ -43,14 +45,13 @@ class TrajectoryWriter:
     Args:
         folder: created if missing; an earlier recording in it is replaced.
         parameters: ``(name, shape)`` of every recorded parameter, in the order of a state's elements.
-        architecture: what :func:`nino.data.build_model` needs to rebuild the model; ``None`` if nothing does.
         training: anything JSON about the run (optimizer, learning rate, batch size, seed, data).
         dtype: number format on disk, ``"float32"`` or ``"float16"``.
         forced: whether every state is forced to disk before it counts. If not, a program that is killed loses nothing,
             and a machine that crashes may lose the run.
 
     Example:
-        >>> writer = TrajectoryWriter(folder, [("weight", (2, 3))], architecture, {"lr": 1e-3})   # doctest: +SKIP
+        >>> writer = TrajectoryWriter(folder, [("weight", (2, 3))], {"lr": 1e-3})   # doctest: +SKIP
         >>> writer.append(0, {"weight": torch.zeros(2, 3)}, {"loss": 2.3})                        # doctest: +SKIP
 
     Raises:
@@ -62,7 +63,6 @@ class TrajectoryWriter:
         self,
         folder: str | Path,
         parameters: Sequence[tuple[str, Sequence[int]]],
-        architecture: Mapping[str, Any] | None,
         training: Mapping[str, Any],
         dtype: StateDtype = "float32",
         forced: bool = True,
@@ -73,7 +73,6 @@ class TrajectoryWriter:
             "format": FORMAT,
             "version": VERSION,
             "dtype": dtype,
-            "architecture": None if architecture is None else dict(architecture),
             "parameters": [[name, list(shape)] for name, shape in parameters],
             "training": dict(training),
             **{key: [] for key in PER_STATE},
@@ -83,6 +82,7 @@ class TrajectoryWriter:
         _check_json(header)
         _refuse_states_alone(Path(folder))
         self._begin(Path(folder), header)
+        (self.folder / GRAPH_FILE).unlink(missing_ok=True)  # of an earlier recording
 
     @classmethod
     def reopen(cls, folder: str | Path, step: int, training: Mapping[str, Any] | None = None) -> TrajectoryWriter:
@@ -196,6 +196,16 @@ class TrajectoryWriter:
             self._header["jumps"].append(int(step))
             self._write_header()
 
+    def write_graph(self, graph: NeuralGraph) -> None:
+        """Keep the graph of the model beside its states."""
+        with written_whole(self.folder / GRAPH_FILE, forced=self._forced) as temporary:
+            temporary.write_text(graph.to_json())
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether it was kept, by this writer or by the one whose recording goes on."""
+        return (self.folder / GRAPH_FILE).is_file()
+
     @property
     def last_step(self) -> int | None:
         """Of the last state, if there is one."""
@@ -239,16 +249,9 @@ class TrajectoryWriter:
             )
 
     def _write_header(self) -> None:
-        temporary = self.folder / (HEADER_FILE + ".part")
         content = json.dumps(self._header).encode()
-        try:
+        with written_whole(self.folder / HEADER_FILE, forced=self._forced) as temporary:
             temporary.write_bytes(content)
-            if self._forced:
-                sync_file(temporary)
-            os.replace(temporary, self.folder / HEADER_FILE)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         self._written = content
 
 
@@ -269,7 +272,7 @@ def _check_json(header: Mapping[str, Any]) -> None:
     try:
         json.dumps(header)
     except (TypeError, ValueError) as error:
-        raise TrajectoryError(f"training and architecture must be JSON: {error}") from error
+        raise TrajectoryError(f"training must be JSON: {error}") from error
 
 
 def check_dtype(dtype: str) -> None:

@@ -208,7 +208,7 @@ def draw_layers(graph: NeuralGraph, path: Path, title: str, dpi: int = 110) -> N
     patches = {}
     for box in boxes:
         corner, style = (box.x - box.width / 2, box.y - box.height / 2), "round,pad=0,rounding_size=0.06"
-        look = {"facecolor": "#f4f4f4", "edgecolor": "0.4", "linewidth": 0.8, "zorder": 2}
+        look: dict[str, Any] = {"facecolor": "#f4f4f4", "edgecolor": "0.4", "linewidth": 0.8, "zorder": 2}
         patches[id(box)] = axes.add_patch(FancyBboxPatch(corner, box.width, box.height, boxstyle=style, **look))
         for number, (text, colour) in enumerate(box.lines):
             y = corner[1] + PADDING + (number + 0.5) * LINE
@@ -244,7 +244,8 @@ def _draw_arrow(axes: Axes, arrow: Arrow, patches: Mapping[int, Any], lane: floa
     from matplotlib.path import Path as Curve
 
     source, target, colour = arrow.source, arrow.target, COLOURS[arrow.type]
-    look = {"color": colour, "linewidth": 1.4, "mutation_scale": 9, "joinstyle": "round", "zorder": 1.5}
+    look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "mutation_scale": 9, "joinstyle": "round"}
+    look["zorder"] = 1.5
     text: dict[str, Any] = {"color": colour, "fontsize": 7.5, "va": "center", "zorder": 4}
     if arrow.spans > 1:
         begin, end = source.y + 0.25 * source.height, target.y - 0.25 * target.height
@@ -338,7 +339,8 @@ def _draw_block(axes: Axes, block: EdgeBlock, scale: Scale) -> None:
     # Lines through the pairs, begun anew wherever the next pair is not a usual step away.
     points, pairs = np.stack([*map(scale.place, sides)], 1), np.stack([s.local_index().numpy() for s in sides], 1)
     _, which, counts = np.unique(np.diff(pairs, axis=0), axis=0, return_inverse=True, return_counts=True)
-    breaks = np.flatnonzero(which.reshape(-1) != counts.argmax()) + 1 if len(counts) else []
+    usual = counts.argmax() if len(counts) else 0
+    breaks = np.flatnonzero(which.reshape(-1) != usual) + 1
     axes.add_collection(LineCollection(np.split(points, breaks), colors=colour, linewidths=1.2))
 
 

@@ -1,203 +1,180 @@
-"""What one would try before a trained nowcaster: move the weights by a combination of their last movements.
+"""Extrapolation without a trained network: movements as combinations of the snapshots, one rule per matrix.
 
-With snapshots ``x_0 .. x_m`` and movements ``u_i = x_{i+1} - x_i``, every method here predicts
-``x_m + sum_i a_i u_i`` and differs only in the numbers ``a_i``. They are predictors like :class:`nino.Nowcaster`, so
-they jump at the same steps with the same horizons.
+With snapshots ``x_0 .. x_m`` taken at ``t_0 .. t_m``, every rule here moves the newest by ``sum_i a_i x_i`` with
+``sum_i a_i = 0``. The numbers ``a_i`` depend on the snapshots only through their inner products, a matrix of
+``m + 1`` rows per parameter, so that a rule costs one pass over the snapshots whatever its rank.
+
+``t`` may be steps or learning-rate mass; ``ahead`` is in the same unit.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nino.errors import NinoError, SnapshotError
-from nino.graph.ir import EdgeBlock, NeuralGraph
-from nino.graph.rows import Place
-from nino.graph.rows import moved as moved_place
-from nino.predict.engine.tiling import places
-from nino.predict.engine.views import SnapshotViews
-from nino.predict.engine.writer import MovementWriter
-from nino.predict.movement import Movement
-from nino.predict.partition import WHOLE, Partition
-from nino.predict.predictor import Progress
-from nino.predict.request import check_request, device_of, empty_movement
-from nino.predict.standardise import check_snapshots
-from nino.system.pieces import exact_dtype, piece_size, pieces_of
+from nino.errors import SnapshotError
 
-DAMPING = 0.875
-RIDGE = 1e-10
-CONTEXT = 5
-MAX_HORIZON = 40
-DEFAULT_CAP = 0.5
+Snapshots = Sequence[Mapping[str, Tensor]]
 
 
-class Extrapolator(ABC):
-    """A predictor that combines the last movements.
+def line_coefficients(times: Sequence[float], ahead: float) -> Tensor:
+    """On from the first snapshot to the last, in a straight line.
 
     Args:
-        context: snapshots that it reads, 2 or more.
-        max_horizon: snapshot intervals that it looks ahead at most.
+        times: of the snapshots, rising, at least two.
+        ahead: how far to go, in the unit of ``times``.
+
+    Returns:
+        The numbers ``a``, float64 ``[m + 1]``; their sum is 0.
+
+    Example:
+        >>> line_coefficients([0, 1, 2], 3).tolist()
+        [-1.5, 0.0, 1.5]
     """
-
-    def __init__(self, context: int = CONTEXT, max_horizon: int = MAX_HORIZON) -> None:
-        if context < 2 or max_horizon < 1:
-            raise NinoError(f"expected 2 snapshots or more and a horizon from 1, got {context} and {max_horizon}")
-        self.context = context
-        self.max_horizon = max_horizon
-
-    @abstractmethod
-    def coefficients(self, products: Tensor, norm: float, horizon: int) -> Tensor:
-        """The numbers ``a``.
-
-        Args:
-            products: inner products of the movements, float64 ``[m, m]``, oldest first, over all weights.
-            norm: of the weights.
-            horizon: snapshot intervals ahead.
-        """
-
-    def settings(self) -> list[float]:
-        """What tells two of a class from each other."""
-        return [self.context, self.max_horizon]
-
-    def graph_of(self, model: nn.Module, example_inputs: Any = None) -> NeuralGraph:
-        """Wire a model exactly: the graph says only which kind a weight is of."""
-        return NeuralGraph.from_model(model, example_inputs=example_inputs)
-
-    def check_fits(self, graph: NeuralGraph) -> None:
-        """Any graph will do."""
-        del graph
-
-    def fingerprint_tensors(self) -> list[Tensor]:
-        """The class's name and its settings."""
-        name = [float(number) for number in type(self).__name__.encode()]
-        return [torch.tensor([*name, *self.settings()], dtype=torch.float64)]
-
-    @torch.no_grad()
-    def predict_movement(
-        self,
-        snapshots: Sequence[Mapping[str, Tensor]],
-        horizon: int,
-        graph: NeuralGraph,
-        *,
-        positions: Tensor | None = None,
-        only: Collection[str] | None = None,
-        device: torch.device | str | None = None,
-        preserve_norms: bool = False,
-        partition: Partition = WHOLE,
-        progress: Progress | None = None,
-        memory_budget: int | None = None,
-    ) -> Movement:
-        """Predict how far the weights move; see :meth:`nino.predict.predictor.Predictor.predict_movement`.
-
-        It takes a piece of some MB beside the snapshots and the movement, so there is no budget to keep.
-        """
-        del positions, memory_budget
-        check_request(graph, horizon, self.max_horizon)
-        check_snapshots(snapshots, partition.held_shapes(graph.shapes), self.context)
-        where = device_of(snapshots, device)
-        tensors = empty_movement(snapshots[-1], graph, only)
-        views = SnapshotViews(graph, snapshots, partition)
-        products, norm = _measure(views, tensors, where, partition)
-        numbers = self.coefficients(products, norm, horizon)
-        if not math.isfinite(length(numbers, products)):
-            raise SnapshotError("the extrapolation is NaN or infinite; it was refused")
-        writer = MovementWriter(graph, tensors, views, where, partition, preserve_norms)
-        blocks = [block for block in graph.parameter_blocks if writer.wants(block)]
-        for index, block in enumerate(blocks, start=1):
-            for place in _pieces(block, partition, piece_size(where) // self.context):
-                pieces = [piece.to(where, exact_dtype(piece)) for piece in views.pieces(block, place)]
-                writer.write(block, place, _combined(numbers.tolist(), pieces))
-            if progress is not None:
-                progress(index, len(blocks))
-        size = writer.finish()
-        return Movement(size.distance, size.norm, size.by_kind, tensors)
+    numbers = torch.zeros(len(times), dtype=torch.float64)
+    numbers[-1] = ahead / _span(times)
+    numbers[0] = -numbers[-1]
+    return numbers
 
 
-def _pieces(block: EdgeBlock, partition: Partition, size: int) -> Iterator[Place]:
-    """Cut this process's part of a block into pieces of about ``size`` elements."""
-    rows, columns = partition.place(block)
-    shape = rows.stop - rows.start, columns.stop - columns.start
-    if shape[0] and shape[1]:
-        for place in places(shape, max(size // block.num_features, 1)):
-            yield moved_place(place, rows.start, columns.start)
+def fit_coefficients(times: Sequence[float], ahead: float, products: Tensor | None = None, rank: int = 0) -> Tensor:
+    """On along the least-squares line through all snapshots, or through their projection on few directions.
 
+    The snapshots minus the first are a matrix of one row per time. Its best approximation of rank ``r`` leaves each
+    row a combination of ``r`` directions; a straight line is fitted to every direction's coefficient and continued
+    (RELEX, arXiv:2605.21468, does so with rank 1). Continuing the fit from the newest snapshot, and not from its
+    projection, keeps what the weights have learnt outside of these directions.
 
-def _combined(numbers: Sequence[float], snapshots: Sequence[Tensor]) -> Tensor:
-    """``sum_i a_i u_i``."""
-    total = torch.zeros_like(snapshots[0])
-    for number, (earlier, later) in zip(numbers, pairwise(snapshots), strict=True):
-        total.add_(later - earlier, alpha=number)
-    return total
-
-
-def _measure(
-    views: SnapshotViews, names: Collection[str], device: torch.device, partition: Partition
-) -> tuple[Tensor, float]:
-    """Inner products of the movements, float64 ``[m, m]`` on the CPU, and the norm of the last weights."""
-    steps = views.context - 1
-    sums = torch.zeros(steps * steps + 1, dtype=torch.float64, device=device)
-    size = piece_size(device) // views.context
-    for name in names:
-        for snapshots in zip(*(pieces_of(rows, size) for rows in views.own_rows(name)), strict=True):
-            flat = [piece.to(device, exact_dtype(piece)).flatten() for piece in snapshots]
-            movements = torch.stack([later - earlier for earlier, later in pairwise(flat)]).double()
-            sums[:-1] += (movements @ movements.T).flatten()
-            sums[-1] += flat[-1].double().square().sum()
-    *products, squared = partition.add_(sums).cpu()
-    return torch.stack(products).view(steps, steps), math.sqrt(float(squared))
-
-
-def length(numbers: Tensor, products: Tensor) -> float:
-    """The norm of ``sum_i a_i u_i``."""
-    return math.sqrt(max(float(numbers @ products @ numbers), 0.0)) if bool(numbers.isfinite().all()) else math.nan
-
-
-class LinearExtrapolator(Extrapolator):
-    """Goes on as from the first snapshot to the last: ``x_m + k (x_m - x_0) / m`` for horizon k."""
-
-    def coefficients(self, products: Tensor, norm: float, horizon: int) -> Tensor:
-        """As :meth:`Extrapolator.coefficients`."""
-        count = len(products)
-        return torch.full((count,), horizon / count, dtype=products.dtype)
-
-
-class ReducedRankExtrapolator(Extrapolator):
-    """Damped reduced-rank extrapolation (RRE), capped; it looks for a fixed point, so the horizon does not matter.
-
-    The combination ``sum_i g_i u_i`` of movements with ``sum g = 1`` and the least norm tells which combination of
-    snapshots, ``s = sum_i g_i x_{i+1}``, is nearest to standing still; the jump goes ``0.875 (s - x_m)`` far. See
-    regularised non-linear acceleration (arXiv:1606.04133), and modded-nanogpt's PR 305 for damping and cap.
+    With ``U`` the first eigenvectors of the rows' inner products, and ``c`` the numbers that take the slope of a
+    least-squares line out of values at ``times``, the movement is ``ahead * sum_i (U U' c)_i x_i``.
 
     Args:
-        cap: norm of the jump over the norm of the weights, at most.
-        context: as in :class:`Extrapolator`.
-        max_horizon: as in :class:`Extrapolator`.
+        times: as in :func:`line_coefficients`.
+        ahead: as in :func:`line_coefficients`.
+        products: inner products of the snapshots minus the first, float64 ``[m + 1, m + 1]``; needed with a rank.
+        rank: of the approximation; 0 for the snapshots as they are.
+
+    Returns:
+        The numbers ``a``, float64 ``[m + 1]``; their sum is 0.
+
+    Example:
+        >>> fit_coefficients([0, 1, 2], 2).tolist()
+        [-1.0, 0.0, 1.0]
     """
+    _span(times)
+    at = torch.tensor(times, dtype=torch.float64)
+    slope = at - at.mean()
+    slope = slope / slope.square().sum()
+    if rank:
+        if products is None:
+            raise ValueError("an approximation of low rank needs the products of the snapshots")
+        directions = torch.linalg.eigh(products).eigenvectors[:, -rank:]
+        slope = directions @ (directions.T @ slope)
+    numbers = ahead * slope
+    numbers[0] -= numbers.sum()  # rows are relative to the first snapshot, which its own number does not move
+    return numbers
 
-    def __init__(self, cap: float = DEFAULT_CAP, context: int = CONTEXT, max_horizon: int = MAX_HORIZON) -> None:
-        super().__init__(context, max_horizon)
-        self.cap = cap
 
-    def settings(self) -> list[float]:
-        """As :meth:`Extrapolator.settings`."""
-        return [*super().settings(), self.cap]
+def _span(times: Sequence[float]) -> float:
+    if len(times) < 2 or not all(later > earlier for earlier, later in pairwise(times)):
+        raise ValueError(f"expected two or more rising times of snapshots, got {list(times)}")
+    return times[-1] - times[0]
 
-    def coefficients(self, products: Tensor, norm: float, horizon: int) -> Tensor:
-        """As :meth:`Extrapolator.coefficients`."""
-        count = len(products)
-        scale = float(products.diagonal().mean())
-        if scale == 0:
-            return torch.zeros(count, dtype=products.dtype)
-        ridge = RIDGE * torch.eye(count, dtype=products.dtype)
-        solution = torch.linalg.solve(products / scale + ridge, torch.ones(count, dtype=products.dtype))
-        mixture = solution / solution.sum()
-        # x_{i+1} = x_m - (u_{i+1} + .. + u_{m-1}), so movement j counts once for every i < j.
-        numbers = -DAMPING * (mixture.cumsum(0) - mixture)
-        distance = length(numbers, products)
-        return numbers * min(1.0, self.cap * norm / distance) if distance else numbers
+
+def products_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Inner products of one parameter's snapshots minus the first, float64 ``[m + 1, m + 1]``.
+
+    Raises:
+        SnapshotError: if they are not finite.
+    """
+    rows = torch.stack([(tensor - tensors[0]).flatten() for tensor in tensors]).double()
+    products = rows @ rows.T
+    if not bool(products.isfinite().all()):
+        raise SnapshotError("the snapshots hold NaN or infinity, or lie too far apart; nothing is extrapolated")
+    return products.cpu()
+
+
+def combine(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    """``sum_i a_i (x_i - x_0)`` in float32 or better: the same as of the snapshots, as the numbers add up to 0."""
+    moved = torch.zeros_like(tensors[-1], dtype=torch.promote_types(tensors[-1].dtype, torch.float32))
+    for tensor, number in zip(tensors[1:], numbers[1:].tolist(), strict=True):
+        if number:
+            moved.add_(tensor.to(moved.dtype) - tensors[0].to(moved.dtype), alpha=number)
+    return moved
+
+
+def line_movement(snapshots: Snapshots, times: Sequence[float], ahead: float) -> dict[str, Tensor]:
+    """The straight line's movement, by parameter name."""
+    numbers = line_coefficients(times, ahead)
+    return {name: combine([snapshot[name] for snapshot in snapshots], numbers) for name in snapshots[-1]}
+
+
+def fit_movement(snapshots: Snapshots, times: Sequence[float], ahead: float, rank: int = 0) -> dict[str, Tensor]:
+    """The fit's movement, by parameter name; every parameter has directions of its own.
+
+    Raises:
+        SnapshotError: if a rank is asked for and the snapshots are not finite.
+    """
+    movement = {}
+    for name in snapshots[-1]:
+        tensors = [snapshot[name] for snapshot in snapshots]
+        products = products_of(tensors) if rank else None
+        movement[name] = combine(tensors, fit_coefficients(times, ahead, products, rank))
+    return movement
+
+
+def agreeing_movement(snapshots: Snapshots, times: Sequence[float], ahead: float) -> dict[str, Tensor]:
+    """On at the slower of the paces of both halves of the path, where their signs agree; elsewhere nothing moves.
+
+    What is noise in the path agrees by chance only. Not linear in the snapshots, unlike the other rules here.
+
+    Args:
+        snapshots: three or more, oldest first.
+        times: as in :func:`line_coefficients`.
+        ahead: as in :func:`line_coefficients`.
+    """
+    first, last = halves(snapshots, times)
+    movement = {}
+    for name, pace in first.items():
+        slower = torch.minimum(pace.abs(), last[name].abs()) * pace.sign()
+        movement[name] = ahead * torch.where(pace.sign() == last[name].sign(), slower, 0.0)
+    return movement
+
+
+def halves(snapshots: Snapshots, times: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The paces of both halves of a path, per unit of time, by parameter name.
+
+    Raises:
+        ValueError: if there are fewer than three snapshots.
+    """
+    _span(times)
+    if len(times) < 3:
+        raise ValueError(f"a path has two halves if it has three snapshots, got {len(times)}")
+    half = len(times) // 2
+
+    def pace(start: int, end: int) -> dict[str, Tensor]:
+        spent = times[end] - times[start]
+        return {
+            name: combine([snapshots[start][name], tensor], torch.tensor([-1.0, 1.0])) / spent
+            for name, tensor in snapshots[end].items()
+        }
+
+    return pace(0, half), pace(half, len(times) - 1)
+
+
+def straightness(snapshots: Snapshots, times: Sequence[float]) -> float:
+    """How much of a path goes on: 1 for a straight line, about 0 for a random walk, below 0 if it turned back.
+
+    If every half of the path is a common pace and noise of its own, this is the part of the squared length of the whole
+    that is the common pace's, and so by how much a line through the path is best shortened.
+
+    Returns:
+        ``<u, v> / |(u + v) / 2|^2`` for the paces ``u`` and ``v`` of the halves; 0 if the weights stood still.
+    """
+    first, last = halves(snapshots, times)
+    common = sum(float((first[name].double() * last[name].double()).sum()) for name in first)
+    length = sum(float(((first[name].double() + last[name].double()) / 2).square().sum()) for name in first)
+    return common / length if length else 0.0

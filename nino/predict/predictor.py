@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 class Predictor(Protocol):
     """Predicts how far weights will move from where they have just been.
 
-    :class:`nino.Nowcaster` and the extrapolations of :mod:`nino.predict.extrapolation` are predictors. One of your own
+    :class:`nino.Nowcaster` and the extrapolations of :mod:`nino.predict.extrapolators` are predictors. One of your own
     needs no base class.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nino.errors import CheckpointError, NinoError
-from nino.predict.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
+from nino.predict.extrapolators import LinearExtrapolator, ReducedRankExtrapolator
 from nino.predict.nowcaster import Nowcaster
 from nino.predict.predictor import Predictor
 

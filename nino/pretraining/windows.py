@@ -22,7 +22,6 @@ from torch import Tensor
 from nino.data import Trajectory
 from nino.data.trajectory import RecordedStates
 from nino.errors import TrajectoryError
-from nino.graph import NeuralGraph
 from nino.graph.edge_list import EdgeList
 from nino.predict.engine import graph_inputs
 from nino.predict.model.config import NowcasterConfig
@@ -80,15 +79,18 @@ class RecordedRun:
         self.trajectory = trajectory
         self.family = str(trajectory.training.get("family", "unknown"))
         self.segments = trajectory.segments()
-        model = trajectory.model()
-        graph = NeuralGraph.from_model(model, wiring=config.wiring)
-        self._names = trajectory.names_in(model)
-        recorded = {self._names[name]: shape for name, shape in trajectory.parameters}
+        graph = trajectory.graph()
+        if graph.wiring != config.wiring:
+            raise TrajectoryError(
+                f"{trajectory.folder}: recorded with the {graph.wiring} wiring, this nowcaster reads the "
+                f"{config.wiring} one; train one of yours"
+            )
+        recorded = dict(trajectory.parameters)
         if recorded != graph.shapes:
             different = sorted(set(recorded.items()) ^ set(graph.shapes.items()))[:3]
             frozen = set(recorded.items()) < set(graph.shapes.items())
             raise TrajectoryError(
-                f"{trajectory.folder}: recorded parameters differ from its architecture: {different}"
+                f"{trajectory.folder}: recorded parameters differ from its graph: {different}"
                 + ("; a nowcaster is trained on runs that train all of their parameters, none frozen" if frozen else "")
             )
         trajectory.check_finite()  # better said now than in the midst of a training
@@ -98,8 +100,8 @@ class RecordedRun:
         self.feature_mask = self.edges.feature_mask()
 
     def states(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The asked-for states, by the names of the graph: ``[len(indices), *shape]`` each."""
-        return self.trajectory.split(self.trajectory.states(indices), self._names)
+        """The asked-for states, ``[len(indices), *shape]`` of each parameter."""
+        return self.trajectory.split(self.trajectory.states(indices))
 
     def starts(self, length: int) -> list[range]:
         """Where stretches of ``length`` states can begin, in each segment that is long enough."""

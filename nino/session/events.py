@@ -38,6 +38,9 @@ class Events:
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
 
+    def __getstate__(self) -> dict[str, list[Listener]]:
+        return {"_listeners": []}  # a copy of a run has listeners of its own
+
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Have a function told of every event.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class NowcastSession:
         self.events = Events()
         self.target = TrainingTarget(model, self.nowcaster, optimizer, graph)
         self.history = History(self.plan, self.run.context)
-        self.monitor = Monitor(rollback_config(self.plan), lambda: self.target.device, on_report)
+        self.monitor = Monitor(rollback_config(self.plan), partial(getattr, self.target, "device"), on_report)
         self.jumps = Jumps(self.nowcaster, self.target, self.history, self.monitor, self.plan, self.events)
         self.step = 0
         self._has_begun = self._is_detached = self._said_rising = False

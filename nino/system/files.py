@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,34 @@ import torch
 from nino.errors import CheckpointError
 
 
+@contextmanager
+def written_whole(path: Path, *, forced: bool = True, shared: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path``: what is written there takes that name if the block ends well, else is removed.
+
+    Args:
+        path: of the file; what was there stays until then.
+        forced: whether to wait until it is on disk, so that a crash of the machine leaves one of both whole.
+        shared: whether other processes may write the same file at the same time.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
+    try:
+        yield temporary
+        if forced:
+            sync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def save_whole(state: Any, path: Path) -> None:
     """``torch.save`` under a temporary name beside ``path``, then a rename; what was there stays until that.
 
     Raises:
         OSError: if it cannot be written, for lack of room for example; no temporary file is left then.
     """
-    temporary = path.with_name(path.name + ".part")
-    try:
+    with written_whole(path) as temporary:
         save(state, temporary)
-        sync_file(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.absolute().parent)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from nino.system.files import written_whole
 from tasks.images import HeldOut
 from tasks.methods import Method, Rhythm, Setup, parse_method
 from tasks.speedup import TASKS
@@ -243,6 +244,5 @@ def train_and_write(cell: Cell, progress: Progress, *, data: Path, out: Path) ->
     result = train(cell, data, progress)
     path = result_path(out, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(result, allow_nan=False))
-    temporary.replace(path)
+    with written_whole(path, forced=False) as temporary:
+        temporary.write_text(json.dumps(result, allow_nan=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from nino.data.architecture import Architecture, describe_sequential, describe_transformers
 from nino.errors import NinoError
+from nino.system.files import written_whole
 from tasks.caching import version_of
 
 # Columns of the parquet files as `datasets` writes them.
@@ -147,9 +147,8 @@ def _decode_parquet(path: Path, cache: Path) -> tuple[np.ndarray, np.ndarray]:
             return arrays["images"], arrays["labels"]
     images, labels = _read_parquet(path)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.npz")  # several processes may do the same at once
-    np.savez(temporary, images=images, labels=labels)
-    temporary.replace(cached)
+    with written_whole(cached, forced=False, shared=True) as temporary, open(temporary, "wb") as file:
+        np.savez(file, images=images, labels=labels)
     return images, labels
 
 

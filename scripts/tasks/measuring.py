@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +55,14 @@ class Memory:
 def _resident() -> tuple[int, int]:
     memory = psutil.Process().memory_info()
     return memory.rss, memory.rss - getattr(memory, "shared", 0)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, rounded up.
+
+    Example:
+        >>> duration(7322)
+        '2:02:02'
+    """
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 
 from nino import Nowcaster, NowcastOptimizer, NowcastPlan, NowcastReport
 from nino.errors import NinoError
-from nino.predict.extrapolation import LinearExtrapolator, ReducedRankExtrapolator
+from nino.predict.extrapolators import LinearExtrapolator, ReducedRankExtrapolator
 from nino.predict.model import NowcasterConfig, build_network
 from nino.predict.predictor import Predictor
 from nino.session.judge.rule import rollback_config

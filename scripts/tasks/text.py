@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nino.data.architecture import Architecture, describe_transformers
+from nino.system.files import written_whole
 from tasks.caching import version_of
 
 EVAL_FRACTION = 0.1
@@ -88,9 +88,8 @@ def load_text_files(paths: list[Path], vocab_size: int, cache: Path) -> TextData
         return TextData(**torch.load(cached, weights_only=True))
     data = read_text_files(paths, vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.part")  # several processes may do the same at once
-    torch.save(vars(data), temporary)
-    temporary.replace(cached)
+    with written_whole(cached, forced=False, shared=True) as temporary:
+        torch.save(vars(data), temporary)
     return data
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PERIOD, assert_same, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, planned, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -23,75 +23,13 @@ from nino import CheckpointError, NinoError, NowcastOptimizer
 if importlib.util.find_spec("transformers") is None:  # an optional package
     pytest.skip("transformers is not installed", allow_module_level=True)
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from trainers import STEPS, arguments, callback, llama, tokens, trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from nino.callbacks import NowcastCallback
 from nino.session import NowcastSession
 from nino.session.saving import save_session
 from nino.system.files import load_whole
-
-STEPS = 14
-"""Updates of a run. Nowcasts after 6 and 12, of three in all: horizons 4 and 1."""
-
-
-def llama(seed: int = 0) -> LlamaForCausalLM:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=32,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=16,
-            )
-        )
-
-
-def tokens(size: int = 64) -> list[dict[str, Tensor]]:
-    """Random sequences, some labels masked: so micro-batches differ in how many words they predict."""
-    generator = torch.Generator().manual_seed(7)
-    examples = []
-    for index in range(size):
-        words = torch.randint(32, (8,), generator=generator)
-        labels = torch.where(torch.arange(8) < index % 6, -100, words)
-        examples.append({"input_ids": words, "labels": labels})
-    return examples
-
-
-def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder / "out"),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(**{**defaults, **settings})
-
-
-def trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, **settings: Any) -> Trainer:
-    extra = {key: settings.pop(key) for key in ("optimizers", "eval_dataset") if key in settings}
-    return Trainer(
-        model=llama() if model is None else model,
-        args=arguments(folder, **settings),
-        train_dataset=tokens(),
-        callbacks=list(callbacks),
-        **extra,
-    )
-
-
-def callback(**settings: Any) -> NowcastCallback:
-    return NowcastCallback(tiny_nowcaster(), period=PERIOD, **settings)
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -155,13 +93,18 @@ def test_tokens_of_accumulated_batches_are_weighed_alike_everywhere(tmp_path: Pa
 
 
 def test_horizons_as_asked_for(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"max_horizon": 3, "decay_power": 1, "until": 20}
+    settings: dict[str, Any] = {"max_horizon_steps": 6, "horizon_decay": 1, "stop_after": 20}
     nowcast = callback(**settings)
     trainer(tmp_path, nowcast, max_steps=26).train()
 
     model = llama()
     optimizer = NowcastOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-2), model, tiny_nowcaster(), period=PERIOD, max_steps=26, **settings
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        model,
+        tiny_nowcaster(),
+        period=PERIOD,
+        max_steps=26,
+        **planned(settings),
     )
     trainer(tmp_path, model=model, optimizers=(optimizer, None), max_steps=26).train()
 

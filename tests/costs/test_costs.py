@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 from models import flat_cnn, gpt2, llama_gqa
-from test_in_place import WIDE, _live, _peak_bytes
 from tiny import tiny_config, tiny_nowcaster
 from torch import Tensor, nn
+from walks import WIDE, moved_model, peak_bytes
 
 import nino
 from nino import NeuralGraph, NinoError
@@ -101,10 +101,10 @@ def test_memory_of_jumps_that_are_dealt_out(ramp: int, rollback_window: int) -> 
 @pytest.mark.parametrize("family", WIDE)
 def test_memory_of_a_nowcast_is_bounded(family: str) -> None:
     """Not loosely where it matters: for layers that are neither convolutions nor as narrow as one neuron."""
-    model, graph, snapshots = _live(WIDE[family], torch.float32, "contiguous", context=5)
+    model, graph, snapshots = moved_model(WIDE[family], torch.float32, "contiguous", context=5)
     nowcaster = tiny_nowcaster(hidden=64, context=5)
     costs = estimate_costs(model, nowcaster, device="cpu").nowcast
-    used = _peak_bytes(lambda: nowcaster.predict_into(dict(model.named_parameters()), snapshots, 3, graph))
+    used = peak_bytes(lambda: nowcaster.predict_into(dict(model.named_parameters()), snapshots, 3, graph))
     assert used <= costs
     assert family not in ("square", "language model") or costs < 6 * used
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from recordings import CNN, record_walk
 
-from nino import NowcasterConfig, TrajectoryError
-from nino.data import Trajectory, read_memmap
+from nino import NeuralGraph, NowcasterConfig, TrajectoryError
+from nino.data import Trajectory, build_model, read_memmap
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
 from nino.pretraining.windows import WindowPlace, WindowSource
@@ -21,7 +21,9 @@ def test_a_bare_matrix_reads_like_recorded_runs(tmp_path: Path) -> None:
     matrix = np.stack([run.states(range(12)).numpy() for run in recorded]).astype(np.float16)
     matrix.tofile(tmp_path / "cnn_p1.dat")
 
-    runs = read_memmap(tmp_path / "cnn_p1.dat", CNN, num_states=12, interval=25, training={"family": "cnn", "lr": 0.1})
+    runs = read_memmap(
+        tmp_path / "cnn_p1.dat", recorded[0].graph(), num_states=12, interval=25, training={"family": "cnn", "lr": 0.1}
+    )
     assert len(runs) == 3
     for index, (run, expected) in enumerate(zip(runs, recorded, strict=True)):
         assert torch.equal(run.states(range(12)), torch.from_numpy(matrix[index]).float())
@@ -53,5 +55,5 @@ def test_what_is_no_such_matrix_is_one_line(tmp_path: Path, size: int | None, nu
     if size is not None:
         (tmp_path / "cnn.dat").write_bytes(b"\0" * size)
     with pytest.raises(TrajectoryError, match=words) as error:
-        read_memmap(tmp_path / "cnn.dat", CNN, num_states=num_states)
+        read_memmap(tmp_path / "cnn.dat", NeuralGraph.from_model(build_model(CNN)), num_states=num_states)
     assert "\n" not in str(error.value)

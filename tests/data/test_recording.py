@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections import OrderedDict
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,9 @@ import torch.nn.functional as F
 from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
-from nino import NowcastOptimizer, NowcastPlan, TrajectoryError
-from nino.data import Trajectory, build_model, describe_model, record
-from nino.data.trajectory import HEADER_FILE, STATES_FILE
+from nino import NeuralGraph, NinoError, NowcastOptimizer, NowcastPlan, TrajectoryError
+from nino.data import Trajectory, TrajectoryWriter, record
+from nino.data.trajectory import GRAPH_FILE, HEADER_FILE, STATES_FILE
 
 INTERVAL = 3
 
@@ -74,9 +71,7 @@ def test_a_loop_is_recorded_with_all_that_is_known_of_it(tmp_path: Path) -> None
     assert run.learning_rates == pytest.approx([1e-2 * (1 - 0.9 * max(n - 1, 0) / 20) for n in run.steps])
     assert run.training == {"optimizer": "AdamW", "seed": 11, "family": "toys"}
     assert run.metrics[0] == {} and list(run.metrics[1]) == ["loss"]
-    assert {name: tuple(p.shape) for name, p in build_model(run.architecture or {}).named_parameters()} == dict(
-        run.parameters
-    )
+    assert run.graph() == NeuralGraph.from_model(mlp(), example_inputs=batch(1)[0])
 
 
 def test_frozen_and_integer_parameters_are_left_out(tmp_path: Path) -> None:
@@ -87,7 +82,6 @@ def test_frozen_and_integer_parameters_are_left_out(tmp_path: Path) -> None:
 
     run = Trajectory(tmp_path)
     assert [name for name, _ in run.parameters] == ["2.weight", "2.bias"]
-    assert run.architecture is None  # what is described has other parameters
     assert (tmp_path / STATES_FILE).stat().st_size == 2 * 2 * (12 + 2)
 
 
@@ -115,7 +109,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 6:  # of the third state, when its bytes are written
+        if len(calls) == 7:  # of the third state, when its bytes are written
             raise OSError(28, "No space left on device")
         real(descriptor)
 
@@ -229,35 +223,6 @@ def test_bad_settings_are_one_line_before_training(tmp_path: Path) -> None:
     assert Trajectory(tmp_path / "finished").complete  # untouched
 
 
-def test_what_cannot_be_built_again_is_not_described() -> None:
-    described = [
-        nn.Sequential(
-            nn.Conv2d(3, 4, (3, 1), stride=2, padding="valid", bias=False),
-            nn.BatchNorm2d(4, eps=1e-3),
-            nn.LeakyReLU(0.2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.LayerNorm(4, elementwise_affine=True),
-            nn.Linear(4, 2),
-        )
-    ]
-    for model in described:
-        architecture = json.loads(json.dumps(describe_model(model)))
-        assert repr(build_model(architecture)) == repr(model)
-    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    tied[1].weight = tied[0].weight
-    twice = nn.Linear(3, 3)
-    for other in (nn.ReLU(), tied, nn.Sequential(twice, nn.ReLU(), twice), nn.Sequential(Local())):
-        assert describe_model(other) is None
-
-
-def test_layers_may_have_names_and_lie_within_others() -> None:
-    body = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
-    named = nn.Sequential(OrderedDict(body=body, head=nn.Sequential(nn.Linear(6, 2))))
-    expected = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    assert describe_model(named) == describe_model(expected) is not None
-
-
 class Own(nn.Module):
     """Of no kind that describes itself."""
 
@@ -269,42 +234,81 @@ class Own(nn.Module):
         return self.second(self.first(inputs).relu())
 
 
-OWN = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+class Branching(Own):
+    """Of no known family, and with two ways through."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(inputs).relu() + self.first(inputs).tanh())
 
 
-def test_a_model_of_ones_own_is_recorded_to_train_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_of_ones_own_is_recorded_with_the_graph_that_it_is_nowcast_on(compiled: bool, tmp_path: Path) -> None:
     from nino import NowcasterConfig
-    from nino.pretraining.windows import WindowPlace, WindowSource
+    from nino.pretraining.windows import WindowSource
 
-    sources = []
-    for name, model, architecture in (("own", Own(), describe_model(OWN)), ("sequential", deepcopy(OWN), None)):
-        model.load_state_dict(dict(zip(model.state_dict(), OWN.state_dict().values(), strict=True)))
-        recorder = record(model, tmp_path / name, interval=1, architecture=architecture)
-        for step in range(7):
-            recorder.after_step(step)
-            for parameter in model.parameters():
-                parameter.data.add_(0.1 * parameter.data.abs().sqrt())
-        recorder.close()
-        sources.append(WindowSource([str(tmp_path / name)], NowcasterConfig(hidden=8, max_horizon=2)))
-    own, sequential = (source.load(WindowPlace(run=0, first=0, stride=1)) for source in sources)
-    assert Trajectory(tmp_path / "own").parameters[0][0] == "first.weight"
-    assert torch.equal(own.targets, sequential.targets) and torch.equal(own.inputs.features, sequential.inputs.features)
+    model = Branching()
+    called = torch.compile(model, backend="eager") if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = record(called, tmp_path, interval=1, optimizer=optimizer)
+    for step in range(1, 8):
+        optimizer.zero_grad()
+        called(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        recorder.after_step(step)
+    recorder.close()
+    assert not model._forward_pre_hooks and not called._forward_pre_hooks
+
+    graph = Trajectory(tmp_path).graph()
+    assert graph == NeuralGraph.from_model(model, example_inputs=torch.randn(2, 3)) and graph.family == "traced"
+    (run,) = WindowSource([str(tmp_path)], NowcasterConfig(hidden=8, max_horizon=2)).runs
+    assert run.edges.num_edges == graph.num_edges
 
 
-@pytest.mark.parametrize(
-    ("architecture", "words"),
-    [
-        ({"library": "nope"}, "unknown architecture library 'nope'"),
-        (describe_model(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))), r"shape \(3, 5\), the model's \(2, 5\)"),
-        (describe_model(nn.Sequential(nn.Linear(3, 5))), "2 parameters, the model has 4"),
-    ],
-)
-def test_an_architecture_of_another_model_is_refused_before_training(
-    architecture: dict[str, Any], words: str, tmp_path: Path
+def test_a_graph_that_is_given_is_recorded(tmp_path: Path) -> None:
+    model = mlp()
+    graph = NeuralGraph.from_model(model, wiring="official")
+    recorder = record(model, tmp_path, graph=graph)
+    assert not model._forward_pre_hooks
+    recorder.after_step(0)
+    recorder.close()
+    assert Trajectory(tmp_path).graph() == graph
+    with pytest.raises(NinoError, match="the graph is of another model"):
+        record(nn.Linear(3, 4), tmp_path / "other", graph=graph)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_that_is_never_called_is_wired_in_the_end(tmp_path: Path) -> None:
+    model = mlp()
+    recorder = record(model, tmp_path, interval=1)
+    recorder.after_step(0)
+    with pytest.raises(TrajectoryError, match=r"holds no graph.json: its model was not wired; record it with graph="):
+        Trajectory(tmp_path).graph()
+    recorder.close()
+    assert Trajectory(tmp_path).graph() == NeuralGraph.from_model(model) and not model._forward_pre_hooks
+    record(model, tmp_path / "new")
+    TrajectoryWriter(tmp_path, [("0.weight", (6, 4))], {})
+    assert not (tmp_path / GRAPH_FILE).exists()  # that of an earlier recording
+
+
+def test_a_model_that_cannot_be_wired_is_recorded_without_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(TrajectoryError, match=words):
-        record(Own(), tmp_path / "run", architecture=architecture)
-    assert not (tmp_path / "run").exists()
+    def fail(*_: Any, **__: Any) -> NeuralGraph:
+        raise NinoError("too odd")
+
+    monkeypatch.setattr(NeuralGraph, "from_model", fail)
+    train(tmp_path, last=3)
+    assert Trajectory(tmp_path).steps == [0, 3]
+    (warning,) = caplog.records
+    assert warning.getMessage().endswith("is not recorded, no nowcaster can be trained on it: too odd")
+
+
+def test_a_damaged_graph_is_one_line(tmp_path: Path) -> None:
+    train(tmp_path, last=3)
+    (tmp_path / GRAPH_FILE).write_text('{"nino_graph": 1}')
+    with pytest.raises(TrajectoryError, match=r"graph.json: ") as error:
+        Trajectory(tmp_path).graph()
+    assert "\n" not in str(error.value)
 
 
 def test_two_recordings_in_one_folder_do_not_mix(tmp_path: Path) -> None:
@@ -358,7 +362,7 @@ class Local(nn.Module):
 
 def test_the_trainer_is_recorded_and_resumes(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from test_callback import trainer
+    from trainers import trainer
 
     from nino.callbacks import TrajectoryRecorder
 
@@ -390,8 +394,7 @@ def test_the_trainer_is_recorded_and_resumes(tmp_path: Path) -> None:
     assert (run.training["seed"], run.training["batch_size"], run.training["steps"]) == (3, 8, 14)
     # Logs of steps 2, 4, ..: that of 6 belongs to the state of 6, that of 2 goes to the state of 3, and so on.
     assert ["loss" in metrics for metrics in run.metrics] == [False, True, True, True, True]
-    rebuilt = build_model(run.architecture or {})
-    assert {n: tuple(p.shape) for n, p in rebuilt.named_parameters()} == dict(run.parameters)
+    assert run.graph().shapes == dict(run.parameters)
 
     # Killed after its last step: it is resumed from the checkpoint after 5 steps.
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
@@ -405,7 +408,7 @@ def test_the_trainer_is_recorded_and_resumes(tmp_path: Path) -> None:
 
 def test_the_trainers_nowcasts_are_noted_and_order_matters(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from test_callback import callback, trainer
+    from trainers import callback, trainer
 
     from nino.callbacks import TrajectoryRecorder
 

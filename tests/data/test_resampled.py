@@ -27,7 +27,7 @@ def test_states_are_means_of_the_updates_before_them(walk: Trajectory) -> None:
     assert len(run) == 9 and run.segments() == [range(9)]
     for index, read in enumerate(run.states(range(9))):
         torch.testing.assert_close(read, recorded[2 * index : 2 * index + 3].mean(0))
-    assert (run.folder, run.architecture, run.parameters) == (walk.folder, walk.architecture, walk.parameters)
+    assert (run.folder, run.parameters, run.graph()) == (walk.folder, walk.parameters, walk.graph())
 
 
 def test_the_rhythm_of_the_recording_changes_nothing(walk: Trajectory) -> None:

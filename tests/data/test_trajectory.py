@@ -18,7 +18,6 @@ from nino.data import Trajectory, TrajectoryWriter, build_model, describe_sequen
 from nino.data.trajectory import HEADER_FILE, STATES_FILE
 
 PARAMETERS = [("0.weight", (2, 3)), ("0.bias", (2,)), ("scale", ())]
-ARCHITECTURE = describe_sequential([("Linear", {"in_features": 3, "out_features": 2})])
 ROW_BYTES = 4 * 9
 
 
@@ -32,7 +31,7 @@ def _flat(state: dict[str, Tensor]) -> Tensor:
 
 
 def _write(folder: Path, num_states: int = 4, dtype: Any = "float32", killed: bool = False) -> None:
-    writer = TrajectoryWriter(folder, PARAMETERS, ARCHITECTURE, {"lr": 0.003, "seed": 1}, dtype)
+    writer = TrajectoryWriter(folder, PARAMETERS, {"lr": 0.003, "seed": 1}, dtype)
     for index in range(num_states):
         writer.append(25 * index, _state(index), {"loss": 2.0 - index})
     if not killed:
@@ -63,7 +62,6 @@ def test_what_was_written_is_read_back(tmp_path: Path, dtype: str) -> None:
     assert len(run) == 4
     assert run.num_elements == 9
     assert run.parameters == PARAMETERS
-    assert run.architecture == ARCHITECTURE
     assert run.training == {"lr": 0.003, "seed": 1}
     assert run.steps == [0, 25, 50, 75]
     assert run.metrics == [{"loss": 2.0}, {"loss": 1.0}, {"loss": 0.0}, {"loss": -1.0}]
@@ -98,7 +96,7 @@ def test_states_come_from_any_dtype_and_layout(tmp_path: Path) -> None:
     live = nn.Linear(3, 2).double()
     strided = {"0.weight": live.weight, "0.bias": live.bias, "scale": torch.tensor(1.5, dtype=torch.bfloat16)}
     strided["0.weight"] = nn.Parameter(live.weight.detach().t().contiguous().t())
-    writer = TrajectoryWriter(tmp_path, PARAMETERS, ARCHITECTURE, {})
+    writer = TrajectoryWriter(tmp_path, PARAMETERS, {})
     writer.append(0, strided)
     writer.close()
     run = Trajectory(tmp_path)
@@ -116,7 +114,7 @@ def test_a_new_recording_replaces_the_old_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["missing", "wider", "transposed"])
 def test_a_state_that_does_not_fit_is_refused_and_leaves_the_file_whole(tmp_path: Path, change: str) -> None:
-    writer = TrajectoryWriter(tmp_path, PARAMETERS, ARCHITECTURE, {})
+    writer = TrajectoryWriter(tmp_path, PARAMETERS, {})
     writer.append(25, _state(1))
     state = _state(2)
     if change == "missing":
@@ -137,16 +135,6 @@ def test_the_writer_refuses_other_number_formats(tmp_path: Path) -> None:
     with pytest.raises(TrajectoryError) as error:
         _write(tmp_path, dtype="int8")
     _one_line(error, "float32", "float16", "'int8'")
-
-
-def test_version_1_is_read(tmp_path: Path) -> None:
-    _write(tmp_path)
-    path = tmp_path / HEADER_FILE
-    path.write_text(_header(version=1, learning_rates="absent", jumps="absent")(json.loads(path.read_text())))
-    run = Trajectory(tmp_path)
-    assert (run.learning_rates, run.jumps) == ([0.003] * 4, [])
-    assert run.segments() == [range(4)]
-    assert torch.equal(run.states([3])[0], _flat(_state(3)))
 
 
 def test_steps_of_a_writer_grow(tmp_path: Path) -> None:
@@ -210,7 +198,7 @@ def test_a_finished_run_that_is_not_as_long_as_it_was_is_refused(tmp_path: Path,
 
 
 def test_metrics_that_are_no_single_number_are_left_out(tmp_path: Path) -> None:
-    writer = TrajectoryWriter(tmp_path, PARAMETERS, ARCHITECTURE, {})
+    writer = TrajectoryWriter(tmp_path, PARAMETERS, {})
     odd = {"vector": torch.zeros(2), "complex": torch.ones(1, dtype=torch.complex64), "text": "x", "none": None}
     writer.append(0, _state(0), {**odd, "loss": np.float32(0.5), "rate": torch.tensor([0.25])})  # type: ignore[dict-item]
     assert Trajectory(tmp_path).metrics == [{"loss": 0.5, "rate": 0.25}]
@@ -219,7 +207,7 @@ def test_metrics_that_are_no_single_number_are_left_out(tmp_path: Path) -> None:
 def test_a_header_that_cannot_be_written_leaves_the_recording_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = TrajectoryWriter(tmp_path, PARAMETERS, ARCHITECTURE, {})
+    writer = TrajectoryWriter(tmp_path, PARAMETERS, {})
     writer.append(0, _state(0), {"loss": 1.0})
     with monkeypatch.context() as full, pytest.raises(OSError, match="no space"):
         full.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no space")))
@@ -264,8 +252,8 @@ def _header(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (lambda header: "[]", ["nino-trajectory"]),
         (lambda header: '{"a": 1}', ["nino-trajectory"]),
         (_header(format="nino-nowcaster"), ["nino-trajectory"]),
-        (_header(version=3), ["version 3", "reads 1 and 2"]),
-        (_header(version="absent"), ["version None", "reads 1 and 2"]),
+        (_header(version=2), ["version 2", "reads 3"]),
+        (_header(version="absent"), ["version None", "reads 3"]),
         (_header(jumps="absent"), ["lacks ['jumps']"]),
         (_header(jumps=[50, 25]), ["jumps", "growing"]),
         (_header(steps=[0, 25, 25, 50]), ["steps", "growing"]),
@@ -273,7 +261,6 @@ def _header(**changes: Any) -> Callable[[dict[str, Any]], str]:
         (_header(training=[]), ["training", "object"]),
         (_header(dtype="absent"), ["lacks ['dtype']"]),
         (_header(steps="absent", complete="absent"), ["lacks ['complete', 'steps']"]),
-        (_header(architecture="absent"), ["lacks ['architecture']"]),
         (_header(dtype="int8"), ["dtype", "float32", "float16", "'int8'"]),
         (_header(dtype=None), ["dtype", "None"]),
         (_header(steps=4), ["steps", "list", "4"]),
@@ -302,7 +289,7 @@ def test_a_header_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_states_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
-    writer = TrajectoryWriter(tmp_path, PARAMETERS, ARCHITECTURE, {})
+    writer = TrajectoryWriter(tmp_path, PARAMETERS, {})
     state = _state(2)
     state["0.weight"][1, 1] = value
     for step, recorded in enumerate([_state(0), _state(1), state]):
@@ -316,7 +303,7 @@ def test_states_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
 
 
 def test_a_state_beyond_the_range_of_float16_is_refused(tmp_path: Path) -> None:
-    writer = TrajectoryWriter(tmp_path, PARAMETERS, ARCHITECTURE, {}, "float16")
+    writer = TrajectoryWriter(tmp_path, PARAMETERS, {}, "float16")
     writer.append(0, {**_state(0), "scale": torch.tensor(1e6)})
     writer.close()
     with pytest.raises(TrajectoryError):

@@ -119,7 +119,7 @@ def test_the_models_themselves_stay_as_they_are() -> None:
 
 
 def test_what_cannot_be_nowcast_in_a_ensemble_is_refused() -> None:
-    from nino.predict.extrapolation import LinearExtrapolator
+    from nino.predict.extrapolators import LinearExtrapolator
 
     graph = NeuralGraph.from_model(models_of("cnn")[0])
     with pytest.raises(NinoError, match="LinearExtrapolator predicts in its own way"):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import CASES, Case
+from partitions import NUMBER, OwnRows, Summing
 from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -24,11 +25,10 @@ from wired import WIRED
 
 import nino
 from nino import CheckpointError, NinoError, NowcastOptimizer
-from nino.graph import BlockKind, EdgeBlock, EdgeType
+from nino.graph import BlockKind, EdgeType
 from nino.graph.builder import GraphBuilder
-from nino.graph.rows import Place, Rows, num_edges_at, place_of, view_rows, whole_place
+from nino.graph.rows import Rows, num_edges_at, place_of, view_rows, whole_place
 from nino.parallel.shards import local_tensor
-from nino.predict.partition import Partition
 from nino.predict.standardise import SnapshotStatistics, Standardiser, add_statistics
 from nino.predict.work_partition import deal
 from nino.session import NowcastSession
@@ -97,21 +97,6 @@ def test_dealing_leaves_nothing_out_and_is_even(number: int) -> None:
 # Measuring
 
 
-class Summing(Partition):
-    """Adds up over threads."""
-
-    def __init__(self, number: int) -> None:
-        self.barrier = threading.Barrier(number, timeout=60)
-        self.given: dict[int, Tensor] = {}
-
-    def add_(self, sums: Tensor) -> Tensor:
-        self.given[threading.get_ident()] = sums.clone()
-        self.barrier.wait()
-        total = torch.stack(list(self.given.values())).sum(0)
-        self.barrier.wait()
-        return sums.copy_(total)
-
-
 @pytest.mark.parametrize(
     "values",
     [torch.randn(40, 6) * 1e-4 + 1e3, torch.full((40, 6), 0.1), torch.randn(40, 6, dtype=torch.float64)],
@@ -138,32 +123,6 @@ def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
         torch.testing.assert_close(scaler.unit, expected.unit, rtol=2e-6, atol=0)
         assert scaler.products.shape == (2, 2)
         torch.testing.assert_close(scaler.products, expected.products, rtol=2e-6, atol=1e-6)
-
-
-class OwnRows(Summing):
-    """One of several threads, each with a range of the rows of every parameter."""
-
-    def __init__(self, sums: Summing, rank: int, graph: nino.NeuralGraph) -> None:
-        self.sums, self.rank, self.shapes = sums, rank, graph.shapes
-
-    def held_rows(self, name: str, shape: tuple[int, ...]) -> Rows:
-        total = Rows.all_of(shape).total
-        cuts = [total * part // (2 * NUMBER) for part in (2 * self.rank, 2 * self.rank + 2)]  # as even as may be
-        return Rows(*cuts, total)
-
-    own_rows = held_rows
-
-    def place(self, block: EdgeBlock) -> Place:
-        if block.parameter is None:
-            targets, sources = whole_place(block)
-            return (targets if self.rank == 0 else slice(0, 0)), sources
-        return place_of(block, self.held_rows(block.parameter, self.shapes[block.parameter]))
-
-    def add_(self, sums: Tensor) -> Tensor:
-        return self.sums.add_(sums)
-
-
-NUMBER = 3
 
 
 @pytest.mark.parametrize("case", WIRED, ids=lambda case: case.name)

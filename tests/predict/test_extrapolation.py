@@ -1,177 +1,108 @@
-"""Extrapolations as predictors: their formulas, what they share with nowcasters, several processes, names."""
+"""Extrapolations against worked examples, least squares of numpy and a singular value decomposition."""
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
-from typing import Any
-
+import numpy as np
 import pytest
 import torch
-from models import CASES, gpt2
-from parallel.test_shards import NUMBER, OwnRows, Summing
-from tiny import tiny_nowcaster
-from torch import Tensor, nn
 
-from nino import CheckpointError, NeuralGraph, NinoError, Nowcaster, Predictor, SnapshotError, load_predictor
-from nino.predict.extrapolation import Extrapolator, LinearExtrapolator, ReducedRankExtrapolator
-
-Snapshots = list[dict[str, Tensor]]
-BOTH = pytest.mark.parametrize("predictor", [LinearExtrapolator(), ReducedRankExtrapolator(0.1)], ids=["linear", "rre"])
-
-
-def snapshots_of(values: list[list[float]]) -> tuple[Snapshots, NeuralGraph]:
-    """Snapshots of a layer of a few weights."""
-    layer = nn.Sequential(nn.Linear(len(values[0]), 1, bias=False))
-    return [{"0.weight": torch.tensor([value])} for value in values], NeuralGraph.from_model(layer)
-
-
-def walks(graph: NeuralGraph, dtype: torch.dtype = torch.float32) -> Snapshots:
-    """Weights that walk at random; every second row of a tensor stays."""
-    generator = torch.Generator().manual_seed(0)
-    last = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in graph.shapes.items()}
-    snapshots = [{name: value.to(dtype) for name, value in last.items()}]
-    for _ in range(4):
-        for value in last.values():
-            value[1::2] += 0.1 * torch.randn(value[1::2].shape, generator=generator, dtype=torch.float64)
-        snapshots.append({name: value.to(dtype) for name, value in last.items()})
-    return snapshots
-
-
-def test_linear_extrapolation() -> None:
-    # From 0 to 4 in four intervals: seven more make 7 * 4 / 4. The second weight comes from 0 to 2 on a detour.
-    snapshots, graph = snapshots_of(
-        [[0.0, 0.0, 1.0], [3.0, 5.0, 1.0], [1.0, 1.0, 1.0], [2.0, 7.0, 1.0], [4.0, 2.0, 1.0]]
-    )
-    movement = LinearExtrapolator().predict_movement(snapshots, 7, graph)
-    assert torch.equal(movement.tensors["0.weight"], torch.tensor([[7.0, 3.5, 0.0]]))
-    assert movement.norm == pytest.approx(21**0.5) and movement.distance == pytest.approx((7**2 + 3.5**2) ** 0.5)
-    assert movement.by_kind.keys() == {"linear"}
-
-
-def test_reduced_rank_extrapolation_finds_the_fixed_point() -> None:
-    # x' - 1 = diag(0.9, 0.5, -0.3) (x - 1): four movements are enough for three modes.
-    snapshots, graph = snapshots_of([[1 + 0.9**i, 1 + 0.5**i, 1 + (-0.3) ** i] for i in range(5)])
-    last = snapshots[-1]["0.weight"]
-    way = torch.ones(1, 3) - last
-    for cap, part in ((0.99, 0.875), (0.01, 0.01 * float(last.norm() / way.norm()))):
-        movement = ReducedRankExtrapolator(cap).predict_movement(snapshots, 3, graph)
-        assert torch.allclose(movement.tensors["0.weight"], part * way, atol=0.02)
-        assert movement.relative <= cap + 1e-6
-    unchanged = [{"0.weight": last.clone()} for _ in range(5)]
-    assert ReducedRankExtrapolator(0.5).predict_movement(unchanged, 3, graph).distance == 0
-
-
-@BOTH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_block_by_block_is_as_the_formula_over_whole_tensors(predictor: Extrapolator, dtype: torch.dtype) -> None:
-    graph = NeuralGraph.from_model(gpt2())
-    snapshots = walks(graph, dtype)
-    flat = torch.stack([torch.cat([s[name].double().flatten() for name in graph.shapes]) for s in snapshots])
-    steps = flat.diff(dim=0)
-    numbers = predictor.coefficients(steps @ steps.T, float(flat[-1].norm()), 6)
-    movement = predictor.predict_movement(snapshots, 6, graph)
-    found = torch.cat([movement.tensors[name].double().flatten() for name in graph.shapes])
-    torch.testing.assert_close(found, numbers @ steps, rtol=1e-3, atol=1e-5)
-    assert movement.distance == pytest.approx(float(found.norm()), rel=1e-4)
-    assert {"query", "word_embedding", "norm"} <= movement.by_kind.keys()
-
-
-@BOTH
-@pytest.mark.parametrize("name", ["gpt2", "wide_kernel_cnn"])
-def test_norms_are_kept_and_unchanged_elements_stay(predictor: Extrapolator, name: str) -> None:
-    (case,) = (case for case in CASES if case.name == name)
-    graph = NeuralGraph.from_model(case.model(0))
-    snapshots, some = walks(graph), [*graph.shapes][::2]
-    movement = predictor.predict_movement(snapshots, 9, graph, preserve_norms=True, only=some)
-    assert [*movement.tensors] == some
-    for parameter, way in movement.tensors.items():
-        last = snapshots[-1][parameter]
-        assert not way[::2].any() and bool(way[1::2].any()) == (len(way) > 1)
-        if last.ndim >= 2:
-            assert float((last + way).norm()) == pytest.approx(float(last.norm()), rel=1e-5)
-
-
-@BOTH
-def test_several_processes_come_to_what_one_does(predictor: Extrapolator) -> None:
-    graph = NeuralGraph.from_model(gpt2())
-    snapshots = walks(graph, torch.float64)
-    expected, sums, found = predictor.predict_movement(snapshots, 6, graph), Summing(NUMBER), {}
-
-    def work(rank: int) -> None:
-        partition = OwnRows(sums, rank, graph)
-        rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
-        own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
-        found[rank] = predictor.predict_movement(own, 6, graph, partition=partition)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(NUMBER)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for name, way in expected.tensors.items():
-        torch.testing.assert_close(torch.cat([found[rank].tensors[name] for rank in range(NUMBER)]), way)
-    for movement in found.values():
-        assert (movement.distance, movement.norm) == pytest.approx((expected.distance, expected.norm))
-
-
-@BOTH
-def test_what_is_out_of_range_is_refused(predictor: Extrapolator) -> None:
-    snapshots, graph = snapshots_of([[float(i), 1.0] for i in range(5)])
-    for horizon in (0, 41, 2.5):
-        with pytest.raises(NinoError, match="horizon must be 1 to 40"):
-            predictor.predict_movement(snapshots, horizon, graph)  # type: ignore[arg-type]
-    with pytest.raises(SnapshotError, match="reads 5 snapshots, got 3"):
-        predictor.predict_movement(snapshots[2:], 3, graph)
-    snapshots[1]["0.weight"][0, 0] = torch.nan
-    with pytest.raises(SnapshotError, match="NaN or infinite; it was refused"):
-        predictor.predict_movement(snapshots, 3, graph)
-    with pytest.raises(NinoError, match="2 snapshots or more"):
-        LinearExtrapolator(context=1)
-
-
-def test_what_overflows_its_format_is_refused() -> None:
-    snapshots, graph = snapshots_of([[20_000.0 + 10_000 * i] for i in range(5)])
-    halves = [{name: value.half() for name, value in snapshot.items()} for snapshot in snapshots]
-    assert LinearExtrapolator().predict_movement(snapshots, 1, graph).distance == 10_000
-    with pytest.raises(SnapshotError, match=r"0\.weight is NaN or infinite in torch\.float16"):
-        LinearExtrapolator().predict_movement(halves, 1, graph)
-
-
-# By name
-
-
-def test_predictors_are_loaded_by_name(tmp_path: Path) -> None:
-    assert isinstance(load_predictor("linear"), LinearExtrapolator)
-    assert isinstance(load_predictor("reduced-rank"), ReducedRankExtrapolator)
-    assert isinstance(load_predictor("nino-tiny"), Nowcaster)
-    tiny_nowcaster().save_pretrained(tmp_path)
-    assert isinstance(load_predictor(tmp_path), Nowcaster)
-    for given in (tiny_nowcaster(), LinearExtrapolator()):
-        assert load_predictor(given) is given and isinstance(given, Predictor)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("lineal", ["no nowcaster 'lineal'", "nino-tiny", "extrapolation: linear, reduced-rank"]),
-        ("missing.pt", ["missing.pt"]),
-        (3, ["got int"]),
-        (nn.Linear(2, 2), ["got Linear"]),
-        (LinearExtrapolator, ["the class LinearExtrapolator", "LinearExtrapolator(...)"]),
-    ],
+from nino.errors import SnapshotError
+from nino.predict.extrapolation import (
+    agreeing_movement,
+    fit_coefficients,
+    fit_movement,
+    line_coefficients,
+    line_movement,
+    straightness,
 )
-def test_what_is_no_predictor_is_refused_in_one_line(name: Any, words: list[str]) -> None:
-    with pytest.raises((CheckpointError, NinoError)) as error:
-        load_predictor(name)
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
+
+TIMES = [0.0, 1.0, 1.5, 3.0, 4.0]
 
 
-def test_fingerprints_tell_extrapolations_apart() -> None:
-    from nino.predict.work_partition import fingerprint
+def path(seed: int, *, noise: float = 1.0, shape: tuple[int, ...] = (6, 7)) -> list[dict[str, torch.Tensor]]:
+    """A common pace and a random walk, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    start, pace = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    steps = torch.randn(len(TIMES), *shape, generator=generator, dtype=torch.float64).cumsum(0)
+    return [{"w": start + t * pace + noise * step} for t, step in zip(TIMES, steps, strict=True)]
 
-    made = [LinearExtrapolator(), LinearExtrapolator(3), ReducedRankExtrapolator(), ReducedRankExtrapolator(0.1)]
-    assert len({fingerprint(each.fingerprint_tensors()) for each in made}) == len(made)
-    assert fingerprint(LinearExtrapolator().fingerprint_tensors()) == fingerprint(made[0].fingerprint_tensors())
+
+def test_every_rule_continues_a_straight_path():
+    snapshots = path(0, noise=0.0)
+    expected = 2.5 / TIMES[-1] * (snapshots[-1]["w"] - snapshots[0]["w"])
+    for movement in (
+        line_movement(snapshots, TIMES, 2.5),
+        fit_movement(snapshots, TIMES, 2.5),
+        fit_movement(snapshots, TIMES, 2.5, rank=1),
+        agreeing_movement(snapshots, TIMES, 2.5),
+    ):
+        torch.testing.assert_close(movement["w"], expected)
+
+
+def test_the_fit_has_the_slope_of_least_squares():
+    snapshots = path(1)
+    rows = np.stack([snapshot["w"].numpy().ravel() for snapshot in snapshots])
+    slope = np.polyfit(TIMES, rows, 1)[0].reshape(6, 7)
+    np.testing.assert_allclose(fit_movement(snapshots, TIMES, 3.0)["w"].numpy(), 3 * slope, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_rank_r_is_the_line_through_the_truncated_decomposition(rank):
+    snapshots = path(2)
+    rows = np.stack([(snapshot["w"] - snapshots[0]["w"]).numpy().ravel() for snapshot in snapshots])
+    left, values, right = np.linalg.svd(rows, full_matrices=False)
+    low = (left[:, :rank] * values[:rank]) @ right[:rank]
+    slope = np.polyfit(TIMES, low, 1)[0].reshape(6, 7)
+    moved = fit_movement(snapshots, TIMES, 2.0, rank=rank)["w"].numpy()
+    np.testing.assert_allclose(moved, 2 * slope, rtol=1e-8, atol=1e-10)
+
+
+def test_full_rank_is_the_plain_fit():
+    snapshots = path(3)
+    full = fit_movement(snapshots, TIMES, 1.0, rank=len(TIMES))
+    torch.testing.assert_close(full["w"], fit_movement(snapshots, TIMES, 1.0)["w"], rtol=1e-8, atol=1e-10)
+
+
+def test_numbers_add_up_to_zero_so_that_a_shift_of_all_weights_changes_nothing():
+    for numbers in (line_coefficients(TIMES, 2.0), fit_coefficients(TIMES, 2.0)):
+        assert abs(float(numbers.sum())) < 1e-12
+
+
+def test_only_agreeing_elements_move_at_the_slower_pace():
+    snapshots = [{"w": torch.tensor(values)} for values in ([0.0, 0.0, 0.0], [1.0, 1.0, -2.0], [4.0, -1.0, -3.0])]
+    # Halves of paces (1, 1, -2) and (3, -2, -1): the second turned back.
+    assert agreeing_movement(snapshots, [0.0, 1.0, 2.0], 2.0)["w"].tolist() == [2.0, 0.0, -2.0]
+
+
+def test_straightness_is_the_part_that_is_common():
+    times = [0.0, 1.0, 2.0]
+    assert straightness(path_of([0.0, 1.0, 2.0]), times) == pytest.approx(1.0)
+    assert straightness(path_of([0.0, 1.0, 0.0]), times) == 0.0  # it stands where it began
+    generator = torch.Generator().manual_seed(0)
+    pace, noise = torch.ones(20_000), torch.randn(2, 20_000, generator=generator)
+    walk = [torch.zeros(20_000), pace + noise[0], 2 * pace + noise.sum(0)]
+    # A common pace of square 1 and, of the mean of two noises, a square of 1/2: 1 / 1.5.
+    assert straightness([{"w": w} for w in walk], times) == pytest.approx(2 / 3, abs=0.02)
+
+
+def path_of(values: list[float]) -> list[dict[str, torch.Tensor]]:
+    return [{"w": torch.full((3,), value)} for value in values]
+
+
+def test_bfloat16_snapshots_are_combined_in_float32():
+    snapshots = [{"w": torch.full((4,), value, dtype=torch.bfloat16)} for value in (1.0, 1.0078125)]
+    moved = line_movement(snapshots, [0.0, 1.0], 0.1)["w"]
+    assert moved.dtype == torch.float32
+    torch.testing.assert_close(moved, torch.full((4,), 0.00078125))
+
+
+def test_times_that_do_not_rise_and_snapshots_that_are_not_finite_are_refused():
+    snapshots = path_of([0.0, 1.0])
+    with pytest.raises(ValueError, match="rising times"):
+        line_movement(snapshots, [1.0, 1.0], 1.0)
+    with pytest.raises(ValueError, match="three snapshots"):
+        agreeing_movement(snapshots, [0.0, 1.0], 1.0)
+    with pytest.raises(SnapshotError, match="NaN or infinity"):
+        fit_movement(path_of([0.0, float("nan")]), [0.0, 1.0], 1.0, rank=1)
+    with pytest.raises(ValueError, match="needs the products"):
+        fit_coefficients([0.0, 1.0], 1.0, rank=1)

@@ -103,8 +103,8 @@ def test_norms_that_overflow_are_refused() -> None:
     graph = _graph()
     snapshots = _snapshots(graph)
     name = next(n for n, shape in graph.shapes.items() if len(shape) >= 2)
-    for snapshot in snapshots:
-        snapshot[name] = snapshot[name].half() + 3e4
+    for age, snapshot in enumerate(snapshots):
+        snapshot[name] = torch.full_like(snapshot[name], 3e4 - 100 * age, dtype=torch.float16)
     tensors = {name: torch.zeros(graph.shapes[name])}
     writer = MovementWriter(graph, tensors, SnapshotViews(graph, snapshots), torch.device("cpu"), preserve_norms=True)
     block = next(block for block in graph.parameter_blocks if block.parameter == name)

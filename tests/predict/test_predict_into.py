@@ -17,12 +17,11 @@ import torch
 from models import VOCABULARY, depthwise_cnn, flat_cnn, gpt2, gpt2_untied, llama_gqa, mlp, wide_kernel_cnn
 from tiny import Weights, tiny_nowcaster, weights_of
 from torch import Tensor, nn
+from walks import LAYOUTS, WIDE, Snapshots, chain, moved_model, peak_bytes
 
 from nino import NeuralGraph, NinoError, Nowcaster, SnapshotError
 from nino.predict.engine import tiling
 from nino.system import pieces
-
-Snapshots = list[Weights]
 
 
 class Branches(nn.Module):
@@ -48,39 +47,6 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "grouped queries": llama_gqa,
     "no family": Branches,
 }
-
-
-def _scrambled(tensor: Tensor) -> Tensor:
-    """The strides of the reversed dimensions, in every second place of the storage: kernels cannot be viewed."""
-    order = tuple(reversed(range(tensor.ndim)))
-    return tensor.permute(order).repeat_interleave(2, dim=-1)[..., ::2].permute(order) if tensor.ndim else tensor
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": torch.Tensor.contiguous,
-    "channels last": lambda tensor: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor,
-    "scrambled": _scrambled,
-}
-
-
-def _live(
-    build: Callable[[], nn.Module],
-    dtype: torch.dtype = torch.float32,
-    layout: str = "contiguous",
-    context: int = 3,
-) -> tuple[nn.Module, NeuralGraph, Snapshots]:
-    """A model whose parameters walked at random, and where they were; the last snapshot is where they are."""
-    model = build()
-    graph = NeuralGraph.from_model(model)
-    generator = torch.Generator().manual_seed(0)
-    start, steps = (
-        {name: torch.randn(shape, generator=generator) for name, shape in graph.shapes.items()} for _ in range(2)
-    )
-    snapshots = [{n: (start[n] + 0.1 * age * steps[n]).to(dtype) for n in start} for age in range(context)]
-    for name, parameter in model.named_parameters():
-        if name in graph.shapes:
-            parameter.data = LAYOUTS[layout](snapshots[-1][name].clone())
-    return model, graph, snapshots
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -115,7 +81,7 @@ def _one_line(error: pytest.ExceptionInfo[BaseException], *words: Any) -> None:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_predict_bit_for_bit(family: str, dtype: torch.dtype, layout: str) -> None:
-    model, graph, snapshots = _live(FAMILIES[family], dtype, layout)
+    model, graph, snapshots = moved_model(FAMILIES[family], dtype, layout)
     nowcaster = tiny_nowcaster(vocabulary_size=VOCABULARY + 1)
     expected = nowcaster.predict(snapshots, 3, graph)
     out = {name: model.get_parameter(name) for name in graph.shapes}
@@ -139,7 +105,7 @@ def test_equals_predict_bit_for_bit(family: str, dtype: torch.dtype, layout: str
 @pytest.mark.parametrize("kind", ["nino", "wnn"])
 @pytest.mark.parametrize("family", ["kernels of 5 x 5", "fused and tied"])
 def test_a_subset_is_predicted_as_if_it_were_all_and_the_others_stay(family: str, kind: Any) -> None:
-    model, graph, snapshots = _live(FAMILIES[family])
+    model, graph, snapshots = moved_model(FAMILIES[family])
     nowcaster = tiny_nowcaster(kind=kind)
     expected = nowcaster.predict(snapshots, 3, graph)
     before = _bits(weights_of(model))
@@ -149,14 +115,14 @@ def test_a_subset_is_predicted_as_if_it_were_all_and_the_others_stay(family: str
 
 
 def test_nothing_to_predict_is_nothing() -> None:
-    _, graph, snapshots = _live(mlp)
+    _, graph, snapshots = moved_model(mlp)
     jump = tiny_nowcaster().predict_into({}, snapshots, 3, graph)
     assert (jump.distance, jump.norm) == (0, 0)
 
 
 def test_snapshots_in_half_precision_and_in_read_only_memory(tmp_path: Path) -> None:
     """Writing to the last one would end the process."""
-    model, graph, snapshots = _live(wide_kernel_cnn)
+    model, graph, snapshots = moved_model(wide_kernel_cnn)
     halves = {name: tensor.half() for name, tensor in snapshots[0].items()}
     mapped = {}
     for name, tensor in snapshots[-1].items():
@@ -171,7 +137,7 @@ def test_snapshots_in_half_precision_and_in_read_only_memory(tmp_path: Path) -> 
 
 
 def test_a_callers_autocast_changes_nothing() -> None:
-    model, graph, snapshots = _live(gpt2)
+    model, graph, snapshots = moved_model(gpt2)
     for engine in ("blockwise", "edges"):
         expected = tiny_nowcaster().predict(snapshots, 3, graph, engine=engine)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -182,7 +148,7 @@ def test_a_callers_autocast_changes_nothing() -> None:
 
 def test_in_inference_mode() -> None:
     with torch.inference_mode():
-        model, graph, snapshots = _live(mlp)
+        model, graph, snapshots = moved_model(mlp)
         expected = tiny_nowcaster().predict(snapshots, 3, graph)
         tiny_nowcaster().predict_into(live_tensors(model), snapshots, 3, graph)
         assert _bits(weights_of(model)) == _bits(expected)
@@ -190,7 +156,7 @@ def test_in_inference_mode() -> None:
 
 def test_several_threads_share_a_nowcaster() -> None:
     nowcaster = tiny_nowcaster()
-    runs = [_live(family) for family in (mlp, wide_kernel_cnn, mlp, wide_kernel_cnn)]
+    runs = [moved_model(family) for family in (mlp, wide_kernel_cnn, mlp, wide_kernel_cnn)]
     expected = [_bits(nowcaster.predict(snapshots, 3, graph)) for _, graph, snapshots in runs]
     threads = [
         threading.Thread(target=nowcaster.predict_into, args=(live_tensors(model), snapshots, 3, graph))
@@ -210,7 +176,7 @@ def test_several_threads_share_a_nowcaster() -> None:
     ("name", "shape"), [("2.bia", (7,)), ("2.bias", (8,)), ("2.bias", ())], ids=["stranger", "longer", "scalar"]
 )
 def test_what_does_not_fit_is_refused(name: str, shape: tuple[int, ...]) -> None:
-    _, graph, snapshots = _live(mlp)
+    _, graph, snapshots = moved_model(mlp)
     with pytest.raises(NinoError) as error:
         tiny_nowcaster().predict_into({name: torch.zeros(shape)}, snapshots, 3, graph)
     _one_line(error, f"{name} of shape {shape} is no parameter of the graph")
@@ -218,7 +184,7 @@ def test_what_does_not_fit_is_refused(name: str, shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_snapshots_that_are_not_finite_are_refused_before_anything_changes(value: float) -> None:
-    model, graph, snapshots = _live(mlp)
+    model, graph, snapshots = moved_model(mlp)
     before = _bits(weights_of(model))
     snapshots[-1]["2.bias"][3] = value
     with pytest.raises(SnapshotError) as error:
@@ -229,7 +195,7 @@ def test_snapshots_that_are_not_finite_are_refused_before_anything_changes(value
 
 @pytest.mark.parametrize("layout", ["contiguous", "scrambled"])
 def test_a_late_prediction_that_overflows_its_format_is_refused(layout: str) -> None:
-    model, graph, snapshots = _live(wide_kernel_cnn, torch.float16, layout)
+    model, graph, snapshots = moved_model(wide_kernel_cnn, torch.float16, layout)
     last = list(graph.shapes)[-1]
     for age, snapshot in enumerate(snapshots):
         snapshot[last][:2] = torch.tensor([60_000.0, -60_000.0]) + 1000 * age
@@ -250,7 +216,7 @@ def test_a_late_prediction_that_overflows_its_format_is_refused(layout: str) -> 
 def test_progress_rises_to_its_total(family: str, kind: Any, some: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "STRIP_EDGES", 64)
     monkeypatch.setitem(tiling.TILE_EDGES, "cpu", 32)
-    model, graph, snapshots = _live(FAMILIES[family])
+    model, graph, snapshots = moved_model(FAMILIES[family])
     names = list(graph.shapes)[:: 2 if some else 1]
     told: list[tuple[int, int]] = []
     tiny_nowcaster(kind=kind).predict_into(
@@ -274,26 +240,6 @@ def test_progress_rises_to_its_total(family: str, kind: Any, some: bool, monkeyp
 # Memory
 
 
-def _chain(*widths: int) -> nn.Sequential:
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))  # noqa: RUF007
-
-
-def _peak_bytes(action: Callable[[], object]) -> int:
-    """The most that was allocated at once during the action, by the records of the allocator."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        action()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    held = most = 0
-    for event in events:
-        held += event.nbytes()
-        most = max(most, held)
-    assert most > 0
-    return most
-
-
 def _smallest_budget(nowcaster: Nowcaster, parameters: Weights, snapshots: Snapshots, graph: NeuralGraph) -> int:
     with pytest.raises(NinoError) as error:
         nowcaster.predict_into(parameters, snapshots, 3, graph, memory_budget=1000)
@@ -301,18 +247,6 @@ def _smallest_budget(nowcaster: Nowcaster, parameters: Weights, snapshots: Snaps
     found = re.search(r"need ([\d,]+)$", str(error.value))
     assert found is not None
     return int(found[1].replace(",", ""))
-
-
-WIDE: dict[str, Callable[[], nn.Module]] = {
-    "square": lambda: _chain(80, 100, 30),
-    "one source": lambda: _chain(1, 600, 2),
-    "convolutions": lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 5)),
-    "one channel": lambda: nn.Sequential(nn.Conv2d(1, 300, 3), nn.Conv2d(300, 1, 3)),
-    "depthwise": lambda: nn.Sequential(nn.Conv2d(3, 200, 1), nn.Conv2d(200, 200, 5, groups=200), nn.Conv2d(200, 1, 1)),
-    "flattened": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 100, 3)),
-    "language model": lambda: gpt2(vocab_size=400, n_layer=1),
-    "one vector": lambda: nn.Sequential(nn.LayerNorm(600)),
-}
 
 
 @pytest.mark.parametrize(
@@ -330,7 +264,7 @@ def test_a_memory_budget_is_kept(family: str, layout: str, dtype: torch.dtype, s
 
     Every second row never moves, and telling which elements do not takes memory too.
     """
-    model, graph, snapshots = _live(WIDE[family], dtype, layout, context=settings.get("context", 3))
+    model, graph, snapshots = moved_model(WIDE[family], dtype, layout, context=settings.get("context", 3))
     for earlier, name in ((snapshot, name) for snapshot in snapshots[:-1] for name in snapshot):
         earlier[name][::2] = snapshots[-1][name][::2]
     if layout == "scrambled":
@@ -342,7 +276,7 @@ def test_a_memory_budget_is_kept(family: str, layout: str, dtype: torch.dtype, s
     with pytest.raises(NinoError, match=f"need {smallest:,}"):
         nowcaster.predict_into(parameters, snapshots, 3, graph, memory_budget=smallest - 1)
     for budget in (smallest, 3 * smallest):
-        used = _peak_bytes(lambda: nowcaster.predict_into(parameters, snapshots, 3, graph, memory_budget=budget))  # noqa: B023
+        used = peak_bytes(lambda: nowcaster.predict_into(parameters, snapshots, 3, graph, memory_budget=budget))  # noqa: B023
         assert used <= budget, f"{used:,} of {budget:,}"
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-6, atol=1e-6)
@@ -355,12 +289,12 @@ def test_without_a_budget_memory_grows_with_neurons_not_with_weights(monkeypatch
     monkeypatch.setitem(tiling.TILE_EDGES, "cpu", 2**11)
     peaks, num_weights = {}, {}
     for widths in ((500, 500), (500, *[50] * 10)):
-        model, graph, snapshots = _live(lambda: _chain(*widths))  # noqa: B023
+        model, graph, snapshots = moved_model(lambda: chain(*widths))  # noqa: B023
         parameters = live_tensors(model)
         num_weights[widths] = sum(parameter.numel() for parameter in parameters.values())
         monkeypatch.setitem(pieces.PIECE, "cpu", 2**12)
         nowcaster = tiny_nowcaster()
-        peaks[widths] = _peak_bytes(lambda: nowcaster.predict_into(parameters, snapshots, 3, graph))  # noqa: B023
+        peaks[widths] = peak_bytes(lambda: nowcaster.predict_into(parameters, snapshots, 3, graph))  # noqa: B023
     many, few = num_weights
     assert num_weights[many] > 5 * num_weights[few]
     assert peaks[many] < 1.1 * peaks[few]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, assert_same, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, planned, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
 import nino
@@ -58,7 +58,9 @@ def inputs_of(index: int) -> Tensor:
 
 def wrap(model: nn.Module, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(base, model, tiny_nowcaster(), **{"period": PERIOD, "rollback_window": 0, **settings})
+    return NowcastOptimizer(
+        base, model, tiny_nowcaster(), **planned({"period": PERIOD, "rollback_window": 0, **settings})
+    )
 
 
 def update(model: Callable[..., Tensor], optimizer: torch.optim.Optimizer, index: int, **more: Any) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, batch, mlp, tiny_nowcaster
+from tiny import PERIOD, batch, mlp, planned, tiny_nowcaster
 
 from nino import NowcastOptimizer
 from nino.session.horizon import has_risen, horizon_by_mass
@@ -82,7 +82,7 @@ def test_a_rise_anywhere_between_snapshots_is_a_warm_up() -> None:
 def _train(rate_of_update: Callable[[int], float], steps: int, **settings: bool) -> NowcastOptimizer:
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1.0)
-    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, max_steps=steps, **settings)
+    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, max_steps=steps, **planned(settings))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-2 * rate_of_update(step + 1))
     for index in range(steps):
         inputs, targets = batch(index)
@@ -94,15 +94,18 @@ def _train(rate_of_update: Callable[[int], float], steps: int, **settings: bool)
 
 
 def test_no_nowcast_reads_snapshots_of_the_warm_up() -> None:
-    # Snapshots after 2, 4, 6, ... steps. The rate rises until update 8: the history of the nowcast after 6 rises all
-    # along, that of the nowcast after 12 does between 8 and 10 no more.
+    # Snapshots after 2, 4, 6, ... steps. The rate rises until step 8, whose snapshot is the first of the history: the
+    # nowcast reads those after 8, 10 and 12, and the next one those after 14, 16 and 18.
     def rate(update: int) -> float:
         return min(update / 8, 1.0)
 
-    reports = _train(rate, 18).reports
-    assert [(report.step, report.has_moved) for report in reports] == [(6, False), (12, True)]
-    assert "the learning rate rose" in reports[0].reason
-    assert [r.has_moved for r in _train(rate, 18, nowcast_in_warmup=True).reports] == [True, True]
+    assert [(report.step, report.has_moved) for report in _train(rate, 20).reports] == [(12, True), (18, True)]
+
+
+def test_a_rate_that_never_stops_rising_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert not _train(lambda step: 0.5 + step / 100, 40).reports
+    said = [record.getMessage() for record in caplog.records if "kept rising" in record.getMessage()]
+    assert said == ["the learning rate has kept rising for 18 steps: nothing is nowcast before it stops (period=6)"]
 
 
 def test_horizons_shrink_with_the_rate_and_the_last_ones_are_left_out() -> None:

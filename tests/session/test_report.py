@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from tiny import PERIOD, ScriptedNowcaster, Weights, mlp, tiny_nowcaster, weights_of
+from tiny import PERIOD, ScriptedNowcaster, Weights, mlp, planned, tiny_nowcaster, weights_of
 from torch import nn
 
 import nino
@@ -20,11 +20,13 @@ from nino.predict.engine.views import SnapshotViews
 from nino.predict.engine.writer import MovementWriter
 from nino.predict.movement import MovementSize
 from nino.predict.standardise import measure_snapshots
+from nino.session.report import Outcome
 
 ACCEPTED = NowcastReport(
     step=1000,
     horizon=40,
-    accepted=True,
+    horizon_steps=8000,
+    outcome="applied",
     seconds=0.5,
     snapshot_bytes=100,
     rollback_bytes=20,
@@ -39,8 +41,9 @@ ACCEPTED = NowcastReport(
 def test_names_are_grouped_and_what_is_not_known_is_left_out() -> None:
     assert ACCEPTED.as_log() == {
         "nowcast/step": 1000,
-        "nowcast/horizon": 40,
-        "nowcast/accepted": 1,
+        "nowcast/horizon_steps": 8000,
+        "nowcast/applied": 1,
+        "nowcast/refused": 0,
         "nowcast/rolled_back": 0,
         "nowcast/left_out": 0,
         "nowcast/seconds": 0.5,
@@ -55,20 +58,16 @@ def test_names_are_grouped_and_what_is_not_known_is_left_out() -> None:
 
 def test_a_record_is_json_with_words() -> None:
     record = json.loads(json.dumps(ACCEPTED.as_record(), allow_nan=False))
-    assert record == {**ACCEPTED.as_log(), "nowcast/loss/after": None, "nowcast/outcome": "accepted"}
+    assert record == {**ACCEPTED.as_log(), "nowcast/loss/after": None, "nowcast/outcome": "applied"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "outcome"),
-    [
-        ({"accepted": True}, "accepted"),
-        ({"accepted": True, "rolled_back": True}, "rolled back"),
-        ({"accepted": False}, "refused"),
-        ({"accepted": False, "left_out": True}, "left out"),
-    ],
-)
-def test_outcomes(changes: dict[str, bool], outcome: str) -> None:
-    assert NowcastReport(step=1, horizon=1, **changes).outcome == outcome  # type: ignore[arg-type]
+@pytest.mark.parametrize(("outcome", "moved"), [*zip(get_args(Outcome), (True, True, False, False), strict=True)])
+def test_one_outcome_is_logged_as_one_number_of_four(outcome: Outcome, moved: bool) -> None:
+    report = NowcastReport(step=1, horizon=1, horizon_steps=2, outcome=outcome)
+    assert report.has_moved is moved
+    log = report.as_log()
+    flags = {name: log[f"nowcast/{name.replace(' ', '_')}"] for name in get_args(Outcome)}
+    assert flags == {name: float(name == outcome) for name in flags}
 
 
 # Jumps by kind
@@ -173,7 +172,7 @@ def scripted(answer: Any, **settings: Any) -> NowcastOptimizer:
     model = mlp()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     return NowcastOptimizer(
-        base, model, ScriptedNowcaster(answer), **{"period": PERIOD, "rollback_window": 0, **settings}
+        base, model, ScriptedNowcaster(answer), **planned({"period": PERIOD, "rollback_window": 0, **settings})
     )
 
 
@@ -188,7 +187,7 @@ def test_an_accepted_nowcast_is_one_record(caplog: pytest.LogCaptureFixture) -> 
     (record,) = records_of(caplog)
     assert record.levelno == logging.INFO
     assert record.nowcast == optimizer.reports[0].as_record()  # type: ignore[attr-defined]
-    assert record.nowcast["nowcast/outcome"] == "accepted"  # type: ignore[attr-defined]
+    assert record.nowcast["nowcast/outcome"] == "applied"  # type: ignore[attr-defined]
     assert all(isinstance(value, (int, float, str)) for value in record.nowcast.values())  # type: ignore[attr-defined]
     assert record.getMessage().startswith("nowcast after step 6: 3 intervals ahead, weights moved by ")
     assert record.getMessage().endswith("; loss 1.5 before, 2 at")
@@ -269,4 +268,4 @@ def test_a_session_reports_the_jump_by_kind() -> None:
 
 def test_a_jump_without_kinds_has_none() -> None:
     assert MovementSize(1.0, 2.0).relative == 0.5 and dict(MovementSize(1.0, 2.0).by_kind) == {}
-    assert nino.NowcastReport(step=1, horizon=1, accepted=True).relative_jump_by_kind == {}
+    assert nino.NowcastReport(step=1, horizon=1, horizon_steps=2, outcome="applied").relative_jump_by_kind == {}

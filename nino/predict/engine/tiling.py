@@ -34,7 +34,7 @@ SIDE_PER_TILE = 4
 """A strip has at most one neuron at each side per so many edges of a tile: vectors of neurons then take no more memory
 than those of edges, however long and narrow a block is."""
 
-# What lives at once, counted by hand and held against the allocator's own records in tests/session/test_in_place.py.
+# What lives at once, counted by hand and held against the allocator's records in tests/predict/test_predict_into.py.
 TILE_TENSORS = 5
 """Hidden vectors per edge of a tile, those of the neurons at the sides of its strip included."""
 STRIP_NUMBERS = 8

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import torch
 
 from nino.session.judge.monitor import Decision, Monitor
@@ -17,9 +14,8 @@ BEFORE = [1.0, 1.1] * 25
 
 def jumped(**config: int) -> Monitor:
     """A trial that begins after step 500."""
-    live: Any = SimpleNamespace(device=torch.device("cpu"))
-    trial = Monitor(RollbackConfig(**config), live)
-    trial.begin(NowcastReport(step=500, horizon=10, outcome="applied"), BEFORE)
+    trial = Monitor(RollbackConfig(**config), lambda: torch.device("cpu"))
+    trial.begin(NowcastReport(step=500, horizon=10, horizon_steps=100, outcome="applied"), BEFORE)
     return trial
 
 
@@ -55,7 +51,7 @@ def test_time_that_was_given_is_resumed() -> None:
     trial = jumped(steps=50, longest=100)
     feed(trial, 501, [1.12] * 70)
     resumed = jumped(steps=50, longest=100)
-    resumed.resume(Monitor.read(trial.state_dict()))
+    resumed.resume(Monitor.parse(trial.state_dict()))
     assert [step for step, _ in feed(resumed, 571, [1.12] * 30)] == [600]
     assert [report.step for report in resumed.reports] == [500]
 

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
+from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, planned, weights_of
 from torch import Tensor, nn
 
-import nino.session.session
+import nino
 from nino import NinoError, NowcastOptimizer, NowcastPlan
 from nino.session.judge.rule import RECOVERY, Backoff, Evidence, RollbackConfig, gather_evidence, has_recovered
+from nino.session.jump.batch_norm import BatchNormRenewal
 
 PERIOD, R = 30, 10
 CONFIG = RollbackConfig(steps=R)
@@ -160,7 +161,7 @@ def test_a_bad_jump_is_undone_to_the_last_bit(base: str, caplog: pytest.LogCaptu
     report = optimizer.reports[-1]
     assert report.outcome == "rolled back"
     assert "before and" in report.reason
-    assert sum("was undone" in record.getMessage() for record in caplog.records) == 1
+    assert sum("was rolled back" in record.getMessage() for record in caplog.records) == 1
     assert_same(model.state_dict(), plain.state_dict())  # buffers too
     mine, expected = optimizer.optimizer.state_dict()["state"], other.state_dict()["state"]
     for index, entries in expected.items():
@@ -193,7 +194,7 @@ def test_whatever_a_model_holds_is_put_back(place: Any, tmp_path: Path) -> None:
     settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer = NowcastOptimizer(
-        adam, model, ScriptedNowcaster(add(3)), period=PERIOD, plan=NowcastPlan(rollback_window=R), **settings
+        adam, model, ScriptedNowcaster(add(3)), period=PERIOD, **planned({"rollback_window": R, **settings})
     )
     _train(model, optimizer, 0, PERIOD + R)
     assert [report.outcome for report in optimizer.reports] == ["rolled back"]
@@ -236,7 +237,7 @@ def test_a_jump_that_cannot_be_completed_is_taken_back(
     def fail(*_: Any) -> None:
         raise RuntimeError("no such moments")
 
-    monkeypatch.setattr(nino.session.session, "settle_moments", fail)
+    monkeypatch.setattr(BatchNormRenewal, "begin", fail)
     model, plain = mlp(), mlp()
     optimizer = _optimizer(model, add(3), rollback_window=rollback_window)
     _train(model, optimizer, 0, PERIOD + 2)
@@ -280,8 +281,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
             model,
             ScriptedNowcaster(add(3)),
             period=PERIOD,
-            plan=NowcastPlan(rollback_window=R),
-            **settings,
+            **planned({"rollback_window": R, **settings}),
         )
 
     model, plain = mlp(), mlp()
@@ -383,7 +383,7 @@ def test_a_disaster_is_undone_halfway() -> None:
     model, plain = mlp(), mlp()
     bases = [torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, plain)]
     optimizer = NowcastOptimizer(
-        bases[0], model, ScriptedNowcaster(add(3)), period=120, plan=NowcastPlan(rollback_window=100)
+        bases[0], model, ScriptedNowcaster(add(3)), period=120, plan=NowcastPlan(rollback_window=100, ramp=0)
     )
     _train(model, optimizer, 0, 120 + 49)
     assert optimizer.reports[-1].outcome != "rolled back"
@@ -448,7 +448,7 @@ def test_an_interrupt_after_the_prediction_leaves_a_report(monkeypatch: pytest.M
     def interrupted(*arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(nino.session.session, "settle_moments", interrupted)
+    monkeypatch.setattr(BatchNormRenewal, "begin", interrupted)
     model = mlp()
     optimizer = _optimizer(model, add(3))
     with pytest.raises(KeyboardInterrupt):
@@ -509,7 +509,7 @@ def test_by_default_a_probation_takes_a_tenth_of_the_period(period: int, expecte
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
     assert (
-        NowcastOptimizer(base, model, ScriptedNowcaster(good), period=period).session.rollback_window.steps == expected
+        NowcastOptimizer(base, model, ScriptedNowcaster(good), period=period).session.plan.rollback_window == expected
     )
 
 
@@ -524,4 +524,4 @@ def test_without_losses_nowcasts_are_kept_and_one_line_says_so(caplog: pytest.Lo
     assert [report.has_moved for report in optimizer.reports] == [True] * 3
     assert not any((report.outcome == "rolled back") for report in optimizer.reports)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and "kept without a rollback window: call observe(loss)" in warnings[0]
+    assert len(warnings) == 1 and "no nowcast can be rolled back: call observe(loss)" in warnings[0]

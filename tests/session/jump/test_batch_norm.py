@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp
+from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, planned
 from torch import nn
 
 from nino import NowcastOptimizer
@@ -125,7 +125,9 @@ class Run:
     def __init__(self, answer: Any, **settings: Any) -> None:
         self.model = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
         base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.optimizer = NowcastOptimizer(base, self.model, ScriptedNowcaster(answer), period=PERIOD, **settings)
+        self.optimizer = NowcastOptimizer(
+            base, self.model, ScriptedNowcaster(answer), period=PERIOD, **planned(settings)
+        )
 
     def train(self, first: int, last: int) -> Run:
         for index in range(first, last):
@@ -144,7 +146,7 @@ def _far(newest: Weights) -> Weights:
 
 def test_a_session_renews_after_a_jump_unless_told_not_to() -> None:
     means = []
-    for settings in ({}, {"batch_norm": False}):
+    for settings in ({}, {"recalibrate_batch_norm": False}):
         run = Run(_far, **settings).train(0, PERIOD)
         run.train(PERIOD, PERIOD + 1)
         alone = copy.deepcopy(Run(_far).train(0, PERIOD).model)

@@ -12,6 +12,7 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, we
 from torch import Tensor, nn
 
 from nino import NowcastOptimizer, NowcastPlan
+from nino.session.jump.batch_norm import BatchNormRenewal
 from nino.session.optimizer_state.master_weights import find_master_weights
 
 R = 3
@@ -83,7 +84,7 @@ def test_masters_jump_along(kind: str) -> None:
     before = weights_of(Run(kind).train(0, PERIOD - 1).model)
     run = Run(kind).train(0, PERIOD)
     for name, parameter in run.model.named_parameters():
-        assert torch.equal(run.optimizer.state[parameter]["master"], parameter.float())
+        assert torch.equal(run.optimizer.state[parameter]["master"].to(parameter.dtype), parameter)
         assert (parameter - before[name]).min() > 2
     jumped = weights_of(run.model)
 
@@ -107,7 +108,7 @@ def test_masters_are_undone_to_the_last_bit(kind: str) -> None:
 
 def test_a_jump_that_is_refused_leaves_masters_alone() -> None:
     run, plain = Run(), Run()
-    run.optimizer.session.nowcaster.predict_ = _fail  # type: ignore[method-assign]
+    run.optimizer.session.nowcaster.predict_movement = _fail  # type: ignore[method-assign]
     plain.optimizer.detach()
     for each in (run, plain):
         each.train(0, PERIOD)
@@ -117,7 +118,7 @@ def test_a_jump_that_is_refused_leaves_masters_alone() -> None:
 
 
 def test_a_jump_that_cannot_be_completed_is_none_for_masters_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nino.session.session.settle_moments", _fail)
+    monkeypatch.setattr(BatchNormRenewal, "begin", _fail)
     run, plain = Run().train(0, PERIOD), Run()
     plain.optimizer.detach()
     plain.train(0, PERIOD)

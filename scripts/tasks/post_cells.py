@@ -1,0 +1,224 @@
+"""One training of the post-training bench: what it is, where its result lies, and the training itself.
+
+The same seed gives every method the same initial weights and the same batches. A result is one JSON file that appears
+when the training has ended; its name holds a hash of all settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nino.errors import NinoError
+from tasks.cells import Clock, finite
+from tasks.post_methods import BASE, driver_of
+
+VERSION = 1
+"""Goes up when trainings change; older results are then no longer taken for results."""
+Tuning = Literal["full", "lora"]
+RANK = 8
+WARMUP = 0.05
+"""The part of a run in which the rate rises; then it falls to zero in a straight line."""
+CLIP = 1.0
+Say = Callable[[str], None]
+
+
+class Workload(Protocol):
+    """What a training needs of a task."""
+
+    metric: str
+    higher_is_better: bool
+    lora_targets: tuple[str, ...]
+
+    def build(self, seed: int) -> nn.Module: ...
+
+    def loss(self, model: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostCell:
+    """One training; plain values only, so that they are stored beside the result."""
+
+    task: str
+    method: str
+    seed: int
+    rate: float
+    steps: int
+    tuning: Tuning = "full"
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return f"{self.task} {self.tuning} {self.rate:g} {self.steps} steps, {self.method}, seed {self.seed}"
+
+    @property
+    def file_name(self) -> str:
+        """Readable, and different for every other cell."""
+        digest = hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()
+        method = re.sub(r"[^\w.+=-]+", "-", self.method)[:60]
+        parts = (self.task, self.tuning, f"{self.rate:g}", str(self.steps), method, f"seed{self.seed}", digest[:8])
+        return ".".join([*parts, "json"])
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """What the learning rate of step ``step`` (from 0) is multiplied by.
+
+    Example:
+        >>> [round(rate_factor(step, 40), 3) for step in (0, 1, 2, 21, 39)]
+        [0.5, 1.0, 1.0, 0.5, 0.026]
+    """
+    warmup = max(1, round(WARMUP * steps))
+    return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
+
+
+def with_adapters(model: nn.Module, targets: tuple[str, ...], seed: int) -> nn.Module:
+    """LoRA of rank ``RANK`` on some linear layers; a new head is trained as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    is_classifier = hasattr(model, "classifier")
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=list(targets),
+        modules_to_save=["classifier"] if is_classifier else None,
+        bias="none",
+    )
+    adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+    return adapted
+
+
+class Watch:
+    """Drives nowcasts and measures, after every step.
+
+    Args:
+        cell: what is trained.
+        workload: its task.
+        model: in training.
+        points: evaluations, evenly spread.
+    """
+
+    def __init__(self, cell: PostCell, workload: Workload, model: nn.Module, points: int) -> None:
+        self.cell, self.workload, self.model = cell, workload, model
+        self.every = max(1, cell.steps // points)
+        self.driver = driver_of(cell.method, model, [rate_factor(step, cell.steps) for step in range(cell.steps)])
+        self.curve: list[dict[str, Any]] = [{"step": 0, "tokens": 0, **workload.evaluate(model)}]
+        self.told: list[float | None] = []
+        self.tokens = 0
+        self.clock = Clock()
+
+    def after_step(self, step: int, told: float, tokens: int = 0) -> None:
+        """Of the optimizer; ``told`` is its loss, or its reward."""
+        self.tokens += tokens
+        self.told.append(finite(round(told, 4)))
+        self.driver.after_step(step, told)
+        if step % self.every and step != self.cell.steps:
+            return
+        spent = self.clock.spent()
+        with self.clock.paused():
+            metrics = self.workload.evaluate(self.model)
+        point = {"step": step, "tokens": self.tokens, **metrics, **spent}
+        self.curve.append({name: finite(value) for name, value in point.items()})
+
+    def result(self) -> dict[str, Any]:
+        """What is kept of the training."""
+        return {
+            "cell": asdict(self.cell),
+            "metric": self.workload.metric,
+            "higher_is_better": self.workload.higher_is_better,
+            "curve": self.curve,
+            "nowcasts": self.driver.reports,
+            "nowcast_seconds": round(self.driver.seconds, 3),
+            **self.clock.spent(),
+            "training": self.told,
+        }
+
+
+def train(cell: PostCell, workload: Workload, say: Say, points: int = 10) -> dict[str, Any]:
+    """Train a cell to its end.
+
+    Args:
+        cell: what to train.
+        workload: its task.
+        say: told how it went.
+        points: evaluations, evenly spread.
+
+    Raises:
+        NinoError: if the method is unknown.
+    """
+    torch.set_num_threads(1)
+    model = workload.build(cell.seed)
+    if cell.tuning == "lora":
+        model = with_adapters(model, workload.lora_targets, cell.seed)
+    model.train()
+    watch = Watch(cell, workload, model, points)
+    torch.manual_seed(cell.seed)  # dropout
+    through = getattr(workload, "trainer", None)
+    if through is not None:
+        warmup = max(1, round(WARMUP * cell.steps))
+        settings = {"rate": cell.rate, "steps": cell.steps, "warmup": warmup, "seed": cell.seed}
+        through(model, **settings, on_step=watch.after_step).train()
+    else:
+        _loop(cell, workload, model, watch)
+    result = watch.result()
+    last = result["curve"][-1][workload.metric]
+    say(f"{cell.label}: {workload.metric} {last or float('nan'):.4f}, {result['cpu_seconds']:.0f} s")
+    return result
+
+
+def _loop(cell: PostCell, workload: Workload, model: nn.Module, watch: Watch) -> None:
+    """A plain loop: AdamW as the Trainer makes it, without weight decay, gradients clipped."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cell.rate, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(cell.seed)
+    for step in range(1, cell.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = cell.rate * rate_factor(step - 1, cell.steps)
+        loss, told = workload.loss(model, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.after_step(step, float(told.get("reward", loss.item())), int(told.get("tokens", 0)))
+
+
+def read_result(out: Path, cell: PostCell) -> dict[str, Any] | None:
+    """A cell's result; ``None`` if there is none."""
+    try:
+        result = json.loads((out / "cells" / cell.file_name).read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and "curve" in result else None
+
+
+def write_result(out: Path, cell: PostCell, result: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path = out / "cells" / cell.file_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(result, allow_nan=False))
+    temporary.replace(path)
+
+
+def check_method(method: str) -> str:
+    """The method, if there is one of this name.
+
+    Raises:
+        NinoError: if there is none.
+    """
+    if method != BASE:
+        driver_of(method, None, [1.0])
+    return method
+
+
+__all__ = ["NinoError", "PostCell", "Workload", "check_method", "read_result", "train", "write_result"]

@@ -1,0 +1,224 @@
+"""Questions about little stories, made by a program, and a small Llama pretrained on the books that is to answer them.
+
+What is told of one person must be found among what is told of others: a model that has only read books knows the words
+and not the task. The wrong answer of a preference pair is what another person of the story has.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tasks.post_books import find_books, split_text
+from tasks.post_models import llama, loss_on, pretrained
+from tasks.task import evaluation_mode, logits_of
+
+VOCABULARY = 1024
+LENGTH = 64
+"""Tokens of a window in pretraining."""
+PRETRAINING = 1500
+END, PAD = "<end>", "<pad>"
+NAMES = ("Anna", "Tom", "Emma", "John", "Mary", "Frank", "Jane", "Harry", "Alice", "George", "Lucy", "James")
+COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey")
+THINGS = ("book", "hat", "cup", "ring", "letter", "horse", "box", "chair", "flower", "table", "key", "stone")
+PLACES = ("house", "garden", "wood", "church", "river", "town", "field", "room")
+HELD_OUT = 128
+TAUGHT = 150
+"""Supervised steps before preferences."""
+BETA = 0.1
+"""Of DPO."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """A question with its answers."""
+
+    prompt: str
+    right: str
+    wrong: str
+
+
+def story(generator: torch.Generator) -> Story:
+    """Two or three people with what they have and where they are, and a question about one of them."""
+
+    def choose(words: tuple[str, ...], count: int) -> list[str]:
+        return [words[i] for i in torch.randperm(len(words), generator=generator)[:count].tolist()]
+
+    count = int(torch.randint(2, 4, (1,), generator=generator))
+    names, colours, things = choose(NAMES, count), choose(COLOURS, count), choose(THINGS, count)
+    places = choose(PLACES, count)
+    told = " ".join(
+        f"{name} is in the {place} and has a {colour} {thing}."
+        for name, place, colour, thing in zip(names, places, colours, things, strict=True)
+    )
+    asked, other = torch.randperm(count, generator=generator)[:2].tolist()
+    kind = int(torch.randint(4, (1,), generator=generator))
+    if kind == 0:
+        question, answers = f"What has {names[asked]}?", [f"a {colours[i]} {things[i]}" for i in (asked, other)]
+    elif kind == 1:
+        question, answers = f"Where is {names[asked]}?", [f"in the {places[i]}" for i in (asked, other)]
+    elif kind == 2:
+        question, answers = f"Who has the {things[asked]}?", [names[i] for i in (asked, other)]
+    else:
+        question, answers = f"Which colour is the {things[asked]}?", [colours[i] for i in (asked, other)]
+    return Story(f"{told} {question} Answer:", f" {answers[0]}", f" {answers[1]}")
+
+
+def stories(count: int, seed: int) -> list[Story]:
+    """The same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [story(generator) for _ in range(count)]
+
+
+def load_tokenizer(data: Path, cache: Path) -> Any:
+    """Byte-level BPE of the books, as transformers takes it; kept in ``cache``."""
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.decoders import ByteLevel as Decoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    cached = cache / f"books-{VOCABULARY}.tokenizer.json"
+    if not cached.exists():
+        tokenizer = Tokenizer(BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), Decoder()
+        trainer = BpeTrainer(
+            vocab_size=VOCABULARY,
+            initial_alphabet=ByteLevel.alphabet(),
+            show_progress=False,
+            special_tokens=[AddedToken(END, special=True), AddedToken(PAD, special=True)],
+        )
+        tokenizer.train_from_iterator([split_text(book)[0] for book in find_books(data)], trainer)
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_suffix(f".{os.getpid()}.part")
+        tokenizer.save(str(temporary))
+        temporary.replace(cached)
+    return PreTrainedTokenizerFast(tokenizer_file=str(cached), eos_token=END, pad_token=PAD)
+
+
+class Questions:
+    """What fine-tuning and preferences share: the pretrained model, held-out stories and held-out text."""
+
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, data: Path, cache: Path, say: Any = print) -> None:
+        self.tokenizer = load_tokenizer(data, cache)
+        self.cache, self.say = cache, say
+        texts = [split_text(book) for book in find_books(data)]
+        self._text = "\n".join(text for text, _ in texts)
+        held_out = torch.tensor(self.tokenizer("\n".join(text for _, text in texts)).input_ids)
+        starts = torch.linspace(0, len(held_out) - LENGTH, 48).long()
+        self.held_out_text = held_out[starts[:, None] + torch.arange(LENGTH)]
+        held_out_stories = stories(HELD_OUT, seed=10**6)
+        self.right = self.encode([(told.prompt, told.right) for told in held_out_stories])
+        self.wrong = self.encode([(told.prompt, told.wrong) for told in held_out_stories])
+
+    def pretrained(self) -> nn.Module:
+        """The model that has only read books."""
+        tokens: list[Tensor] = []
+
+        def batches(generator: torch.Generator) -> Tensor:
+            if not tokens:  # not needed where the model is in the cache
+                tokens.append(torch.tensor(self.tokenizer(self._text).input_ids))
+            starts = torch.randint(len(tokens[0]) - LENGTH, (16,), generator=generator)
+            return tokens[0][starts[:, None] + torch.arange(LENGTH)]
+
+        return pretrained("books", self._fresh, batches, steps=PRETRAINING, rate=3e-3, cache=self.cache, say=self.say)
+
+    def _fresh(self) -> nn.Module:
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return llama(VOCABULARY, width=128, layers=4, heads=4, length=128, pad=pad, end=end)
+
+    def encode(self, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+        """Tokens of prompts and answers, padded, and which of them are the answers': ``[n, longest]`` each."""
+        rows = []
+        for prompt, answer in pairs:
+            asked, said = self.tokenizer(prompt).input_ids, self.tokenizer(answer).input_ids
+            rows.append((asked + said + [self.tokenizer.eos_token_id], len(asked)))
+        longest = max(len(row) for row, _ in rows)
+        tokens = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        is_answer = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, (row, asked) in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+            is_answer[i, asked : len(row)] = True
+        return tokens, is_answer
+
+    def forgetting(self, model: nn.Module) -> float:
+        """The loss on held-out text of the books."""
+        return loss_on(model, self.held_out_text)
+
+
+def answer_log_probabilities(model: nn.Module, tokens: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every answer: the sum of its tokens' log-probabilities, and whether each is the likeliest: ``[n]`` twice."""
+    sums, hits = [], []
+    for part, mask in zip(tokens.split(64), is_answer.split(64), strict=True):
+        logits = logits_of(model(input_ids=part))[:, :-1].float()
+        said = -F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
+        sums.append((said * mask[:, 1:]).sum(1))
+        hits.append(((logits.argmax(-1) == part[:, 1:]) | ~mask[:, 1:]).all(1))
+    return torch.cat(sums), torch.cat(hits)
+
+
+class Sft(Questions):
+    """Supervised fine-tuning: the loss of held-out answers, per token."""
+
+    metric, higher_is_better = "eval_loss", False
+
+    def build(self, seed: int) -> nn.Module:
+        return self.pretrained()
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss of answers per token, how many are right, and the loss on held-out text."""
+        with evaluation_mode(model):
+            sums, hits = answer_log_probabilities(model, *self.right)
+        return {
+            "eval_loss": -(sums.sum() / self.right[1].sum()).item(),
+            "accuracy": hits.float().mean().item(),
+            "text_loss": self.forgetting(model),
+        }
+
+
+class Preferences(Questions):
+    """Preference tuning of a model that was taught answers: the DPO loss (arXiv:2305.18290) of held-out pairs."""
+
+    metric, higher_is_better = "eval_loss", False
+
+    def build(self, seed: int) -> nn.Module:
+        """Taught by some supervised steps, the same for every seed."""
+        taught = stories(16 * TAUGHT, seed=2)
+        drawn = iter(range(TAUGHT))
+
+        def batches(generator: torch.Generator) -> Tensor:
+            first = 16 * next(drawn)
+            tokens: Tensor = self.encode([(told.prompt, told.right) for told in taught[first : first + 16]])[0]
+            return tokens
+
+        books = self.pretrained().state_dict()
+
+        def start() -> nn.Module:
+            model = self._fresh()
+            model.load_state_dict(books)
+            return model
+
+        model = pretrained("taught", start, batches, steps=TAUGHT, rate=5e-4, cache=self.cache, say=self.say)
+        with evaluation_mode(model):
+            self.before = [answer_log_probabilities(model, *pair)[0] for pair in (self.right, self.wrong)]
+        return model
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The DPO loss, the part of pairs whose right answer is likelier, and the loss on held-out text."""
+        with evaluation_mode(model):
+            right, wrong = (answer_log_probabilities(model, *pair)[0] for pair in (self.right, self.wrong))
+        margin = BETA * (right - self.before[0] - wrong + self.before[1])
+        return {
+            "eval_loss": -F.logsigmoid(margin).mean().item(),
+            "accuracy": (right > wrong).float().mean().item(),
+            "text_loss": self.forgetting(model),
+        }
