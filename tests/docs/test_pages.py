@@ -135,3 +135,13 @@ def test_a_study_is_kept_without_its_trainings(tmp_path: Path, monkeypatch: pyte
     table = (tmp_path / "RESULTS" / "toy" / "table.md").read_text()
     assert "seeds 3" in table and "| a | 1 |" in table and "| b | - |" in table
     assert (tmp_path / "IMAGES" / "toy.png").stat().st_size > 1000
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    site = (ROOT / "mkdocs.yml").read_text()
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+    names = {str(page.relative_to(ROOT / "docs")) for page in pages if ".ipynb_checkpoints" not in page.parts}
+    listed = set(re.findall(r"[\w./-]+\.(?:md|ipynb)", site))
+    assert {name for name in names if not name.startswith("lab-notes/")} <= listed
+    index = (NOTES / "index.md").read_text()
+    assert all(f"({note.name})" in index for note in NOTES.glob("2*.md"))
