@@ -166,3 +166,10 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {name for name in names if not name.startswith("lab-notes/")} <= listed
     index = (NOTES / "index.md").read_text()
     assert all(f"({note.name})" in index for note in NOTES.glob("2*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_site_understands_fences(page: Path) -> None:
+    fences = re.findall(r"^```.*$", page.read_text(), re.M)
+    assert len(fences) % 2 == 0
+    assert all(re.fullmatch(r"```\w*", fence) for fence in fences)
