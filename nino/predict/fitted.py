@@ -84,5 +84,6 @@ def _kept(movement: Tensor, snapshots: Sequence[Tensor], preserve_norms: bool) -
     movement = movement if unchanged is None else movement.masked_fill(unchanged, UNCHANGED)
     if not (preserve_norms and last.ndim >= MATRIX_AXES):
         return movement
-    factor = factor_to_keep(last.square().sum(), (last + movement).square().sum())
+    moving = last if unchanged is None else last.masked_fill(unchanged, 0)
+    factor = factor_to_keep(moving.square().sum(), (moving + movement).square().sum())
     return rescaled(movement, last, factor, unchanged)

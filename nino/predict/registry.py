@@ -23,8 +23,8 @@ def load_predictor(name: Predictor | str | Path) -> Predictor:
     """A predictor as it is given, or by its name.
 
     Args:
-        name: a predictor, which is returned; ``"linear"``, ``"reduced-rank"`` or ``"straight"``; a published ``.pt`` file; or what
-            :meth:`nino.Nowcaster.from_pretrained` takes.
+        name: a predictor, which is returned; ``"linear"``, ``"reduced-rank"`` or ``"straight"``; a published ``.pt``
+            file; or what :meth:`nino.Nowcaster.from_pretrained` takes.
 
     Raises:
         CheckpointError: if there is no predictor of that name.

@@ -16,7 +16,7 @@ from torch import Tensor
 from nino.errors import CrookedPathError, NinoError
 from nino.predict.extrapolators import CONTEXT, MAX_HORIZON, Extrapolator
 
-ERROR = 0.25
+ERROR = 0.3
 LEAST = 0.5
 LONGEST = 4.0
 
@@ -24,9 +24,9 @@ LONGEST = 4.0
 class StraightExtrapolator(Extrapolator):
     """Continues each weight at the slower of its paces in both halves of the path, if their signs agree.
 
-    With the paces ``u`` and ``v`` of the halves, ``s = <u, v> / |(u + v) / 2|^2`` is the straight part of the path. What
-    is crooked in it grows with the distance, so a jump is ``error * s / (1 - s)`` times as long as the path, or as the
-    horizon if that is nearer.
+    With the paces ``u`` and ``v`` of the halves, ``s = <u, v> / |(u + v) / 2|^2`` is the straight part of the path.
+    What is crooked in it grows with the distance, so a jump is ``error * s / (1 - s)`` times as long as the path, or as
+    the horizon if that is nearer.
 
     Args:
         error: what a jump may add of the path's crooked part, in units of its straight part.
@@ -88,8 +88,8 @@ class StraightExtrapolator(Extrapolator):
 def straight_part(products: Tensor) -> float:
     """How much of a path goes on: 1 if it is straight, about 0 for a random walk, below 0 if it turned back.
 
-    If each half is a common pace and noise of its own, this is the part of the whole's squared length that is the common
-    pace's.
+    If each half is a common pace and noise of its own, this is the part of the whole's squared length that is the
+    common pace's.
 
     Args:
         products: inner products of the movements between snapshots, ``[m, m]``.

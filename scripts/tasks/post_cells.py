@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 
 class Workload(Protocol):
-    """What a training needs of a task."""
+    """What every training needs of a task."""
 
     metric: str
     higher_is_better: bool
@@ -42,9 +42,21 @@ class Workload(Protocol):
 
     def build(self, seed: int) -> nn.Module: ...
 
+    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class LoopWorkload(Workload, Protocol):
+    """A task of a plain loop; what it tells of a batch may hold its ``reward`` and its generated ``tokens``."""
+
     def loss(self, model: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+@runtime_checkable
+class TrainerWorkload(Workload, Protocol):
+    """A task that a trainer of a library runs."""
+
+    def trainer(self, model: nn.Module, **settings: Any) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +215,11 @@ def train(cell: PostCell, workload: Workload, say: Say, points: int = 10) -> dic
     model.train()
     watch = Watch(cell, workload, model, points)
     torch.manual_seed(cell.seed)  # dropout
-    through = getattr(workload, "trainer", None)
-    if through is not None:
+    if isinstance(workload, TrainerWorkload):
         warmup = max(1, round(WARMUP * cell.steps))
         settings = {"rate": cell.rate, "steps": cell.steps, "warmup": warmup, "seed": cell.seed}
-        through(model, **settings, on_step=watch.after_step).train()
-    else:
+        workload.trainer(model, **settings, on_step=watch.after_step).train()
+    elif isinstance(workload, LoopWorkload):
         _loop(cell, workload, model, watch)
     result = watch.result()
     last = result["curve"][-1][workload.metric]
@@ -216,7 +227,7 @@ def train(cell: PostCell, workload: Workload, say: Say, points: int = 10) -> dic
     return result
 
 
-def _loop(cell: PostCell, workload: Workload, model: nn.Module, watch: Watch) -> None:
+def _loop(cell: PostCell, workload: LoopWorkload, model: nn.Module, watch: Watch) -> None:
     """A plain loop: AdamW as the Trainer makes it, without weight decay, gradients clipped."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cell.rate, weight_decay=0.0, fused=True)

@@ -20,7 +20,7 @@ OnStep = Callable[[int, float, Any], None]
 """Told of every step: its number, its loss (NaN where that is not known) and the optimizer."""
 
 
-class _Watch(TrainerCallback):
+class _Watch(TrainerCallback):  # type: ignore[misc]
     """Hands the Trainer's steps on."""
 
     def __init__(self, on_step: OnStep) -> None:
