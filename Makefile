@@ -19,12 +19,13 @@ VENV_STAMP := $(VENV)/.stamp-venv
 TORCH_STAMP := $(VENV)/.stamp-torch
 DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
+DOCS_STAMP := $(VENV)/.stamp-docs
 SCATTER_STAMP := $(VENV)/.stamp-scatter
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check build clean demo-env check-env test-env
+.PHONY: help demo test test-slow check docs build clean demo-env check-env docs-env test-env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -43,18 +44,23 @@ check: check-env ## formatting, lint and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+docs: docs-env ## the documentation site into site/ (look at it: .venv/bin/python -m mkdocs serve)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 build: $(VENV_STAMP) ## build the wheel into dist/
 	@rm -rf build
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@rm -rf build
 
 clean: ## remove build outputs and caches; the environment stays (rm -r .venv starts that afresh)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find nino callbacks pretrained scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What demo, check and test need, without running them.
 demo-env: $(DEMO_STAMP)
 check-env: $(DEV_STAMP)
+docs-env: $(DOCS_STAMP)
 test-env: $(DEV_STAMP) $(SCATTER_STAMP)
 
 $(VENV_STAMP):
@@ -77,6 +83,11 @@ $(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml
 $(DEV_STAMP): $(TORCH_STAMP) pyproject.toml
 	@echo "installing nino for its tests into $(VENV) ..."
 	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(TORCH_STAMP) pyproject.toml
+	@echo "installing what builds the documentation into $(VENV) ..."
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 # Last and without build isolation: torch_scatter compiles itself against the torch that is installed. pip keeps the

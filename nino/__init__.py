@@ -1,5 +1,10 @@
 """Nino: nowcast the weights of a training neural network (NiNo, arXiv:2409.04434)."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from nino import callbacks
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError, TrajectoryError
 from nino.graph import NeuralGraph
@@ -15,7 +20,11 @@ from nino.predict.registry import load_predictor
 from nino.session import NowcastSession
 from nino.session.report import NowcastReport
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from nino import metanet
+    from nino.alignment import align, merge
+
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
@@ -34,9 +43,23 @@ __all__ = [
     "TrajectoryError",
     "WiringReport",
     "__version__",
+    "align",
     "callbacks",
     "check_wiring",
     "load_predictor",
+    "merge",
+    "metanet",
     "plot_run",
     "run_record",
 ]
+
+_ON_DEMAND = {"align": "nino.alignment", "merge": "nino.alignment", "metanet": ""}
+"""Names that are imported when they are first asked for, and from where."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import what most programs do not need when it is asked for."""
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'nino' has no attribute {name!r}")
+    home = _ON_DEMAND[name]
+    return getattr(import_module(home), name) if home else import_module(f"nino.{name}")

@@ -149,7 +149,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, help="folder with cifar10-*.parquet, mnist-*.parquet and text/")
-    add("--cache", type=Path, default=Path("results/fair-table/cache"), help="decoded images and tokens are kept here")
+    add("--cache", type=Path, default=Path("runs/fair-table-cache"), help="decoded images and tokens are kept here")
     add("--purpose", choices=list(SEEDS), default="report", help="on which tasks and seeds")
     add("--tasks", nargs="+", choices=list(FAIR_TASKS), metavar="TASK", help=", ".join(FAIR_TASKS))
     add("--bases", nargs="+", choices=BASES, default=list(BASES), help="optimizers")

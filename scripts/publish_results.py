@@ -1,13 +1,13 @@
 """Put what a page quotes of a study under ``results/``, and write the pages made from it.
 
-    python scripts/publish_results.py add runs/speedup --name speedup-digits --command "python ..."
-    python scripts/publish_results.py add runs/speedup ... --title "Digits" --picture --label "adam=AdamW"
-    python scripts/publish_results.py pages
+    python scripts/publish_results.py runs/speedup --name speedup-digits --command "python ..."
+    python scripts/publish_results.py runs/speedup ... --title "Digits" --picture --label "adam=AdamW"
+    python scripts/publish_results.py
 
-``add`` reads ``results.json`` of a script's output folder and keeps its tables, arguments and machine as
-``summary.json`` and ``table.md``, with ``--picture`` its curves as ``docs/images/NAME.png``. Single trainings stay
-where they are; the command makes them again.
-``pages`` writes ``results/README.md``, the index, and ``docs/results.md``, every table.
+Of ``results.json`` in a script's output folder it keeps tables, arguments and machine as ``summary.json`` and
+``table.md``, with ``--picture`` the curves as ``docs/images/NAME.png``. Single trainings stay where they are; the
+command makes them again. Then, or if no folder is given, it writes ``results/README.md``, the index, and
+``docs/results.md``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def head_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
-def add(args: argparse.Namespace) -> int:
+def add(args: argparse.Namespace) -> None:
     """Keep a study."""
     source = args.folder / "results.json"
     if not source.is_file():
@@ -147,7 +147,6 @@ def add(args: argparse.Namespace) -> int:
         draw_picture(IMAGES / f"{args.name}.png", results, labels)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (folder / "table.md").write_text(f"# {summary['title']}\n\n{format_tables(summary, 2)}")
-    return write_pages()
 
 
 def pages_that_quote(name: str) -> list[Path]:
@@ -165,10 +164,10 @@ def write_pages() -> int:
     """Write the index and the page of all tables."""
     index = ["# Results", "", "Made by `python scripts/publish_results.py`: what pages quote and tests read.", ""]
     index += ["| folder | what | command | commit | quoted by |", "|---|---|---|---|---|"]
-    page = ["# Results", "", "Made from `results/*/summary.json` by `python scripts/publish_results.py pages`.", ""]
+    page = ["# Results", "", "Made from `results/*/summary.json` by `python scripts/publish_results.py`.", ""]
     for name in sorted(path.parent.name for path in RESULTS.glob("*/summary.json")):
         summary = json.loads((RESULTS / name / "summary.json").read_text())
-        title, command, commit = summary["title"], summary["command"], summary["commit"]
+        title, command, commit = (summary.get(key, "") for key in ("title", "command", "commit"))
         quoted = ", ".join(f"[{p.relative_to(ROOT)}](../{p.relative_to(ROOT)})" for p in pages_that_quote(name))
         index.append(f"| [{name}]({name}/table.md) | {title} | `{command}` | {commit} | {quoted} |")
         page += [f"## {name}", "", f"{title}. Commit {commit}:", "", f"```\n{command}\n```", ""]
@@ -182,21 +181,23 @@ def write_pages() -> int:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    commands = parser.add_subparsers(dest="action", required=True)
-    adding = commands.add_parser("add", help="keep a study")
-    adding.add_argument("folder", type=Path, help="where a script wrote results.json")
-    adding.add_argument("--name", required=True, help="of the folder under results/")
-    adding.add_argument("--title", help="a short line")
-    adding.add_argument("--command", required=True, help="that made it")
-    adding.add_argument("--picture", action="store_true", help="draw the curves of the labelled methods")
-    adding.add_argument("--label", action="append", default=[], metavar="METHOD=TEXT", help="once per curve")
-    commands.add_parser("pages", help="write results/README.md and docs/results.md")
-    return parser.parse_args(argv)
+    parser.add_argument("folder", type=Path, nargs="?", help="where a script wrote results.json")
+    parser.add_argument("--name", help="of the folder under results/")
+    parser.add_argument("--title", help="a short line")
+    parser.add_argument("--command", help="that made it")
+    parser.add_argument("--picture", action="store_true", help="draw the curves of the labelled methods")
+    parser.add_argument("--label", action="append", default=[], metavar="METHOD=TEXT", help="once per curve")
+    args = parser.parse_args(argv)
+    if args.folder is not None and not (args.name and args.command):
+        fail("a study needs --name and --command")
+    return args
 
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    return add(args) if args.action == "add" else write_pages()
+    if args.folder is not None:
+        add(args)
+    return write_pages()
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ class GraphBuilder:
     def __contains__(self, parameter: str) -> bool:
         return parameter in self.shapes
 
+    def start_again(self) -> None:
+        """Forget all that was wired."""
+        self._groups, self._axes, self._blocks, self._parts = {}, {}, [], {}
+
     def leave_out(self, parameters: Collection[str]) -> None:
         """Keep parameters out of the graph: they are in no block and are never nowcast."""
         self.shapes = {name: shape for name, shape in self.shapes.items() if name not in parameters}

@@ -9,14 +9,18 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 SIMPLE = (str, bytes, int, float, complex, type(None), torch.Tensor, nn.Module, type)
 """What holds nothing else, or nothing that is looked for."""
@@ -28,20 +32,123 @@ LIBRARIES_WITH_HOOKS = ("transformers",)
 """Whose models collect hidden states by forward hooks, and may compute with them."""
 
 
+NOISE = {
+    "bernoulli": 1.0,
+    **dict.fromkeys(("rand", "rand_like", "uniform", "randn", "randn_like", "normal", "normal_functional"), 0.5),
+    **dict.fromkeys(("exponential", "geometric", "cauchy", "log_normal"), 0.5),
+}
+"""Operations that draw every element alike and for itself, and what stands for the numbers drawn: nothing is dropped."""
+
+
+MODES = (True, False)
+"""Training and evaluation mode: what is trained first."""
+
+
 @contextmanager
-def without_weights(model: nn.Module) -> Iterator[None]:
-    """Parameters on the meta device stand in for the model's own; tied ones stay tied."""
+def with_parameters(model: nn.Module, other: Callable[[nn.Parameter], Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+    """Other parameters stand in for the model's own, by name; tied ones stay tied."""
     homes = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
-    stand_ins = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for _, _, p in homes
-    }
+    stand_ins: dict[int, nn.Parameter] = {}
+    for _, _, parameter in homes:
+        if id(parameter) not in stand_ins:
+            stand_ins[id(parameter)] = nn.Parameter(other(parameter), requires_grad=parameter.requires_grad)
     try:
         for module, name, parameter in homes:
             setattr(module, name, stand_ins[id(parameter)])  # recurrent layers keep a list of theirs, which follows
-        yield
+        yield dict(model.named_parameters())
     finally:
         for module, name, parameter in homes:
             setattr(module, name, parameter)
+
+
+@contextmanager
+def without_weights(model: nn.Module) -> Iterator[dict[int, list[str]]]:
+    """Parameters on the meta device stand in for the model's own; yields the names of those by their memory."""
+    memory: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        with suppress(RuntimeError, NotImplementedError):  # there is none, of a sharded one say
+            memory.setdefault(parameter.untyped_storage()._cdata, []).append(name)
+    with with_parameters(model, lambda parameter: torch.empty_like(parameter, device="meta")):
+        yield memory
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training mode as the model has it (frozen norms stay in evaluation), or evaluation mode; without dropout.
+
+    Both are changed to by ``train()``, since models throw prepared weights away in it.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    keep = training and model.training
+    try:
+        for mode in (not training, training):
+            with suppress(Exception):  # it may be overridden, and look at what is not there
+                model.train(mode)
+        for module, flag in flags:
+            module.training = (flag if keep else training) and not isinstance(module, _DropoutNd)
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """No gradients, no fused operation that hides what it is made of, the same random numbers each time."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(_not_compiled())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(torch.random.fork_rng(_devices(model)))
+        numbers, more_numbers = random.getstate(), np.random.get_state()
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            random.setstate(numbers)
+            np.random.set_state(more_numbers)
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    """Whose random numbers the model may draw; training goes on with those that it would have had."""
+    return list({parameter.device for parameter in model.parameters() if parameter.is_cuda})
+
+
+def _not_compiled() -> AbstractContextManager[Any]:
+    """Parts that are compiled run as they are written: run under a recorder, they would never be compiled again."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        return nullcontext()
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
+    return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+class Steady(TorchDispatchMode):
+    """Operations that draw noise give the same number everywhere; dropout drops nothing.
+
+    What is drawn element by element treats all neurons alike, so it breaks no symmetry, but hides whether others do.
+    """
+
+    def run(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operation."""
+        name = function.overloadpacket._qualified_op_name.removeprefix("aten::").removesuffix("_")
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        result = function(*args, **kwargs)
+        if name in NOISE:
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor) and not tensor.is_meta:
+                    tensor.fill_(NOISE[name])
+        return result
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(function, args, kwargs or {})
 
 
 @contextmanager
@@ -56,9 +163,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     dense = [b for b in model.buffers() if b.layout == torch.strided and not b.is_meta]  # others cannot be compared
     buffers = [(buffer, buffer.detach().clone()) for buffer in dense]
     numbers, more_numbers = random.getstate(), np.random.get_state()
-    devices = list({p.device for p in model.parameters() if p.is_cuda})
     try:
-        with _without_forward_hooks(model), torch.random.fork_rng(devices):
+        with _without_forward_hooks(model), torch.random.fork_rng(_devices(model)):
             yield
     finally:
         random.setstate(numbers)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Narrow = tuple[int, int, int]
 """``(dim, start, length)``: a range of indices of one dimension of a parameter."""
+WAITING = "waiting"
+"""Family of the graph of a model that is wired once it has run; until then each parameter is alone."""
 MAX_FEATURES = 9
 """Parameter elements that one edge can carry (a 3 x 3 kernel)."""
 

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
-from nino.graph.architectures import is_known, wire_each_alone
+from nino.graph.architectures import wire_by_names, wire_each_alone
 from nino.graph.builder import check_graph, graph_parameters
+from nino.graph.ir import WAITING
 from nino.parallel.shards import compute_device, refuse_unsupported
 from nino.predict.predictor import Predictor
 from nino.session.changes import describe_changes
@@ -28,7 +29,7 @@ class TrainingTarget:
         model: wrappers of DDP and ``torch.compile`` are looked through.
         nowcaster: which wires it.
         optimizer: if given, what it does not hold counts as frozen.
-        graph: of the model; by default it is wired here, and a model of no known family once it has run.
+        graph: of the model; by default it is wired here, once the model has run on its first batch.
 
     Raises:
         NinoError: if the model cannot be wired, or nothing of it is trained.
@@ -57,6 +58,7 @@ class TrainingTarget:
             self._say_what_is_missing()
         nowcaster.check_fits(self.graph)
         self._check()
+        self._say_what_is_complex()
         self._shapes = graph_parameters(self.module)
         self._trained: dict[str, nn.Parameter] | None = None
         """The model's parameters, and those that were trained, when last looked at; ``None`` if not looked at yet."""
@@ -121,26 +123,44 @@ class TrainingTarget:
             message = "%d trained parameters are not in the graph that was given and are never nowcast: %s"
             logger.warning(message, len(missing), ", ".join(missing[:3]))
 
+    def _say_what_is_complex(self) -> None:
+        """No graph holds complex numbers, so a person must know how much of a model that is."""
+        trained = self.trained()
+        numbers = {name: p.numel() * (2 if p.is_complex() else 1) for name, p in trained.items()}
+        left_out = [name for name, p in trained.items() if p.is_complex()]
+        if left_out:
+            logger.warning(
+                "%d trained parameters are complex and are never nowcast (%.0f%% of what is trained): %s; kept as pairs "
+                "of real numbers (torch.view_as_complex in forward) they would be",
+                len(left_out),
+                100 * sum(numbers[name] for name in left_out) / sum(numbers.values()),
+                ", ".join(left_out[:3]),
+            )
+
     def _wire(self) -> NeuralGraph:
-        """A model that has to be run to be wired waits for its first batch, each parameter alone until then."""
+        """A model is wired by what it computes on its first batch; until then each parameter is alone.
+
+        Only the published layout, which goes by names, is there at once.
+        """
         self._first_inputs.stop()
-        self._waits = not is_known(self.module)
-        if not self._waits:
-            return self.nowcaster.graph_of(self.module)
+        self._waits = False
+        if getattr(getattr(self.nowcaster, "config", None), "wiring", "exact") == "official":
+            graph = self.nowcaster.graph_of(self.module)
+            if graph.wiring == "official":
+                return graph
+        self._waits = True
         self._first_inputs.watch()
-        return wire_each_alone(self.module)
+        known = wire_by_names(self.module)
+        if known is not None:
+            self.nowcaster.check_fits(known)  # a vocabulary that is too large is said at once
+        return wire_each_alone(self.module, WAITING)
 
     def _trace(self) -> None:
         """Wire the model on its first batch; where that is impossible, each parameter stays alone."""
-        family = type(self.module).__name__
         if self._first_inputs.is_watching:
             if not self._said_waiting:
-                logger.warning(
-                    "%s was trained, but its forward was not called: each of its parameters is nowcast alone; wire it "
-                    "with NeuralGraph.from_model(model, example_inputs=...) and pass graph=",
-                    family,
-                )
-            self._said_waiting = True
+                self._said_waiting = True
+                self._wire_unseen()
             return
         self._waits = False
         try:
@@ -148,8 +168,26 @@ class TrainingTarget:
         except NinoError as error:
             message = "%s: each of its parameters is nowcast alone; wire it with NeuralGraph.from_model and pass graph="
             logger.warning(message, error)
+            self._wire_again(lambda: wire_each_alone(self.module))
             return
         self._wire_again(lambda: self.nowcaster.graph_of(self.module, inputs))
+
+    def _wire_unseen(self) -> None:
+        """The model is trained, but not called: all that can be looked at are its names.
+
+        Where its layers are called by something else, even these say nothing of what is computed.
+        """
+        family = type(self.module).__name__
+        known = None if self._first_inputs.saw_layers else wire_by_names(self.module)
+        if known is not None:
+            logger.info("%s was trained, but its forward was not called: it is wired by its names alone", family)
+            self._wire_again(lambda: known)
+            return
+        logger.warning(
+            "%s was trained, but its forward was not called: each of its parameters is nowcast alone; wire it "
+            "with NeuralGraph.from_model(model, example_inputs=...) and pass graph=",
+            family,
+        )
 
     def _wire_again(self, wire: Callable[[], NeuralGraph] | None = None) -> None:
         try:

@@ -100,7 +100,7 @@ def row_of(task: str, base_name: str, method: str, base: Finals, finals: Mapping
     gains = [their - our for their, our in zip(theirs, ours, strict=True)]
     slope, gain = slope_of(base), fmean(gains)
     low, high = _interval(gains)
-    enough = len(seeds) > 1 and len(set(gains)) > 1
+    enough = len(set(gains)) > 1 and all(map(math.isfinite, gains))
     return Row(
         task=task,
         base=base_name,
@@ -118,7 +118,7 @@ def row_of(task: str, base_name: str, method: str, base: Finals, finals: Mapping
 
 def _interval(gains: Sequence[float]) -> tuple[float | None, float | None]:
     """The t interval of the mean gain."""
-    if len(gains) < 2:
+    if len(gains) < 2 or not all(map(math.isfinite, gains)):
         return None, None
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(gains) - 1) * stats.sem(gains)
     return fmean(gains) - half, fmean(gains) + half

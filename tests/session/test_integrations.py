@@ -191,10 +191,12 @@ def test_conditions_are_what_they_say(condition: str) -> None:
     outcome = in_a_plain_loop(condition)
 
     first = outcome.session.clock.origin + 6  # where a warm-up or a restart has ended
-    assert [report.step for report in outcome.reports][-1:] == [max(range(first, outcome.session.step, 6))]
+    expected = [*range(first, outcome.session.step, 6)]
+    assert expected or condition == "greedy", "a rate that rises all the time"
+    assert [report.step for report in outcome.reports][-len(expected) :] == expected
     left_out = [report.reason.startswith(("the learning rate", "the run ends")) for report in outcome.reports]
     assert all(report.has_moved or left for report, left in zip(outcome.reports, left_out, strict=True))
-    assert outcome.reports[0].has_moved or condition in {*SCHEDULERS, "two groups"}
+    assert any(report.has_moved for report in outcome.reports) or condition in {*SCHEDULERS, "two groups"}
     assert len(outcome.rates) == outcome.session.step // outcome.session.schedule.interval
     assert len(set(outcome.rates)) > 1 or condition == "constant"
     assert HOLDS.get(condition, lambda _: True)(outcome)

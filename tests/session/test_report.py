@@ -61,7 +61,7 @@ def test_a_record_is_json_with_words() -> None:
     assert record == {**ACCEPTED.as_log(), "nowcast/loss/after": None, "nowcast/outcome": "applied"}
 
 
-@pytest.mark.parametrize(("outcome", "moved"), zip(get_args(Outcome), (True, True, False, False), strict=True))
+@pytest.mark.parametrize(("outcome", "moved"), [*zip(get_args(Outcome), (True, True, False, False), strict=True)])
 def test_one_outcome_is_logged_as_one_number_of_four(outcome: Outcome, moved: bool) -> None:
     report = NowcastReport(step=1, horizon=1, horizon_steps=2, outcome=outcome)
     assert report.has_moved is moved

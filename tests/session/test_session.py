@@ -607,7 +607,6 @@ def _backoff(**changes: Any) -> Callable[[State], State]:
         (_damage("history", snapshots=_snapshots("weight", 1, 2)), "another model"),
         (_damage("history", snapshots={**_snapshots("0.weight", 1, 2), "exact": []}), "damaged"),
         (_damage("history", learning_rates=[]), "damaged: 0 learning rates of 2 snapshots"),
-        (_damage("history", average_over=None, mean=None), "damaged: TypeError"),
         (_backoff(scale=None), "damaged: TypeError"),
         (_backoff(scale=math.nan), "damaged: ValueError"),
         (_backoff(periods_to_skip="1"), "damaged: TypeError"),

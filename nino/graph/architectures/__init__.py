@@ -1,6 +1,7 @@
 """How models are wired: by tracing where example inputs are given, else by what their names and configs tell.
 
-:mod:`nino.graph.tracing` wires any model that runs. Where there is nothing to run it on, family files do: each has a
+:mod:`nino.graph.tracing` wires any model that runs, and that is what training, the proof and whatever has inputs use.
+Where there is nothing to run a model on (checkpoints on disk, models on many devices), family files do: each has a
 function ``wire(model, builder)`` that names groups and connects them in the order of the forward pass. Models are
 recognised by the adapters that sit in them, or by the ``model_type`` of their transformers config; anything else is
 tried as a chain of layers, and what is no chain falls back to one block per parameter, with a warning. Tests hold
@@ -10,7 +11,7 @@ families and traces together: on every model that both cover, the graphs are the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from nino.graph.architectures import adapters, chain, gpt2, llama, per_parameter
 from nino.graph.builder import GraphBuilder
 from nino.graph.dry_run import left_as_it_was, without_weights
 from nino.graph.ir import NeuralGraph
+from nino.parallel.shards import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -47,59 +49,64 @@ def wire(model: nn.Module, wiring: str, example_inputs: Any = None) -> NeuralGra
         raise GraphError(f"{type(model).__name__} has no floating point parameters: there is nothing to wire")
     if wiring == "official":
         return _wire_as_published(model)
-    reason = ""
-    if example_inputs is not None:
+    if example_inputs is not None and not _is_sharded(model):
         try:
             return _wire_by_tracing(model, example_inputs)
         except GraphError as error:
-            reason = str(error)
+            logger.warning(
+                "%s: each of its parameters becomes a block of its own, so a nowcast does not see how they are "
+                "connected",
+                error,
+            )
+            return wire_each_alone(model)
     try:
-        graph = _wire_by_family(model)
+        return _wire_by_family(model)
     except chain.NotAChainError as error:
         logger.warning(
-            "%s: each of its parameters becomes a block of its own, so a nowcast does not see how they are connected%s",
-            reason or f"{type(model).__name__} is of no family that Nino knows ({error})",
-            "" if reason else "; give example_inputs, and it is wired by tracing",
+            "%s is of no family that Nino knows (%s): each of its parameters becomes a block of its own, so a nowcast "
+            "does not see how they are connected; give example_inputs, and it is wired by tracing",
+            type(model).__name__,
+            error,
         )
         return wire_each_alone(model)
-    if reason:
-        logger.warning("%s; it is wired by its names and config instead", reason)
-    return graph
 
 
-def is_known(model: nn.Module) -> bool:
-    """Whether a model can be wired without running it."""
+def _is_sharded(model: nn.Module) -> bool:
+    return any(is_dtensor(parameter) for parameter in model.parameters())
+
+
+def wire_by_names(model: nn.Module) -> NeuralGraph | None:
+    """The graph that names, shapes and config suggest, which nothing proves; ``None`` if they suggest none."""
     try:
-        _wire_by_family(model)
-    except GraphError:
-        return False
-    return True
+        return _wire_by_family(model)
+    except Exception:  # a family file goes by names, and what has these may be anything
+        return None
 
 
-def wire_each_alone(model: nn.Module) -> NeuralGraph:
+def wire_each_alone(model: nn.Module, family: str = "per_parameter") -> NeuralGraph:
     """The graph of a model of which nothing is known: a block per parameter."""
     builder = GraphBuilder(model)
     per_parameter.wire(model, builder)
-    return builder.finish("per_parameter", "per-parameter")
+    return builder.finish(family, "per-parameter")
 
 
 def _wire_by_tracing(model: nn.Module, example_inputs: Any) -> NeuralGraph:
     with left_as_it_was(model):
         try:
-            with without_weights(model):
-                return _trace(model, example_inputs)
+            with without_weights(model) as real:
+                return _trace(model, example_inputs, real)
         except Exception:  # it looks at values, or has an operation that the meta device does not
             return _trace(model, example_inputs)
 
 
-def _trace(model: nn.Module, example_inputs: Any) -> NeuralGraph:
+def _trace(model: nn.Module, example_inputs: Any, real: Mapping[int, Sequence[str]] | None = None) -> NeuralGraph:
     from nino.graph.tracing import wiring as tracing
 
     builder = GraphBuilder(model)
     if adapters.has_adapters(builder):
         adapters.leave_out_frozen(model, builder)
     try:
-        tracing.wire(model, builder, example_inputs)
+        tracing.wire(model, builder, example_inputs, real)
         return builder.finish("traced", "exact")
     except NinoError:
         raise

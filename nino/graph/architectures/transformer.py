@@ -1,4 +1,4 @@
-"""What the transformer families partition: the neurons of an attention layer and the output head."""
+"""What the transformer families share: the neurons of an attention layer and the output head."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from nino.graph.tracing.indices import (
@@ -17,7 +18,7 @@ from nino.graph.tracing.indices import (
     unify,
 )
 from nino.graph.tracing.positions import COPIES, Positions
-from nino.graph.tracing.recorder import Call, Trace, Value, memory_of
+from nino.graph.tracing.recorder import Call, Trace, Value
 from nino.graph.tracing.rules import RULES
 from nino.graph.tracing.rules.common import Dims, fresh, names, pinned_outputs, reason_of, unknown
 from nino.graph.tracing.rules.elementwise import UNIFORM, pointwise
@@ -44,7 +45,7 @@ class Axes:
         self._rows: dict[Value, list[tuple[Index, int]]] = {}
         self._alone: list[Dims] = []
         self._uniform: set[Value] = set()
-        self._written = {memory_of(value) for call in trace.calls for value in call.written}
+        self._written = {value.memory for call in trace.calls for value in call.written}
         for value in trace.parameters.values():
             self.dims[value] = [Index(size) for size in value.shape]
         for call in trace.calls:
@@ -57,7 +58,7 @@ class Axes:
         self._pin_unused(trace)
         for value in trace.outputs:
             self.positions.pin(value, "the model returns positions along it")
-            for index in self.of(value)[: -1 if value in trace.movable else None]:
+            for index in self.of(value):
                 pin(index, "it is an output of the model")
 
     def of(self, value: Value) -> Dims:
@@ -129,12 +130,17 @@ class Axes:
             dims = apply(self, call)
         except MismatchError as error:
             dims = pinned_outputs(self, call, f"{reason_of(call)}: {error}")
+        except Exception as error:  # a defect of a rule must cost the symmetries of what it touches and no more
+            self.unknown.setdefault(call.name, f"{call.where} ({type(error).__name__}: {error})")
+            dims = pinned_outputs(self, call, f"{reason_of(call)} is not known to treat its positions alike")
+        sizes = [[index.size for index in of_value] for of_value in dims[: len(call.outputs)]]
+        if sizes != [list(value.shape) for value in call.outputs[: len(sizes)]]:
+            self.unknown.setdefault(call.name, f"{call.where} (its rule gave {dims})")
+            dims = pinned_outputs(self, call, f"{reason_of(call)} is not known to treat its positions alike")
         rows = [row for value in call.inputs for row in self._rows.get(value, [])]
         for value, of_value in zip(call.outputs, dims, strict=False):
             if rows:
                 self._rows[value] = rows
-            if [index.size for index in of_value] != list(value.shape):
-                raise AssertionError(f"the rule of {call.name} gave {of_value} for a value of shape {value.shape}")
             self.dims[value] = of_value
         for value in call.outputs:
             if value not in self.dims:
@@ -146,7 +152,7 @@ class Axes:
 
     def _note_uniform(self, value: Value) -> None:
         """Note that a value is the same everywhere, and stays so."""
-        if memory_of(value) not in self._written and not value.hides:
+        if value.memory not in self._written and not value.hides:
             self._uniform.add(value)
 
     def _keep_what_is_written(self, call: Call) -> None:
@@ -184,6 +190,6 @@ def _given(value: Value) -> Dims:
 
 
 def _is_uniform(tensor: Tensor, dim: int) -> bool:
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
         return False
     return bool((tensor == tensor.narrow(dim, 0, 1)).all())

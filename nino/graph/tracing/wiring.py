@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product as combinations
 from math import prod
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from nino.errors import GraphError
+from nino.graph.architectures import per_parameter
 from nino.graph.builder import GraphBuilder
 from nino.graph.ir import Axis, BlockKind, EdgeType, NeuronGroup, Slots
 from nino.graph.tracing.axes import Axes
@@ -27,19 +28,46 @@ MOST_BLOCKS = 2**16
 """Blocks of one model; beyond, it is stored in a way that this wiring does not suit."""
 
 
-def wire(model: nn.Module, builder: GraphBuilder, example_inputs: Any) -> Axes:
+def wire(
+    model: nn.Module, builder: GraphBuilder, example_inputs: Any, real: Mapping[int, Sequence[str]] | None = None
+) -> Axes:
     """Wire any model by tracing it; returns what was found out about its axes.
+
+    Args:
+        model: to wire.
+        builder: of its graph.
+        example_inputs: as in :func:`~nino.graph.tracing.recorder.record`.
+        real: if others stand in for the parameters, the names of these by the memory of the real ones.
 
     Raises:
         GraphError: if the model cannot be traced, naming the operation and the line.
     """
-    trace = record(model, example_inputs)
+    trace = record(model, example_inputs, real)
     trace.parameters = {name: trace.parameters[name] for name in builder.shapes}
     axes = Axes(trace)
     neurons = find_neurons(trace, axes)
     _tell(model, trace, axes, neurons)
-    _Assembler(builder, axes, neurons).assemble()
-    return axes
+    alone: set[str] = set()
+    while True:
+        try:
+            _Assembler(builder, axes, neurons, alone).assemble()
+            return axes
+        except _OddParameterError as odd:  # it costs its own connections, not those of the others
+            if odd.name in alone:
+                raise
+            logger.warning("%s: %s; it is wired alone", type(model).__name__, odd.reason)
+            for index in axes.of(trace.parameters[odd.name]):
+                pin(index, f"{odd.name} cannot be wired with it")
+            alone.add(odd.name)
+            builder.start_again()
+
+
+class _OddParameterError(GraphError):
+    """A parameter is stored in a way that no blocks can say."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name, self.reason = name, reason
 
 
 def _tell(model: nn.Module, trace: Trace, axes: Axes, neurons: Neurons) -> None:
@@ -57,6 +85,10 @@ def _tell(model: nn.Module, trace: Trace, axes: Axes, neurons: Neurons) -> None:
         logger.info(
             "%s uses %s as a weight and neuron by neuron: its edges are those of the first use", name, parameters
         )
+    for operation, line in neurons.not_followed.items():
+        logger.info("%s: the neurons of %s at %s could not be followed: they are read as others", name, operation, line)
+    for problem in trace.problems:
+        logger.info("%s; the graph is that of the other mode", problem)
     for operation, line in axes.unknown.items():
         logger.info("%s: no rule for %s at %s: all that it touches is not permutable", name, operation, line)
 
@@ -64,9 +96,10 @@ def _tell(model: nn.Module, trace: Trace, axes: Axes, neurons: Neurons) -> None:
 class _Assembler:
     """Turns groups, wires and links into what a builder takes."""
 
-    def __init__(self, builder: GraphBuilder, axes: Axes, neurons: Neurons) -> None:
+    def __init__(self, builder: GraphBuilder, axes: Axes, neurons: Neurons, alone: Collection[str] = ()) -> None:
         self.builder = builder
-        self.wires = list(map(_without_pairs, neurons.wires))
+        self.alone = alone
+        self.wires = [_without_pairs(wire_) for wire_ in neurons.wires if wire_.parameter not in alone]
         self.links = neurons.links
         self._axes: dict[Index, Axis] = {}
         self._groups: dict[Group, NeuronGroup] = {}
@@ -79,13 +112,20 @@ class _Assembler:
 
     def assemble(self) -> None:
         """Add everything to the builder."""
+        for name in self.alone:
+            per_parameter.wire_alone(self.builder, name)
+            self._names.update((f"{name}.outputs", f"{name}.inputs"))
+            self._names.update(f"group {name}.{part}" for part in ("outputs", "inputs", "node"))
         for wire_ in self.wires:
             self._name_axes(wire_)
         for wire_ in self.wires:
-            if wire_.source is None:
-                self._fan_out(wire_)
-            else:
-                self._join(wire_)
+            try:
+                if wire_.source is None:
+                    self._fan_out(wire_)
+                else:
+                    self._join(wire_)
+            except Exception as error:
+                raise _OddParameterError(wire_.parameter, str(error) or repr(error)) from error
         done = set()
         for link in self.links:
             key = (link.source.root(), link.target.root(), frozenset(link.axes), link.type)

@@ -51,7 +51,7 @@ def test_time_that_was_given_is_resumed() -> None:
     trial = jumped(steps=50, longest=100)
     feed(trial, 501, [1.12] * 70)
     resumed = jumped(steps=50, longest=100)
-    resumed.resume(Monitor.read(trial.state_dict()))
+    resumed.resume(Monitor.parse(trial.state_dict()))
     assert [step for step, _ in feed(resumed, 571, [1.12] * 30)] == [600]
     assert [report.step for report in resumed.reports] == [500]
 

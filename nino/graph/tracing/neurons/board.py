@@ -54,6 +54,7 @@ class Board:
         origins: per value that depends on parameters alone, which these are.
         neurons_of: parameters that are neurons themselves (learned queries).
         wired: what joins each piece, by parameter and start.
+        constants: values that depend on neither inputs nor parameters.
         words: integers that came in as they are: words, not positions that were counted.
     """
 
@@ -70,6 +71,7 @@ class Board:
         self.origins = {value: {name} for name, value in trace.parameters.items()}
         self.neurons_of: dict[str, Group] = {}
         self.wired: dict[tuple[str, tuple[int, ...]], Wire] = {}
+        self.constants: set[Value] = set()
         self.words: set[Value] = set()
 
     def labels(self, value: Value) -> Labels:
@@ -86,6 +88,11 @@ class Board:
     def is_weight(self, value: Value) -> bool:
         """Whether a value depends on parameters alone."""
         return value in self.views
+
+    def is_constant(self, value: Value) -> bool:
+        """Whether a value depends on neither inputs nor the parameters that are wired."""
+        frozen = value.parameter is not None and value not in self.views
+        return value.is_constant or frozen or value in self.constants
 
     def group(self, number: float) -> Group:
         """The group of a label."""

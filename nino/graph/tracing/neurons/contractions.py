@@ -11,7 +11,7 @@ from nino.graph.tracing.neurons.board import Board, Labels
 from nino.graph.tracing.neurons.onto import as_neurons, put_onto
 from nino.graph.tracing.neurons.reading import read_through
 from nino.graph.tracing.neurons.records import Factor
-from nino.graph.tracing.recorder import Call
+from nino.graph.tracing.recorder import Call, Value
 from nino.graph.tracing.rules.contractions import contracted_pair
 
 
@@ -46,11 +46,29 @@ def convolve(board: Board, call: Call) -> None:
     channel = len(value.shape) - len(weight.shape) + 1
     output_dim, input_dim = (1, 0) if call.arguments["transposed"] else (0, 1)
     right = Factor(weight, input_dim, {output_dim: channel})
-    labels = _contract(board, Factor(value, channel, {}), right, call)
+    if board.is_weight(weight):
+        labels = read_through(board, Factor(value, channel, {}), right, call)
+    else:
+        labels = _through_computed(board, weight, output_dim, channel, call)
     if bias is not None and board.is_weight(bias):
         trailing = len(weight.shape) - 2
         labels = put_onto(board, bias, labels, EdgeType.BIAS, call.outputs[0].shape, trailing)
     board.set(call, [labels])
+
+
+def _through_computed(board: Board, kernel: Value, output_dim: int, channel: int, call: Call) -> Labels:
+    """What a kernel that was itself computed makes: its neurons reach those that read the result."""
+    shape = call.outputs[0].shape
+    labels = board.labels(kernel)
+    found = board.groups_at(labels)
+    if not found:
+        return torch.zeros(shape)
+    others = [dim for dim in range(labels.dim()) if dim != output_dim]
+    along = labels.amax(others) if labels.numel() else labels.new_zeros(kernel.shape[output_dim])
+    if along.shape[0] != shape[channel]:  # of a kernel in groups there are more
+        along = along[:1]
+    trailing = [1] * (len(shape) - channel - 1)
+    return -along.abs().view([-1, *trailing]).expand(shape)
 
 
 def look_up(board: Board, call: Call) -> None:

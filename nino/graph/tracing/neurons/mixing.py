@@ -52,16 +52,17 @@ def _reduced(board: Board, call: Call, output: Value) -> Labels:
     value = max(values, key=lambda value: len(kept & set(axes_of(board.axes.of(value)))))
     labels, shape = board.labels(value), list(output.shape)
     before, after = board.axes.of(value), board.axes.of(output)
+    lost = torch.full((), -float(board.groups_at(labels)[0].number) if board.groups_at(labels) else 0.0).expand(shape)
     if len(before) == len(after):
         changed = [dim for dim in range(len(shape)) if find(before[dim]) is not find(after[dim])]
         small = labels.amax(changed, keepdim=True) if changed and labels.numel() else labels
         if not broadcasts(small.shape, output.shape):
-            return torch.zeros(shape)
+            return lost
     else:
         changed = _dims_used_up(before, after)
         small = labels.amax(changed) if changed and labels.numel() else labels
         if small.shape != output.shape:
-            return torch.zeros(shape)
+            return lost
     used = set(axes_of([before[dim] for dim in changed])) - set(axes_of(after))
     for number in distinct(small):
         if number > 0 and used & set(board.group(number).axes):

@@ -127,10 +127,14 @@ def _given(board: Board, read: Factor, at: Labels, along: Sequence[int], piece: 
     labels = board.labels(read.value)
     group = board.new_group(f"{stem(piece.parameter)}.input", axes, is_given=True)
     for number in distinct(at):
-        if number < 0 and set(group.axes) <= set(board.group(number).axes):
-            origin = board.group(number)
+        if number >= 0:
+            continue
+        origin = board.group(number)
+        if set(group.axes) <= set(origin.axes):
             board.link(f"{group.name} of {origin.name}", origin, group, origin.axes, EdgeType.HEAD)
             group.is_given = False
+        else:  # each may depend on each
+            board.reach(origin, group)
     positions = torch.as_tensor(along)
     before = labels.index_select(read.contracted or 0, positions)
     filled = torch.where(before <= 0, float(group.number), before)

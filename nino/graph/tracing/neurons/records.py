@@ -93,6 +93,8 @@ class Neurons:
     links: list[Link] = field(default_factory=list)
     in_two_roles: dict[str, None] = field(default_factory=dict)
     """Parameters that are read as a weight in one place and meet neurons one by one in another, in order."""
+    not_followed: dict[str, str] = field(default_factory=dict)
+    """Operations whose neurons could not be followed, and where and why."""
 
 
 @dataclass

@@ -31,11 +31,22 @@ def follow_view(call: Call, value: Value, view: Tensor, place: int, shape: Seque
         try:
             moved = out_of_place(call)(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
-            return None
-        return _if_same_memory(moved[place] if isinstance(moved, (list, tuple)) else moved, view)
+            return _resized(view, shape)
+        followed = _if_same_memory(moved[place] if isinstance(moved, (list, tuple)) else moved, view)
+        return _resized(view, shape) if followed is None else followed
     if (call.is_pointwise or call.name == "aten._weight_norm_interface") and broadcasts(view.shape, shape):
         return view.expand(tuple(shape))
-    return None
+    return _resized(view, shape)
+
+
+def _resized(view: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Where an operation mixes or resizes some dimensions, what lies first along these stands for all there is."""
+    if view.dim() != len(shape) or 0 in shape or 0 in view.shape:
+        return None
+    for dim, size in enumerate(shape):
+        if view.shape[dim] != size:
+            view = view.narrow(dim, 0, 1)
+    return view.expand(tuple(shape))
 
 
 def _if_same_memory(result: Tensor, view: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from nino.graph.ir import EdgeType
@@ -50,10 +51,25 @@ READERS = PRODUCTS | CONVOLUTIONS | CONCATENATIONS | {"aten.embedding", "aten._t
 def find_neurons(trace: Trace, axes: Axes) -> Neurons:
     """Find the neuron groups of a trace and which of them every piece of every parameter joins."""
     board = Board(trace, axes)
-    for call in trace.calls:
-        _apply(board, call)
+    seen: set[str] = set()
+    for calls in trace.passes:  # what another mode does with the same parameters tells nothing new
+        used = {value.parameter for call in calls for value in call.inputs if value.parameter is not None}
+        if not used <= seen:
+            for call in calls:
+                _apply_safely(board, call)
+        seen |= used
     _wire_what_is_left(board)
     return board.neurons
+
+
+def _apply_safely(board: Board, call: Call) -> None:
+    """Where an operation cannot be followed, what reads its result reads neurons of its own: symmetries stay right."""
+    try:
+        _apply(board, call)
+    except Exception as error:  # a defect here must cost one connection and not the graph
+        board.neurons.not_followed.setdefault(call.name, f"{call.where} ({type(error).__name__}: {error})")
+        for output in call.outputs:
+            board.put(output, torch.zeros(output.shape))
 
 
 def _apply(board: Board, call: Call) -> None:
@@ -62,6 +78,8 @@ def _apply(board: Board, call: Call) -> None:
     board.words.update(value for value in call.inputs if value.is_input)
     if call.name in STRUCTURAL and call.inputs[:1] and call.inputs[0] in board.words:
         board.words.update(call.outputs)
+    if all(map(board.is_constant, call.inputs)) and not call.written:
+        board.constants.update(call.outputs)
     if _is_of_weights_alone(board, call):
         _follow_weights(board, call)
         return
@@ -74,11 +92,12 @@ def _apply(board: Board, call: Call) -> None:
 
 
 def _is_of_weights_alone(board: Board, call: Call) -> bool:
-    """Whether an operation only prepares parameters: exponentials, transposes, rows of a table."""
+    """Whether an operation only prepares parameters: exponentials, transposes, masks, rows of a table."""
     if call.name in READERS:
         return False
     numbers = [value for value in call.inputs if value.shape and is_number(value)]
-    return any(map(board.is_weight, numbers)) and all(map(board.is_weight, numbers))
+    prepared = all(board.is_weight(value) or board.is_constant(value) for value in numbers)
+    return prepared and any(map(board.is_weight, numbers))
 
 
 def _follow_weights(board: Board, call: Call) -> None:

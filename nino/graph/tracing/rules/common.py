@@ -1,4 +1,4 @@
-"""What the rules partition."""
+"""What the rules share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products summed over a dimension that both factors partition."""
+"""Products summed over a dimension that both factors share."""
 
 from __future__ import annotations
 

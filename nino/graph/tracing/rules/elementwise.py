@@ -64,6 +64,35 @@ def _bucketize(axes: Axes, call: Call) -> list[Dims]:
     return [axes.of(value)] if isinstance(value, Value) else [[]]
 
 
+@rule("fake_quantize_per_channel_affine_cachemask fake_quantize_per_channel_affine")
+def _quantised(axes: Axes, call: Call) -> list[Dims]:
+    """A scale and a zero point for each position along one dimension."""
+    value = call.arguments["self"]
+    dims = axes.of(value)
+    for name in ("scale", "zero_point"):
+        unify(axes.of(call.arguments[name])[0], dims[call.arguments["axis"] % len(dims)])
+    return [dims for _ in call.outputs]
+
+
+@rule("fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams")
+def _quantised_alike(axes: Axes, call: Call) -> list[Dims]:
+    return [axes.of(call.inputs[0]) for _ in call.outputs]
+
+
+DRAWN = names(
+    "rand rand_like randn randn_like bernoulli uniform normal normal_functional exponential geometric cauchy log_normal"
+)
+"""They draw every number alike and for itself."""
+
+
+@rule(*DRAWN)
+def _drawn(axes: Axes, call: Call) -> list[Dims]:
+    """Nothing is told apart by what might as well have been drawn the other way round."""
+    if call.is_in_place or (call.inputs and call.inputs[0].shape == call.outputs[0].shape):
+        return [axes.of(call.inputs[0])]
+    return [fresh(output.shape) for output in call.outputs]
+
+
 @rule("native_dropout")
 def _dropout(axes: Axes, call: Call) -> list[Dims]:
     return [axes.of(call.inputs[0])] * 2

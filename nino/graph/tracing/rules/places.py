@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from nino.graph.tracing.indices import Index, factor, pin, product, unify
+from nino.graph.tracing.indices import Index, factor, is_pinned, pin, product, summed, unify
 from nino.graph.tracing.recorder import Call, Value
 from nino.graph.tracing.rules.common import Dims, fresh, reason_of, rule
 
@@ -22,10 +22,15 @@ def _pad(axes: Axes, call: Call) -> list[Dims]:
     padding = call.arguments["pad" if "pad" in call.arguments else "padding"]
     padded = [len(value.shape) - 1 - place for place in range(len(padding) // 2) if any(padding[2 * place :][:2])]
     reason = f"{reason_of(call)} tells its positions apart"
-    axes.pin(value, padded, reason)
-    dims = axes.of(value)
-    shape = call.outputs[0].shape
-    return [[Index(shape[dim], pinned=reason) if dim in padded else index for dim, index in enumerate(dims)]]
+    dims, shape = list(axes.of(value)), call.outputs[0].shape
+    for dim in padded:
+        before, after = padding[2 * (len(shape) - 1 - dim) :][:2]
+        if call.name == "aten.constant_pad_nd" and min(before, after) >= 0 and not is_pinned(dims[dim]):
+            dims[dim] = summed([Index(before), dims[dim], Index(after)])  # the same number beside what there was
+        else:
+            axes.pin(value, [dim], reason)
+            dims[dim] = Index(shape[dim], pinned=reason)
+    return [dims]
 
 
 @rule(
@@ -42,6 +47,19 @@ def _spatial(axes: Axes, call: Call) -> list[Dims]:
     reason = f"{reason_of(call)} tells its positions apart"
     axes.pin(value, range(-count, 0), reason)
     return [[*axes.of(value)[:-count], *fresh(output.shape[-count:], reason)] for output in call.outputs]
+
+
+@rule("max_unpool2d max_unpool3d")
+def _unpool(axes: Axes, call: Call) -> list[Dims]:
+    """Every channel is laid out by positions of its own."""
+    value, positions = call.arguments["self"], call.arguments["indices"]
+    count = 3 if "3d" in call.name else 2
+    reason = f"{reason_of(call)} tells its positions apart"
+    for one in (value, positions):
+        axes.pin(one, range(-count, 0), reason)
+    for index, other in zip(axes.of(value)[:-count], axes.of(positions)[:-count], strict=True):
+        unify(index, other)
+    return [[*axes.of(value)[:-count], *fresh(call.outputs[0].shape[-count:], reason)]]
 
 
 @rule("unfold")

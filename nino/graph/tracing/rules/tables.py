@@ -21,6 +21,19 @@ def _embedding(axes: Axes, call: Call) -> list[Dims]:
     return [[*axes.of(positions), *axes.of(table)[1:]]]
 
 
+@rule("_embedding_bag _embedding_bag_forward_only")
+def _embedding_bag(axes: Axes, call: Call) -> list[Dims]:
+    """Sums of rows: the bags are told apart, and so are the rows; columns are not."""
+    table, positions = call.arguments["weight"], call.arguments["indices"]
+    axes.index_with(table, 0, positions, call)
+    reason = f"{reason_of(call)} tells its positions apart"
+    for value in call.inputs:
+        if value is not table:
+            axes.pin(value, range(len(value.shape)), reason)
+    first, *others = call.outputs
+    return [[*fresh(first.shape[:1], reason), axes.of(table)[1]], *(fresh(other.shape, reason) for other in others)]
+
+
 @rule("index_select")
 def _index_select(axes: Axes, call: Call) -> list[Dims]:
     value, positions = call.arguments["self"], call.arguments["index"]
@@ -82,15 +95,37 @@ def _index(axes: Axes, call: Call) -> list[Dims]:
             for place in range(dim, dim + width):
                 axes.index_with(value, place, None if _is_mask(positions) else positions, call)
         dim += width
-    where = _read_dims(axes, read, value, taken, call)
     kept = [index for place, index in enumerate(axes.of(value)) if place not in taken]
     adjoining = taken == list(range(taken[0], taken[0] + len(taken))) if taken else True
     front = taken[0] if taken and adjoining else 0
+    is_written = call.name.startswith(("aten.index_put", "aten._unsafe_index_put"))
+    if any(map(_is_mask, read)):
+        for positions in read:
+            axes.pin(positions, range(len(positions.shape)), f"{reason_of(call)} chooses from it")
+        if is_written:
+            return [_write_chosen(axes, call, kept, front)]
+        chosen = len(call.outputs[0].shape) - len(kept)
+        where = fresh(call.outputs[0].shape[front : front + chosen], f"{reason_of(call)} chooses from it")
+    else:
+        where = aligned(axes, read, torch.broadcast_shapes(*(positions.shape for positions in read)))
     dims = [*kept[:front], *where, *kept[front:]]
-    if call.name.startswith(("aten.index_put", "aten._unsafe_index_put")):
+    if is_written:
         _meet_written(dims, axes.of(call.arguments["values"]))
         return [axes.of(value)]
     return [dims]
+
+
+def _write_chosen(axes: Axes, call: Call, kept: Dims, front: int) -> Dims:
+    """What is written where a mask says so lies along what is kept; along what the mask chooses it is told apart."""
+    values = axes.of(call.arguments["values"])
+    behind = kept[front:]
+    _meet_written(behind, values)
+    rest = values[: max(len(values) - len(behind), 0)]
+    num_chosen = len(rest) - front if len(rest) > front else min(len(rest), 1)
+    for index in rest[len(rest) - num_chosen :]:
+        pin(index, f"{reason_of(call)} writes it in the order that a mask chooses")
+    _meet_written(kept[:front], rest[: len(rest) - num_chosen])
+    return axes.of(call.arguments["self"])
 
 
 def _single_row(call: Call) -> tuple[int, int] | None:
@@ -106,20 +141,6 @@ def _single_row(call: Call) -> tuple[int, int] | None:
 
 def _is_mask(positions: Value) -> bool:
     return positions.tensor.dtype in (torch.bool, torch.uint8)
-
-
-def _read_dims(axes: Axes, read: list[Value], value: Value, taken: list[int], call: Call) -> Dims:
-    if any(_is_mask(positions) for positions in read):
-        for positions in read:
-            axes.pin(positions, range(len(positions.shape)), f"{reason_of(call)} chooses from it")
-        written = call.name.startswith(("aten.index_put", "aten._unsafe_index_put"))
-        if written:
-            shape = list(call.arguments["values"].shape)
-            kept = len(value.shape) - len(taken)
-            return fresh(shape[: max(len(shape) - kept, 0)], reason_of(call))
-        return fresh(call.outputs[0].shape[:1], reason_of(call))
-    shape = torch.broadcast_shapes(*(positions.shape for positions in read))
-    return aligned(axes, read, shape)
 
 
 def _meet_written(dims: Dims, values: Dims) -> None:

@@ -1,0 +1,178 @@
+"""Training a metanetwork on models of any architectures: batches of graphs, dealt to processes by their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nino.errors import NinoError
+from nino.graph.ir import NeuralGraph
+from nino.metanet.inputs import GraphInputs, Model, union
+from nino.metanet.network import GraphMetanetwork, graphs_for
+from nino.pretraining.batching import deal
+
+Loss = Callable[[Any, Any], Tensor]
+"""Of what the network gives for one model, and that model's target."""
+LOSSES = ("bce", "mse", "cross-entropy")
+WARMUP = 0.05
+"""Of the steps, in which the rate rises; it falls along half a cosine afterwards."""
+MOST_GRADIENT = 1.0
+
+
+@dataclass
+class FitReport:
+    """What :func:`fit` did."""
+
+    losses: list[float] = field(default_factory=list)
+    """Of every step, before it was taken."""
+
+
+def fit(
+    net: GraphMetanetwork,
+    models: Sequence[Model],
+    targets: Any,
+    graphs: NeuralGraph | Sequence[NeuralGraph] | None = None,
+    loss: str | Loss = "bce",
+    steps: int = 2000,
+    seed: int = 0,
+    *,
+    batch: int = 16,
+    lr: float = 2e-3,
+    weight_decay: float = 1e-2,
+    example_inputs: Any = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> FitReport:
+    """Train a metanetwork in place, by AdamW with warm-up and a rate that falls to zero.
+
+    Args:
+        net: to be trained.
+        models: modules, or state dicts; architectures may differ.
+        targets: of each model: a tensor ``[models]`` or ``[models, outputs]`` for the losses by name, or a sequence of
+            anything that ``loss`` takes.
+        graphs: of each model, or one for all; by default every module is wired, by tracing it on ``example_inputs`` if
+            there are some.
+        loss: ``"bce"`` (targets between 0 and 1; the network gives probabilities afterwards), ``"mse"``,
+            ``"cross-entropy"`` (targets are class numbers), or a function of one model's output and its target.
+        steps: of the optimizer.
+        seed: of the order of the models.
+        batch: models per step, of all processes together.
+        lr: the highest rate.
+        weight_decay: of AdamW.
+        example_inputs: what the models are called with; probes are like it.
+        progress: called after every step with its number and loss.
+
+    Returns:
+        The losses.
+
+    Raises:
+        NinoError: if there are no models, targets or graphs do not fit, or a weight is NaN.
+    """
+    from accelerate import Accelerator
+
+    models = list(models)
+    if not models:
+        raise NinoError("fit needs at least one model: the zoo is empty")
+    graphs = _graphs(models, graphs, example_inputs)
+    loss_of, wanted = _loss(net, loss, targets, len(models))
+    net.prepare(models[0], example_inputs)
+    accelerator = Accelerator()
+    net.to(accelerator.device)
+    with torch.no_grad():
+        read = [
+            _read(net, index, model, graph) for index, (model, graph) in enumerate(zip(models, graphs, strict=True))
+        ]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
+    prepared, optimizer = accelerator.prepare(net, optimizer)
+    report, costs = FitReport(), [inputs.num_edges for inputs in read]
+    net.train()
+    for step, chosen in enumerate(_batches(len(models), batch, steps, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * _rate(step, steps)
+        mine = deal([costs[index] for index in chosen], accelerator.num_processes)[accelerator.process_index]
+        picked = [chosen[index] for index in mine] or chosen[:1]
+        outputs = prepared(union([read[index] for index in picked]))
+        value = torch.stack([loss_of(out, wanted[index]) for out, index in zip(outputs, picked, strict=True)]).mean()
+        if not bool(value.isfinite()):
+            raise NinoError(f"the loss is {float(value.detach())} at step {step}: lower the rate (lr={lr})")
+        optimizer.zero_grad()
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(net.parameters(), MOST_GRADIENT)
+        optimizer.step()
+        report.losses.append(float(value.detach()))
+        if progress is not None:
+            progress(step + 1, report.losses[-1])
+    if loss == "bce":
+        from dataclasses import replace
+
+        net.config = replace(net.config, output="sigmoid")
+    net.eval()
+    return report
+
+
+def _graphs(
+    models: Sequence[Model], graphs: NeuralGraph | Sequence[NeuralGraph] | None, example_inputs: Any
+) -> list[NeuralGraph]:
+    if graphs is not None:
+        return graphs_for(models, graphs)
+    for model in models:
+        if not isinstance(model, torch.nn.Module):
+            raise NinoError("state dicts have no graph of their own: pass graphs=")
+    return [NeuralGraph.from_model(model, example_inputs=example_inputs) for model in models]  # type: ignore[arg-type]
+
+
+def _read(net: GraphMetanetwork, index: int, model: Model, graph: NeuralGraph) -> GraphInputs:
+    try:
+        return net.read(model, graph)
+    except NinoError as error:
+        raise NinoError(f"model {index} of the zoo: {error}") from error
+
+
+def _loss(net: GraphMetanetwork, loss: str | Loss, targets: Any, number: int) -> tuple[Loss, Sequence[Any]]:
+    """The loss of one model, and its targets."""
+    if len(targets) != number:
+        raise NinoError(f"fit got {len(targets)} targets for {number} models; give one each")
+    if not isinstance(loss, str):
+        return loss, targets
+    if loss not in LOSSES:
+        raise NinoError(f"loss must be one of {', '.join(LOSSES)} or a function, got {loss!r}")
+    if net.config.head == "equivariant":
+        raise NinoError("of an equivariant head, loss must be a function of a dict of new weights and a target")
+    wanted = torch.as_tensor(targets).to(next(net.parameters()).device)
+    if loss == "cross-entropy":
+        return lambda out, target: F.cross_entropy(out, target.long()), wanted  # type: ignore[return-value]
+    wanted = wanted.to(next(net.parameters()).dtype)
+    if not bool(wanted.isfinite().all()):
+        raise NinoError("a target is NaN or infinite")
+    if loss == "mse":
+        return lambda out, target: (out - target).square().mean(), wanted  # type: ignore[return-value]
+    if bool(((wanted < 0) | (wanted > 1)).any()):
+        raise NinoError("loss='bce' takes targets between 0 and 1: give accuracies as parts of one")
+    from dataclasses import replace
+
+    net.config = replace(net.config, output="linear")
+    return lambda out, target: F.binary_cross_entropy_with_logits(out, target.expand_as(out)), wanted  # type: ignore[return-value]
+
+
+def _batches(number: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Models of every step: all of them once, in a random order, before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        if len(order) < min(batch, number):
+            order += torch.randperm(number, generator=generator).tolist()
+        yield order[:batch]
+        order = order[batch:]
+
+
+def _rate(step: int, steps: int) -> float:
+    """The rate of a step, as a part of the highest."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))

@@ -1,0 +1,196 @@
+"""Edit networks of images: dilate MNIST digits, or raise their contrast, by changing the weights that draw them.
+
+    python scripts/metanet_edit_inrs.py --data ../shared/data --cache inrs --out results/metanet-inrs
+
+Every image is a SIREN [2, 32, 32, 1]. The metanetwork adds a step to its weights; the loss is the mean squared error
+between the picture that the edited network draws and the transformed original, both from 0 to 1. Beside the variants
+stands what doing nothing costs, and what the fits themselves are off by. Pictures: before, after, target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nino import NeuralGraph
+from nino.metanet import GraphMetanetwork, fit
+from tasks.images import load_parquet_images
+from tasks.sirens import Siren, fit_sirens, render
+
+SIZES = (2, 32, 32, 1)
+SIDE = 28
+TRANSFORMS = ("dilate", "contrast")
+PICTURES = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True, help="folder of the fitted networks")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=300, help="a fifth of them to test on")
+    parser.add_argument("--fit-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=["mpnn", "scale", "ng-gnn", "probe"])
+    parser.add_argument("--make-only", action="store_true")
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    points, images = coordinates(), digits(a.data, a.cache, a.images)
+    values = images.flatten(1)[..., None]
+    states = fit_sirens(a.cache, "mnist", SIZES, points, values - 0.5, a.fit_steps, 2e-3, 0)
+    if a.make_only:
+        return
+    graph = NeuralGraph.from_model(Siren(SIZES), example_inputs=torch.zeros(2, 2))
+    models = [with_state(state) for state in states]
+    drawn = torch.stack([draw(state, points).detach() for state in states])
+    cut = round(0.8 * a.images)
+    cells = a.cache / f"cells-{a.images}-{a.fit_steps}-{a.steps}"
+    cells.mkdir(exist_ok=True)
+    for seed in a.seeds:
+        for transform in TRANSFORMS:
+            targets = transformed(images, transform).flatten(1)
+            for variant in a.variants:
+                path = cells / f"{transform}-{variant}-{seed}.json"
+                if not path.exists():
+                    begin = time.process_time()
+                    after, error = edited(variant, seed, models, targets, graph, cut, points, a)
+                    record = {"transform": transform, "variant": variant, "seed": seed, "mse": error}
+                    record["cpu_seconds"] = round(time.process_time() - begin, 1)
+                    torch.save(after[:PICTURES].half(), path.with_suffix(".pt"))
+                    path.write_text(json.dumps(record))
+                    print(json.dumps(record), flush=True)
+                summarise(cells, a, images, drawn, cut)
+
+
+def coordinates() -> Tensor:
+    line = torch.linspace(-1, 1, SIDE)
+    return torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def digits(data: Path, cache: Path, number: int) -> Tensor:
+    """The first images of MNIST, from 0 to 1: ``[number, 28, 28]``."""
+    loaded = load_parquet_images("mnist", data, cache).train_images[:number, 0]
+    low, high = loaded.amin(), loaded.amax()
+    return (loaded - low) / (high - low)
+
+
+def transformed(images: Tensor, transform: str) -> Tensor:
+    """Dilated by squares of three pixels, or with contrast raised around the mean of each picture."""
+    if transform == "dilate":
+        return F.max_pool2d(images[:, None], 3, stride=1, padding=1)[:, 0]
+    mean = images.mean((1, 2), keepdim=True)
+    return (mean + 1.6 * (images - mean)).clamp(0, 1)
+
+
+def with_state(state: dict[str, Tensor]) -> Siren:
+    model = Siren(SIZES)
+    model.load_state_dict(state)
+    return model
+
+
+def draw(state: dict[str, Tensor], points: Tensor) -> Tensor:
+    """The picture that a network draws: ``[784]``."""
+    return render(state, SIZES, points)[:, 0] + 0.5
+
+
+def edited(
+    variant: str,
+    seed: int,
+    models: list[Siren],
+    targets: Tensor,
+    graph: NeuralGraph,
+    cut: int,
+    points: Tensor,
+    a: argparse.Namespace,
+) -> tuple[Tensor, float]:
+    """Train a metanetwork on the first networks; pictures and error of the others."""
+    torch.manual_seed(seed)
+    net = GraphMetanetwork(
+        head="equivariant",
+        variant=variant,
+        hidden=32,
+        layers=3,
+        activation="sine",
+        inputs="standardised",
+        num_probes=64,
+    )
+
+    def loss(weights: dict[str, Tensor], target: Tensor) -> Tensor:
+        return F.mse_loss(draw(weights, points), target)
+
+    fit(
+        net,
+        models[:cut],
+        list(targets[:cut]),
+        graphs=graph,
+        loss=loss,
+        steps=a.steps,
+        seed=seed,
+        batch=12,
+        lr=a.lr,
+        example_inputs=torch.zeros(2, 2),
+    )
+    with torch.no_grad():
+        after = torch.stack([draw(net(model, graph), points) for model in models[cut:]])
+    return after, float((after - targets[cut:]).square().mean())
+
+
+def summarise(cells: Path, a: argparse.Namespace, images: Tensor, drawn: Tensor, cut: int) -> None:
+    """Write ``summary.json``, ``table.md`` and ``pictures.png``."""
+    records = [json.loads(path.read_text()) for path in sorted(cells.glob("*.json"))]
+    wanted = {transform: transformed(images, transform).flatten(1)[cut:] for transform in TRANSFORMS}
+    nothing = {name: float((drawn[cut:] - target).square().mean()) for name, target in wanted.items()}
+    fits = float((drawn[cut:] - images.flatten(1)[cut:]).square().mean())
+    settings = {key: value for key, value in vars(a).items() if key not in ("data", "cache", "out")}
+    a.out.mkdir(parents=True, exist_ok=True)
+    summary = {"settings": settings, "mse of the fits": fits, "mse of doing nothing": nothing, "cells": records}
+    (a.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    lines = ["MSE x 100 of pictures from 0 to 1, mean and deviation over seeds", ""]
+    lines += ["| variant | " + " | ".join(TRANSFORMS) + " |", "|---|---|---|"]
+    lines.append("| nothing changed | " + " | ".join(f"{100 * nothing[name]:.2f}" for name in TRANSFORMS) + " |")
+    for variant in a.variants:
+        shown = []
+        for name in TRANSFORMS:
+            errors = 100 * np.array([r["mse"] for r in records if (r["variant"], r["transform"]) == (variant, name)])
+            spread = f" ± {errors.std(ddof=1):.2f}" if len(errors) > 1 else ""
+            shown.append(f"{errors.mean():.2f}{spread} ({len(errors)})" if len(errors) else "")
+        lines.append(f"| {variant} | " + " | ".join(shown) + " |")
+    (a.out / "table.md").write_text("\n".join(lines) + "\n")
+    picture(cells, a.out, a.variants[0], drawn[cut:], wanted)
+
+
+def picture(cells: Path, out: Path, variant: str, before: Tensor, wanted: dict[str, Tensor]) -> None:
+    """Before, after and target of some test networks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [("before", before)]
+    for transform, target in wanted.items():
+        path = cells / f"{transform}-{variant}-0.pt"
+        if path.exists():
+            rows += [(f"{transform}: after", torch.load(path).float()), (f"{transform}: target", target)]
+    figure, axes = plt.subplots(len(rows), PICTURES, figsize=(PICTURES, len(rows) * 1.05))
+    for row, (name, pictures) in zip(np.atleast_2d(axes), rows, strict=True):
+        for axis, image in zip(row, pictures[:PICTURES], strict=True):
+            axis.imshow(image.view(SIDE, SIDE).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(name, fontsize=7)
+    figure.tight_layout(pad=0.2)
+    figure.savefig(out / "pictures.png", dpi=70)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

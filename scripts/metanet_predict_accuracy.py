@@ -1,0 +1,154 @@
+"""Predict the test accuracy of diverse networks from their weights: metanetworks and baselines in one table.
+
+    python scripts/metanet_make_zoo.py --data ../shared/data --out zoo
+    python scripts/metanet_predict_accuracy.py --zoo zoo --out results/metanet-accuracy
+
+Each cell (task, method, seed) is a file; those that are there are not computed again. Learning rates are chosen on the
+validation networks of the task "all" with seed 0, once per method. R2 and Kendall's tau are of the test networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import kendalltau
+from torch import Tensor
+
+from nino.metanet import GraphMetanetwork, fit
+from nino.metanet.baselines import DeepSets, Dmc, fit_flat, fit_statistics
+from tasks.zoo import TASKS, Member, Split, images, load_zoo, split
+
+GRAPH_METHODS = ("mpnn", "ng-gnn", "ng-t", "scale", "probe")
+METHODS = ("statistics", "deepsets", "dmc", "probe", "mpnn", "ng-gnn", "ng-t")
+RATES = (2e-3, 6e-3)
+Predict = Callable[[Sequence[Member]], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cells", type=Path, help="folder of the cells; by default below the zoo")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, "scale"])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--hidden", type=int, default=16)
+    parser.add_argument("--networks", type=int, help="only the first so many of the zoo")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    zoo = load_zoo(arguments.zoo)[: arguments.networks]
+    cells = arguments.cells or arguments.zoo / f"cells-{len(zoo)}-{arguments.steps}-{arguments.hidden}"
+    cells.mkdir(parents=True, exist_ok=True)
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            for method in arguments.methods:
+                cell(cells, zoo, task, method, seed, arguments)
+                summarise(cells, zoo, arguments)
+
+
+def cell(cells: Path, zoo: list[Member], task: str, method: str, seed: int, arguments: argparse.Namespace) -> None:
+    """Compute one cell, if it is not there."""
+    path = cells / f"{task}-{method}-{seed}.json"
+    if path.exists():
+        return
+    parts = split(zoo, task)
+    rate = best_rate(cells, zoo, method, arguments)
+    begin = time.process_time()
+    predict = trained(method, parts, seed, rate, arguments)
+    record = {"task": task, "method": method, "seed": seed, "lr": rate, "train": len(parts["train"])}
+    record |= scores(predict, parts["test"]) | {"cpu_seconds": round(time.process_time() - begin, 1)}
+    path.write_text(json.dumps(record))
+    print(json.dumps(record), flush=True)
+
+
+def best_rate(cells: Path, zoo: list[Member], method: str, arguments: argparse.Namespace) -> float | None:
+    """The rate with the higher R2 on validation networks."""
+    if method == "statistics":
+        return None
+    path = cells / f"rate-{method}.json"
+    if not path.exists():
+        parts = split(zoo, "all")
+        found = {rate: scores(trained(method, parts, 0, rate, arguments), parts["validation"])["r2"] for rate in RATES}
+        path.write_text(json.dumps(found))
+        print(method, found, flush=True)
+    saved = {float(rate): r2 for rate, r2 in json.loads(path.read_text()).items()}
+    return max(saved, key=lambda rate: saved[rate])
+
+
+def trained(method: str, parts: Split, seed: int, rate: float | None, arguments: argparse.Namespace) -> Predict:
+    """Train a method on a split."""
+    members = parts["train"]
+    models, targets = [member.model for member in members], torch.tensor([member.accuracy for member in members])
+    torch.manual_seed(seed)
+    if method == "statistics":
+        of_models = fit_statistics(models, targets, seed)
+        return lambda others: of_models([member.model for member in others])
+    assert rate is not None  # noqa: S101
+    if method in ("dmc", "deepsets"):
+        flat_net = Dmc() if method == "dmc" else DeepSets()
+        of_flat = fit_flat(flat_net, models, targets, arguments.steps, seed, lr=rate)
+        return lambda others: of_flat([member.model for member in others])
+    layers = 1 if method == "probe" else 2
+    net = GraphMetanetwork(variant=method, hidden=arguments.hidden, layers=layers, num_probes=16)
+    graphs = [member.graph for member in members]
+    fit(net, models, targets, graphs=graphs, steps=arguments.steps, seed=seed, lr=rate, example_inputs=images())
+
+    @torch.no_grad()
+    def predict(others: Sequence[Member]) -> Tensor:
+        return torch.stack([net(member.model, member.graph)[0] for member in others])
+
+    return predict
+
+
+def scores(predict: Predict, members: Sequence[Member]) -> dict[str, float]:
+    """R2 and Kendall's tau."""
+    wanted = torch.tensor([member.accuracy for member in members], dtype=torch.float64)
+    predicted = predict(members).double()
+    r2 = 1 - (predicted - wanted).square().mean() / wanted.var(unbiased=False)
+    return {
+        "r2": round(float(r2), 4),
+        "tau": round(float(kendalltau(predicted, wanted).statistic), 4),
+        "test": len(wanted),
+    }
+
+
+def summarise(cells: Path, zoo: list[Member], arguments: argparse.Namespace) -> None:
+    """Write ``summary.json`` and ``table.md``."""
+    records = [json.loads(path.read_text()) for path in sorted(cells.glob("*-*-[0-9]*.json"))]
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        rows.setdefault(record["method"], {}).setdefault(record["task"], []).append(record)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    accuracies = torch.tensor([member.accuracy for member in zoo])
+    summary = {
+        "zoo": {"networks": len(zoo), "mean accuracy": float(accuracies.mean()), "deviation": float(accuracies.std())},
+        "settings": {"steps": arguments.steps, "hidden": arguments.hidden, "rates": RATES},
+        "cells": records,
+    }
+    (arguments.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    lines = ["| method | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    for method in [*METHODS, "scale"]:
+        if method in rows:
+            lines.append(f"| {method} | " + " | ".join(_shown(rows[method].get(task, [])) for task in TASKS) + " |")
+    (arguments.out / "table.md").write_text(
+        "R2 (Kendall's tau), mean and deviation over seeds\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _shown(records: list[dict[str, Any]]) -> str:
+    if not records:
+        return ""
+    r2, tau = (torch.tensor([record[key] for record in records], dtype=torch.float64) for key in ("r2", "tau"))
+    spread = f" ± {float(r2.std()):.3f}" if len(records) > 1 else ""
+    return f"{float(r2.mean()):.3f}{spread} ({float(tau.mean()):.3f})"
+
+
+if __name__ == "__main__":
+    main()

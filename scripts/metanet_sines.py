@@ -1,0 +1,179 @@
+"""Self-supervised learning on networks of sines: embeddings from which amplitude and frequency can be read.
+
+    python scripts/metanet_sines.py --cache sines --out results/metanet-sines
+
+y = a sin(b x) on [-pi, pi] with a, b ~ U(0, 10), one SIREN of two hidden layers of 32 each. Two views of a network are
+its weights with noise and with some left out; InfoNCE at temperature 0.1 learns which belong together. What counts is
+the test error of a linear regression from the embeddings to (a, b). Baselines: the same from an untrained network, from
+statistics of the weights, and the mean (8.33 in expectation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LinearRegression
+from torch import Tensor, nn
+
+from nino import NeuralGraph
+from nino.metanet import GraphMetanetwork, union
+from nino.metanet.baselines import statistics
+from nino.metanet.training import _batches, _rate
+from tasks.sirens import Siren, fit_sirens
+
+SIZES = (1, 32, 32, 1)
+EMBEDDING, TEMPERATURE = 64, 0.1
+NOISE, LEFT_OUT = 0.1, 0.1
+States = list[dict[str, Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="folder of the fitted networks")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--networks", type=int, default=800, help="a quarter of them to test on")
+    parser.add_argument("--fit-steps", type=int, default=400)
+    parser.add_argument("--points", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=["mpnn", "ng-gnn", "scale"])
+    parser.add_argument("--make-only", action="store_true")
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    wanted = 10 * torch.rand(a.networks, 2, generator=torch.Generator().manual_seed(0))
+    x = torch.linspace(-math.pi, math.pi, a.points)[:, None]
+    signals = wanted[:, 0, None, None] * torch.sin(wanted[:, 1, None, None] * x)
+    states = fit_sirens(a.cache, "sine", SIZES, x / math.pi, signals, a.fit_steps, 2e-3, 0)
+    if a.make_only:
+        return
+    with torch.no_grad():
+        renders = [torch.func.functional_call(Siren(SIZES), state, (x / math.pi,)) for state in states]
+        fitted = float((torch.stack(renders) - signals).square().mean())
+    cut = round(0.75 * len(states))
+    cells = a.cache / f"cells-{a.networks}-{a.steps}-{a.batch}"
+    cells.mkdir(exist_ok=True)
+    report(cells, "statistics", 0, lambda: np.stack([statistics(state) for state in states]), wanted, cut)
+    for seed in a.seeds:
+        for variant in a.variants:
+            report(
+                cells, f"{variant} untrained", seed, lambda v=variant, s=seed: embed(network(v, s), states), wanted, cut
+            )
+            report(
+                cells, variant, seed, lambda v=variant, s=seed: embed(learn(v, s, states[:cut], a), states), wanted, cut
+            )
+            summarise(cells, a, fitted, wanted, cut)
+
+
+def graph() -> NeuralGraph:
+    return NeuralGraph.from_model(Siren(SIZES), example_inputs=torch.zeros(2, 1))
+
+
+GRAPH = graph()
+
+
+def network(variant: str, seed: int) -> GraphMetanetwork:
+    """An encoder with an embedding as its output; sines are odd, so signs of neurons may turn."""
+    torch.manual_seed(seed)
+    return GraphMetanetwork(outputs=EMBEDDING, variant=variant, hidden=32, layers=3, activation="sine", inputs="raw")
+
+
+def view(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Weights with noise, and some of them left out."""
+    out = {}
+    for name, tensor in state.items():
+        noise = torch.randn(tensor.shape, generator=generator) * tensor.square().mean().sqrt() * NOISE
+        kept = torch.rand(tensor.shape, generator=generator) >= LEFT_OUT
+        out[name] = (tensor + noise) * kept
+    return out
+
+
+def learn(variant: str, seed: int, states: States, a: argparse.Namespace) -> GraphMetanetwork:
+    """Train an encoder by contrasting views."""
+    net = network(variant, seed)
+    projection = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING))
+    optimizer = torch.optim.AdamW([*net.parameters(), *projection.parameters()], lr=a.lr, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(seed)
+    for step, chosen in enumerate(_batches(len(states), a.batch, a.steps, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = a.lr * _rate(step, a.steps)
+        views = [net.read(view(states[index], generator), GRAPH) for _ in range(2) for index in chosen]
+        embedded = F.normalize(projection(net(union(views))), dim=1)
+        alike = embedded @ embedded.t() / TEMPERATURE
+        alike.fill_diagonal_(-torch.inf)
+        number = len(chosen)
+        pairs = torch.arange(2 * number).roll(number)
+        loss = F.cross_entropy(alike, pairs)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            print(variant, seed, step, round(float(loss.detach()), 3), flush=True)
+    return net.eval()
+
+
+@torch.no_grad()
+def embed(net: GraphMetanetwork, states: States) -> np.ndarray:
+    rows = [net(states[start : start + 50], GRAPH) for start in range(0, len(states), 50)]
+    return torch.cat(rows).double().numpy()
+
+
+def report(cells: Path, method: str, seed: int, embeddings: object, wanted: Tensor, cut: int) -> None:
+    """Fit the linear regression on the first networks and note its error on the others."""
+    path = cells / f"{method.replace(' ', '_')}-{seed}.json"
+    if path.exists():
+        return
+    begin = time.process_time()
+    rows = embeddings()  # type: ignore[operator]
+    rows = (rows - rows[:cut].mean(0)) / (rows[:cut].std(0) + 1e-9)
+    predicted = LinearRegression().fit(rows[:cut], wanted[:cut].numpy()).predict(rows[cut:])
+    errors = ((predicted - wanted[cut:].numpy()) ** 2).mean(0)
+    record = {
+        "method": method,
+        "seed": seed,
+        "mse": float(errors.mean()),
+        "of a": float(errors[0]),
+        "of b": float(errors[1]),
+    }
+    record["cpu_seconds"] = round(time.process_time() - begin, 1)
+    path.write_text(json.dumps(record))
+    print(json.dumps(record), flush=True)
+
+
+def summarise(cells: Path, a: argparse.Namespace, fitted: float, wanted: Tensor, cut: int) -> None:
+    """Write ``summary.json`` and ``table.md``."""
+    records = [json.loads(path.read_text()) for path in sorted(cells.glob("*.json"))]
+    by_method: dict[str, list[dict[str, float]]] = {}
+    for record in records:
+        by_method.setdefault(record["method"], []).append(record)
+    mean = float((wanted[cut:] - wanted[:cut].mean(0)).square().mean())
+    settings = {key: value for key, value in vars(a).items() if key not in ("cache", "out")}
+    a.out.mkdir(parents=True, exist_ok=True)
+    summary = {
+        "settings": settings,
+        "mean squared error of the fits": fitted,
+        "mse of the mean": mean,
+        "cells": records,
+    }
+    (a.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    lines = ["| embedding | MSE of (a, b) | of a | of b | seeds |", "|---|---|---|---|---|"]
+    for method, rows in sorted(by_method.items(), key=lambda item: np.mean([row["mse"] for row in item[1]])):
+        mse = np.array([row["mse"] for row in rows])
+        spread = f" ± {mse.std(ddof=1):.2f}" if len(rows) > 1 else ""
+        parts = " | ".join(f"{np.mean([row[key] for row in rows]):.2f}" for key in ("of a", "of b"))
+        lines.append(f"| {method} | {mse.mean():.2f}{spread} | {parts} | {len(rows)} |")
+    lines.append(f"| the mean of the training targets | {mean:.2f} | | | |")
+    (a.out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Training on zoos of several architectures, saving, and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import CASES
+from torch import Tensor, nn
+
+import nino
+from nino import NeuralGraph
+from nino.errors import CheckpointError, NinoError
+from nino.metanet import GraphMetanetwork, MetanetConfig, fit
+from nino.metanet.config import VARIANTS
+
+
+def zoo(number: int, seed: int = 0) -> tuple[list[nn.Module], list[NeuralGraph], Tensor]:
+    """Networks of two architectures, and how large their last weights are: between 0 and 1."""
+    torch.manual_seed(seed)
+    models, targets = [], []
+    for index in range(number):
+        width = 4 if index % 2 else 6
+        model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+        size = torch.rand(())
+        with torch.no_grad():
+            model[2].weight.mul_(3 * size)
+        models.append(model)
+        targets.append(size)
+    graphs = [NeuralGraph.from_model(model) for model in models[:2]]
+    return models, [graphs[index % 2] for index in range(number)], torch.stack(targets)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_network_learns_a_number_of_models_of_two_architectures(variant: str) -> None:
+    models, graphs, targets = zoo(100)
+    others, other_graphs, wanted = zoo(40, seed=1)
+    torch.manual_seed(0)
+    net = GraphMetanetwork(outputs=1, variant=variant, hidden=16, layers=2, num_probes=8)
+    report = fit(net, models, targets, graphs=graphs, loss="bce", steps=200, seed=0, lr=5e-3)
+    assert len(report.losses) == 200 and sum(report.losses[-20:]) < sum(report.losses[:20])
+    with torch.no_grad():
+        predicted = net(others, other_graphs)[:, 0]
+    assert ((predicted > 0) & (predicted < 1)).all()
+    error = float((predicted - wanted).square().mean())
+    assert error < 0.5 * float((wanted.mean() - wanted).square().mean())
+
+
+def test_the_same_seed_gives_the_same_network() -> None:
+    models, graphs, targets = zoo(6)
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        net = GraphMetanetwork(hidden=8, layers=1)
+        losses.append(fit(net, models, targets, graphs=graphs, steps=4, seed=seed, batch=2).losses)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_union_is_read_as_its_parts() -> None:
+    models, graphs, _ = zoo(5)
+    for variant in VARIANTS:
+        net = GraphMetanetwork(outputs=2, variant=variant, hidden=8, layers=2)
+        with torch.no_grad():
+            together = net(models, graphs)
+            alone = torch.stack([net(model, graph) for model, graph in zip(models, graphs, strict=True)])
+        assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_edited_weights_carry_gradients_to_the_network() -> None:
+    model = CASES[2].model()
+    graph = CASES[2].graph(model)
+    net = GraphMetanetwork(head="equivariant", hidden=8, layers=1)
+    inputs = CASES[2].inputs()
+
+    def loss(weights: dict[str, Tensor], target: Tensor) -> Tensor:
+        return (torch.func.functional_call(model, weights, (inputs,)) - target).square().mean()
+
+    target = model(inputs).detach() + 1
+    report = fit(net, [model], [target], graphs=graph, loss=loss, steps=60, lr=1e-2)
+    assert report.losses[-1] < 0.1 * report.losses[0]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_saved_networks_are_read_back(tmp_path: Path) -> None:
+    models, graphs, _ = zoo(1)
+    for variant in VARIANTS:
+        net = GraphMetanetwork(outputs=2, variant=variant, hidden=8, layers=1).eval()
+        before = net(models[0], graphs[0])
+        net.save_pretrained(tmp_path / variant)
+        again = GraphMetanetwork.from_pretrained(tmp_path / variant)
+        assert torch.equal(again(models[0], graphs[0]), before) and again.config == net.config
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"reverse": False}, {"edge_types": False}, {"auxiliary": False}, {"num_positions": 0}, {"inputs": "raw"}],
+)
+def test_settings_of_the_graph_change_what_is_read(setting: dict[str, object]) -> None:
+    case = next(case for case in CASES if case.name == "gpt2")
+    model = case.model()
+    graph = case.graph(model)
+    for variant in ("mpnn", "ng-gnn", "ng-t"):
+        outputs = []
+        for settings in ({}, setting):
+            torch.manual_seed(0)
+            net = GraphMetanetwork(variant=variant, hidden=8, layers=1, **settings)  # type: ignore[arg-type]
+            outputs.append(float(net(model, graph).detach()))
+        assert outputs[0] != outputs[1]
+
+
+# Bad input
+
+
+def test_bad_input_is_told_in_a_line(tmp_path: Path) -> None:
+    models, graphs, targets = zoo(2)
+    net = GraphMetanetwork(hidden=8, layers=1)
+    with pytest.raises(NinoError, match="zoo is empty"):
+        fit(net, [], torch.zeros(0))
+    with pytest.raises(NinoError, match="1 targets for 2 models"):
+        fit(net, models, targets[:1], graphs=graphs)
+    with pytest.raises(NinoError, match="1 graphs for 2 models"):
+        fit(net, models, targets, graphs=graphs[:1])
+    with pytest.raises(NinoError, match=r"0\.weight should be \(6, 3\) and is \(4, 3\)"):
+        net(models[1], graphs[0])
+    with pytest.raises(NinoError, match="between 0 and 1"):
+        fit(net, models, targets + 1, graphs=graphs)
+    with pytest.raises(NinoError, match="state dicts have no graph"):
+        fit(net, [model.state_dict() for model in models], targets)
+    with pytest.raises(NinoError, match="must be a function"):
+        fit(GraphMetanetwork(head="equivariant"), models, targets, graphs=graphs)
+    with pytest.raises(NinoError, match="loss must be one of bce, mse, cross-entropy"):
+        fit(net, models, targets, graphs=graphs, loss="hinge")
+    broken = dict(models[0].state_dict())
+    broken["2.bias"] = torch.full((2,), torch.nan)
+    with pytest.raises(NinoError, match=r"model 1 of the zoo: 2\.bias holds NaN"):
+        fit(net, [models[0], broken], targets, graphs=graphs[:1] * 2)
+    with pytest.raises(NinoError, match="variant must be one of mpnn, ng-gnn, ng-t, scale, probe, got 'gat'"):
+        GraphMetanetwork(variant="gat")
+    with pytest.raises(NinoError, match="unexpected keyword argument 'width'"):
+        GraphMetanetwork(width=3)
+    with pytest.raises(NinoError, match="give modules, not state dicts"):
+        GraphMetanetwork(variant="probe")(models[0].state_dict(), graphs[0])
+    with pytest.raises(NinoError, match="give the model's graph"):
+        net(models[0])
+    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+        GraphMetanetwork.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no network of this kind"):
+        GraphMetanetwork.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"depth": 3}')
+    with pytest.raises(CheckpointError, match="unknown setting 'depth'"):
+        GraphMetanetwork.from_pretrained(tmp_path)
+
+
+def test_probes_are_made_for_models_of_words_and_of_images() -> None:
+    case = next(case for case in CASES if case.name == "gpt2")
+    model = case.model()
+    net = GraphMetanetwork(variant="probe", hidden=8)
+    net.config = MetanetConfig(**{**net.config.as_dict(), "probe_shape": (6,), "probe_vocabulary": 11})
+    assert net(model, case.graph(model)).shape == (1,)
+    image = CASES[2].model()
+    assert nino.metanet.GraphMetanetwork(variant="probe")(image, CASES[2].graph(image)).shape == (1,)
+    with pytest.raises(NinoError, match="pass example_inputs"):
+        flat = next(case for case in CASES if case.name == "flat_cnn").model()
+        GraphMetanetwork(variant="probe")(flat, NeuralGraph.from_model(flat))
