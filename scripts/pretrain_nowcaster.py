@@ -82,6 +82,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         fail(f"--start-from {args.start_from} says what the network is; leave out --kind, --hidden and --inputs")
     if args.runs is None and not args.memmap:
         fail("give --runs FOLDER, or --memmap FILE MODEL STATES INTERVAL, or both")
+    try:
+        args.memmap = [(file, model, *map(positive_int, numbers)) for file, model, *numbers in args.memmap]
+    except argparse.ArgumentTypeError as error:
+        fail(f"--memmap FILE MODEL STATES INTERVAL: {error}")
     if (args.interval is None) != (args.average is None):
         fail("--interval and --average: expected both or none; they say how recorded states are read")
     return args
@@ -98,18 +102,16 @@ def read_runs(args: argparse.Namespace) -> tuple[list[RecordedStates], list[Reco
         train += map(Trajectory, split.train)
         held += map(Trajectory, split.held_out)
     for file, model, states, interval in args.memmap:
-        numbers = {"num_states": positive_int(states), "interval": positive_int(interval)}
-        runs = read_memmap(file, graph_of(model)[1], training={"family": Path(file).stem}, **numbers)
+        graph, about = graph_of(model)[1], {"family": Path(file).stem}
+        runs = read_memmap(file, graph, num_states=states, interval=interval, training=about)
         train += [run for index, run in enumerate(runs) if not held_out(index)]
         held += [run for index, run in enumerate(runs) if held_out(index)]
     if not held:
         fail(f"none of {len(train)} runs is held out: at least {LEAST_RUNS} of one kind are needed")
     if args.interval is None:
         return train, held
-    resampled = [
-        [ResampledRun(r, interval=args.interval, average=args.average) for r in runs] for runs in (train, held)
-    ]
-    return list(resampled[0]), list(resampled[1])
+    every = {"interval": args.interval, "average": args.average}
+    return [ResampledRun(run, **every) for run in train], [ResampledRun(run, **every) for run in held]
 
 
 def network_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from nino.data import build_model
 from nino.data.architecture import LAYER_COUNTS, Architecture, describe_transformers
 from nino.graph import NeuralGraph
-from nino.graph.ir import Wiring
 from tasks.cli import fail
 from tasks.sizes import ARCHITECTURES
 
@@ -103,7 +102,9 @@ def with_layers(architecture: Architecture, layers: int) -> Architecture:
     return {**architecture, "config": {**config, name: layers, **{key: config[key][:layers] for key in lists}}}
 
 
-def graph_of(name: str, wiring: Wiring = "exact", layers: int | None = None) -> tuple[str, NeuralGraph]:
+def graph_of(
+    name: str, wiring: Literal["exact", "official"] = "exact", layers: int | None = None
+) -> tuple[str, NeuralGraph]:
     """The title and the graph of a model: one of :data:`tasks.sizes.ARCHITECTURES`, a config, or a person's own.
 
     Args:

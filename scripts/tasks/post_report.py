@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.post_methods import BASE
 from tasks.post_numbers import Result, Row, Setting, compare, setting_of
-from tasks.report import format_markdown
+from nino.evaluation.report import format_markdown
 
 DIGITS = 4
 COLUMNS = 3

@@ -93,7 +93,7 @@ def test_runs_that_cannot_be_scored_are_named_and_left_out(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--runs", "{nowhere}"], "--runs {nowhere} is not a folder"),
+        (["--runs", "{nowhere}"], "{nowhere} is not a folder"),
         (["--horizons", "41"], "--horizons 41: hidden-8 looks at most 40 ahead"),
         (["--nowcasters", "nino-bas"], "no nowcaster 'nino-bas'"),
         ([], "no finished run is held out of 2; --all scores all"),
