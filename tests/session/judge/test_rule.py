@@ -119,7 +119,7 @@ def _optimizer(model: nn.Module, answer: Any, rollback_window: int = R, base: st
         "adam": lambda: torch.optim.AdamW(model.parameters(), lr=1e-3),
         "momentum": lambda: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
     }
-    return wrapped(bases[base](), model, ScriptedNowcaster(answer), rollback_window=rollback_window)
+    return wrapped(bases[base](), model, ScriptedNowcaster(answer), period=PERIOD, rollback_window=rollback_window)
 
 
 def _train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
@@ -177,7 +177,7 @@ def test_whatever_a_model_holds_is_put_back(place: Any, tmp_path: Path) -> None:
     model, plain = Odd(), Odd()
     settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = wrapped(adam, model, ScriptedNowcaster(add(3)), **{"rollback_window": R, **settings})
+    optimizer = wrapped(adam, model, ScriptedNowcaster(add(3)), period=PERIOD, **{"rollback_window": R, **settings})
     _train(model, optimizer, 0, PERIOD + R)
     assert [report.outcome for report in optimizer.reports] == ["rolled back"]
     base = torch.optim.AdamW(plain.parameters(), lr=1e-3)
@@ -195,7 +195,7 @@ def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCap
     model, plain = nn.Sequential(*body, nn.Linear(2, 2)), None
     plain = copy.deepcopy(model)
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = wrapped(base, model, ScriptedNowcaster(add(3)), graph=graph, rollback_window=R)
+    optimizer = wrapped(base, model, ScriptedNowcaster(add(3)), period=PERIOD, graph=graph, rollback_window=R)
     said = "2 trained parameters are not in the graph that was given and are never nowcast: 3.bias, 3.weight"
     assert [record.getMessage() for record in caplog.records] == [said]
     _train(model, optimizer, 0, PERIOD + 2)
@@ -254,12 +254,14 @@ class Private(torch.optim.Optimizer):
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("is_resumed", [False, True], ids=["in one go", "resumed"])
 def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bool, place: Any, tmp_path: Path) -> None:
-    def wrapped(model: nn.Module) -> NowcastOptimizer:
+    def private(model: nn.Module) -> NowcastOptimizer:
         settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
-        return wrapped(Private(model), model, ScriptedNowcaster(add(3)), **{"rollback_window": R, **settings})
+        return wrapped(
+            Private(model), model, ScriptedNowcaster(add(3)), period=PERIOD, **{"rollback_window": R, **settings}
+        )
 
     model, plain = mlp(), mlp()
-    optimizer, other = wrapped(model), Private(plain)
+    optimizer, other = private(model), Private(plain)
     _train(model, optimizer, 0, PERIOD)
     for group in optimizer.param_groups:  # as a scheduler does
         group["lr"] = 7e-4
@@ -267,7 +269,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
     if is_resumed:
         weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
         model = mlp(seed=1)
-        optimizer = wrapped(model)
+        optimizer = private(model)
         model.load_state_dict(weights)
         state["param_groups"] = [{**group, "lr": 7e-4} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
@@ -403,7 +405,7 @@ def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
     for max_steps, accepted in ((PERIOD + R - 1, False), (PERIOD + R, True)):
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        optimizer = wrapped(base, model, ScriptedNowcaster(good), max_steps=max_steps, rollback_window=R)
+        optimizer = wrapped(base, model, ScriptedNowcaster(good), period=PERIOD, max_steps=max_steps, rollback_window=R)
         _train(model, optimizer, 0, PERIOD)
         assert optimizer.reports[-1].has_moved == accepted
         assert accepted or optimizer.reports[-1].reason == "the run ends before a jump could recover"
