@@ -26,7 +26,8 @@ import nino
 from nino import CheckpointError, NinoError, NowcastOptimizer
 from nino.graph import BlockKind, EdgeType
 from nino.graph.builder import GraphBuilder
-from nino.graph.rows import Rows, num_edges_at, place_of, view_rows, whole_place
+from nino.graph.rows import num_edges_at, place_of, view_rows, whole_place
+from nino.parallel.rows import Rows
 from nino.parallel.shards import local_tensor
 from nino.predict.standardise import SnapshotStatistics, Standardiser, add_statistics
 from nino.predict.work_partition import deal

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import CASES
-from tiny import PERIOD, Weights, tiny_config, tiny_nowcaster, weights_of
+from tiny import PERIOD, Weights, planned, tiny_config, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
 import nino
@@ -134,7 +134,9 @@ def test_padding_masks_and_unseen_words_survive_a_training(settings: dict[str, A
     before = weights_of(model)
     adam = torch.optim.Adam(model.parameters(), lr=0.01)
     graph = NeuralGraph.from_model(model, example_inputs=torch.ones(2, 4, dtype=torch.int64))
-    optimizer = nino.NowcastOptimizer(adam, model, tiny_nowcaster(), period=PERIOD, graph=graph, **settings)
+    optimizer = nino.NowcastOptimizer(
+        adam, model, tiny_nowcaster(), **planned({"period": PERIOD, "graph": graph, **settings})
+    )
     generator = torch.Generator().manual_seed(3)
     for _ in range(3 * PERIOD + 1):
         words = torch.randint(0, 9, (8, 4), generator=generator)

@@ -413,12 +413,12 @@ def test_the_rest_of_other_parameters_is_left_out() -> None:
     ramp = Ramp(2)
     parameters = {"weight": nn.Parameter(torch.ones(3))}
     ramp.begin(parameters, {"weight": torch.ones(3)})
-    assert Ramp.parse(ramp.state_dict(), {"weight": nn.Parameter(torch.ones(4))}) == (0, {})
+    assert Ramp.parse(ramp.state_dict(), {"weight": nn.Parameter(torch.ones(4))}) == (0, {}, [])
     other = Ramp(0)
     other.resume(Ramp.parse(ramp.state_dict(), parameters), parameters)
     assert other.is_on  # what has begun goes on, whatever the next ones do
     with pytest.raises(ValueError, match="saved ramp is damaged: 1 steps left of 0 parameters"):
-        Ramp.parse({"steps_left": 1, "rest": {}}, parameters)
+        Ramp.parse({"steps_left": 1, "rest": {}, "iterates": []}, parameters)
 
 
 # Settings
