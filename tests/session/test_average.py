@@ -110,7 +110,7 @@ def test_mean_is_computed_in_float32() -> None:
 def begin() -> tuple[nn.Module, NowcastOptimizer]:
     model = mlp()
     adam = torch.optim.Adam(model.parameters(), lr=1e-2)
-    return model, wrapped(adam, model, rollback_window=2, average_over=AVERAGE)
+    return model, wrapped(adam, model, period=PERIOD, rollback_window=2, average_over=AVERAGE)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 11, 12, 13])
@@ -139,7 +139,7 @@ def test_a_mean_over_other_updates_is_not_gone_on_with(average: int) -> None:
     train(model, optimizer, 0, 3)  # one of three steps that the snapshot after four is the mean of
     other = mlp()
     adam = torch.optim.Adam(other.parameters(), lr=1e-2)
-    changed = wrapped(adam, other, rollback_window=2, average_over=average)
+    changed = wrapped(adam, other, period=PERIOD, rollback_window=2, average_over=average)
     other.load_state_dict(model.state_dict())
     changed.load_state_dict(optimizer.state_dict())
     assert changed.session.history.mean.count == 0

@@ -117,14 +117,11 @@ def test_it_arrives_where_a_jump_lands() -> None:
 def test_bfloat16_weights_arrive_although_a_share_rounds_away() -> None:
     """A twentieth of 0.04 is less than half of the distance between two such numbers at 1."""
     parameters = {"weight": nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}
-    before = weights_of(nn.ParameterDict(parameters))
     target = torch.tensor([1.0, 1.0390625, 0.96875, 2.0], dtype=torch.bfloat16)
-    with torch.no_grad():
-        parameters["weight"].copy_(target)
     ramp = Ramp(20)
-    ramp.begin(parameters, before, before)
-    assert torch.equal(parameters["weight"].detach(), before["weight"])
-    arrived = [ramp.after_step(parameters, None) for _ in range(20)]
+    ramp.begin(parameters, {"weight": target.float() - 1})
+    assert torch.equal(parameters["weight"].detach(), torch.ones(4, dtype=torch.bfloat16))
+    arrived = [ramp.advance(parameters, None) for _ in range(20)]
     assert arrived == [False] * 19 + [True] and not ramp.is_on
     assert torch.equal(parameters["weight"].detach(), target)
 
@@ -153,10 +150,8 @@ def test_all_masters_of_a_weight_move_along() -> None:
     optimizer = torch.optim.SGD(weights.values(), lr=1.0)
     optimizer.state[weights["weight"]] = {name: torch.full((4,), 2.0) for name in ("master", "copy")}
     ramp = Ramp(2)
-    with torch.no_grad():
-        weights["weight"].add_(6)
-    ramp.begin(weights, {"weight": torch.full((4,), 2.0)}, {"weight": torch.full((4,), 2.0)})
-    ramp.after_step(weights, optimizer)
+    ramp.begin(weights, {"weight": torch.full((4,), 6.0)})
+    ramp.advance(weights, optimizer)
     assert all(value.tolist() == [5.0] * 4 for value in optimizer.state[weights["weight"]].values())
     assert weights["weight"].tolist() == [5.0] * 4
 
