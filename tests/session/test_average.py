@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from stores import are_held, tensors_in
 from tiny import ScriptedNowcaster, Weights, add, assert_same, mlp, train, weights_of, wrapped
 from torch import Tensor, nn
 
@@ -50,11 +51,12 @@ def test_after_the_last_nowcast_of_a_plan_nothing_is_kept_or_added_up() -> None:
         model, nowcaster, period=PERIOD, plan=NowcastPlan(average_over=AVERAGE, stop_after=PERIOD + 2)
     )
     count_on(session, PERIOD - 1)
-    assert len(session.history.store) and session.history.mean.count
+    kept = tensors_in(session.history.store)
+    assert kept and session.history.mean.count
     count_on(session, PERIOD)
     assert len(nowcaster.asked) == 1
     assert not len(session.history.store) and not session.history.mean.count
-    assert session.history.store._keeper._free == []  # type: ignore[attr-defined]  # no snapshot is coming
+    assert not are_held(kept)  # no snapshot is coming
 
 
 def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None:

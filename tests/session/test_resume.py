@@ -116,7 +116,6 @@ def test_settings_are_what_they_say(name: str, whole: Any) -> None:
         (9, True, name.startswith("undone")),
         (18, True, name.startswith("undone")),
     ]
-    assert outcome.session.jumps.rollback_copy._made is not None or "rollback_window" not in setting.attach
     saved = torch.load(folder / f"{IN_PROBATION}.pt", weights_only=True)["optimizer"]["nowcast"]
     assert (saved["rollback_copy"] is not None) == ("rollback_window" in setting.attach)
 

@@ -327,7 +327,7 @@ def test_a_share_that_fails_ends_the_way_and_not_the_run(
 
     session = session_of(one_layer())
     update(session, PERIOD + 1)
-    monkeypatch.setattr("nino.session.jump.ramp._move", fail)
+    monkeypatch.setattr(Ramp, "advance", fail)
     assert trace(session, 3) == [41, 42, 43] and not session.jumps.ramp.is_on
     assert "2 of 3 steps before the weights had arrived, training goes on: CUDA out of mem" in warnings_in(caplog)[-1]
     with monkeypatch.context() as patch:  # but processes that hold different weights must not go on
@@ -343,13 +343,13 @@ def test_a_share_that_fails_ends_the_way_and_not_the_run(
 def test_an_interrupt_waits_for_a_share(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     session = session_of(one_layer())
     update(session, PERIOD + share - 1)
-    move = nino.session.jump.ramp._move
+    advance = Ramp.advance
 
-    def interrupt(*args: Any) -> None:
+    def interrupt(*args: Any) -> bool:
         signal.raise_signal(signal.SIGINT)
-        move(*args)
+        return advance(*args)
 
-    monkeypatch.setattr("nino.session.jump.ramp._move", interrupt)
+    monkeypatch.setattr(Ramp, "advance", interrupt)
     with pytest.raises(KeyboardInterrupt):
         update(session)
     monkeypatch.undo()
