@@ -92,7 +92,7 @@ def test_no_room_for_the_mean_costs_the_mean_alone(
     ]
 
 
-def test_a_mean_of_many_updates_is_made_of_twenty() -> None:
+def test_a_mean_of_many_steps_is_made_of_twenty() -> None:
     added = [step for step in range(1, 1001) if is_added(step, interval=200, steps=100)]
     assert len(added) == 5 * MOST_ADDED and all(200 - 100 < (step - 1) % 200 + 1 <= 200 for step in added)
     assert {step for step in added if step % 200 == 0} == {200, 400, 600, 800, 1000}, "the last one always counts"
@@ -136,7 +136,7 @@ def test_resume_is_exact(at: int) -> None:
 
 
 @pytest.mark.parametrize("average", [1, 2])
-def test_a_mean_over_other_updates_is_not_gone_on_with(average: int) -> None:
+def test_a_mean_over_other_steps_is_not_gone_on_with(average: int) -> None:
     model, optimizer = begin()
     train(model, optimizer, 0, 3)  # one of three steps that the snapshot after four is the mean of
     other = mlp()

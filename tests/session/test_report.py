@@ -238,7 +238,7 @@ def test_bytes_are_of_the_snapshots_and_of_the_rollback_copy() -> None:
     assert (is_monitored.reports[0].snapshot_bytes, is_monitored.reports[0].rollback_bytes) == (3 * 44 * 4, 44 * 4)
 
 
-def test_a_run_that_ends_in_probation_is_reported_when_it_is_finished(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_ends_in_a_rollback_window_is_reported_when_it_is_finished(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nino")
     optimizer = scripted(add(0), rollback_window=4)
     train(optimizer, PERIOD + 2)

@@ -30,7 +30,7 @@ State = dict[str, Any]
 # Rhythm
 
 
-def test_acts_at_exactly_the_right_updates() -> None:
+def test_a_session_acts_after_exactly_the_right_steps() -> None:
     # Weights 1 2 3 4 5 6, nowcast to 106; 107 ... 112, nowcast to 212; 213 ...; 20 steps are the whole run.
     # Snapshots after 2 4 6 | 8 10 12 | 14 16 18; two later nowcasts: horizons round(linspace(2, 1, 3) ** 2) = 4 2 1.
     nowcaster = ScriptedNowcaster(add(100))
@@ -405,7 +405,7 @@ def test_without_losses_a_report_comes_at_the_same_time() -> None:
     assert not {"nowcast/loss/before", "nowcast/loss/at"} & set(reports[0].as_log())
 
 
-def test_who_is_told_sees_the_session_after_the_update() -> None:
+def test_who_is_told_sees_the_session_after_the_step() -> None:
     seen: list[tuple[int, list[int], int]] = []
 
     def look(report: NowcastReport) -> None:
@@ -452,7 +452,7 @@ def test_a_state_without_history_knows_nothing_of_the_weights_before() -> None:
     assert [report.has_moved for report in resumed.reports] == [False, True], "the first has too few snapshots"
 
 
-def test_loss_before_is_the_mean_of_twenty_updates() -> None:
+def test_loss_before_is_the_mean_of_twenty_steps() -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=30)
 
     update(session, 30, losses=float)

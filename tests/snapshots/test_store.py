@@ -41,7 +41,7 @@ def test_snapshots_are_copies(place: Any, tmp_path: Path) -> None:
         ("disk", torch.bfloat16, ("cpu", torch.bfloat16)),
     ],
 )
-def test_place_and_format(
+def test_snapshots_have_the_place_and_format_that_were_asked_for(
     place: Any, dtype: torch.dtype | None, expected: tuple[str, torch.dtype], tmp_path: Path
 ) -> None:
     # The meta device stands for an accelerator; nothing can be copied from there to the CPU.
@@ -76,7 +76,7 @@ def test_files_keep_every_format(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [None, *(dtype for dtype in FORMATS if dtype.is_floating_point)], ids=str)
 @pytest.mark.parametrize("place", PLACES)
-def test_every_format_and_shape(place: Any, dtype: torch.dtype | None, tmp_path: Path) -> None:
+def test_snapshots_of_every_format_and_shape(place: Any, dtype: torch.dtype | None, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(12, generator=generator)
     live = {
@@ -149,7 +149,9 @@ def test_other_parameters_in_the_middle_of_a_history(place: Any, tmp_path: Path)
     ],
 )
 @pytest.mark.parametrize("place", PLACES)
-def test_exact(place: Any, parameter: torch.dtype, dtype: torch.dtype | None, expected: bool, tmp_path: Path) -> None:
+def test_a_snapshot_in_the_parameters_format_is_exact(
+    place: Any, parameter: torch.dtype, dtype: torch.dtype | None, expected: bool, tmp_path: Path
+) -> None:
     store = store_in(place, tmp_path, dtype=dtype)
     assert not store.exact  # of no snapshot
 

@@ -105,7 +105,7 @@ def test_bad_settings(steps: Any) -> None:
         RollbackConfig(steps=steps)
 
 
-def test_a_probation_longer_than_the_period_is_refused() -> None:
+def test_a_rollback_window_longer_than_the_period_is_refused() -> None:
     with pytest.raises(NinoError, match="must end before the next nowcast"):
         _optimizer(mlp(), add(0), rollback_window=PERIOD)
 
@@ -371,7 +371,7 @@ def test_a_disaster_is_undone_halfway() -> None:
 
 
 @pytest.mark.parametrize("how", ["told", "seen"])
-def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: str) -> None:
+def test_a_jump_after_which_mixed_precision_skips_every_step_is_rolled_back(how: str) -> None:
     model, plain = mlp(), mlp()
     optimizer = _optimizer(model, add(3))
     _train(model, optimizer, 0, PERIOD)
@@ -391,7 +391,7 @@ def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: st
     assert len(optimizer.reports) == 2
 
 
-def test_many_micro_batches_are_no_skipped_updates() -> None:
+def test_many_micro_batches_are_no_skipped_steps() -> None:
     model = mlp()
     optimizer = _optimizer(model, good)
     _train(model, optimizer, 0, PERIOD)
@@ -433,7 +433,7 @@ def test_a_good_jump_is_kept() -> None:
     assert all(math.isfinite(r.loss_after) for r in optimizer.reports)
 
 
-def test_without_losses_there_is_no_probation() -> None:
+def test_without_losses_there_is_no_rollback_window() -> None:
     model = mlp()
     optimizer = _optimizer(model, add(3))
     for _ in range(PERIOD + R):
@@ -446,7 +446,7 @@ def test_without_losses_there_is_no_probation() -> None:
 
 @pytest.mark.parametrize("answer", [add(3), good], ids=["undone", "kept"])
 @pytest.mark.parametrize("stop", [PERIOD, PERIOD + 4, PERIOD + R])
-def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: int) -> None:
+def test_resuming_in_a_rollback_window_is_as_if_nothing_had_happened(answer: Any, stop: int) -> None:
     straight = mlp()
     whole = _optimizer(straight, answer)
     _train(straight, whole, 0, 2 * PERIOD + R)
@@ -472,7 +472,7 @@ def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: i
 
 
 @pytest.mark.parametrize(("period", "expected"), [(1002, 100), (30, 3), (9, 0)])
-def test_by_default_a_probation_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
+def test_by_default_a_rollback_window_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
     assert wrapped(base, model, ScriptedNowcaster(good), period=period).session.plan.rollback_window == expected
