@@ -9,10 +9,12 @@ from nino.errors import CheckpointError, NinoError
 from nino.predict.extrapolators import LinearExtrapolator, ReducedRankExtrapolator
 from nino.predict.nowcaster import Nowcaster
 from nino.predict.predictor import Predictor
+from nino.predict.straight import StraightExtrapolator
 
 BY_NAME: dict[str, Callable[[], Predictor]] = {
     "linear": LinearExtrapolator,
     "reduced-rank": ReducedRankExtrapolator,
+    "straight": StraightExtrapolator,
 }
 """Predictors that need no file."""
 
@@ -21,8 +23,8 @@ def load_predictor(name: Predictor | str | Path) -> Predictor:
     """A predictor as it is given, or by its name.
 
     Args:
-        name: a predictor, which is returned; ``"linear"`` or ``"reduced-rank"``; a published ``.pt`` file; or what
-            :meth:`nino.Nowcaster.from_pretrained` takes.
+        name: a predictor, which is returned; ``"linear"``, ``"reduced-rank"`` or ``"straight"``; a published ``.pt``
+            file; or what :meth:`nino.Nowcaster.from_pretrained` takes.
 
     Raises:
         CheckpointError: if there is no predictor of that name.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from tiny import PERIOD, Weights, planned, tiny_config, tiny_nowcaster, weights_
 from torch import Tensor, nn
 
 import nino
-from nino.ensemble.nowcast import EnsembleNowcaster
 from nino.graph import NeuralGraph
 from nino.predict.model import build_network
 from nino.predict.movement import MovementSize
@@ -105,22 +103,6 @@ def test_zeros_of_both_signs_are_the_same_and_the_newest_stays() -> None:
     assert still is not None and still.tolist() == [True, True, False]
     assert unchanged_mask([one[2:], one[2:], zero[2:]]) is None
     assert unchanged_mask([zero[2:], one[2:], zero[2:]]) is None  # it went, and came back
-
-
-@pytest.mark.parametrize("preserve_norms", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"inputs": "movements"}])
-def test_ensembles_keep_what_each_model_alone_keeps(preserve_norms: bool, settings: dict[str, Any]) -> None:
-    graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)))
-    nowcaster = nino.Nowcaster(build_network(replace(tiny_config(), **settings)))
-    shapes = {name: (2, *shape) for name, shape in graph.shapes.items()}
-    snapshots, moving = history(shapes, torch.float32)
-    found = EnsembleNowcaster(nowcaster, graph, 2, CPU).predict(snapshots, 3, preserve_norms=preserve_norms)
-    check(found, snapshots[-1], moving)
-    for index in range(2):
-        own = [{n: value[index] for n, value in snapshot.items()} for snapshot in snapshots]
-        alone = nowcaster.predict(own, 3, graph, preserve_norms=preserve_norms)
-        for n, value in alone.items():
-            torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
 
 
 # In training

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph
-from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
+from nino.graph.rows import Place, moved, num_edges_at, place_of, view_rows
+from nino.parallel.rows import Rows
 from nino.predict.partition import WHOLE, Partition
 
 Layout = tuple[EdgeBlock, Place, Sequence[int], Sequence[int], int]

@@ -143,6 +143,9 @@ class Jumps:
         """Move the weights as predicted, or refuse to; whatever fails is undone."""
         report = replace(report, reason=prediction.reason, seconds=prediction.seconds, bytes_sent=prediction.bytes_sent)
         if prediction.movement is None:
+            self.rollback_copy.clear()
+            if prediction.is_crooked:
+                return self.leave_out(report, prediction.reason)
             return self._refuse(report, is_own=prediction.is_own_failure)
         rollback_copy = self.rollback_copy if judged_by is not None else None
         try:
@@ -167,7 +170,7 @@ class Jumps:
         parameters, tensors = self.target.trainable(), movement.tensors
         if self.history.is_averaged and not self.ramp.steps:  # at once: to where the average was predicted to go
             tensors = _from_elsewhere(tensors, self.history.store.snapshots[-1], parameters)
-        self.ramp.begin(parameters, tensors)
+        self.ramp.begin(parameters, tensors, self.target.optimizer)
         if not self.ramp.steps:
             self.ramp.advance(parameters, self.target.optimizer)
             self._have_moved(step, has_arrived=True)
