@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nino.callbacks.recorder import TrajectoryRecorder
-    from nino.callbacks.trainer import NowcastCallback
+    from nino.callbacks.trainer import NowcastCallback, attach
 
-__all__ = ["NowcastCallback", "TrajectoryRecorder"]
+__all__ = ["NowcastCallback", "TrajectoryRecorder", "attach"]
 
-MODULES = {"NowcastCallback": "nino.callbacks.trainer", "TrajectoryRecorder": "nino.callbacks.recorder"}
+MODULES = {
+    "NowcastCallback": "nino.callbacks.trainer",
+    "TrajectoryRecorder": "nino.callbacks.recorder",
+    "attach": "nino.callbacks.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

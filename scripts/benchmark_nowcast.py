@@ -30,15 +30,15 @@ from tqdm import tqdm
 
 from nino import NeuralGraph, Nowcaster
 from nino.data import build_model
+from nino.evaluation.report import format_table
+from nino.evaluation.workers import in_fresh_process
 from nino.predict.engine.hardware import product_dtype
 from nino.predict.engine.tiling import TILE_EDGES
 from tasks.cli import ArgumentParser, check_output_folder, memory_size, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
-from tasks.report import format_table
 from tasks.sizes import ARCHITECTURES
-from tasks.workers import in_fresh_process
 
 HORIZON = 20
 PRODUCTS = 3

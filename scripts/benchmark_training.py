@@ -25,7 +25,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -34,17 +34,16 @@ from tqdm import tqdm
 from nino import NowcastOptimizer, NowcastPlan
 from nino.data import build_model
 from nino.errors import NinoError
-from nino.session.judge.rule import default_rollback_window
-from nino.snapshots.mean import check_average_over
+from nino.evaluation.report import format_table
+from nino.evaluation.workers import in_fresh_process
+from nino.plan import PART_JUDGED, Place
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, torch_device, whole_number
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
 from tasks.overhead import Costs, Stopwatch, Update, as_lists, difference, spent_in, spent_on
-from tasks.report import format_table
 from tasks.sizes import ARCHITECTURES
 from tasks.trainings import Training, adamw, classifying, predicting_tokens
-from tasks.workers import in_fresh_process
 
 MODELS = ("cnn-14k", "llama-25m", "llama-100m")
 PLACES = ("cpu", "device", "disk")
@@ -80,10 +79,11 @@ def start(name: str, kind: str, args: argparse.Namespace, period: int, folder: P
             period=period,
             max_steps=MAX_STEPS,
             plan=NowcastPlan(
-                snapshots_on=kind,
-                snapshot_folder=folder if kind == "disk" else None,
+                snapshots_on=cast(Place, kind),
+                snapshot_folder=str(folder) if kind == "disk" else None,
                 average_over=min(args.average_over, period // load_nowcaster(args.nowcaster).config.context),
-                rollback_window=max(default_rollback_window(period), 1),
+                ramp=0,
+                rollback_window=max(period // PART_JUDGED, 1),
             ),
         )
     return Training(model, optimizer, loss)
@@ -291,7 +291,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.short_period <= context:
         fail(f"--short-period {args.short_period} has no update without a snapshot; give at least {2 * context}")
     try:
-        check_average_over(args.average_over, args.period // context)
+        NowcastPlan(period=args.period, average_over=args.average_over).check_fits(context)
     except NinoError as error:
         fail(f"--average-over: {error}")
     if args.snapshot_folder is not None and not args.snapshot_folder.is_dir():

@@ -24,6 +24,8 @@ from typing import Any
 from tqdm import tqdm
 
 from nino.errors import NinoError
+from nino.evaluation.report import format_markdown, format_table
+from nino.evaluation.workers import do_all
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
 from tasks.fair_cells import FairCell, gather, read_result, train_and_write
 from tasks.fair_methods import fair_methods
@@ -33,8 +35,6 @@ from tasks.fair_tasks import BASES, BUDGETS, FAIR_TASKS, RATE_BUDGET, RATE_SEEDS
 from tasks.images import HeldOut
 from tasks.machine import describe_machine
 from tasks.measuring import duration
-from tasks.report import format_markdown, format_table
-from tasks.workers import do_all
 
 RATES_FILE = "rates.json"
 Rates = Mapping[str, Mapping[str, float]]

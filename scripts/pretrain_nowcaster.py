@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nino import Nowcaster, NowcasterConfig
 from nino.data import ResampledRun, Trajectory
+from nino.data.split import find_runs
 from nino.data.trajectory import RecordedStates
 from nino.predict.model.config import Inputs
 from nino.pretraining.config import PretrainingConfig
@@ -28,7 +29,6 @@ from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, show_log, whole_number
-from tasks.recorded_runs import find_runs
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

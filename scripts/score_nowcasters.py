@@ -29,11 +29,11 @@ from torch import Tensor
 
 from nino import Nowcaster
 from nino.data import ResampledRun, Trajectory
+from nino.data.split import find_runs
 from nino.errors import NinoError
+from nino.evaluation.report import format_table
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.nowcasters import load_nowcaster
-from tasks.recorded_runs import find_runs
-from tasks.report import format_table
 
 LINEAR = "linear"
 MATRIX_DIMS = 2
@@ -85,20 +85,18 @@ def score_run(
     run: ResampledRun, nowcasters: Mapping[str, Nowcaster], args: argparse.Namespace
 ) -> Iterator[tuple[str, int, Score]]:
     """Nowcaster, horizon and score of every window of the last stretch of a run."""
-    model, context = run.model(), _context(nowcasters)
-    names = run.names_in(model)
-    graphs = {name: nowcaster.graph_of(model) for name, nowcaster in nowcasters.items()}
+    graph, context = run.graph(), _context(nowcasters)
     stretch, furthest = run.segments()[-1], max(args.horizons)
     within = None if args.within is None else args.within // args.interval
     for first in places(len(stretch), context + furthest, args.windows, within):
         begin, last = stretch[first], stretch[first] + context - 1
-        inputs = [run.split(state, names) for state in run.states(range(begin, last + 1))]
+        inputs = [run.split(state) for state in run.states(range(begin, last + 1))]
         for horizon in args.horizons:
             (after,) = run.states([last + horizon])
-            true = _movement(run.split(after, names), inputs[-1])
+            true = _movement(run.split(after), inputs[-1])
             yield LINEAR, horizon, score(horizon * _movement(inputs[-1], inputs[-2]), true)
             for name, nowcaster in nowcasters.items():
-                predicted = nowcaster.predict(inputs, horizon, graphs[name])
+                predicted = nowcaster.predict(inputs, horizon, graph)
                 yield name, horizon, score(_movement(predicted, inputs[-1]), true)
 
 

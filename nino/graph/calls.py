@@ -61,12 +61,25 @@ class Calls:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Calls:
         """The same calls with other tensors; nothing that was given is changed."""
-        each = (Call(*map_tensors((one.args, one.kwargs), function), one.module) for one in self.each)
+        each = []
+        for one in self.each:
+            args, kwargs = map_tensors((one.args, one.kwargs), function)
+            each.append(Call(args, kwargs, one.module))
         return Calls(tuple(each))
 
     def run(self, model: nn.Module) -> list[Any]:
         """Make the calls; what each returned."""
         return [_part(model, one.module)(*one.args, **one.kwargs) for one in self.each]
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a single call.
+
+    Raises:
+        NinoError: if they are none of what is expected.
+    """
+    first = Calls.of(example_inputs).each[0]
+    return first.args, first.kwargs
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:
@@ -91,10 +104,17 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor], depth: int = M
             return new
         return _changed(value, lambda copied: copied.update(new))
     attributes = _attributes(value)
-    changed = {name: new for name, old in attributes.items() if (new := map_tensors(old, function, depth - 1)) is not old}
+    changed = {
+        name: new for name, old in attributes.items() if (new := map_tensors(old, function, depth - 1)) is not old
+    }
     if not changed:
         return value
-    return _changed(value, lambda copied: [object.__setattr__(copied, *item) for item in changed.items()])
+
+    def change(copied: Any) -> None:
+        for name, new in changed.items():
+            object.__setattr__(copied, name, new)
+
+    return _changed(value, change)
 
 
 def _changed(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -37,7 +37,13 @@ NOISE = {
     **dict.fromkeys(("rand", "rand_like", "uniform", "randn", "randn_like", "normal", "normal_functional"), 0.5),
     **dict.fromkeys(("exponential", "geometric", "cauchy", "log_normal"), 0.5),
 }
-"""Operations that draw every element alike and for itself, and what stands for the numbers drawn: nothing is dropped."""
+"""Operations that draw every element alike and for itself, and what stands for what is drawn: nothing is dropped."""
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, of which each process holds a part."""
+    module = sys.modules.get("torch.distributed.tensor")  # where there is one, it was imported
+    return module is not None and isinstance(parameter, module.DTensor)
 
 
 MODES = (True, False)

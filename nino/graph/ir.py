@@ -21,7 +21,7 @@ Two ideas carry the file:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from math import prod
@@ -316,9 +316,7 @@ class NeuralGraph:
             >>> graph.num_nodes, len(graph.blocks)
             (11, 4)
         """
-        from nino.graph.architectures import wire
-
-        return wire(model, wiring, example_inputs)
+        return _services().wire(model, wiring, example_inputs)
 
     def to_json(self) -> str:
         """Write the graph as one line of JSON that :meth:`from_json` reads; see :mod:`nino.graph.serialise`.
@@ -328,9 +326,7 @@ class NeuralGraph:
             >>> NeuralGraph.from_json(graph.to_json()) == graph
             True
         """
-        from nino.graph.serialise import to_json
-
-        return to_json(self)
+        return _services().to_json(self)
 
     @staticmethod
     def from_json(text: str) -> NeuralGraph:
@@ -339,9 +335,7 @@ class NeuralGraph:
         Raises:
             GraphError: if the text is no such graph, is damaged, or was written in another format.
         """
-        from nino.graph.serialise import from_json
-
-        return from_json(text)
+        return _services().from_json(text)
 
     @property
     def num_nodes(self) -> int:
@@ -376,9 +370,7 @@ class NeuralGraph:
 
     def positions(self, num_features: int = 8) -> Tensor:
         """Laplacian eigenvectors, float32 ``[num_nodes, num_features]``; see :mod:`nino.graph.positions`."""
-        from nino.graph.positions import laplacian_positions
-
-        return laplacian_positions(self, num_features)
+        return _services().positions(self, num_features)
 
     def edges(self) -> tuple[Tensor, Tensor, dict[str, slice]]:
         """List every edge.
@@ -393,6 +385,27 @@ class NeuralGraph:
 
     def edge_list(self) -> EdgeList:
         """The same list, with the means to move values between parameters and edges."""
-        from nino.graph.edge_list import EdgeList
+        return _services().edge_list(self)
 
-        return EdgeList(self)
+
+@dataclass(frozen=True)
+class Services:
+    """What a graph offers beyond its records, so that these need to know nothing of it; see :func:`provide`."""
+
+    wire: Callable[[nn.Module, str, Any], NeuralGraph]
+    positions: Callable[[NeuralGraph, int], Tensor]
+    edge_list: Callable[[NeuralGraph], EdgeList]
+    to_json: Callable[[NeuralGraph], str]
+    from_json: Callable[[str], NeuralGraph]
+
+
+_PROVIDED: list[Services] = []
+
+
+def provide(services: Services) -> None:
+    """Called once, by :mod:`nino.graph`, which is imported before any of its modules."""
+    _PROVIDED[:] = [services]
+
+
+def _services() -> Services:
+    return _PROVIDED[0]

@@ -174,9 +174,10 @@ class _Watching(Steady):
     def run(self, function: Any, args: Any, kwargs: Any) -> Any:
         result = super().run(function, args, kwargs)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() > 1:
-                if torch.finfo(tensor.dtype).eps > torch.finfo(self.lowest).eps:
-                    self.lowest = tensor.dtype
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.numel() < 2:
+                continue
+            if torch.finfo(tensor.dtype).eps > torch.finfo(self.lowest).eps:
+                self.lowest = tensor.dtype
         return result
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nino.errors import NinoError
-from nino.graph.tracing.recorder import observed
+from nino.graph.calls import outputs_of
 from nino.metanet.config import MetanetConfig
 from nino.metanet.inputs import GraphInputs, Model
 from nino.metanet.layers import Embedding, Encoded, Encoder, mlp, segment_mean
@@ -80,11 +80,10 @@ def _ask(model: nn.Module, probes: Tensor) -> Tensor:
     finally:
         for module in was_training:
             module.training = True
-    tensors = list(observed(output))
+    tensors = list(outputs_of(output))
     if not tensors:
         raise NinoError(f"{type(model).__name__} returns no floating point tensor that a probe could read")
-    answer, may_move = tensors[0]
-    return (answer.sort(-1).values if may_move else answer).flatten(1)
+    return tensors[0].flatten(1)
 
 
 class Probe(Encoder):

@@ -130,8 +130,8 @@ class TrainingTarget:
         left_out = [name for name, p in trained.items() if p.is_complex()]
         if left_out:
             logger.warning(
-                "%d trained parameters are complex and are never nowcast (%.0f%% of what is trained): %s; kept as pairs "
-                "of real numbers (torch.view_as_complex in forward) they would be",
+                "%d trained parameters are complex and are never nowcast (%.0f%% of what is trained): %s; kept as "
+                "pairs of real numbers (torch.view_as_complex in forward) they would be",
                 len(left_out),
                 100 * sum(numbers[name] for name in left_out) / sum(numbers.values()),
                 ", ".join(left_out[:3]),

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from nino.errors import NinoError
-from tasks.cells import Clock, finite, has_diverged, learning_rate_factor
+from nino.evaluation.methods import Setup, parse_method
+from nino.evaluation.training import Clock, finite, has_diverged, learning_rate_factor
 from tasks.fair_methods import fair_methods, method_text
 from tasks.fair_tasks import FAIR_TASKS, WARMUP, Base
 from tasks.images import HeldOut
-from tasks.methods import Rhythm, Setup, parse_method
 
 CELL_VERSION = 1
 """Goes up when the training below changes; older results are then no longer taken for results."""
@@ -78,7 +78,7 @@ def train(cell: FairCell, data: Path, cache: Path, published: str, progress: Pro
     torch.manual_seed(cell.seed)
     model = spec.build()
     method = fair_methods(published)[cell.method]
-    parsed = parse_method(method_text(method, cell.base, cell.steps), Rhythm())
+    parsed = parse_method(method_text(method, cell.base, cell.steps))
     setup = Setup(parsed, model, cell.rate, spec.weight_decay, cell.steps)
     if method.follower is not None:
         setup.followers.append(method.follower(setup.optimizer, model, cell.steps))

@@ -1,7 +1,7 @@
 """Methods of the fair table: a base optimizer, with what is put on top of it.
 
-On top may stand a method of ``tasks.methods`` (``nino:nino-base@...``, ``snoo``, ``linear@...``), EMA-Nesterov, GPA or
-an average over the tail of the run.
+On top may stand a method of ``nino.evaluation`` (``nino:nino-base@...``, ``snoo``, ``linear@...``), EMA-Nesterov, GPA
+or an average over the tail of the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tasks.baselines import Follower, copies, copy_into, swapped
+from nino.evaluation.baselines import Follower, copies, copy_into, swapped
 
 Factory = Callable[[Optimizer, nn.Module, int], Follower]
 """Called with the base optimizer, the model, and the steps of the run."""
@@ -105,13 +105,13 @@ class FairMethod:
     """What is put on top of a base optimizer."""
 
     text: str = ""
-    """A method of ``tasks.methods`` without its optimizer; ``{period}``, ``{average}`` and ``{ramp}`` are filled in."""
+    """Of ``nino.evaluation`` without its optimizer; ``{period}``, ``{average}`` and ``{ramp}`` are filled in."""
     follower: Factory | None = None
 
 
 def jumps(what: str, more: str = "") -> FairMethod:
     """Ten jumps in a run, each over a tenth of a period, as the plan ``P,ramp=50`` of 5,000 steps."""
-    settings = "period={period},average_over={average},ramp={ramp},until=0.8,decay_power=0.5"
+    settings = "period={period},average_over={average},ramp={ramp},stop_after=0.8,horizon_decay=0.5,rollback_window=0"
     return FairMethod(f"{what}@{settings}{more}")
 
 
@@ -144,10 +144,13 @@ def fair_methods(published: str) -> dict[str, FairMethod]:
         "ema-nesterov": ema_nesterov(0.3, 0.99),
         "ema": FairMethod("ema:0.99"),
         "tail-average": tail_average(0.05),
-        "linear": jumps("linear"),
-        "rre": jumps("rre"),
+        "linear": jumps("linear", ",preserve_norms=no"),
+        "rre": jumps("rre", ",preserve_norms=no"),
         "published": jumps(f"official:{published}", ",preserve_norms=yes"),
-        "nino-base": FairMethod("nino:nino-base@rollback_window=100"),
+        "nino-base": FairMethod(
+            "nino:nino-base@period=1000,stop_after=1.0,horizon_decay=2,average_over=1,ramp=0,preserve_norms=no,"
+            "rollback_window=100"
+        ),
         "nino-plan": jumps("nino:nino-base", ",preserve_norms=yes"),
         **{
             f"en-{s}-{d}": ema_nesterov(float(s), float(d))
@@ -158,7 +161,7 @@ def fair_methods(published: str) -> dict[str, FairMethod]:
 
 
 def method_text(method: FairMethod, base: str, steps: int) -> str:
-    """What ``tasks.methods`` reads, for a run of so many steps."""
+    """What ``nino.evaluation.methods`` reads, for a run of so many steps."""
     period = steps // 10
     filled = method.text.format(period=period, average=max(period * 12 // 100, 1), ramp=period // 10)
     return f"{base}+{filled}" if filled else base

@@ -58,7 +58,7 @@ class Stopwatch:
             (session.history.store, "append", "snapshot"),
             (session.history.mean, "add", "addition"),
             (session.jumps.rollback_copy, "take", "rollback_copy"),
-            (session.nowcaster, "predict_", "prediction"),
+            (session.nowcaster, "predict_movement", "prediction"),
         ):
             setattr(owner, method, self._timed(getattr(owner, method), what))
 

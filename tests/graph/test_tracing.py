@@ -356,7 +356,7 @@ ORDER = [
     tiny("triangle", lambda m, x: torch.tril(x.T @ (x @ m.a)) @ m.b, a=A, b=B),
     tiny("Fourier transform of neurons", lambda m, x: torch.fft.rfft(x @ m.a).abs() @ m.b, a=A, b=(4, 2)),
     tiny("Fourier transform of rows", lambda m, x: torch.fft.fft(x @ m.a, dim=0).abs() @ m.b, 6, a=A, b=B),
-    tiny("padding", lambda m, x: F.pad(x @ m.a, (1, 0)) @ m.b, a=A, b=(7, 2)),
+    tiny("padding", lambda m, x: F.pad(x @ m.a, (1, 0)) @ m.b, 6, a=A, b=(7, 2)),
     tiny("differences", lambda m, x: torch.diff(x @ m.a) @ m.b, a=A, b=(5, 2)),
     tiny(
         "memory in another order",

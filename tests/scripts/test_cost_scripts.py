@@ -88,7 +88,7 @@ def test_the_benchmark_runs_in_processes_of_its_own(tmp_path: Path) -> None:
 WAITING = """
 import sys, time
 sys.path.insert(0, {scripts!r})
-from tasks.workers import do_all, in_fresh_process
+from nino.evaluation.workers import do_all, in_fresh_process
 def wait(job, report):
     time.sleep(300)
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, assert_same, planned, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, weights_of, wrapped
 from torch import Tensor, nn
 
 import nino
@@ -60,9 +60,7 @@ def inputs_of(index: int) -> Tensor:
 
 def wrap(model: nn.Module, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(
-        base, model, tiny_nowcaster(), **planned({"period": PERIOD, "rollback_window": 0, **settings})
-    )
+    return wrapped(base, model, **{"rollback_window": 0, **settings})
 
 
 def update(model: Callable[..., Tensor], optimizer: torch.optim.Optimizer, index: int, **more: Any) -> float:
@@ -263,7 +261,7 @@ def test_a_module_around_the_network_is_seen_through() -> None:
         optimizer.step()
         optimizer.zero_grad()
     graph = optimizer.session.graph
-    assert graph.family == "traced" and [report.accepted for report in optimizer.reports] == [True]
+    assert graph.family == "traced" and [report.has_moved for report in optimizer.reports] == [True]
     hidden = {axis.name for group in graph.groups for axis in group.axes if axis.permutable}
     assert hidden == {"net.inner", "critic.0"}
     assert graph == nino.NeuralGraph.from_model(model, example_inputs=Calls(tuple(calls)))
@@ -286,7 +284,7 @@ def test_a_scripted_model_is_one_warning(caplog: pytest.LogCaptureFixture) -> No
     optimizer = wrap(model)
     for index in range(PERIOD):
         update(model, optimizer, index)
-    assert [report.accepted for report in optimizer.reports] == [True]
+    assert [report.has_moved for report in optimizer.reports] == [True]
     [message] = warnings_of(caplog)
     assert "cannot be traced on its first batch: it is compiled with torch.jit.script" in message
     assert "each of its parameters is nowcast alone" in message

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tiny import PERIOD, ScriptedNowcaster, Weights, mlp, planned, tiny_nowcaster, weights_of
+from tiny import PERIOD, ScriptedNowcaster, Weights, add, mlp, tiny_nowcaster, weights_of, wrapped
 from torch import nn
 
 import nino
@@ -145,10 +145,6 @@ def test_the_measurement_reads_no_weight_again() -> None:
 # One log record per nowcast
 
 
-def add(amount: float) -> Any:
-    return lambda newest: {name: value + amount for name, value in newest.items()}
-
-
 def fail(newest: Weights) -> Weights:
     raise RuntimeError("out of memory")
 
@@ -171,9 +167,7 @@ def train(optimizer: NowcastOptimizer, steps: int, loss_at: dict[int, float] | N
 def scripted(answer: Any, **settings: Any) -> NowcastOptimizer:
     model = mlp()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return NowcastOptimizer(
-        base, model, ScriptedNowcaster(answer), **planned({"period": PERIOD, "rollback_window": 0, **settings})
-    )
+    return wrapped(base, model, ScriptedNowcaster(answer), **{"rollback_window": 0, **settings})
 
 
 def test_an_accepted_nowcast_is_one_record(caplog: pytest.LogCaptureFixture) -> None:

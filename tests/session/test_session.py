@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, mlp, tiny_nowcaster, weights_of
+from sessions import asked, one_layer, update, warnings_in
+from tiny import PERIOD, ScriptedNowcaster, Weights, add, assert_same, mlp, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
 import nino
@@ -24,37 +24,6 @@ from nino import NinoError, NowcastPlan, NowcastReport, NowcastSession
 from nino.session.resume import without_history
 
 State = dict[str, Any]
-
-
-def one_layer(value: float = 0.0) -> nn.Sequential:
-    """A model whose two weights have the same value."""
-    model = nn.Sequential(nn.Linear(2, 1, bias=False))
-    nn.init.constant_(model[0].weight, value)
-    return model
-
-
-def update(session: NowcastSession, times: int = 1, losses: Callable[[int], float] | None = None) -> None:
-    """Stand-in for an optimizer: each step adds 1 to every weight."""
-    for _ in range(times):
-        if losses is not None:
-            session.observe(losses(session.step + 1))
-        with torch.no_grad():
-            for parameter in session.model.parameters():
-                parameter.add_(1)
-        session.after_step()
-
-
-def add(amount: float) -> Callable[[Weights], Weights]:
-    return lambda newest: {name: value + amount for name, value in newest.items()}
-
-
-def asked(nowcaster: ScriptedNowcaster) -> list[tuple[int, list[float]]]:
-    """Of :func:`one_layer`: horizon and snapshots of every prediction."""
-    return [(horizon, [s["0.weight"][0, 0].item() for s in snapshots]) for horizon, snapshots in nowcaster.asked]
-
-
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 # Rhythm

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from stores import PLACES
-from tiny import PERIOD, assert_same, mlp, one_update, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, mlp, one_update, tiny_nowcaster, weights_of, wrapped
 from torch import Tensor, nn
 
 import nino
@@ -67,7 +67,7 @@ def test_a_training_is_the_same_in_every_place(place: Any, tmp_path: Path) -> No
     def train(**settings: Any) -> tuple[dict[str, Tensor], list[bool]]:
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        optimizer = nino.NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(**settings))
+        optimizer = wrapped(base, model, **settings)
         for index in range(2 * PERIOD + 3):
             one_update(model, optimizer, index)
         return weights_of(model), [report.has_moved for report in optimizer.reports]
@@ -83,7 +83,7 @@ def test_a_run_resumes_with_snapshots_in_another_place(tmp_path: Path) -> None:
     def wrapped(**settings: Any) -> tuple[nn.Module, nino.NowcastOptimizer]:
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        return model, nino.NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, plan=NowcastPlan(**settings))
+        return model, wrapped(base, model, **settings)
 
     model, optimizer = wrapped()
     for index in range(PERIOD - 1):

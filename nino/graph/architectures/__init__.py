@@ -17,11 +17,11 @@ from typing import Any
 from torch import nn
 
 from nino.errors import GraphError, NinoError
-from nino.graph.architectures import adapters, chain, gpt2, llama, per_parameter, published
+from nino.graph import per_parameter
+from nino.graph.architectures import adapters, chain, gpt2, llama, published
 from nino.graph.builder import GraphBuilder
-from nino.graph.dry_run import left_as_it_was, without_weights
+from nino.graph.dry_run import is_sharded, left_as_it_was, without_weights
 from nino.graph.ir import NeuralGraph
-from nino.parallel.shards import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def wire(model: nn.Module, wiring: str, example_inputs: Any = None) -> NeuralGra
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    return any(is_dtensor(parameter) for parameter in model.parameters())
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def wire_by_names(model: nn.Module) -> NeuralGraph | None:

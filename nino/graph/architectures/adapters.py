@@ -11,7 +11,7 @@ import re
 
 from torch import nn
 
-from nino.graph.architectures import per_parameter
+from nino.graph import per_parameter
 from nino.graph.builder import GraphBuilder
 
 BASE_LAYER = ".base_layer."

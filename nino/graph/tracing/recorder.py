@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nino.errors import GraphError
 from nino.graph.calls import Calls, cloned, outputs_of
-from nino.graph.dry_run import MODES, Steady, in_mode, quiet
-from nino.parallel.shards import is_dtensor
+from nino.graph.dry_run import MODES, Steady, in_mode, is_sharded, quiet
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 """Source lines in these folders are not where a person's model does something."""
@@ -138,7 +137,7 @@ def record(model: nn.Module, example_inputs: Any, real: Mapping[int, Sequence[st
         GraphError: if the model runs on the inputs in neither mode, naming the operation and the line.
     """
     calls = Calls.of(example_inputs)
-    if any(is_dtensor(parameter) for parameter in model.parameters()):
+    if any(is_sharded(parameter) for parameter in model.parameters()):
         raise GraphError(
             f"{type(model).__name__} is sharded and cannot be traced: wire it before fully_shard, with "
             "NeuralGraph.from_model(model, example_inputs=...), and pass that graph on"

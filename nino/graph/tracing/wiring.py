@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from nino.errors import GraphError
-from nino.graph.architectures import per_parameter
+from nino.graph import per_parameter
 from nino.graph.builder import GraphBuilder
 from nino.graph.ir import Axis, BlockKind, EdgeType, NeuronGroup, Slots
 from nino.graph.tracing.axes import Axes

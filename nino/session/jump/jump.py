@@ -170,7 +170,7 @@ class Jumps:
         parameters, tensors = self.target.trainable(), movement.tensors
         if self.history.is_averaged and not self.ramp.steps:  # at once: to where the average was predicted to go
             tensors = _from_elsewhere(tensors, self.history.store.snapshots[-1], parameters)
-        self.ramp.begin(parameters, tensors)
+        self.ramp.begin(parameters, tensors, self.target.optimizer)
         if not self.ramp.steps:
             self.ramp.advance(parameters, self.target.optimizer)
             self._have_moved(step, has_arrived=True)

@@ -8,37 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
+from optimizers import Mastered
+from tiny import PERIOD, ScriptedNowcaster, add, assert_same, batch, mlp, weights_of, wrapped
 from torch import Tensor, nn
 
-from nino import NowcastOptimizer, NowcastPlan
 from nino.session.jump.batch_norm import BatchNormRenewal
 from nino.session.optimizer_state.master_weights import find_master_weights
 
 R = 3
 """Updates of a rollback window."""
-
-
-class Mastered(torch.optim.Optimizer):
-    """SGD with momentum on float32 copies of the weights, which it writes over the weights at every step."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 1e-2})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state |= {"master": parameter.float().clone(), "momentum_buffer": torch.zeros_like(parameter)}
-                state["momentum_buffer"].mul_(0.9).add_(parameter.grad)
-                state["master"].sub_(group["lr"] * state["momentum_buffer"].float())
-                parameter.copy_(state["master"])
-
-
-def add_three(newest: Weights) -> Weights:
-    return {name: value + 3 for name, value in newest.items()}
 
 
 def model_of(kind: str) -> nn.Sequential:
@@ -54,12 +32,8 @@ class Run:
 
     def __init__(self, kind: str = "bfloat16", rollback_window: int = 0) -> None:
         self.model = model_of(kind)
-        self.optimizer = NowcastOptimizer(
-            Mastered(self.model.parameters()),
-            self.model,
-            ScriptedNowcaster(add_three),
-            period=PERIOD,
-            plan=NowcastPlan(rollback_window=rollback_window),
+        self.optimizer = wrapped(
+            Mastered(self.model.parameters()), self.model, ScriptedNowcaster(add(3)), rollback_window=rollback_window
         )
 
     def train(self, first: int, last: int) -> Run:

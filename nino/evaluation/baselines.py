@@ -54,10 +54,12 @@ def swapped(parameters: Tensors, values: Sequence[Tensor]) -> Iterator[None]:
 
 
 def copies(parameters: Tensors) -> Tensors:
+    """The values of parameters, in memory of their own."""
     return [parameter.detach().clone() for parameter in parameters]
 
 
 def copy_into(parameters: Tensors, values: Sequence[Tensor]) -> None:
+    """Give parameters other values."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 
@@ -94,6 +96,7 @@ class SlowWeights(Follower, ABC):
 
     @torch.no_grad()
     def restart(self) -> None:
+        """Slow weights are where the fast ones jumped to."""
         copy_into(self.slow, self.parameters)
 
     def arrive(self) -> None:
@@ -104,6 +107,7 @@ class Lookahead(SlowWeights):
     """Half of the way back every time (arXiv:1907.08610)."""
 
     def follow(self) -> None:
+        """Go half of the way."""
         torch._foreach_lerp_(self.slow, self.parameters, 0.5)
 
 
@@ -122,11 +126,13 @@ class OuterNesterov(SlowWeights):
         self.outer = torch.optim.SGD(self.slow, lr=rate, momentum=momentum, nesterov=True)
 
     def follow(self) -> None:
+        """Take a step of SGD."""
         for slow, fast in zip(self.slow, self.parameters, strict=True):
             slow.grad = slow - fast
         self.outer.step()
 
     def restart(self) -> None:
+        """Its momentum belongs to the past as well."""
         super().restart()
         self.outer.state.clear()
 
@@ -140,14 +146,17 @@ class ExponentialAverage(Follower):
 
     @torch.no_grad()
     def after_step(self) -> None:
+        """Count the weights in."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
     def restart(self) -> None:
+        """Begin with the weights as they are."""
         self.average, self.steps = copies(self.parameters), 0
 
     def evaluated(self) -> AbstractContextManager[None]:
+        """The average in the model."""
         return swapped(self.parameters, self.average)
 
 
@@ -160,14 +169,17 @@ class LatestAverage(Follower):
         self.steps = 0
 
     def after_step(self) -> None:
+        """Keep the weights if a snapshot is due."""
         self.steps += 1
         if self.steps % self.interval == 0:
             self.snapshots.append(copies(self.parameters))
 
     def restart(self) -> None:
+        """Forget all snapshots."""
         self.snapshots.clear()
 
     def evaluated(self) -> AbstractContextManager[None]:
+        """The average in the model."""
         if not self.snapshots:
             return nullcontext()
         return swapped(self.parameters, [torch.stack(same).mean(0) for same in zip(*self.snapshots, strict=True)])
@@ -250,6 +262,7 @@ class ScheduleFreeAverage(Follower):
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
+        """The average in the model."""
         self.optimizer.eval()
         try:
             yield

@@ -1,8 +1,9 @@
-"""Plans of training runs to record: what is trained, on what, how, and for how long."""
+"""Training runs to record: what is trained, on what, how, and for how long."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nino import Predictor
+from nino import NowcastPlan
 from nino.data import build_model
-from nino.session.schedule import Schedule
 from tasks.images import convnet, load_parquet_images
 from tasks.task import ImageTask, TextTask
 from tasks.text import gpt2, llama, load_text_files
@@ -42,7 +42,7 @@ IMAGE_SETS = {"cifar10": ImageSet(3, (16, 24, 32, 32), 3), "mnist": ImageSet(1, 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunPlan:
+class RunToRecord:
     """One run to record; plain values only, so that it is stored beside the states."""
 
     name: str
@@ -60,20 +60,15 @@ class RunPlan:
     """Whether the model is trained under bfloat16 autocast; channels last, unless it is in an ensemble."""
     jump_with: str | None = None
     """The nowcaster, if the run is nowcast."""
-    jump_period: int | None = None
-    jump_average: int = 1
-    """Updates before a snapshot over which the weights are averaged."""
-    jump_until: int | None = None
-    """The last step that may jump; ``None`` for no end."""
-    jump_preserve_norms: bool = False
-    """Whether matrices keep their norms in a jump."""
-    jump_ramp: int = 0
-    """Updates over which a jump is dealt out; 0 jumps at once."""
+    jumps: NowcastPlan | None = None
+    """When, if it is; nothing is rolled back, since what follows a bad jump is worth knowing."""
+    last_jump: int | None = None
+    """The step of the last jump, after which training goes on undisturbed; ``None`` for no end."""
     ensemble: str = ""
     """Of the runs beside which it is trained; they differ in name and seed alone."""
 
 
-def plan_image_run(
+def image_run(
     index: int,
     choose: random.Random,
     steps: int,
@@ -84,13 +79,13 @@ def plan_image_run(
     depths: list[int],
     bf16: bool,
     batch_norm: bool,
-) -> RunPlan:
+) -> RunToRecord:
     """A CNN of varied width and depth on small images, since the smaller the image, the more runs an hour records."""
     data = choose.choices(sets, weights=[IMAGE_SETS[name].share for name in sets])[0]
     size = choose.choice(IMAGE_SETS[data].sizes)
     hidden = choose.choice([(8, 16, 16), (16, 32, 32), (16, 32, 32), (16, 32, 32), (12, 24, 24), (24, 24, 48)])
     norm, first_padding = choose.random() < 0.1 and batch_norm, choose.choice([0, 0, 1])
-    plan = RunPlan(
+    run = RunToRecord(
         name=f"images-{index:04d}",
         family="images",
         data=data,
@@ -107,12 +102,12 @@ def plan_image_run(
     depth = choose.choice(depths)  # last: whatever else is drawn does not depend on it
     widths = (hidden + depth * hidden[-1:])[:depth]
     architecture = convnet(IMAGE_SETS[data].channels, widths, norm=norm, first_padding=first_padding)
-    return dataclasses.replace(plan, architecture=architecture)
+    return dataclasses.replace(run, architecture=architecture)
 
 
-def plan_language_run(
+def language_run(
     index: int, choose: random.Random, steps: int, interval: int, texts: list[str], *, rates: Sequence[float]
-) -> RunPlan:
+) -> RunToRecord:
     """A Llama (most often) or GPT-2 of 1 to 3 layers on one or several texts."""
     vocab_size = choose.choice([256, 512])
     layers, width = choose.choice([(1, 32), (2, 24), (2, 32), (2, 32), (3, 24), (3, 32)])
@@ -122,7 +117,7 @@ def plan_language_run(
         architecture = llama(layers, width, heads, kv_heads, vocab_size, tied=choose.random() < 0.7)
     else:
         architecture = gpt2(layers, width, heads, vocab_size, num_positions=64)
-    return RunPlan(
+    return RunToRecord(
         name=f"language-{index:04d}",
         family="language",
         data=",".join(sorted(choose.sample(texts, k=min(choose.choice([1, 2, 4]), len(texts))))),
@@ -144,47 +139,44 @@ def _load_task(data: str, image_size: int, vocab_size: int, folder: Path, cache:
     return ImageTask(load_parquet_images(data, folder, cache, size=image_size))
 
 
-def load_task(plan: RunPlan, data: Path, out: Path) -> ImageTask | TextTask:
-    """The task of a plan; kept, since consecutive runs of a process often share it.
+def load_task(run: RunToRecord, data: Path, out: Path) -> ImageTask | TextTask:
+    """The task of a run; kept, since consecutive runs of a process often share it.
 
     Args:
-        plan: of the run.
+        run: to record.
         data: folder of the data.
         out: of all runs; what was decoded is kept in it.
     """
-    vocab_size = plan.architecture.get("config", {}).get("vocab_size", 0)
-    return _load_task(plan.data, plan.image_size, vocab_size, data, out / ".cache")
+    vocab_size = run.architecture.get("config", {}).get("vocab_size", 0)
+    return _load_task(run.data, run.image_size, vocab_size, data, out / ".cache")
 
 
-def jump_schedule(plan: RunPlan, nowcaster: Predictor) -> Schedule:
-    """When a plan jumps, and how far, before ``jump_until``."""
-    return Schedule(
-        period=plan.jump_period or plan.steps,
-        context=nowcaster.context,
-        max_steps=plan.steps,
-        max_horizon=nowcaster.max_horizon,
-    )
+def first_step_without(run: RunToRecord) -> int | None:
+    """The step that would jump if the run had not done with jumping, if it ever has."""
+    return None if run.last_jump is None or run.jumps is None else run.last_jump + (run.jumps.period or 0)
 
 
-def make_model(plan: RunPlan) -> nn.Module:
+def make_model(run: RunToRecord) -> nn.Module:
     """The run's model, in the memory format in which bfloat16 is fast."""
-    model = build_model(plan.architecture)
-    if plan.bf16:
+    model = build_model(run.architecture)
+    if run.bf16:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     return model
 
 
-def forward_format(plan: RunPlan, device_type: str = "cpu") -> torch.autocast:
+def forward_format(run: RunToRecord, device_type: str = "cpu") -> torch.autocast:
     """In which the run's losses are computed."""
-    return torch.autocast(device_type, torch.bfloat16, enabled=plan.bf16, cache_enabled=device_type == "cpu")
+    return torch.autocast(device_type, torch.bfloat16, enabled=run.bf16, cache_enabled=device_type == "cpu")
 
 
-def state_bytes(plan: RunPlan) -> int:
+def state_bytes(run: RunToRecord) -> int:
     """The size of a run's states on disk."""
-    elements = sum(prod(p.shape) for p in build_model(plan.architecture, device="meta").parameters())
-    return 4 * elements * (plan.steps // plan.interval + 1)
+    elements = sum(prod(p.shape) for p in build_model(run.architecture, device="meta").parameters())
+    return 4 * elements * (run.steps // run.interval + 1)
 
 
-def notes_of(plan: RunPlan) -> dict[str, Any]:
-    """What is noted of a run in its header; its architecture has a place of its own."""
-    return {name: value for name, value in dataclasses.asdict(plan).items() if name != "architecture"}
+def notes_of(run: RunToRecord) -> dict[str, Any]:
+    """What is noted of a run in its header."""
+    jumps = None if run.jumps is None else json.loads(run.jumps.to_json())
+    notes: dict[str, Any] = json.loads(json.dumps({**dataclasses.asdict(run), "jumps": jumps}))
+    return notes

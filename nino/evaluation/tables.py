@@ -1,7 +1,7 @@
 """The numbers of a comparison, from the curves of its trainings: pure functions of the results of cells.
 
 A *setting* is what the trainings of a fair comparison share: task, learning rate, schedule and budget. Within one,
-every training is measured against Adam's of the same seed.
+every training is measured against the baseline's of the same seed: Adam's, or the task's own optimizer's.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from tasks.methods import ADAM
-from tasks.report import Curve, updates_to_reach
+from nino.evaluation.methods import ADAM, OWN
+from nino.evaluation.report import Curve, steps_to_reach
+from nino.evaluation.training import Result, Task
 
 LASTING = 100
-"""Updates after which Adam's noise is back, if a jump landed on a mean of the weights."""
+"""Steps after which Adam's noise is back, if a jump landed on a mean of the weights."""
+LEAST_SEEDS = 3
+"""Of a test."""
 RISE_WITHIN = 120
-"""Updates after a jump in which the training loss is at its highest."""
-Result = Mapping[str, Any]
-"""The content of a cell's file."""
+"""Steps after a jump in which the training loss is at its highest."""
 Row = dict[str, Any]
 
 
@@ -33,6 +34,16 @@ class Goal:
     higher_is_better: bool
     targets: Sequence[float]
     """Values of the metric to reach."""
+
+    @staticmethod
+    def of(task: Task, metric: str) -> Goal:
+        """What is measured on a task.
+
+        Args:
+            task: may say so itself.
+            metric: that counts, by the results.
+        """
+        return Goal(metric, getattr(task, "higher_is_better", False), getattr(task, "targets", ()))
 
     def best(self, values: Iterable[float]) -> float:
         """The best of some values."""
@@ -95,8 +106,14 @@ def by_setting(results: Iterable[Result]) -> dict[Setting, Runs]:
     return settings
 
 
+def baseline_of(methods: Iterable[str]) -> str:
+    """What others are measured against; ``""`` if nothing is."""
+    found = set(methods)
+    return next((name for name in (ADAM, OWN) if name in found), "")
+
+
 def curve_of(result: Result, metric: str) -> Curve:
-    """``[[update, value], ...]``, where the value was finite."""
+    """``[[step, value], ...]``, where the value was finite."""
     return [[point["step"], point[metric]] for point in result["curve"] if point.get(metric) is not None]
 
 
@@ -111,16 +128,16 @@ def best_value(result: Result, goal: Goal) -> float | None:
     return goal.best(value for _, value in curve) if curve else None
 
 
-def measure(result: Result, adam: Result | None, goal: Goal) -> Row:
-    """The numbers of one training, against Adam's of the same seed (or of another learning rate)."""
-    target = best_value(adam, goal) if adam is not None else None
-    own, adams = (None if run is None else first_update(run, goal, target) for run in (result, adam))
+def measure(result: Result, baseline: Result | None, goal: Goal) -> Row:
+    """The numbers of one training, against the baseline's of the same seed (or of another learning rate)."""
+    target = best_value(baseline, goal) if baseline is not None else None
+    own, other = (None if run is None else first_step(run, goal, target) for run in (result, baseline))
     return {
-        "to Adam's best": own,
-        "% of Adam's steps": percent(own, adams),
-        "again": (again := first_update(result, goal, target, own + LASTING) if own is not None else None),
-        "again, %": percent(again, adams),
-        **{f"to {value:g}": first_update(result, goal, value) for value in goal.targets},
+        "to baseline's best": own,
+        "% of baseline's steps": percent(own, other),
+        "again": (again := first_step(result, goal, target, own + LASTING) if own is not None else None),
+        "again, %": percent(again, other),
+        **{f"to {value:g}": first_step(result, goal, value) for value in goal.targets},
         "final": final_value(result, goal.metric),
         "best": best_value(result, goal),
         "wall s": result["seconds"],
@@ -138,7 +155,7 @@ def percent(own: int | None, other: int | None) -> float | None:
 
 def percent_undone(result: Result) -> float | None:
     """Part of the steps that rollback windows took back, in percent; ``None`` if none could be."""
-    rollback_window = (result["cell"].get("rhythm") or {}).get("rollback_window", 0)
+    rollback_window = (result["cell"].get("plan") or {}).get("rollback_window", 0)
     undone = sum(nowcast.get("nowcast/steps_undone", 0) for nowcast in result["nowcasts"])
     return 100 * undone / result["cell"]["steps"] if rollback_window else None
 
@@ -153,7 +170,7 @@ def loss_rise(result: Result, before: int = 40, window: int = 5) -> float | None
     """
     rises = []
     for nowcast in result["nowcasts"]:
-        if not nowcast.get("nowcast/accepted"):
+        if nowcast.get("nowcast/outcome") != "applied":
             continue
         step, losses = int(nowcast["nowcast/step"]), result["training_losses"]
         earlier, later = losses[max(step - before, 0) : step], losses[step : step + RISE_WITHIN]
@@ -163,12 +180,12 @@ def loss_rise(result: Result, before: int = 40, window: int = 5) -> float | None
     return fmean(rises) if rises else None
 
 
-def first_update(result: Result, goal: Goal, target: float | None, since: int = 0) -> int | None:
+def first_step(result: Result, goal: Goal, target: float | None, since: int = 0) -> int | None:
     """When a training first reached a target, from a step on."""
     if target is None:
         return None
     curve = [point for point in curve_of(result, goal.metric) if point[0] >= since]
-    return updates_to_reach(curve, target, goal.higher_is_better)
+    return steps_to_reach(curve, target, goal.higher_is_better)
 
 
 def over_seeds(rows: Sequence[Row]) -> dict[str, Spread | None]:
@@ -180,15 +197,15 @@ def summarise(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> li
     """One row per setting and method: the means over seeds of :func:`measure`."""
     rows = []
     for setting, runs in settings.items():
-        adams = runs.get(ADAM, {})
+        theirs = runs.get(baseline_of(runs), {})
         for method, seeds in runs.items():
-            numbers = [measure(result, adams.get(seed), goals[setting.task]) for seed, result in seeds.items()]
+            numbers = [measure(result, theirs.get(seed), goals[setting.task]) for seed, result in seeds.items()]
             rows.append({**vars(setting), "method": method, "seeds": len(seeds), **over_seeds(numbers)})
     return rows
 
 
 def at_best_rates(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[Row]:
-    """Every method at its own best learning rate, against Adam at its own; for tasks with several rates.
+    """Every method at its own best learning rate, against the baseline at its own; for tasks with several rates.
 
     The best rate is that of the best mean over seeds of the best value.
     """
@@ -203,9 +220,10 @@ def at_best_rates(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -
         for method, rate in best.items():
             if rate is None:
                 continue
-            adam_rate = best.get(ADAM)
-            adams = by_rate[adam_rate][ADAM] if adam_rate is not None else {}
-            numbers = [measure(result, adams.get(seed), goal) for seed, result in by_rate[rate][method].items()]
+            baseline = baseline_of(methods)
+            their_rate = best.get(baseline)
+            theirs = by_rate[their_rate][baseline] if their_rate is not None else {}
+            numbers = [measure(result, theirs.get(seed), goal) for seed, result in by_rate[rate][method].items()]
             named = {"task": task, "schedule": schedule, "steps": steps, "method": method, "best lr": rate}
             rows.append({**named, "seeds": len(numbers), **over_seeds(numbers)})
     return rows
@@ -227,8 +245,8 @@ def best_rate(by_rate: Mapping[float, Runs], method: str, goal: Goal) -> float |
 def by_budget(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[Row]:
     """Final quality q(T): a row per method, learning rate and schedule, a column per budget, if there are several.
 
-    Further columns answer how many steps a method needs to end where Adam ends with each budget, at the learning rate
-    that is Adam's best at it.
+    Further columns answer how many steps a method needs to end where the baseline ends with each budget, at the
+    learning rate that is the baseline's best at it.
     """
     budgets: dict[str, list[int]] = defaultdict(list)
     finals: dict[tuple[str, float, str, str], dict[int, Spread | None]] = defaultdict(dict)
@@ -242,23 +260,26 @@ def by_budget(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> li
     for (task, rate, schedule, method), row in finals.items():
         if len(budgets[task]) > 1:
             columns = {f"q({budget:,})": row.get(budget) for budget in budgets[task]}
-            adams = [of for (t, _, s, m), of in finals.items() if (t, s, m) == (task, schedule, ADAM)]
+            baseline = baseline_of(m for t, _, _, m in finals if t == task)
+            theirs = [of for (t, _, s, m), of in finals.items() if (t, s, m) == (task, schedule, baseline)]
             means = {budget: value.mean for budget, value in row.items() if value is not None}
             for budget in budgets[task]:
-                ends = [value.mean for of in adams if (value := of.get(budget)) is not None]
-                same = updates_for(goals[task].best(ends), means) if ends else None
-                columns[f"for Adam's q({budget:,})"] = None if method == ADAM or same is None else spread([same])
+                ends = [value.mean for of in theirs if (value := of.get(budget)) is not None]
+                same = steps_for(goals[task].best(ends), means) if ends else None
+                columns[f"for baseline's q({budget:,})"] = (
+                    None if method == baseline or same is None else spread([same])
+                )
             rows.append({"task": task, "learning_rate": rate, "schedule": schedule, "method": method, **columns})
     return rows
 
 
-def updates_for(target: float, ends: Mapping[int, float]) -> int | None:
+def steps_for(target: float, ends: Mapping[int, float]) -> int | None:
     """The budget with which a method would end at ``target``, between two budgets with which it was trained.
 
     Quality is taken to be a straight line in the logarithm of the budget from one to the next.
 
     Example:
-        >>> updates_for(0.5, {1000: 0.4, 4000: 0.6}), updates_for(0.7, {1000: 0.4, 4000: 0.6})
+        >>> steps_for(0.5, {1000: 0.4, 4000: 0.6}), steps_for(0.7, {1000: 0.4, 4000: 0.6})
         (2000, None)
     """
     for (low, at_low), (high, at_high) in pairwise(sorted(ends.items())):
@@ -268,14 +289,14 @@ def updates_for(target: float, ends: Mapping[int, float]) -> int | None:
 
 
 def decisions(settings: Mapping[Setting, Runs], goals: Mapping[str, Goal]) -> list[str]:
-    """Plain sentences: every method against Adam (or else the first), and later nowcasters against the first."""
+    """Plain sentences: every method against the baseline or else the first, later nowcasters against the first."""
     sentences = []
     for setting, runs in settings.items():
-        reference = ADAM if ADAM in runs else next(iter(runs))
+        reference = baseline_of(runs) or next(iter(runs))
         pairs = [(method, reference) for method in runs if method != reference]
         nowcasters = [method for method in runs if is_plain_nowcaster(method)]
         pairs += [(later, nowcasters[0]) for later in nowcasters[1:] if nowcasters[0] != reference]
-        sentences += [f"{setting}: {compare(runs, *pair, goals[setting.task])}" for pair in pairs]
+        sentences += [f"{setting}: {sentence_on(runs, *pair, goals[setting.task])}" for pair in pairs]
     return sentences
 
 
@@ -284,7 +305,7 @@ def is_plain_nowcaster(method: str) -> bool:
     return method.partition(":")[0] in ("nino", "official", "wnn") and "+" not in method
 
 
-def compare(runs: Runs, method: str, reference: str, goal: Goal) -> str:
+def sentence_on(runs: Runs, method: str, reference: str, goal: Goal) -> str:
     """One sentence on two methods, over the seeds that both have."""
     seeds = [seed for seed in runs[method] if seed in runs[reference]]
     if not seeds:
@@ -293,8 +314,8 @@ def compare(runs: Runs, method: str, reference: str, goal: Goal) -> str:
     for seed in seeds:
         target = best_value(runs[reference][seed], goal)
         if target is not None:
-            reached.append(first_update(runs[method][seed], goal, target))
-            needed.append(first_update(runs[reference][seed], goal, target))
+            reached.append(first_step(runs[method][seed], goal, target))
+            needed.append(first_step(runs[reference][seed], goal, target))
     finals = {
         name: spread([final_value(runs[name][seed], goal.metric) for seed in seeds]) for name in (method, reference)
     }
@@ -307,13 +328,31 @@ def compare(runs: Runs, method: str, reference: str, goal: Goal) -> str:
         text += f"after {spread(reached)} ({share:.0f}%)"
     if all(never_jumped(runs[method][seed]) for seed in seeds):
         text += ", without a jump, since every nowcast failed or was undone"
-    return f"{text}; final {finals[method] or 'diverged'} against {finals[reference] or 'diverged'}"
+    text += f"; final {finals[method] or 'diverged'} against {finals[reference] or 'diverged'}"
+    p_value = paired_p_value([[final_value(runs[name][seed], goal.metric) for seed in seeds] for name in finals])
+    return text if p_value is None else f"{text} (p = {p_value:.2g}, paired t-test over {len(seeds)} seeds)"
+
+
+def paired_p_value(pairs: Sequence[Sequence[float | None]]) -> float | None:
+    """How likely two methods are as far apart by chance: a two-sided paired t-test; ``None`` below three seeds.
+
+    Example:
+        >>> round(paired_p_value([[1.0, 2.0, 3.0], [1.1, 2.3, 3.2]]), 3)
+        0.074
+    """
+    from scipy.stats import ttest_rel
+
+    one, other = pairs
+    known = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    if len(known) < LEAST_SEEDS or len({a - b for a, b in known}) == 1:
+        return None
+    return float(ttest_rel(*zip(*known, strict=True)).pvalue)
 
 
 def never_jumped(result: Result) -> bool:
     """Whether nowcasts were due and no jump was kept."""
     nowcasts = result["nowcasts"]
-    return bool(nowcasts) and all(nowcast.get("nowcast/accepted") == 0.0 for nowcast in nowcasts)
+    return bool(nowcasts) and all(nowcast.get("nowcast/outcome") != "applied" for nowcast in nowcasts)
 
 
 def mean_curve(results: Iterable[Result], metric: str) -> Curve:

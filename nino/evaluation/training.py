@@ -1,8 +1,8 @@
 """One training of a comparison: what it is, where its result lies, and the training itself.
 
 The same seed gives every method the same initial weights and the same batches. A result is one JSON file that appears
-when the training has ended; its name holds a hash of all settings and of the nowcaster's weights, not of the data:
-other data need another folder.
+when the training has ended; its name holds a hash of all settings and of the nowcaster's weights, not of the data or
+the code of a task: give changed ones another name, or another folder.
 """
 
 from __future__ import annotations
@@ -12,32 +12,68 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
+from nino.errors import NinoError
+from nino.evaluation.methods import Setup, check_method, parse_method
+from nino.plan import NowcastPlan
 from nino.system.files import written_whole
-from tasks.images import HeldOut
-from tasks.methods import Method, Rhythm, Setup, parse_method
-from tasks.speedup import TASKS
 
-CELL_VERSION = 1
+CELL_VERSION = 2
 """Goes up when the training below changes; older results are then no longer taken for results."""
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 STABLE = 0.8
 """The part of a ``wsd`` run before its rate falls."""
 PATIENCE = 200
-"""Updates without a finite loss after which a training ends; a nowcast in its rollback window is taken back earlier."""
+"""Steps without a finite loss after which a training ends; a nowcast in its rollback window is taken back earlier."""
+TAKEN = {"step", "loss", "seconds", "cpu_seconds"}
+"""Names in a curve that are no metrics: ``loss`` is the mean of the training losses since the last point."""
 DIGITS = 4
 """Decimals of training losses."""
 
 Progress = Callable[[int, str], None]
 """Called with the number of steps done since the last call, and what to say."""
+Result = Mapping[str, Any]
+"""The content of a cell's file."""
+
+
+class Task(Protocol):
+    """What is trained, on what, and how it is measured.
+
+    It may have more: ``name`` (by default its class's), ``metric`` (the value of :meth:`held_out` that counts, by
+    default the first), ``higher_is_better`` (by default ``False``), ``targets`` (values of the metric to reach),
+    ``weight_decay`` (of AdamW, by default 0), and ``optimizer(model)``, which makes the optimizer of the method
+    ``own``. To be trained in other processes it must be picklable.
+    """
+
+    def model(self, seed: int) -> nn.Module:
+        """A freshly initialised model, always the same for a seed."""
+        ...
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        """Batches without end, always the same for a seed."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The training loss."""
+        ...
+
+    def held_out(self, model: nn.Module) -> Mapping[str, float] | float:
+        """What is measured on held-out data; the model is in training mode before and after."""
+        ...
+
+
+def name_of(task: Task) -> str:
+    """What a task is called."""
+    return str(getattr(task, "name", type(task).__name__))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +87,12 @@ class Cell:
     schedule: str
     steps: int
     evaluate_every: int
-    rhythm: Rhythm | None
-    """``None`` for methods without one."""
-    weights: str | None
-    """Fingerprint of the nowcaster's weights."""
     warmup: int = 0
-    """Updates over which the learning rate rises from zero."""
-    held_out: HeldOut = "test"
-    """Which data it is evaluated on."""
+    """Steps over which the learning rate rises from zero."""
+    plan: NowcastPlan | None = None
+    """Of its jumps, nothing left open; ``None`` for methods without."""
+    weights: str | None = None
+    """Fingerprint of the nowcaster's weights."""
 
     @property
     def label(self) -> str:
@@ -66,53 +100,40 @@ class Cell:
         return f"{self.task} {self.method} seed {self.seed} lr {self.learning_rate:g} {self.schedule} {self.steps:,}"
 
     def as_record(self) -> dict[str, Any]:
-        """Plain values, for JSON; later settings only where somebody set them, so that older cells keep their names."""
+        """Plain values, for JSON; settings of the plan only where they differ from the default."""
         record = asdict(self)
-        if not self.warmup:
-            del record["warmup"]
-        if self.held_out == "test":
-            del record["held_out"]
-        for name in ("until", "preserve_norms", "ramp") if self.rhythm is not None else ():
-            if not record["rhythm"][name]:
-                del record["rhythm"][name]
+        if self.plan is not None:
+            changed = (field for field in fields(self.plan) if getattr(self.plan, field.name) != field.default)
+            record["plan"] = {field.name: getattr(self.plan, field.name) for field in changed}
         return record
 
     @property
     def file_name(self) -> str:
         """Readable, and different for every other cell."""
         digest = hashlib.sha256(json.dumps([CELL_VERSION, self.as_record()], sort_keys=True).encode()).hexdigest()
-        method = re.sub(r"[^\w.+-]+", "-", self.method)[-60:]
-        parts = (self.task, method, f"seed{self.seed}", f"lr{self.learning_rate:g}", self.schedule, str(self.steps))
+        task, method = (re.sub(r"[^\w.+-]+", "-", text)[-60:] for text in (self.task, self.method))
+        parts = (task, method, f"seed{self.seed}", f"lr{self.learning_rate:g}", self.schedule, str(self.steps))
         return ".".join([*parts, digest[:10], "json"])
 
 
-def make_cell(
-    task: str,
-    method: Method,
-    weights: str | None,
-    *,
-    seed: int,
-    learning_rate: float,
-    schedule: str,
-    steps: int,
-    evaluate_every: int,
-    warmup: int = 0,
-    held_out: HeldOut = "test",
-) -> Cell:
-    """The cell of a method, which depends on its rhythm only if it has one."""
-    return Cell(
-        task=task,
-        method=method.name,
-        seed=seed,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        steps=steps,
-        evaluate_every=evaluate_every,
-        rhythm=method.rhythm if method.has_rhythm else None,
-        weights=weights,
-        warmup=warmup,
-        held_out=held_out,
-    )
+def make_cell(task: str, method: str, plan: NowcastPlan | None = None, *, steps: int, **settings: Any) -> Cell:
+    """The cell of a method; everything that the method needs is looked at.
+
+    Args:
+        task: its name.
+        method: its name.
+        plan: of jumps, where the name does not say otherwise.
+        steps: optimizer steps.
+        settings: of :class:`Cell`.
+
+    Raises:
+        NinoError: if something is missing or out of range, or the run ends before the first jump.
+    """
+    if settings["schedule"] not in SCHEDULES:
+        raise NinoError(f"schedule {settings['schedule']!r} is none of {', '.join(SCHEDULES)}")
+    parsed = parse_method(method, plan)
+    weights = check_method(parsed, steps)
+    return Cell(task=task, method=method, plan=parsed.plan_for(steps), weights=weights, steps=steps, **settings)
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: int = 0) -> float:
@@ -138,20 +159,19 @@ def learning_rate_factor(schedule: str, step: int, steps: int, warmup: int = 0) 
     return 1.0
 
 
-def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
+def train(cell: Cell, task: Task, progress: Progress) -> dict[str, Any]:
     """Train a cell to its end, or until it has diverged."""
-    spec = TASKS[cell.task]
-    task = spec.data(data, cell.held_out)
     torch.manual_seed(cell.seed)
-    model = spec.build()
-    # After the model: building a nowcaster draws random numbers.
-    method = parse_method(cell.method, cell.rhythm or Rhythm())
-    setup = Setup(method, model, cell.learning_rate, spec.weight_decay, cell.steps)
-    batches = task.batches(spec.batch_size, torch.Generator().manual_seed(cell.seed))
+    model = task.model(cell.seed)
+    method = parse_method(cell.method, cell.plan)
+    weight_decay, own = getattr(task, "weight_decay", 0.0), getattr(task, "optimizer", None)
+    setup = Setup(method, model, cell.learning_rate, weight_decay, cell.steps, own)
+    batches = task.batches(cell.seed)
+    torch.manual_seed(cell.seed)  # building a nowcaster drew random numbers: dropout is the same for all methods
     clock = Clock()
     losses: list[float] = []
     curve: list[dict[str, float | None]] = []
-    reported = 0
+    reported, metric = 0, ""
     for step in range(1, cell.steps + 1):
         setup.set_learning_rate(learning_rate_factor(cell.schedule, step - 1, cell.steps, cell.warmup))
         setup.optimizer.zero_grad()
@@ -165,15 +185,16 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
             continue
         spent = clock.spent()
         with clock.paused(), setup.evaluated():
-            metrics = task.evaluate(model)
+            metrics = measured(task, model)
         point = {"step": step, "loss": fmean(losses[reported:]), **metrics, **spent}
         curve.append({name: finite(value) for name, value in point.items()})
-        progress(step - reported, f"update {step:,}, {spec.metric} {metrics[spec.metric]:.4f}")
+        metric = str(getattr(task, "metric", next(iter(metrics))))
+        progress(step - reported, f"step {step:,}, {metric} {metrics[metric]:.4f}")
         reported = step
     progress(cell.steps - reported, "diverged" if has_diverged(losses) else "done")
     return {
         "cell": cell.as_record(),
-        "metric": spec.metric,
+        "metric": metric,
         "diverged": has_diverged(losses),
         "curve": curve,
         "nowcasts": [report.as_record() for report in setup.reports],
@@ -181,6 +202,21 @@ def train(cell: Cell, data: Path, progress: Progress) -> dict[str, Any]:
         "evaluation_seconds": round(clock.away[0], 3),
         "training_losses": [finite(round(loss, DIGITS)) for loss in losses],
     }
+
+
+def measured(task: Task, model: nn.Module) -> dict[str, float]:
+    """What a task measures, by name; a single number is ``eval_loss``.
+
+    Raises:
+        NinoError: if the one that counts is not among it.
+    """
+    found = task.held_out(model)
+    metrics = dict(found) if isinstance(found, Mapping) else {"eval_loss": found}
+    metric = getattr(task, "metric", next(iter(metrics), "a number"))
+    if metric not in metrics or TAKEN & set(metrics):
+        taken = f", and none of {', '.join(sorted(TAKEN))}" if TAKEN & set(metrics) else ""
+        raise NinoError(f"held_out of task {name_of(task)} must give {metric}{taken}, got {list(metrics)}")
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def has_diverged(losses: list[float]) -> bool:
@@ -224,25 +260,24 @@ class Clock:
         }
 
 
-def result_path(out: Path, cell: Cell) -> Path:
+def result_path(folder: Path, cell: Cell) -> Path:
     """Where a cell's result lies."""
-    return out / "cells" / cell.file_name
+    return folder / "cells" / cell.file_name
 
 
-def read_result(out: Path, cell: Cell) -> dict[str, Any] | None:
+def read_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """A cell's result; ``None`` if there is none."""
     try:
-        result = json.loads(result_path(out, cell).read_text())
+        result = json.loads(result_path(folder, cell).read_text())
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and "training_losses" in result else None
 
 
-def train_and_write(cell: Cell, progress: Progress, *, data: Path, out: Path) -> None:
-    """Train a cell on one thread and write its result, whole or not at all."""
-    torch.set_num_threads(1)
-    result = train(cell, data, progress)
-    path = result_path(out, cell)
+def train_and_write(cell: Cell, progress: Progress, *, tasks: Mapping[str, Task], folder: Path) -> None:
+    """Train a cell and write its result, whole or not at all."""
+    result = train(cell, tasks[cell.task], progress)
+    path = result_path(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, forced=False) as temporary:
         temporary.write_text(json.dumps(result, allow_nan=False))

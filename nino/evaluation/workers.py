@@ -70,6 +70,26 @@ def do_all(jobs: Sequence[Job], work: Work, processes: int) -> Iterator[Event[Jo
             worker.end()
 
 
+def do_here(jobs: Sequence[Job], work: Work, listen: Callable[[Event[Job]], object]) -> None:
+    """Do all jobs one after another in this process, and tell what happens."""
+    for job in jobs:
+
+        def report(amount: int, text: str, job: Job = job) -> None:
+            listen(Event(job, "progress", amount, text))
+
+        try:
+            result = work(job, report)
+        except Exception as error:  # one failed job must not lose the others
+            listen(Event(job, "failed", text=reason_of(error)))
+        else:
+            listen(Event(job, "done", result=result))
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
 class Worker:
     """A process that does one job after another."""
 
@@ -123,8 +143,7 @@ def serve(work: Work, connection: Connection) -> None:
         except BrokenPipeError:  # the parent is gone
             return
         except Exception as error:  # one failed job must not lose the others
-            reason = " ".join(str(error).split())
-            connection.send(("failed", 0, f"{type(error).__name__}: {reason}"[:500]))
+            connection.send(("failed", 0, reason_of(error)))
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nino.data.trajectory import HEADER_FILE, STATES_FILE, read_header
 from nino.errors import TrajectoryError
-from tasks.cli import fail
+
+logger = logging.getLogger(__name__)
 
 HOLD_OUT_EVERY = 10
+LEAST_RUNS = HOLD_OUT_EVERY // 2 + 1
 
 
 @dataclass
@@ -27,32 +29,42 @@ class Split:
     """Families of too few runs to hold one out."""
 
     def check(self, folder: Path) -> None:
-        """Stop if there is nothing to train on, or nothing to judge by."""
+        """Refuse a folder with nothing to train on, or nothing to judge by.
+
+        Raises:
+            TrajectoryError: saying how many runs are needed.
+        """
         if not self.train or not self.held_out:
-            fail(
-                f"--runs {folder}: {len(self.train + self.held_out)} finished runs; at least {HOLD_OUT_EVERY // 2 + 1} "
-                "of one family are needed, an ensemble counting as one"
+            raise TrajectoryError(
+                f"{folder} holds {len(self.train + self.held_out)} finished runs; at least {LEAST_RUNS} of one family "
+                "are needed, an ensemble counting as one"
             )
 
 
 def find_runs(folder: Path) -> Split:
-    """The runs of ``--runs``; what of it is not used is said on standard error."""
+    """The runs of a folder, as :func:`split_runs`; what of it is not used is said in a warning.
+
+    Raises:
+        TrajectoryError: if it is no folder, or itself a run.
+    """
     if not folder.is_dir():
-        fail(f"--runs {folder} is not a folder; record runs with scripts/collect_trajectories.py")
+        raise TrajectoryError(f"{folder} is not a folder; record runs with nino.data.record")
     if (folder / HEADER_FILE).exists():
-        fail(f"--runs {folder} is itself a run; give the folder that holds it and others, {folder.parent}")
+        raise TrajectoryError(f"{folder} is itself a run; give the folder that holds it and others, {folder.parent}")
     split = split_runs(folder)
     if split.unfinished:
         names = ", ".join(Path(run).name for run in split.unfinished[:5])
         more = f" and {len(split.unfinished) - 5} more" if len(split.unfinished) > 5 else ""
-        print(f"left out, since their recording is not finished: {names}{more}", file=sys.stderr)
+        logger.warning("left out, since their recording is not finished: %s%s", names, more)
     if split.train and split.held_out and split.not_judged:
         families = ", ".join(split.not_judged)
-        print(
-            f"no run is held out of {families}: fewer than {HOLD_OUT_EVERY // 2 + 1} runs, no validation",
-            file=sys.stderr,
-        )
+        logger.warning("no run is held out of %s: fewer than %d runs, no validation", families, LEAST_RUNS)
     return split
+
+
+def held_out(index: int) -> bool:
+    """Whether what comes at this place among its kind is held out: every tenth, beginning with the sixth."""
+    return index % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2
 
 
 def split_runs(folder: Path) -> Split:
@@ -78,8 +90,8 @@ def split_runs(folder: Path) -> Split:
         together = str(training.get("ensemble") or path.name).removesuffix("-jumps")
         families[str(training.get("family", "unknown"))][together].append(str(path))
     for family, groups in families.items():
-        if len(groups) <= HOLD_OUT_EVERY // 2:
+        if len(groups) < LEAST_RUNS:
             split.not_judged.append(family)
         for index, runs in enumerate(groups.values()):
-            (split.held_out if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2 else split.train).extend(runs)
+            (split.held_out if held_out(index) else split.train).extend(runs)
     return split

@@ -1,4 +1,4 @@
-"""How the scripts show results: steps to a target, a plain table, curves as a picture."""
+"""How results are shown: steps to a target, a plain table, curves as a picture."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LINES = ("-", "--", ":")
 """Ten colours each."""
 
 
-def updates_to_reach(curve: Curve, target: float, higher_is_better: bool = False) -> int | None:
-    """The first evaluated update at which the value is as good as ``target``; ``None`` if it never is."""
+def steps_to_reach(curve: Curve, target: float, higher_is_better: bool = False) -> int | None:
+    """The first evaluated step at which the value is as good as ``target``; ``None`` if it never is."""
     sign = -1 if higher_is_better else 1
     return next((int(step) for step, value in curve if sign * value <= sign * target), None)
 
@@ -51,9 +51,9 @@ class Panel:
 
     title: str
     curves: Mapping[str, Curve]
-    """Method -> ``[[update, value], ...]``; the first is the reference."""
+    """Method -> ``[[step, value], ...]``; the first is the reference."""
     jumps: Sequence[int] = ()
-    """Updates after which a nowcast happened."""
+    """Steps after which a nowcast happened."""
     quantity: str = "validation loss"
     is_loss: bool = True
     """Whether lower is better, and a logarithmic axis suits it."""
@@ -66,7 +66,7 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], jumps: Ma
 
     Args:
         path: of the PNG.
-        panels: task -> method -> ``[[update, loss], ...]``.
+        panels: task -> method -> ``[[step, loss], ...]``.
         jumps: task -> steps after which a nowcast happened.
     """
     draw_panels(path, [Panel(task, curves, jumps.get(task, ())) for task, curves in panels.items()])
