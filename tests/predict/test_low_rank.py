@@ -24,7 +24,9 @@ def products(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {a: weights[b] @ weights[a] for a, b in pairs_of(weights)}
 
 
-def walk(turn: bool, noise: float = 0.0, also: str = "none") -> tuple[nino.NeuralGraph, list[dict[str, torch.Tensor]], set[str]]:
+def walk(
+    turn: bool, noise: float = 0.0, also: str = "none"
+) -> tuple[nino.NeuralGraph, list[dict[str, torch.Tensor]], set[str]]:
     """Five snapshots in which ``B`` moves straight on; ``turn``: written in other coordinates every time."""
     model = adapted()
     for name, parameter in model.named_parameters():
