@@ -51,7 +51,7 @@ def walk(
 
 
 def predict(graph: nino.NeuralGraph, snapshots: list[dict[str, torch.Tensor]], trained: set[str]) -> Movement:
-    return AdapterExtrapolator().predict_movement(snapshots, 8, graph, only=trained)
+    return AdapterExtrapolator(longest=4).predict_movement(snapshots, 8, graph, only=trained)
 
 
 @pytest.mark.parametrize("turn", [False, True])
