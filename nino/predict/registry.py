@@ -8,6 +8,7 @@ from pathlib import Path
 from nino.errors import CheckpointError, NinoError
 from nino.predict.confirmed import ConfirmedExtrapolator
 from nino.predict.extrapolators import LinearExtrapolator, ReducedRankExtrapolator
+from nino.predict.low_rank import AdapterExtrapolator
 from nino.predict.nowcaster import Nowcaster
 from nino.predict.predictor import Predictor
 from nino.predict.straight import StraightExtrapolator
@@ -17,6 +18,7 @@ BY_NAME: dict[str, Callable[[], Predictor]] = {
     "linear": LinearExtrapolator,
     "reduced-rank": ReducedRankExtrapolator,
     "straight": StraightExtrapolator,
+    "adapters": AdapterExtrapolator,
 }
 """Predictors that need no file."""
 
