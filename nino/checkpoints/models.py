@@ -33,7 +33,7 @@ def model_from_config(source: str | Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise NinoError(f"{path} describes a transformers model: pip install 'nino[trainer]' ({error})") from error
+        raise NinoError(f"{path} describes a transformers model: pip install 'nowcaster[trainer]' ({error})") from error
     try:
         refuse_sizes(json.loads(path.read_text()))
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
