@@ -264,7 +264,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def jumps_of(args: argparse.Namespace) -> NowcastPlan:
     """The plan of all runs; stops if it does not fit the nowcaster, or leaves nothing to learn from between jumps."""
     predictor = load_nowcaster(args.jump_with)
-    run = Run(context=predictor.context, max_horizon=predictor.max_horizon, max_steps=args.steps)
+    run = Run.of(predictor, args.steps)
     plan = choose(dataclasses.replace(args.jumps, rollback_window=0, stop_after=1.0), run)
     period, ramp = plan.period or args.steps, plan.ramp or 0
     if args.last_jump is not None and not period <= args.last_jump < args.steps:

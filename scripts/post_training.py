@@ -29,7 +29,7 @@ from tasks.post_cells import PostCell, Workload, check_method, read_result, trai
 from tasks.post_methods import BASE
 from tasks.post_report import publish
 
-STRAIGHT = "straight:period=20:rollback_window=0"
+STRAIGHT = "straight:period=20"
 
 
 @dataclass(frozen=True)

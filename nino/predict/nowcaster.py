@@ -325,9 +325,10 @@ class Nowcaster:
         scalers = measure_snapshots(snapshots, graph.shapes, device, partition, self.config.inputs)
         facts = self._remembered.facts(graph)
         positions = facts.positions_of(graph, self.config.num_positions) if positions is None else positions
-        views = SnapshotViews(graph, snapshots, partition)
+        layouts = facts.layouts if partition is WHOLE else None
+        views = SnapshotViews(graph, snapshots, partition, layouts)
         reader = SnapshotReader(views, scalers, device, exact)
-        writer = MovementWriter(graph, tensors, views, device, partition, how.preserve_norms, writes_weights)
+        writer = MovementWriter(graph, tensors, views, device, partition, how.preserve_norms, writes_weights, layouts)
         with full_precision(device):
             if how.engine == "edges":
                 predict_edgewise(network, graph, reader, writer, positions, horizon)

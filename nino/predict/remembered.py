@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nino.graph.ir import NeuralGraph
+from nino.predict.engine.views import Layouts
 
 
 @dataclass
@@ -17,6 +18,8 @@ class GraphFacts:
 
     positions: dict[int, Tensor] = field(default_factory=dict)
     """By their number, ``[num_nodes, number]``."""
+    layouts: Layouts = field(default_factory=dict)
+    """How blocks lie in tensors of parameters."""
     engine: dict[Any, Any] = field(default_factory=dict)
     """What an engine keeps, by keys of its own."""
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from nino.evaluation.report import format_markdown
 from tasks.post_methods import BASE
 from tasks.post_numbers import Result, Row, Setting, compare, setting_of
-from tasks.report import format_markdown
 
 DIGITS = 4
 COLUMNS = 3

@@ -164,12 +164,12 @@ def _by_rows(compute: Callable[[int, int], None], targets: int, sources: int) ->
     list(_pool(threads).map(compute, cuts[:-1], cuts[1:]))
 
 
-os.register_at_fork(after_in_child=lambda: _pool.cache_clear())  # threads do not come along
-
-
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="nino")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
 
 
 @cache

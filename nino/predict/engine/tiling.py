@@ -30,8 +30,9 @@ from nino.system.pieces import piece_size
 STRIP_EDGES = 2**18
 TILE_EDGES = {"cpu": 2**13, "cuda": 2**18}
 MIN_TILE_EDGES = 2**8
-SMALL_NODES = 2**14
-"""Up to so many nodes the indices of all strips are remembered: making them takes longer than what is computed."""
+SMALL_EDGES = 2**17
+"""Of graphs with at most so many edges the indices of all strips are remembered: making them takes longer than what is
+computed."""
 STRIP_PER_TILE = 16
 """Tiles' worth of edges that are read at once, at most."""
 SIDE_PER_TILE = 4
@@ -226,7 +227,7 @@ class Blocks:
         self.sizes = sizes
         self.device = device
         self.partition = partition
-        is_small = partition is WHOLE and graph.num_nodes <= SMALL_NODES
+        is_small = partition is WHOLE and graph.num_edges <= SMALL_EDGES
         self._remembered = remembered if remembered is not None and is_small else None
         self._first = graph.first_nodes()
         self._into: dict[NeuronGroup, list[EdgeBlock]] = self._remember("into", self._blocks_into)

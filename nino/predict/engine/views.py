@@ -16,6 +16,11 @@ from nino.graph.rows import Place, moved, num_edges_at, place_of, view_rows
 from nino.parallel.rows import Rows
 from nino.predict.partition import WHOLE, Partition
 
+Layout = tuple[EdgeBlock, Place, Sequence[int], Sequence[int], int]
+"""Of a block: which of its edges the tensor holds, and size, strides and first element of the view of them."""
+Layouts = dict[tuple[str, tuple[int, ...]], list[Layout] | None]
+"""By parameter name and strides of its tensor."""
+
 
 def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor], partition: Partition = WHOLE) -> int:
     """The size of the copies that reading or writing these tensors takes because their strides allow no views."""
@@ -31,15 +36,29 @@ def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor], partition
 def _views(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> list[Tensor] | None:
     """What each block carries of a tensor that holds some rows, ``[F, t, s]``; ``None`` if its strides do not allow it.
 
-    Of a block that has none of the rows it is an empty tensor.
+    Of a block that has none of the rows it is empty.
     """
     try:
-        return [
-            _whole_piece(block, view_rows(block, tensor, rows)) if num_edges_at(place_of(block, rows)) else tensor[:0]
-            for block in blocks
-        ]
+        return [_view(block, tensor, rows) for block in blocks]
     except RuntimeError:
         return None
+
+
+def _view(block: EdgeBlock, tensor: Tensor, rows: Rows) -> Tensor:
+    if not num_edges_at(place_of(block, rows)):
+        return tensor.as_strided((0, 0, 0), (0, 0, 0))
+    return _whole_piece(block, view_rows(block, tensor, rows))
+
+
+def _layout(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> list[Layout] | None:
+    """How each block lies in a tensor of these strides; ``None`` if some block cannot be viewed."""
+    views = _views(blocks, tensor, rows)
+    if views is None:
+        return None
+    return [
+        (block, place_of(block, rows), view.shape, view.stride(), int(view.storage_offset() - tensor.storage_offset()))
+        for block, view in zip(blocks, views, strict=True)
+    ]
 
 
 def _whole_piece(block: EdgeBlock, view: Tensor) -> Tensor:
@@ -72,9 +91,17 @@ class ParameterViews:
         graph: of the model; only its own blocks can be asked for.
         tensors: by parameter name.
         partition: says which rows of the parameters they hold.
+        layouts: what was found out of tensors of the same graph, rows and strides.
     """
 
-    def __init__(self, graph: NeuralGraph, tensors: Mapping[str, Tensor], partition: Partition = WHOLE) -> None:
+    def __init__(
+        self,
+        graph: NeuralGraph,
+        tensors: Mapping[str, Tensor],
+        partition: Partition = WHOLE,
+        layouts: Layouts | None = None,
+    ) -> None:
+        layouts = {} if layouts is None else layouts
         self.tensors: dict[str, Tensor] = {}
         """The tensors themselves, or contiguous copies of those whose strides do not allow the blocks' views."""
         self._pieces: dict[int, tuple[Tensor, Place]] = {}
@@ -82,14 +109,16 @@ class ParameterViews:
             if name not in tensors:
                 continue
             rows, tensor = partition.held_rows(name, graph.shapes[name]), tensors[name]
-            views = _views(blocks, tensor, rows)
-            if views is None:
+            key = (name, tensor.stride())
+            if key not in layouts:
+                layouts[key] = _layout(blocks, tensor, rows)
+            if layouts[key] is None:
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
-                views = _views(blocks, tensor, rows)
-                assert views is not None  # noqa: S101 (contiguous tensors can be viewed)
+                layouts[key := (name, tensor.stride())] = _layout(blocks, tensor, rows)
             self.tensors[name] = tensor
-            for block, view in zip(blocks, views, strict=True):
-                self._pieces[id(block)] = view, place_of(block, rows)
+            for block, held, size, stride, first in layouts[key] or ():
+                view = tensor.as_strided(size, stride, tensor.storage_offset() + first)
+                self._pieces[id(block)] = view, held
 
     def piece(self, block: EdgeBlock, place: Place) -> Tensor:
         """A piece ``[F, t, s]`` of the block's parameter; the edges of ``place`` must be among those of the rows."""
@@ -104,15 +133,21 @@ class SnapshotViews:
         graph: of the model.
         snapshots: oldest first, per parameter name a tensor of any floating dtype on any device.
         partition: says which rows of the parameters they hold.
+        layouts: as in :class:`ParameterViews`.
     """
 
     def __init__(
-        self, graph: NeuralGraph, snapshots: Sequence[Mapping[str, Tensor]], partition: Partition = WHOLE
+        self,
+        graph: NeuralGraph,
+        snapshots: Sequence[Mapping[str, Tensor]],
+        partition: Partition = WHOLE,
+        layouts: Layouts | None = None,
     ) -> None:
+        layouts = {} if layouts is None else layouts
         self.context = len(snapshots)
         self._partition = partition
         self._shapes = graph.shapes
-        self._views = [ParameterViews(graph, snapshot, partition) for snapshot in snapshots]
+        self._views = [ParameterViews(graph, snapshot, partition, layouts) for snapshot in snapshots]
 
     def pieces(self, block: EdgeBlock, place: Place) -> list[Tensor]:
         """A piece of every snapshot, ``[F, t, s]``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from nino.errors import SnapshotError
 from nino.graph.ir import EdgeBlock, EdgeType, NeuralGraph
 from nino.graph.rows import Place
-from nino.predict.engine.views import ParameterViews, SnapshotViews
+from nino.predict.engine.views import Layouts, ParameterViews, SnapshotViews
 from nino.predict.movement import MATRIX_AXES, MovementSize, factor_to_keep, moved, rescaled, without
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.unchanged import keep_unchanged, unchanged_mask
@@ -32,6 +32,7 @@ class MovementWriter:
         preserve_norms: whether :meth:`finish` gives matrices the norms that they had.
         writes_weights: whether the tensors take the predicted weights, and not the movement to there; they may then
             have any format and strides.
+        layouts: as in :class:`nino.predict.engine.views.ParameterViews`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class MovementWriter:
         partition: Partition = WHOLE,
         preserve_norms: bool = False,
         writes_weights: bool = False,
+        layouts: Layouts | None = None,
     ) -> None:
         self.tensors = tensors
         self._snapshots = snapshots
@@ -53,7 +55,7 @@ class MovementWriter:
         self._kept = [name for name in tensors if preserve_norms and len(graph.shapes[name]) >= MATRIX_AXES]
         """Parameters whose norms are kept."""
         self._rows = {name: partition.held_rows(name, graph.shapes[name]) for name in tensors}
-        self._views = ParameterViews(graph, tensors, partition)
+        self._views = ParameterViews(graph, tensors, partition, layouts)
         self._squares: dict[tuple[str, EdgeType], Tensor] = {}
 
     def wants(self, block: EdgeBlock) -> bool:
