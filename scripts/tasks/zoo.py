@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WORDS, WIDTH, MOST_PARAMETERS = 40, 16, 40_000_000
+WORDS, WIDTH, MOST_PARAMETERS = 40, 16, 24_000_000
 Made = tuple[nn.Module, Any]
 
 
@@ -109,15 +109,15 @@ def _transformer(kind: str, classes: tuple[str, ...]) -> Made:
     if not classes:
         raise SkippedError("the registry has no model of it")
     problem = ""
-    for small in (shrink, shrink_depth):
+    for small, most in ((shrink, MOST_PARAMETERS), (shrink_depth, MOST_PARAMETERS // 4)):
         for name in dict.fromkeys((classes[0], classes[-1])):
             try:
                 config = transformers.CONFIG_MAPPING[kind]()
                 small(config)
                 with torch.device("meta"):
                     size = sum(p.numel() for p in getattr(transformers, name)(config).parameters())
-                if size > MOST_PARAMETERS:
-                    problem = f"{size:,} parameters at the least"
+                if size > most:
+                    problem = problem or f"{size:,} parameters at the least"
                     continue
                 model = getattr(transformers, name)(config)
                 inputs = inputs_for(model)
