@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nino.callbacks.recorder import TrajectoryRecorder
-    from nino.callbacks.trainer import NowcastCallback
+    from nino.callbacks.trainer import NowcastCallback, attach
 
-__all__ = ["NowcastCallback", "TrajectoryRecorder"]
+__all__ = ["NowcastCallback", "TrajectoryRecorder", "attach"]
 
-MODULES = {"NowcastCallback": "nino.callbacks.trainer", "TrajectoryRecorder": "nino.callbacks.recorder"}
+MODULES = {
+    "NowcastCallback": "nino.callbacks.trainer",
+    "TrajectoryRecorder": "nino.callbacks.recorder",
+    "attach": "nino.callbacks.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +24,4 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(MODULES[name]), name)
     except ImportError as error:
-        raise ImportError(f"{name} needs transformers: pip install 'nino[trainer]' ({error})") from error
+        raise ImportError(f"{name} needs transformers: pip install 'nowcaster[trainer]' ({error})") from error

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nino.callbacks.loss_hook import readers_of
+from nino.callbacks.host import find_trainer
 from nino.callbacks.trainer import NowcastCallback
 from nino.data import Recorder, record
 from nino.data.writer import StateDtype
@@ -64,7 +63,7 @@ class TrajectoryRecorder(TrainerCallback):
     ) -> None:
         """Open the recording; when resuming, drop what came after the checkpoint."""
         model = kwargs["model"]
-        self._nowcasts = _nowcasts_of(model)
+        self._nowcasts = _nowcasts_beside(self)
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         known = {"lr": args.learning_rate, "batch_size": batch_size, "seed": args.seed, "steps": state.max_steps}
         self._metrics = {}
@@ -86,7 +85,7 @@ class TrajectoryRecorder(TrainerCallback):
         """Before the first step, record where training begins; by now every callback has begun."""
         if self.recorder is None or state.global_step > 0:
             return
-        if _nowcasts_of(kwargs["model"]) is not self._nowcasts:
+        if _nowcasts_beside(self) is not self._nowcasts:
             raise TrajectoryError(
                 "TrajectoryRecorder comes before NowcastCallback and would not see its jumps; "
                 "put it behind in the list of callbacks"
@@ -130,6 +129,8 @@ class TrajectoryRecorder(TrainerCallback):
         self.recorder = self._nowcasts = None
 
 
-def _nowcasts_of(model: nn.Module) -> NowcastCallback | None:
-    """The callback that nowcasts this model, found by the hook that it keeps there while training runs."""
-    return next((reader for reader in readers_of(model) if isinstance(reader, NowcastCallback)), None)
+def _nowcasts_beside(recorder: TrainerCallback) -> NowcastCallback | None:
+    """The callback that nowcasts in the same Trainer and has begun, if there is one."""
+    trainer = find_trainer(recorder)
+    beside = [] if trainer is None else trainer.callback_handler.callbacks
+    return next((one for one in beside if isinstance(one, NowcastCallback) and one.session is not None), None)

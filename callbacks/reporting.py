@@ -1,104 +1,43 @@
-"""How reports of nowcasts reach the Trainer's log, its history and every integration of ``report_to``.
+"""How reports of nowcasts reach the Trainer's history, its console and every integration of ``report_to``.
 
-The Trainer calls its callbacks in order, integrations (TensorBoard, MLflow, ...) before those of the user, so what a
-callback adds to a log comes too late for them. So while training runs, a helper stands at the head of the list and adds
-the numbers there. wandb's callback would name them ``train/nowcast/...`` and so sort them among the training's panels:
-it is called before the helper, and wandb gets them from here under their own names.
+A report is an event of its own, with six numbers: no log of the training is forced, so no loss of a single step gets
+among those that are means over many. The history, and with it ``trainer_state.json``, keeps everything. wandb's
+callback would name the numbers ``train/nowcast/...`` and so sort them among the training's panels: wandb gets all of
+them from here, in a group of their own.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 from transformers.integrations import WandbCallback
-from transformers.trainer_callback import CallbackHandler
 
-from nino.callbacks.call_stack import calling_handler
 from nino.session.report import NowcastReport
-
-logger = logging.getLogger(__name__)
 
 STEP = "train/global_step"
 """What wandb's panels of the Trainer have on their horizontal axis."""
 
 
-class ReportLog:
-    """Reports that wait for the Trainer's next log."""
-
-    def __init__(self) -> None:
-        self._waiting: list[NowcastReport] = []
-        self._handler: CallbackHandler | None = None
-        self._order: list[TrainerCallback] = []
-        """The handler's callbacks as they were."""
-        self._wandb_run: Any = None
-        """The run in which the numbers were given their axis."""
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
-    def add(self, report: NowcastReport) -> None:
-        """Have a report logged."""
-        self._waiting.append(report)
-
-    def attach(self, callback: TrainerCallback) -> None:
-        """Log before every other callback but wandb's; to be called from an event of ``callback``."""
-        self._handler = calling_handler(callback)
-        if self._handler is None:
-            logger.warning("the Trainer's callbacks were not found: integrations before this one do not see nowcasts")
-            return
-        self._order = self._handler.callbacks
-        to_wandb = [one for one in self._order if isinstance(one, WandbCallback)]
-        others = [one for one in self._order if one not in to_wandb]
-        # A new list, for the handler is just going through the old one.
-        self._handler.callbacks = [*to_wandb, _LogFirst(self), *others]
-
-    def detach(self) -> None:
-        """Forget what waits, and leave the Trainer's callbacks."""
-        self._waiting.clear()
-        if self._handler is not None:
-            left = [one for one in self._handler.callbacks if not isinstance(one, _LogFirst) or one.log is not self]
-            places = {id(one): place for place, one in enumerate(self._order)}
-            self._handler.callbacks = sorted(left, key=lambda one: places.get(id(one), len(places)))
-        self._handler, self._order = None, []
-
-    def write(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any] | None) -> None:
-        """Add the reports that wait to a log, to the newest entry of its history and, if it is in use, to wandb."""
-        for report in self._waiting:
-            values = report.as_log()
-            if logs is not None:
-                logs.update(values)
-            if state.log_history:
-                state.log_history[-1].update(values)
-            if "wandb" in args.report_to or any(isinstance(one, WandbCallback) for one in self._order):
-                self._send_to_wandb({**values, STEP: state.global_step})
-        self._waiting.clear()
-
-    def _send_to_wandb(self, values: dict[str, float]) -> None:
-        wandb = sys.modules.get("wandb")
-        if wandb is None or wandb.run is None:  # another process writes it
-            return
-        if self._wandb_run is not wandb.run:
-            self._wandb_run = wandb.run
-            wandb.define_metric("nowcast/*", step_metric=STEP)
-        wandb.log(values)
+def log_report(trainer: Trainer, report: NowcastReport) -> None:
+    """Log a complete report, after the step that completed it."""
+    state, handler, control = trainer.state, trainer.callback_handler, trainer.control
+    state.log_history.append({**report.as_record(), "step": state.global_step})
+    to_wandb = [one for one in handler.callbacks if isinstance(one, WandbCallback)]
+    if to_wandb or "wandb" in trainer.args.report_to:
+        _send_to_wandb({**report.as_log(), STEP: state.global_step})
+    everyone, is_due = handler.callbacks, control.should_log
+    handler.callbacks = [one for one in everyone if one not in to_wandb]
+    try:
+        handler.on_log(trainer.args, state, control, report.in_short())
+    finally:
+        handler.callbacks, control.should_log = everyone, is_due  # an event of logging says that nothing is due
 
 
-class _LogFirst(TrainerCallback):
-    """Adds the reports to a log before others read it."""
-
-    def __init__(self, log: ReportLog) -> None:
-        self.log = log
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Before all others."""
-        self.log.write(args, state, logs)
+def _send_to_wandb(values: dict[str, Any]) -> None:
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:  # another process writes it
+        return
+    wandb.define_metric("nowcast/*", step_metric=STEP)
+    wandb.log(values)

@@ -1,24 +1,24 @@
 """Nowcasting in the Hugging Face Trainer: translates the Trainer's events into a session's calls.
 
 A nowcast happens in ``on_step_end``: after the optimizer's update, before evaluation and saving, so that checkpoints
-hold it. Counters and snapshots travel in a file of the checkpoint folder, for sharded models in a folder in it. Losses
-are read off the model's own outputs.
+hold it. Counters and snapshots travel in a file of the checkpoint folder, for sharded models in a folder in it.
+Nowcasts are judged by the loss that the Trainer trains.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from nino.callbacks.call_stack import resumed_checkpoint, saving_folder
-from nino.callbacks.loss_hook import LossHook, readers_of, remove_idle_hooks
-from nino.callbacks.reporting import ReportLog
+from nino.callbacks.host import find_trainer, listen_to_losses, resumed_checkpoint, saving_folder
+from nino.callbacks.reporting import log_report
 from nino.errors import CheckpointError, NinoError
 from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
@@ -31,6 +31,7 @@ from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
 from nino.session.report import NowcastReport
 from nino.session.saving import (
+    GRAPH_FILE,
     HISTORY_FILE,
     HISTORY_FOLDER,
     OWN_HISTORY_FILE,
@@ -42,7 +43,6 @@ from nino.session.saving import (
     save_session,
     with_own_numbers,
 )
-from nino.session.target import unwrap
 from nino.system.files import load_whole, save_whole
 
 logger = logging.getLogger(__name__)
@@ -88,12 +88,11 @@ class NowcastCallback(TrainerCallback):
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
         self._learning_rate: float | None = None
-        self._log = ReportLog()
-        self._loss_hook: Any = None
-        self._reads_losses = True
-        self._training: TrainerState | None = None
+        self.trainer: Trainer | None = None
+        """Of this training; :func:`nino.callbacks.attach` sets it, else it is found when training begins."""
+        self._stop_listening: Callable[[], None] | None = None
         self._losses: list[Tensor] = []
-        self._losses_add_up = False
+        """Of the micro-batches of the coming step."""
 
     @property
     def reports(self) -> list[NowcastReport]:
@@ -107,8 +106,14 @@ class NowcastCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         if isinstance(getattr(optimizer, "optimizer", optimizer), NowcastOptimizer):
             raise NinoError("the optimizer is a NowcastOptimizer already; use that or NowcastCallback, not both")
-        _make_way(unwrap(model), state)
         self._detach()  # from the model of an earlier training
+        self.trainer = find_trainer(self) or self.trainer
+        others = [] if self.trainer is None else self.trainer.callback_handler.callbacks
+        if sum(isinstance(one, NowcastCallback) for one in others) > 1:
+            raise NinoError(
+                "NowcastCallback is attached to this Trainer twice; trainer.remove_callback(NowcastCallback) takes "
+                "one away"
+            )
         self.session = NowcastSession(
             model,
             self.nowcaster,
@@ -116,14 +121,12 @@ class NowcastCallback(TrainerCallback):
             plan=self.plan,
             optimizer=optimizer,
             graph=self.graph,
-            on_report=self._log.add,
+            on_report=self._report,
         )
-        self._log.attach(self)
         if state.global_step > 0:
             self._resume(args, state)
-        self._training = state
-        self._loss_hook = unwrap(model).register_forward_hook(LossHook(self), with_kwargs=True)
-        self._reads_losses = args.n_gpu <= 1  # replicas of DataParallel call it from their own threads and devices
+        if self.trainer is not None:
+            self._stop_listening = listen_to_losses(self.trainer, self._hear)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,7 +136,7 @@ class NowcastCallback(TrainerCallback):
         self._learning_rate = learning_rate_of(kwargs.get("optimizer")) if is_needed else None
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell the training loss, from a ``compute_loss`` of your own; in a model's output the callback finds it."""
+        """Tell the training loss, from a loop of your own; that of a Trainer is known."""
         if self.session is not None:
             self.session.observe(loss)
 
@@ -145,30 +148,18 @@ class NowcastCallback(TrainerCallback):
         if self.session is None:
             return control
         if losses:
-            self.session.observe(self._loss_of_update(losses, args))
+            self.session.observe(torch.stack(losses).sum())
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             self.session.after_skipped_step()
         else:
             self.session.after_step(learning_rate=self._learning_rate)
-        control.should_log = control.should_log or bool(self._log)
         return control
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add the reports that are due to the log, if that has not happened at the head of the callbacks."""
-        self._log.write(args, state, logs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write counters and snapshots into the checkpoint folder that was just made."""
         if self.session is None or args.save_only_model:
             return
-        folder = _checkpoint_folder(args, state)
+        folder = self._checkpoint_folder(args, state)
         sharded = has_shards(self.session)
         if not folder.is_dir() and not sharded:
             if args.should_save:
@@ -179,6 +170,8 @@ class NowcastCallback(TrainerCallback):
         if args.should_save:
             discard_saved(folder / HISTORY_FOLDER)
         try:
+            if args.should_save:
+                (folder / GRAPH_FILE).write_text(self.session.graph.to_json())
             if sharded:
                 save_session(self.session, folder / HISTORY_FOLDER)
             else:
@@ -193,17 +186,15 @@ class NowcastCallback(TrainerCallback):
         """Report a nowcast whose rollback window the end cut short, and leave no trace on the model."""
         if self.session is not None:
             self.session.detach()
-        self._log.write(args, state, None)
         self._detach()
 
     def _detach(self) -> None:
-        if self._loss_hook is not None:
-            self._loss_hook.remove()
-        self._loss_hook = self._training = None
+        if self._stop_listening is not None:
+            self._stop_listening()
+        self._stop_listening = None
         if self.session is not None:  # detached already, unless its training was interrupted
             self.session.detach()
         self._losses.clear()
-        self._log.detach()
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.session is None:
@@ -232,31 +223,22 @@ class NowcastCallback(TrainerCallback):
     def _folder_to_resume(self, args: TrainingArguments, state: TrainerState) -> Path:
         if self.resume_from is not None:
             return Path(self.resume_from)
-        return resumed_checkpoint() or _checkpoint_folder(args, state)
+        return resumed_checkpoint() or self._checkpoint_folder(args, state)
 
     def _begin_afresh(self, state: TrainerState, reason: str) -> None:
         logger.warning("%s: nowcasting goes on with a fresh history", reason)
         if self.session is not None:
             self.session.step = state.global_step
 
-    def read_output(self, module: nn.Module, keywords: dict[str, Any], output: Any) -> None:
-        """Note the training loss that the model returns, if it does."""
-        if not (self._reads_losses and module.training and torch.is_grad_enabled()):
-            return
-        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._losses.append(loss.detach().to(torch.float32, copy=True))
-            self._losses_add_up = keywords.get("num_items_in_batch") is not None
+    def _report(self, report: NowcastReport) -> None:
+        if self.trainer is not None:
+            log_report(self.trainer, report)
 
-    def _loss_of_update(self, losses: list[Tensor], args: TrainingArguments) -> Tensor:
-        """The update's loss as the Trainer logs it: of losses over all items of the step it takes the sum."""
-        if not self._losses_add_up:
-            return torch.stack(losses).mean()
-        return torch.stack(losses).sum() * (args.world_size if args.average_tokens_across_devices else 1)
+    def _hear(self, loss: Tensor) -> None:
+        self._losses.append(loss.detach().reshape(()).to(torch.float32, copy=True))
 
-
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return saving_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    def _checkpoint_folder(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return saving_folder(self.trainer, args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _fingerprint(model: nn.Module) -> int:
@@ -264,14 +246,40 @@ def _fingerprint(model: nn.Module) -> int:
     return fingerprint([parameter for parameter in model.parameters() if parameter.is_floating_point()])
 
 
-def _make_way(model: nn.Module, training: TrainerState) -> None:
-    """Detach what an interrupted training left on the model; refuse what is already attached in this very training."""
-    remove_idle_hooks(model)
-    for other in [reader for reader in readers_of(model) if isinstance(reader, NowcastCallback)]:
-        is_of_this_training = other._training is training
-        other._detach()
-        if is_of_this_training:
-            raise NinoError(
-                "NowcastCallback is attached to this Trainer twice; trainer.remove_callback(NowcastCallback) takes "
-                "one away"
-            )
+def attach(
+    trainer: Trainer,
+    nowcaster: Predictor | str | Path = "nino-base",
+    period: int | None = None,
+    *,
+    plan: NowcastPlan | None = None,
+    graph: NeuralGraph | None = None,
+    resume_from: str | Path | None = None,
+) -> NowcastCallback:
+    """Nowcast in a Trainer that is made already: of transformers, of TRL, or one of your own.
+
+    Args:
+        trainer: before ``trainer.train()``.
+        nowcaster: as for :class:`NowcastCallback`.
+        period: likewise.
+        plan: likewise.
+        graph: likewise.
+        resume_from: likewise.
+
+    Returns:
+        The callback, whose ``reports`` say what the nowcasts did.
+
+    Raises:
+        NinoError: if the trainer is none or nowcasts already, or a setting is out of range.
+
+    Example:
+        >>> nino.callbacks.attach(trainer)   # doctest: +SKIP
+        >>> trainer.train()                  # doctest: +SKIP
+    """
+    if not isinstance(trainer, Trainer):
+        raise NinoError(f"expected a transformers.Trainer to attach to, got {type(trainer).__name__}")
+    if any(isinstance(one, NowcastCallback) for one in trainer.callback_handler.callbacks):
+        raise NinoError("this Trainer nowcasts already; trainer.remove_callback(NowcastCallback) takes that away")
+    callback = NowcastCallback(nowcaster, period, plan=plan, graph=graph, resume_from=resume_from)
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+    return callback

@@ -17,6 +17,10 @@ class SnapshotError(NinoError):
     """Snapshots do not fit the graph or each other, are too few, or hold NaN or infinity."""
 
 
+class CrookedPathError(SnapshotError):
+    """Snapshots do not lie on a path that could be continued: a nowcast is left out, and nothing is wrong."""
+
+
 class CheckpointError(NinoError):
     """A nowcaster's weights or config, or a training checkpoint, cannot be read."""
 

@@ -7,9 +7,11 @@ copying them, and adds one key, ``"nowcast"``, to its ``state_dict``.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,20 @@ from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
 from nino.session.report import NowcastReport
 from nino.session.saving import load_session, save_session
+from nino.several import SeveralOptimizers
 
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "nowcast"
+STEPS_OF_OTHERS = ("second_step",)
+"""Methods by which other optimizers complete a step: SAM's second half."""
 
 
 class NowcastOptimizer(Optimizer):
     """Wrap an optimizer so that the model's weights are nowcast every ``period`` steps.
 
     Args:
-        optimizer: built on parameters of ``model``.
+        optimizer: built on parameters of ``model``; or several, each for parameters of its own (Muon and AdamW).
         model: the model in training.
         nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
         period: optimizer steps between nowcasts; goes before the plan's. By default it is chosen for the run.
@@ -61,10 +66,12 @@ class NowcastOptimizer(Optimizer):
     """The wrapped optimizer."""
     session: NowcastSession
     """Snapshots and nowcasts of this run."""
+    _steps: int
+    _has_observed: bool
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         model: nn.Module,
         nowcaster: Predictor | str | Path = "nino-base",
         *,
@@ -75,6 +82,8 @@ class NowcastOptimizer(Optimizer):
         on_report: Callable[[NowcastReport], None] | None = None,
         **others: Any,
     ) -> None:
+        if isinstance(optimizer, (list, tuple)):
+            optimizer = SeveralOptimizers(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise NinoError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
         if not isinstance(model, nn.Module):
@@ -112,6 +121,24 @@ class NowcastOptimizer(Optimizer):
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         self.optimizer.state = state
 
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapped optimizer has beside: ``train()`` of schedule-free, ``first_step()`` of SAM, ..."""
+        wrapped = self.__dict__.get("optimizer")
+        if wrapped is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(wrapped, name)
+        if name not in STEPS_OF_OTHERS or not callable(value):
+            return value
+
+        @functools.wraps(value)
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            with self._stepping():
+                result = value(*arguments, **keywords)
+            self.session.after_step()
+            return result
+
+        return counted
+
     @property
     def reports(self) -> list[NowcastReport]:
         """What every nowcast of this process did so far."""
@@ -119,18 +146,48 @@ class NowcastOptimizer(Optimizer):
 
     def observe(self, loss: Tensor | float) -> None:
         """Tell the training loss before each step: nowcasts are judged by it, and reports say what they did."""
+        if self._steps and not self._has_observed:
+            logger.warning(
+                "observe(loss) came after step() for the first time: call it before, or it counts a step late"
+            )
+        self._has_observed = True
         self.session.observe(loss)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the wrapped optimizer; then a snapshot or a nowcast if it is time."""
         is_rehearsal = self._is_rehearsal()
-        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        with self._stepping():
+            loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         if is_rehearsal:
             return loss
         if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe(loss)
         self.session.after_step()
         return loss
+
+    def _watch(self) -> None:
+        """Notice steps of the wrapped optimizer that do not come from here, and losses that come late."""
+        self._steps, self._has_observed, self._is_stepping, self._said_bare = 0, False, False, False
+        wrapped = getattr(self.optimizer, "optimizers", (self.optimizer,))
+        self._handles = [one.register_step_post_hook(self._notice_step) for one in wrapped]
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        self._is_stepping = True
+        try:
+            yield
+        finally:
+            self._is_stepping = False
+        self._steps += 1
+
+    def _notice_step(self, *_: Any) -> None:
+        if self._is_stepping or self._said_bare:
+            return
+        self._said_bare = True
+        logger.warning(
+            "the wrapped optimizer was stepped by itself: such steps are not counted and never nowcast; call step() of "
+            "the NowcastOptimizer"
+        )
 
     def _is_rehearsal(self) -> bool:
         """Whether the coming step is no update but only makes the optimizer's state, as DCP does before loading it.
@@ -209,6 +266,8 @@ class NowcastOptimizer(Optimizer):
     def detach(self) -> Optimizer:
         """Nowcast no more, leave no trace on the model, and return the wrapped optimizer."""
         self.session.detach()
+        for handle in self._handles:
+            handle.remove()
         return self.optimizer
 
     def _start_afresh(self) -> None:
@@ -219,6 +278,11 @@ class NowcastOptimizer(Optimizer):
             "the loaded optimizer state is without nowcasting: that goes on with a fresh history from update %d",
             self.session.step,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_handles") and "session" in state:
+            self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "session": self.session, "defaults": self.defaults}

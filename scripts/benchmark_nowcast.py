@@ -25,20 +25,20 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from nino import NeuralGraph, Nowcaster
 from nino.data import build_model
+from nino.evaluation.report import format_table
+from nino.evaluation.workers import in_fresh_process
 from nino.predict.engine.hardware import product_dtype
 from nino.predict.engine.tiling import TILE_EDGES
 from tasks.cli import ArgumentParser, check_output_folder, memory_size, positive_int, run_main, torch_device
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
-from tasks.report import format_table
-from tasks.sizes import ARCHITECTURES
-from tasks.workers import in_fresh_process
+from tasks.published import compare_with_published, is_published_code
+from tasks.sizes import ARCHITECTURES, random_snapshots
 
 HORIZON = 20
 PRODUCTS = 3
@@ -50,19 +50,6 @@ ONCE_FROM = 50_000_000
 HALF_PRECISION_FROM = 500_000_000
 """Larger models are held in bfloat16, weights and snapshots."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def random_snapshots(
-    graph: NeuralGraph, context: int, dtype: torch.dtype, device: torch.device
-) -> list[dict[str, Tensor]]:
-    """Weights that drift, oldest first."""
-    generator = torch.Generator(device).manual_seed(0)
-    snapshots: list[dict[str, Tensor]] = [{} for _ in range(context)]
-    for name, shape in graph.shapes.items():
-        start, drift = (torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2))
-        for age, snapshot in enumerate(snapshots):
-            snapshot[name] = torch.add(start, drift, alpha=0.05 * age).mul_(0.02)
-    return snapshots
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
@@ -115,7 +102,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     _warm_up(nowcaster, device)
 
     weights_dtype = torch.bfloat16 if num_weights >= HALF_PRECISION_FROM else torch.float32
-    snapshots = random_snapshots(graph, context, weights_dtype, device)
+    snapshots = random_snapshots(graph.shapes, context, weights_dtype, device)
     live = {parameter: tensor.clone() for parameter, tensor in snapshots[-1].items()}
     memory = Memory(device)
 
@@ -141,12 +128,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         nowcaster.predict(snapshots, HORIZON, graph, positions, engine="edges")
 
     seconds: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
+    cpu_seconds: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
     edges: list[float] = []
     for _ in range(args.repeats if num_weights < ONCE_FROM else 1):
         for dtype in args.dtypes:
             bar_format = "{desc}: {percentage:3.0f}% in {elapsed}, {remaining} to go"
             with tqdm(total=1.0, desc=f"{name} {dtype}", bar_format=bar_format, mininterval=1, leave=False) as bar:
+                began = time.process_time()
                 seconds[dtype].append(timed(lambda d=dtype, b=bar: nowcast(DTYPES[d], b), device))  # type: ignore[misc]
+                cpu_seconds[dtype].append(time.process_time() - began)
         if num_weights <= args.edges_up_to:
             edges.append(timed(define, device))
     return {
@@ -157,6 +147,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "wiring seconds": wired - began,
         "positions seconds": placed - wired,
         "blockwise seconds": seconds,
+        "blockwise cpu seconds": cpu_seconds,
         "edges seconds": edges,
         "extra bytes": memory.peak_bytes,
         "weights and snapshots bytes": (context + 1) * num_weights * weights_dtype.itemsize,
@@ -168,7 +159,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def _warm_up(nowcaster: Nowcaster, device: torch.device) -> None:
     """Start threads and libraries, so that they count neither as time nor as memory."""
     graph = NeuralGraph.from_model(build_model(ARCHITECTURES["cnn-14k"], device="meta"))
-    snapshots = random_snapshots(graph, nowcaster.config.context, torch.float32, device)
+    snapshots = random_snapshots(graph.shapes, nowcaster.config.context, torch.float32, device)
     nowcaster.predict(snapshots, HORIZON, graph)
 
 
@@ -185,6 +176,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "weights": run["weights"],
                     "dtype": dtype,
                     "seconds": spent,
+                    "CPU s": min(run["blockwise cpu seconds"][dtype]),
                     "us/weight": 1e6 * spent / run["weights"],
                     "x edges": edges / spent if edges else None,
                     "% products": 100 * limit["products seconds"] / spent,
@@ -240,9 +232,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-budget", type=memory_size, help="for the engine, such as 500MB")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--published", type=Path, help="folder of the published code, to run beside ours")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-nowcast"))
     args = parser.parse_args(argv)
     load_nowcaster(args.nowcaster)
+    if args.published is not None and not is_published_code(args.published):
+        parser.error(f"--published: {args.published} does not hold the published code (optim/nino.py and so on)")
+    if args.published is not None and not args.nowcaster.endswith(".pt"):
+        parser.error(f"--published needs weights that both can read: a .pt file as --nowcaster, got {args.nowcaster}")
     return args
 
 
@@ -257,9 +254,44 @@ def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     draw(args.out / "cost.png", runs)
 
 
+def side_by_side(args: argparse.Namespace) -> int:
+    """Our engine and the published code, CPU seconds on one thread."""
+    rows: list[dict[str, Any]] = []
+    runs = []
+    for name in args.models:
+        run = compare_with_published(name, args.published, args.nowcaster, HORIZON, args.dtypes, args.repeats)
+        runs.append(run)
+        theirs = run["published"]
+        for dtype, ours in run["ours"].items():
+            rows.append(
+                {
+                    "model": name,
+                    "weights": run["weights"],
+                    "published s": theirs["cpu seconds"],
+                    "its graph s": theirs["graph cpu seconds"],
+                    "published MB": theirs["extra bytes"] / 1e6,
+                    "dtype": dtype,
+                    "ours s": ours["cpu seconds"],
+                    "ours, first s": ours["first cpu seconds"],
+                    "ours MB": ours["extra bytes"] / 1e6,
+                    "times as fast": ours["times as fast"],
+                    "difference": ours["difference"],
+                    "wiring": ours["wiring"],
+                }
+            )
+        print(format_table(rows[-len(args.dtypes) :]), flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "device")}
+        result = {"machine": describe_machine(), "arguments": settings, "summary": rows, "runs": runs}
+        (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     check_output_folder("--out", args.out)
+    if args.published is not None:
+        return side_by_side(args)
     runs: list[dict[str, Any]] = []
     failed = []
     for name in args.models:

@@ -29,13 +29,13 @@ from torch import nn
 
 import nino
 from nino.errors import NinoError
+from nino.evaluation.report import format_markdown
 from nino.graph import NeuralGraph
 from nino.graph.check import WiringReport
 from tasks.architectures import SPECIMENS
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, fail, make_output_folder, run_main
 from tasks.machine import describe_machine
 from tasks.own_model import load_own_model
-from tasks.report import format_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: by scripts/check_architectures.py -->", "<!-- end of the table -->"

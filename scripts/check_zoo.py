@@ -29,13 +29,13 @@ import torch
 
 import nino
 from nino.errors import NinoError
+from nino.evaluation.report import format_markdown
 from nino.graph import NeuralGraph
 from nino.graph.calls import Calls
 from nino.graph.symmetry import permutable_axes, random_relabelling, relabel
 from nino.graph.trial import Trial
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, make_output_folder, run_main
-from tasks.report import format_markdown
-from tasks.zoo import Animal, SkippedError, animals
+from tasks.wired_zoo import Animal, SkippedError, animals
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: by scripts/check_zoo.py -->", "<!-- end of the table -->"

@@ -30,35 +30,45 @@ from nino import NowcastOptimizer, NowcastPlan
 from nino.data import Trajectory, record
 from nino.data.trajectory import HEADER_FILE, read_header
 from nino.errors import TrajectoryError
-from nino.session.jump.ramp import check_ramp
-from nino.session.schedule import Schedule
-from nino.snapshots.mean import check_average_over
-from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main, whole_number
+from nino.evaluation.workers import Report, do_all
+from nino.plan import Run, choose
+from tasks.cli import (
+    ArgumentParser,
+    add_plan_options,
+    fail,
+    make_output_folder,
+    plan_from,
+    positive_float,
+    positive_int,
+    run_main,
+)
 from tasks.ensembles import record_ensemble
-from tasks.jump_schedules import (
+from tasks.nowcasters import load_nowcaster
+from tasks.runs import (
     IMAGE_RATES,
     IMAGE_SETS,
     LANGUAGE_RATES,
     TRAINING_TEXTS,
-    RunPlan,
+    RunToRecord,
+    first_step_without,
     forward_format,
+    image_run,
+    language_run,
     load_task,
     make_model,
     notes_of,
-    plan_image_run,
-    plan_language_run,
     state_bytes,
 )
-from tasks.nowcasters import load_nowcaster
-from tasks.workers import Report, do_all
 
+NOT_OF_JUMPS = ("rollback_window", "snapshots_on", "snapshot_folder", "snapshot_dtype", "recalibrate_batch_norm")
+"""Settings of a plan that recorded runs do not vary."""
 EVALUATE_EVERY = 400
-"""Updates, about; at the next recorded state."""
+"""Steps, about; at the next recorded state."""
 
 
-def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
+def runs_to_record(args: argparse.Namespace) -> list[RunToRecord]:
     """All runs of a collection, the same for the same arguments; a longer one begins with the shorter one's runs."""
-    plans = []
+    runs = []
     texts = sorted(str(p.relative_to(args.data / "text")) for t in TRAINING_TEXTS for p in (args.data / "text").glob(t))
     for index in range(args.runs):
         choose = random.Random(f"{args.seed}-{index}")
@@ -66,99 +76,67 @@ def plan_runs(args: argparse.Namespace) -> list[RunPlan]:
             norm = args.ensemble == 1  # ensembles keep no running statistics
             rates = args.learning_rates or IMAGE_RATES
             options = {"rates": rates, "depths": args.depths, "bf16": args.bf16, "batch_norm": norm}
-            plans.append(plan_image_run(index, choose, args.steps, args.interval, args.images, **options))
+            runs.append(image_run(index, choose, args.steps, args.interval, args.images, **options))
         if args.family in ("all", "language"):
             rates = args.learning_rates or LANGUAGE_RATES
-            plans.append(plan_language_run(index, choose, args.steps, args.interval, texts, rates=rates))
+            runs.append(language_run(index, choose, args.steps, args.interval, texts, rates=rates))
     if args.jump_with is not None:
-        plans = [with_jumps(plan, args) for plan in plans]
-    return [run for plan in plans for run in runs_of(plan, args.ensemble)]
+        runs = [with_jumps(run, args) for run in runs]
+    return [each for run in runs for each in seeds_of(run, args.ensemble)]
 
 
-def with_jumps(plan: RunPlan, args: argparse.Namespace) -> RunPlan:
-    """The same run, nowcast as the arguments say."""
-    return dataclasses.replace(
-        plan,
-        name=f"{plan.name}-jumps",
-        jump_with=args.jump_with,
-        jump_period=args.jump_period,
-        jump_average=args.jump_average,
-        jump_until=last_jump(plan, args),
-        jump_preserve_norms=args.jump_preserve_norms,
-        jump_ramp=args.jump_ramp,
-    )
+def with_jumps(run: RunToRecord, args: argparse.Namespace) -> RunToRecord:
+    """The same run, nowcast as the arguments say; its last jump is drawn from those that ``--last-jump`` allows."""
+    last = args.last_jump
+    if last is not None:
+        last = args.jumps.period * random.Random(run.seed).randint(1, last // args.jumps.period)
+    name = f"{run.name}-jumps"
+    return dataclasses.replace(run, name=name, jump_with=args.jump_with, jumps=args.jumps, last_jump=last)
 
 
-def runs_of(plan: RunPlan, size: int) -> list[RunPlan]:
+def seeds_of(run: RunToRecord, size: int) -> list[RunToRecord]:
     """The runs of an ensemble, which differ in name and seed; for an ensemble of one the run itself."""
     if size == 1:
-        return [plan]
-    seeds = random.Random(plan.seed)
+        return [run]
+    seeds = random.Random(run.seed)
     return [
-        dataclasses.replace(plan, name=f"{plan.name}-{index:03d}", seed=seeds.randrange(2**31), ensemble=plan.name)
+        dataclasses.replace(run, name=f"{run.name}-{index:03d}", seed=seeds.randrange(2**31), ensemble=run.name)
         for index in range(size)
     ]
 
 
-def last_jump(plan: RunPlan, args: argparse.Namespace) -> int | None:
-    """The update of a run's last jump, drawn from those that ``--jump-until`` allows."""
-    if args.jump_until is None:
-        return None
-    return args.jump_period * random.Random(plan.seed).randint(1, args.jump_until // args.jump_period)
-
-
-def make_optimizer(plan: RunPlan, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW at a constant rate, with nowcasts if the plan has them."""
-    base = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
-    if plan.jump_with is None or plan.jump_period is None:
+def make_optimizer(run: RunToRecord, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW at a constant rate, with nowcasts if the run has them."""
+    base = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+    if run.jump_with is None or run.jumps is None:
         return base
-    nowcaster = load_nowcaster(plan.jump_with)
-    return NowcastOptimizer(
-        base,
-        model,
-        nowcaster,
-        period=plan.jump_period,
-        max_steps=plan.steps,
-        plan=NowcastPlan(
-            rollback_window=0,
-            average_over=plan.jump_average,
-            preserve_norms=plan.jump_preserve_norms,
-            ramp=plan.jump_ramp,
-        ),
-    )
+    return NowcastOptimizer(base, model, load_nowcaster(run.jump_with), max_steps=run.steps, plan=run.jumps)
 
 
-def record_run(plan: RunPlan, data: Path, out: Path) -> None:
+def record_run(run: RunToRecord, data: Path, out: Path) -> None:
     """Train one model and record it."""
     torch.set_num_threads(1)
-    torch.manual_seed(plan.seed)
-    task = load_task(plan, data, out)
-    model = make_model(plan)
-    optimizer = make_optimizer(plan, model)
-    generator = torch.Generator().manual_seed(plan.seed)
-    recorder = record(
-        model,
-        out / plan.name,
-        interval=plan.interval,
-        optimizer=optimizer,
-        training=notes_of(plan),
-        architecture=plan.architecture,
-    )
+    torch.manual_seed(run.seed)
+    task = load_task(run, data, out)
+    model = make_model(run)
+    optimizer = make_optimizer(run, model)
+    generator = torch.Generator().manual_seed(run.seed)
+    recorder = record(model, out / run.name, interval=run.interval, optimizer=optimizer, training=notes_of(run))
     recorder.after_step(0, task.evaluate(model))
-    for step in range(1, plan.steps + 1):
+    for step in range(1, run.steps + 1):
         optimizer.zero_grad()
-        batch = task.batch(plan.batch_size, generator)
-        with forward_format(plan):
+        batch = task.batch(run.batch_size, generator)
+        with forward_format(run):
             loss = task.loss(model, batch)
         loss.backward()
-        if isinstance(optimizer, NowcastOptimizer) and step == first_update_without(plan):
+        if isinstance(optimizer, NowcastOptimizer) and step == first_step_without(run):
             optimizer = optimizer.detach()
         if isinstance(optimizer, NowcastOptimizer):
             optimizer.observe(loss)
         optimizer.step()
         metrics: dict[str, float] = {}
         if recorder.is_due(step):
-            is_evaluated = step % EVALUATE_EVERY < plan.interval or step == plan.steps
+            is_evaluated = step % EVALUATE_EVERY < run.interval or step == run.steps
             metrics = {"loss": loss.item()} | (task.evaluate(model) if is_evaluated else {})
         recorder.after_step(step, metrics)
         if recorder.problem:
@@ -166,60 +144,53 @@ def record_run(plan: RunPlan, data: Path, out: Path) -> None:
     recorder.close()
 
 
-def first_update_without(plan: RunPlan) -> int | None:
-    """The update that would jump if the run had not done with jumping, if it ever has."""
-    return None if plan.jump_until is None else plan.jump_until + (plan.jump_period or 0)
-
-
-def is_finished(plan: RunPlan, out: Path) -> bool:
+def is_finished(run: RunToRecord, out: Path) -> bool:
     """Whether the run was recorded to its end.
 
     Raises:
-        TrajectoryError: if its folder holds a damaged run, or one of another plan, which would be replaced or taken for
-            this one.
+        TrajectoryError: if its folder holds a damaged run, or another one, which would be replaced or taken for this.
     """
-    folder = out / plan.name
+    folder = out / run.name
     if not (folder / HEADER_FILE).exists():
         return False
     try:
-        run = read_header(folder)
-        if run["complete"]:
+        header = read_header(folder)
+        if header["complete"]:
             Trajectory(folder)
     except TrajectoryError as error:
         raise TrajectoryError(f"{error} (remove {folder}, and the same command does)") from error
-    planned = notes_of(plan) | {"architecture": plan.architecture}
-    recorded = run["training"] | {"architecture": run["architecture"]}
+    planned, recorded = notes_of(run), header["training"]
     for name in ("seed", *planned):
         if name in recorded and recorded[name] != planned[name]:
             raise TrajectoryError(
                 f"{folder} holds a run with {name} {recorded[name]}, planned is {planned[name]}: choose another --out"
             )
-    return bool(run["complete"])
+    return bool(header["complete"])
 
 
-def in_ensembles(plans: Sequence[RunPlan]) -> list[list[RunPlan]]:
-    """The plans by what is trained side by side; a run that is of no ensemble is alone."""
-    groups: dict[str, list[RunPlan]] = {}
-    for plan in plans:
-        groups.setdefault(plan.ensemble or plan.name, []).append(plan)
+def in_ensembles(runs: Sequence[RunToRecord]) -> list[list[RunToRecord]]:
+    """The runs by what is trained side by side; a run that is of no ensemble is alone."""
+    groups: dict[str, list[RunToRecord]] = {}
+    for run in runs:
+        groups.setdefault(run.ensemble or run.name, []).append(run)
     return list(groups.values())
 
 
-def record_together(plans: list[RunPlan], report: Report, *, data: Path, out: Path) -> dict[str, str]:
+def record_together(runs: list[RunToRecord], report: Report, *, data: Path, out: Path) -> dict[str, str]:
     """Record an ensemble, or a run that is of none; why those runs of an ensemble failed that did, by name."""
-    if plans[0].ensemble:
-        return record_ensemble(plans, data, out)
-    record_run(plans[0], data, out)
+    if runs[0].ensemble:
+        return record_ensemble(runs, data, out)
+    record_run(runs[0], data, out)
     return {}
 
 
-def record_all(groups: list[list[RunPlan]], args: argparse.Namespace) -> dict[str, str]:
+def record_all(groups: list[list[RunToRecord]], args: argparse.Namespace) -> dict[str, str]:
     """Record ensembles and runs, several at once, with a bar; why those that failed did, by name."""
     failed: dict[str, str] = {}
     work = partial(record_together, data=args.data, out=args.out)
     with tqdm(total=sum(map(len, groups)), unit="run") as bar:
         for event in do_all(groups, work, args.jobs):
-            failed |= event.result if event.kind == "done" else {plan.name: event.text for plan in event.job}
+            failed |= event.result if event.kind == "done" else {run.name: event.text for run in event.job}
             bar.set_postfix_str(event.job[0].ensemble or event.job[0].name)
             bar.update(len(event.job))
     return failed
@@ -253,29 +224,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--jump-with", metavar="NOWCASTER", help="nowcast the runs: a name, a folder or a .pt file")
     parser.add_argument(
-        "--jump-period", type=positive_int, default=1000, help="optimizer steps between jumps, with --jump-with"
-    )
-    parser.add_argument(
-        "--jump-average", type=positive_int, default=1, help="optimizer steps that a snapshot is the mean of"
-    )
-    parser.add_argument(
-        "--jump-until",
+        "--last-jump",
         type=positive_int,
         metavar="U",
         help="every run jumps for the last time at a step up to U, drawn at random, and goes on undisturbed",
     )
-    parser.add_argument(
-        "--jump-preserve-norms",
-        action="store_true",
-        help="matrices keep their norms in a jump, as where rates are high",
-    )
-    parser.add_argument(
-        "--jump-ramp",
-        type=whole_number,
-        default=0,
-        metavar="U",
-        help="steps over which a jump is dealt out; 0 jumps at once",
-    )
+    add_plan_options(parser, leave_out=(*NOT_OF_JUMPS, "stop_after"), prefix="jump-")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--ensemble",
@@ -299,49 +253,48 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             fail(f"--data: {args.data / name} does not exist; docs/pretraining.md describes the folder")
     if args.interval > args.steps:
         fail(f"--interval {args.interval} is larger than --steps {args.steps}: no window could be read")
+    args.jumps = plan_from(args, "jump-")
     if args.jump_with is not None:
-        check_jumps(args)
-    elif args.jump_until is not None or args.jump_average > 1 or args.jump_preserve_norms or args.jump_ramp:
-        fail(
-            "--jump-until, --jump-average, --jump-preserve-norms, --jump-ramp: say with --jump-with NAME what makes "
-            "the jumps"
-        )
+        args.jumps = jumps_of(args)
+    elif args.last_jump is not None or args.jumps != NowcastPlan():
+        fail("--last-jump and --jump-...: say with --jump-with NAME what makes the jumps")
     return args
 
 
-def check_jumps(args: argparse.Namespace) -> None:
-    """Stop if the nowcaster cannot be used in this rhythm, or leaves nothing to learn from between its jumps."""
-    context = load_nowcaster(args.jump_with).config.context
-    schedule = Schedule(period=args.jump_period, context=context)
-    check_average_over(args.jump_average, schedule.interval)
-    check_ramp(args.jump_ramp, args.jump_period)
-    if args.jump_until is not None and not args.jump_period <= args.jump_until < args.steps:
-        fail(f"--jump-until {args.jump_until}: expected at least --jump-period and less than --steps")
-    undisturbed = args.jump_period - args.jump_ramp
-    if args.jump_until is None and undisturbed // args.interval <= context:
-        after = f" after a ramp of {args.jump_ramp} steps" if args.jump_ramp else ""
+def jumps_of(args: argparse.Namespace) -> NowcastPlan:
+    """The plan of all runs; stops if it does not fit the nowcaster, or leaves nothing to learn from between jumps."""
+    predictor = load_nowcaster(args.jump_with)
+    run = Run.of(predictor, args.steps)
+    plan = choose(dataclasses.replace(args.jumps, rollback_window=0, stop_after=1.0), run)
+    period, ramp = plan.period or args.steps, plan.ramp or 0
+    if args.last_jump is not None and not period <= args.last_jump < args.steps:
+        fail(f"--last-jump {args.last_jump}: expected at least --jump-period and less than --steps")
+    states = (period - ramp) // args.interval
+    if args.last_jump is None and states <= predictor.context:
+        after = f" after a ramp of {ramp} steps" if ramp else ""
         fail(
-            f"--jump-period {args.jump_period}{after} holds {undisturbed // args.interval} states at --interval "
-            f"{args.interval}: a window needs {context + 1} between two jumps"
+            f"--jump-period {period}{after} holds {states} states at --interval {args.interval}: a window needs "
+            f"{predictor.context + 1} between two jumps"
         )
-    if args.jump_period >= args.steps:
-        fail(f"--jump-period {args.jump_period} is not below --steps {args.steps}: no run would jump")
+    if period >= args.steps:
+        fail(f"--jump-period {period} is not below --steps {args.steps}: no run would jump")
+    return plan
 
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    plans = plan_runs(args)
-    todo = [plan for plan in plans if not is_finished(plan, args.out)]
+    runs = runs_to_record(args)
+    todo = [run for run in runs if not is_finished(run, args.out)]
     groups = in_ensembles(todo)
     gigabytes = sum(map(state_bytes, todo)) / 1e9
     print(
-        f"{len(plans)} runs planned, {len(plans) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
+        f"{len(runs)} runs planned, {len(runs) - len(todo)} already recorded; to record: {gigabytes:.2f} GB of states"
     )
     if args.dry_run:
         return 0
     make_output_folder("--out", args.out)
     failed = record_all(groups, args)
-    summary = {"recorded": len(todo) - len(failed), "skipped": len(plans) - len(todo), "failed": failed}
+    summary = {"recorded": len(todo) - len(failed), "skipped": len(runs) - len(todo), "failed": failed}
     (args.out / "collection.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps(summary))
     return 1 if failed else 0

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from nino import Nowcaster
 from nino.data import build_model
+from nino.evaluation.report import draw_curves, format_table, steps_to_reach
+from nino.evaluation.workers import Report, do_all
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.images import convnet, load_digits, shift_randomly
-from tasks.report import draw_curves, format_table, updates_to_reach
 from tasks.text import fixed_windows, llama, tokenize
-from tasks.workers import Report, do_all
 
 PERIOD = 500
 BATCH_SIZE = {"llama-pydoc": 16, "cnn-digits": 64}
@@ -175,7 +175,7 @@ def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any
                 {
                     "task": task,
                     "method": method,
-                    "steps to Adam's final loss": updates_to_reach(run["curve"], target),
+                    "steps to Adam's final loss": steps_to_reach(run["curve"], target),
                     "final loss": run["curve"][-1][1],
                     "best loss": min(loss for _, loss in run["curve"]),
                     "seconds": run["seconds"],

@@ -23,6 +23,7 @@ import torch
 
 from nino import Nowcaster
 from nino.data import ResampledRun, Trajectory
+from nino.data.split import find_runs
 from nino.predict.files import CONFIG_FILE
 from nino.predict.model.networks import Trend
 from nino.pretraining.trend import Rows, draw_rows, errors, fit
@@ -37,7 +38,6 @@ from tasks.cli import (
     settings_of,
 )
 from tasks.nowcasters import load_nowcaster
-from tasks.recorded_runs import find_runs
 
 SHOWN = (1, 3, 10, 20, 40)
 """Horizons in the report."""

@@ -173,7 +173,7 @@ def write_pages() -> int:
         page += [f"## {name}", "", f"{title}. Commit {commit}:", "", f"```\n{command}\n```", ""]
         if (IMAGES / f"{name}.png").exists():
             page += [f"![{title}](images/{name}.png)", ""]
-        page.append(format_tables(summary, 3))
+        page.append(format_tables(summary, 4))
     (RESULTS / "README.md").write_text("\n".join(index) + "\n")
     (ROOT / "docs" / "results.md").write_text("\n".join(page).rstrip() + "\n")
     return 0

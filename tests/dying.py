@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, planned, tiny_nowcaster, weights_of
+from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_nowcaster, weights_of, wrapped
 from torch import Tensor, nn
 
-import nino
 from nino.plan import Place
 from nino.predict.engine.writer import MovementWriter
 from nino.snapshots import copying, writing
 
-STEPS, SAVED_AT, PROBATION = 20, 7, 2
+STEPS, SAVED_AT, WINDOW = 20, 7, 2
 """Nowcasts after 6, 12 and 18 of 20 steps; at the checkpoint after 7, that of 6 is in its rollback window."""
 
 
@@ -37,20 +36,17 @@ class Run:
         self, folder: Path | None = None, place: Place = "cpu", model: nn.Module | None = None, **settings: Any
     ) -> None:
         self.model = mlp() if model is None else model
-        self.optimizer = nino.NowcastOptimizer(
+        self.optimizer = wrapped(
             torch.optim.AdamW(self.model.parameters(), lr=1e-2),
             self.model,
             settings.pop("nowcaster", None) or tiny_nowcaster(),
-            **planned(
-                {
-                    "period": PERIOD,
-                    "max_steps": STEPS,
-                    "rollback_window": PROBATION,
-                    "snapshots_on": place,
-                    "snapshot_folder": folder if place == "disk" else None,
-                    **settings,
-                }
-            ),
+            **{
+                "max_steps": STEPS,
+                "rollback_window": WINDOW,
+                "snapshots_on": place,
+                "snapshot_folder": folder if place == "disk" else None,
+                **settings,
+            },
         )
         self.session = self.optimizer.session
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, GradientState
+from optimizers import Chained
 from tiny import PERIOD, ScriptedNowcaster, Weights, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -69,38 +70,6 @@ def llama_with_adapters() -> nn.Module:
 
 def adamw(model: nn.Module) -> Optimizer:
     return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
-class Chained(Optimizer):
-    """What people write who train some parameters with another optimizer: not a line of it knows of nowcasting."""
-
-    def __init__(self, *parts: Optimizer) -> None:
-        self.parts = parts
-        self.defaults: dict[str, Any] = {}
-        self.__setstate__({})
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    @property
-    def state(self) -> dict[Tensor, Any]:
-        return {parameter: state for part in self.parts for parameter, state in part.state.items()}
-
-    def step(self, closure: None = None) -> None:
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, saved in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(saved)
 
 
 def adafactor(model: nn.Module) -> Optimizer:

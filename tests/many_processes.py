@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import CASES, randomised
-from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, planned, tiny_config, tiny_nowcaster
+from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, tiny_config, tiny_nowcaster, wrapped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -249,7 +249,7 @@ def reports_of(optimizer: NowcastOptimizer) -> list[tuple[int, bool, bool, str]]
 
 def adam(model: nn.Module, nowcaster: nino.Nowcaster | None = None, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(base, model, nowcaster or tiny_nowcaster(), **planned({"period": PERIOD, **settings}))
+    return wrapped(base, model, nowcaster or tiny_nowcaster(), **settings)
 
 
 def sharded_training() -> Result:
@@ -288,7 +288,7 @@ def is_monitored(model: nn.Module) -> NowcastOptimizer:
     return adam(model, ScriptedNowcaster(too_far), period=12, rollback_window=4)
 
 
-def sharded_probation() -> Result:
+def sharded_rollback_window() -> Result:
     """Roll-backs on shards; saved in the middle of a rollback window and resumed."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -369,7 +369,7 @@ def sharded_callback() -> Result:
     callback.on_save(arguments, state, None)
     dist.barrier()
     _, resumed, *_ = begin(5)
-    saved, read = (each.session.state_dict()["history"] for each in (callback, resumed))
+    saved, read = (each.session.state_dict()["history"]["snapshots"] for each in (callback, resumed))
     same = all(torch.equal(a[n], b[n]) for a, b in zip(saved["snapshots"], read["snapshots"], strict=True) for n in a)
     return {"steps": read["steps"], "same": same, "step": resumed.session.step}
 
@@ -405,21 +405,32 @@ FAULTS: Mapping[str, tuple[Any, str]] = {
 
 def faults(model: nn.Module, network_input: nn.Module) -> Result:
     """One process fails in a nowcast, at one place after another; each time training goes on."""
-    results: Result = {}
     optimizer = adam(model)
-    said = lines_of("nino.session")
-    step = 0
-    for place, (owner, name) in FAULTS.items():
-        train(network_input, optimizer, step, step + PERIOD - 1, per_rank=True)
-        step += PERIOD - 1
-        watched = mock.patch.object(optimizer.session, "_nowcast", recording(optimizer, results, place))
-        with watched, fault_in(owner, name, RuntimeError("CUDA out of memory")):
-            train(network_input, optimizer, step, step + 1, per_rank=True)
-        step += 1
-    train(network_input, optimizer, step, step + PERIOD, per_rank=True)
-    train(network_input, optimizer, step + PERIOD, step + PERIOD + 1, per_rank=True)
-    results["after all"] = {"report": reports_of(optimizer)[-1], "weights": whole_weights(model), "said": [*said]}
-    return results
+    said, restored = lines_of("nino.session"), []
+    for number, (owner, name) in enumerate(FAULTS.values(), start=1):
+        train(network_input, optimizer, PERIOD * (number - 1), PERIOD * number - 1, per_rank=True)
+        with fault_in(owner, name, RuntimeError("CUDA out of memory")):
+            restored.append(nowcast_changes_nothing(model, network_input, optimizer, PERIOD * number))
+    train(network_input, optimizer, PERIOD * len(FAULTS), PERIOD * (len(FAULTS) + 1) + 1, per_rank=True)
+    results = {
+        place: {"accepted": report.has_moved, "reason": report.reason, "restored": same}
+        for place, report, same in zip(FAULTS, optimizer.reports, restored, strict=False)
+    }
+    after_all = {"report": reports_of(optimizer)[-1], "weights": whole_weights(model), "said": [*said]}
+    return {**results, "after all": after_all}
+
+
+def nowcast_changes_nothing(model: nn.Module, network_input: nn.Module, optimizer: NowcastOptimizer, step: int) -> bool:
+    """Make the step after which a nowcast is due: whether the weights are what the optimizer's own step left."""
+    weights: Weights = {}
+
+    def keep(*_: Any) -> None:
+        weights.update({name: local_tensor(parameter).clone() for name, parameter in model.named_parameters()})
+
+    handle = optimizer.optimizer.register_step_post_hook(keep)
+    train(network_input, optimizer, step - 1, step, per_rank=True)
+    handle.remove()
+    return all(torch.equal(weights[name], local_tensor(p)) for name, p in model.named_parameters())
 
 
 def lines_of(name: str) -> list[str]:
@@ -432,20 +443,6 @@ def lines_of(name: str) -> list[str]:
     return lines
 
 
-def recording(optimizer: NowcastOptimizer, results: Result, place: str) -> Callable[[], Any]:
-    """The session's nowcast, with the weights before and after."""
-    nowcast, model = optimizer.session._nowcast, optimizer.session.model
-
-    def recorded() -> Any:
-        before = {name: local_tensor(parameter).clone() for name, parameter in model.named_parameters()}
-        report = nowcast()
-        same = all(torch.equal(before[n], local_tensor(p)) for n, p in model.named_parameters())
-        results[place] = {"accepted": report.report.has_moved, "reason": report.report.reason, "restored": same}
-        return report
-
-    return recorded
-
-
 def sharded_faults() -> Result:
     model = shard(mlp().to(DEVICE))
     results = faults(model, model)
@@ -453,9 +450,10 @@ def sharded_faults() -> Result:
     train(model, optimizer, 0, PERIOD - 1)
     if dist.get_rank() == 1:
         optimizer.session.history.store.snapshots[0]["0.weight"][0, 0] = torch.nan
-    with mock.patch.object(optimizer.session, "_nowcast", recording(optimizer, results, "NaN")):
-        train(model, optimizer, PERIOD - 1, PERIOD)
-    return results
+    restored = nowcast_changes_nothing(model, model, optimizer, PERIOD)
+    train(model, optimizer, PERIOD, PERIOD + 1)
+    [report] = optimizer.reports
+    return {**results, "NaN": {"accepted": report.has_moved, "reason": report.reason, "restored": restored}}
 
 
 def death() -> Result:
@@ -556,8 +554,9 @@ def mesh_of_each_process() -> list[Any]:
 
 def recorded() -> Result:
     """Shards, replicas, and shards whose recording meets a full disk after its first state: all train on."""
-    from nino.data import record
+    from nino.data import TrajectoryWriter, record
 
+    full = mock.patch.object(TrajectoryWriter, "append", side_effect=OSError(28, "No space left on device"))
     result: Result = {}
     for name in ("shards", "replicas", "full"):
         model = mlp() if name == "replicas" else shard(mlp())
@@ -567,13 +566,12 @@ def recorded() -> Result:
         recorder.after_step(0)
         weights = [whole_weights(model)]
         for step in range(1, 7):
-            if name == "full" and step == 2 and recorder._writer is not None:
-                recorder._writer.append = mock.Mock(side_effect=OSError(28, "No space left on device"))  # type: ignore
             inputs, targets = batch(step)
             optimizer.zero_grad()
             F.mse_loss(wrapped(inputs), targets).backward()
             optimizer.step()
-            recorder.after_step(step)
+            with full if name == "full" and step > 1 else nullcontext():
+                recorder.after_step(step)
             weights.append(whole_weights(model))
         recorder.close()
         result[name] = {"weights": weights[::2], "problem": recorder.problem}
@@ -626,33 +624,33 @@ def accelerated_resume() -> Result:
     train(model, optimizer, 0, 14, per_rank=True)
     accelerator.save_state(str(folder / "state"))
     optimizer.save_history(folder / "state history")
-    own = optimizer.session.state_dict()["open_report"]["before"]
+    own = optimizer.session.state_dict()["monitor"]["open_report"]["before"]
     weights = train(model, optimizer, 14, 20, per_rank=True)
     whole = {"weights": weights, "reports": numbers(optimizer)}
 
     accelerator.free_memory()
     model, optimizer = begin(1)
     accelerator.load_state(str(folder / "state"))
-    in_state = optimizer.session.state_dict()["open_report"]["before"]
+    in_state = optimizer.session.state_dict()["monitor"]["open_report"]["before"]
     optimizer.load_history(folder / "state history")
     weights = train(model, optimizer, 14, 20, per_rank=True)
     resumed = {"weights": weights, "reports": numbers(optimizer)}
     return {"whole": whole, "resumed": resumed, "own losses": own, "losses in the state": in_state}
 
 
-def trainer() -> Result:
+def trainer_callback() -> Result:
     """The Trainer's callback; saved in a rollback window and resumed."""
-    import test_callback
+    from trainers import callback, trainer
 
     folder = Path(sys.argv[1])
 
     def run(**settings: Any) -> Result:
-        callback = test_callback.callback(rollback_window=3)
-        host = test_callback.trainer(folder, callback, ddp_backend="gloo", save_strategy="steps", save_steps=7)
+        attached = callback(rollback_window=3)
+        host = trainer(folder, attached, ddp_backend="gloo", save_strategy="steps", save_steps=7)
         host.train(**settings)
         return {
             "weights": whole_weights(host.model),
-            "reports": [{**asdict(report), "seconds": 0} for report in callback.reports],
+            "reports": [{**asdict(report), "seconds": 0} for report in attached.reports],
             "wrapped": type(host.model_wrapped).__name__,
         }
 
@@ -746,7 +744,7 @@ def unlike_norms() -> Result:
     return results
 
 
-def gliding_replicas() -> Result:
+def ramping_replicas() -> Result:
     """Saved in the middle of a ramp, with a rollback window, and resumed."""
     settings: dict[str, Any] = {"ramp": 3, "rollback_window": 2}
     model = nn.parallel.DistributedDataParallel(mlp())

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import nino
 from nino.graph.ir import EdgeBlock
-from nino.graph.rows import Place, Rows, place_of, whole_place
+from nino.graph.rows import Place, place_of, whole_place
+from nino.parallel.rows import Rows
 from nino.predict.partition import Partition
 
 NUMBER = 3

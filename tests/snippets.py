@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Snippet:
-    """A fenced block: ```` ```python needs=peft slow ````."""
+    """A fenced block of Python; a line ``<!-- snippet: needs=peft slow -->`` above it gives it tags."""
 
     section: str
     tags: tuple[str, ...]
@@ -29,9 +29,8 @@ class Snippet:
 def snippets_of(page: Path) -> list[Snippet]:
     """The Python of a Markdown page, by the section that it stands in."""
     found, section = [], ""
-    for heading, tags, code in re.findall(
-        r"^## ([^\n]+)$|^```python([^\n]*)\n(.*?)^```$", page.read_text(), re.M | re.S
-    ):
+    pattern = r"^## ([^\n]+)$|(?:^<!-- snippet: ([^\n]*) -->\n)?^```python\n(.*?)^```$"
+    for heading, tags, code in re.findall(pattern, page.read_text(), re.M | re.S):
         section = heading or section
         if not heading:
             found.append(Snippet(section, tuple(tags.split()), code))

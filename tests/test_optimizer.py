@@ -289,13 +289,13 @@ def test_the_session_sees_the_largest_rate_of_an_update_with_a_snapshot() -> Non
     for _ in range(5):  # snapshots after 2 and 4
         wrapper.step()
         scheduler.step()
-        rates.append(wrapper.session.state_dict()["learning_rates"])
+        rates.append(list(wrapper.session.history.rates))
 
     assert rates == [[], [0.25], [0.25], [0.25, 0.0625], [0.25, 0.0625]]
     own = NowcastOptimizer(OwnRate(model), model, tiny_nowcaster(), period=PERIOD)
     for _ in range(2):
         own.step()
-    assert own.session.state_dict()["learning_rates"] == [1.0]  # what sets its own is taken for constant
+    assert list(own.session.history.rates) == [1.0]  # what sets its own is taken for constant
 
 
 # Resuming
@@ -327,7 +327,9 @@ def test_a_plain_optimizer_state_starts_a_fresh_history(
     run = Run(base).train(0, 3)
     plain = Run(base, wrapped=False).train(0, done)
 
-    run.optimizer.load_state_dict(plain.save()["optimizer"])
+    saved = plain.save()
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scheduler.load_state_dict(saved["scheduler"])
 
     assert logged(caplog) == [
         f"the loaded optimizer state is without nowcasting: that goes on with a fresh history from update {step}"
@@ -351,10 +353,10 @@ def test_the_base_alone_reads_the_wrappers_state() -> None:
 def test_a_refused_state_changes_neither_the_base_nor_the_history() -> None:
     saved = Run().train(0, 9).save()["optimizer"]
     run = Run().train(0, 3)
-    before = copy.deepcopy(run.wrapper.state_dict())
+    before, other = copy.deepcopy(run.wrapper.state_dict()), {**saved["nowcast"]["clock"], "period": 12}
 
     with pytest.raises(NinoError, match=r"had period=12.*remove 'nowcast' from the state\)$"):
-        run.optimizer.load_state_dict({**saved, "nowcast": {**saved["nowcast"], "period": 12}})
+        run.optimizer.load_state_dict({**saved, "nowcast": {**saved["nowcast"], "clock": other}})
     with pytest.raises(ValueError, match="different number of parameter groups"):
         run.optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"] * 2})
 

@@ -77,6 +77,11 @@ class ScriptedNowcaster:
         )
 
 
+def add(amount: float) -> Callable[[Weights], Weights]:
+    """An answer for :class:`ScriptedNowcaster`."""
+    return lambda newest: {name: value + amount for name, value in newest.items()}
+
+
 def mlp(seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -90,11 +95,28 @@ def batch(index: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.stack([inputs.sum(1), inputs.prod(1)], dim=1)
 
 
+def wrapped(
+    base: torch.optim.Optimizer, model: nn.Module, nowcaster: Any = None, **settings: Any
+) -> nino.NowcastOptimizer:
+    """Settings are the wrapper's or the plan's; nowcasts by :func:`tiny_nowcaster` every :data:`PERIOD` steps."""
+    return nino.NowcastOptimizer(base, model, nowcaster or tiny_nowcaster(), **planned({"period": PERIOD, **settings}))
+
+
 def one_update(model: nn.Module, optimizer: torch.optim.Optimizer, index: int = 0) -> None:
+    """One step of a plain loop, on the data of step ``index``; a wrapper is told the loss."""
     inputs, targets = batch(index)
     optimizer.zero_grad()
-    nn.functional.mse_loss(model(inputs), targets).backward()
+    loss = nn.functional.mse_loss(model(inputs), targets)
+    loss.backward()
+    if isinstance(optimizer, nino.NowcastOptimizer):
+        optimizer.observe(loss)
     optimizer.step()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Steps ``first + 1`` to ``last``."""
+    for index in range(first, last):
+        one_update(model, optimizer, index)
 
 
 def weights_of(model: nn.Module) -> Weights:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nino.alignment.terms import Term
-from nino.graph.calls import as_arguments
+from nino.graph.calls import Calls
 from nino.graph.ir import Axis, EdgeBlock, NeuralGraph
 
 CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -63,11 +63,10 @@ def _outputs(model: nn.Module, wanted: Mapping[str, Any], example_inputs: Any) -
 
     modules = dict(model.named_modules())
     handles = [watch(name, modules[name]) for name in wanted if name in modules]
-    args, kwargs = as_arguments(example_inputs)
     was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(*args, **kwargs)
+            Calls.of(example_inputs).run(model.eval())
     finally:
         model.train(was_training)
         for handle in handles:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nino.alignment.barrier import BarrierCurve, Evaluate, barrier_curve, permuted_statistics, with_gains
 from nino.alignment.permutations import Permutations
 from nino.errors import GraphError, NinoError
-from nino.graph.calls import as_arguments, outputs_of
+from nino.graph.calls import Calls, outputs_of
 from nino.graph.ir import Axis, NeuralGraph
 from nino.graph.symmetry import permutable_axes
 
@@ -204,12 +204,11 @@ def reordered(model: nn.Module, graph: NeuralGraph, permutations: Permutations) 
 @torch.no_grad()
 def difference(model: nn.Module, other: nn.Module, example_inputs: Any) -> float:
     """How far two models' outputs are apart, in float64, relative to the largest element of the first's."""
-    args, kwargs = as_arguments(example_inputs)
-    args, kwargs = tuple(map(_as_double, args)), {name: _as_double(value) for name, value in kwargs.items()}
+    calls = Calls.of(example_inputs).map(_as_double)
     outputs = []
     for one in (model, other):
         try:
-            outputs.append(list(outputs_of(deepcopy(one).double().eval()(*args, **kwargs))))
+            outputs.append(list(outputs_of(calls.run(deepcopy(one).double().eval()))))
         except Exception as error:  # whatever a model's forward may raise
             reason = (str(error).strip() or "no message").splitlines()[0]
             raise NinoError(
@@ -221,5 +220,5 @@ def difference(model: nn.Module, other: nn.Module, example_inputs: Any) -> float
     return float(torch.tensor(errors).amax())
 
 
-def _as_double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _as_double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value

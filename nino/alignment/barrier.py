@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nino.errors import NinoError
-from nino.graph.calls import as_arguments
+from nino.graph.calls import Calls
 
 Evaluate = Callable[[nn.Module], float]
 """Of a model in evaluation mode: its loss, or another number that is better small."""
@@ -101,8 +101,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         layer.momentum, layer.training = None, True
     try:
         for batch in batches:
-            args, kwargs = as_arguments(batch)
-            model(*args, **kwargs)
+            Calls.of(batch).run(model)
     finally:
         for layer, momentum, training in before:
             layer.momentum, layer.training = momentum, training

@@ -61,12 +61,15 @@ class EdgeUpdate(nn.Module):
 class Mpnn(Encoder):
     """Rounds of messages along the model and, if asked for, against its direction, and of edge updates."""
 
+    passing: type[nn.Module] = MessagePassing
+    """How messages are made and gathered."""
+
     def __init__(self, config: MetanetConfig) -> None:
         super().__init__()
         hidden, rounds = config.hidden, range(config.layers)
         self.embed = Embedding(config)
-        self.along = nn.ModuleList(MessagePassing(hidden) for _ in rounds)
-        self.against = nn.ModuleList(MessagePassing(hidden) for _ in rounds if config.reverse)
+        self.along = nn.ModuleList(self.passing(hidden) for _ in rounds)
+        self.against = nn.ModuleList(self.passing(hidden) for _ in rounds if config.reverse)
         self.update = nn.ModuleList(EdgeUpdate(hidden) for _ in rounds)
         self.node_norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in rounds)
         self.edge_norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in rounds)

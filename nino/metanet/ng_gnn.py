@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nino.metanet.config import MetanetConfig
-from nino.metanet.inputs import GraphInputs
-from nino.metanet.layers import Embedding, Encoded, Encoder, mlp, segment_max, segment_mean
-from nino.metanet.mpnn import EdgeUpdate
+from nino.metanet.layers import mlp, segment_max, segment_mean
+from nino.metanet.mpnn import Mpnn
 
 SMALL = 1e-6
 
@@ -34,28 +32,7 @@ class Gathering(nn.Module):
         return self.outer(torch.cat([nodes, mean, largest, smallest, (variance + SMALL).sqrt()], dim=-1))
 
 
-class NgGnn(Encoder):
+class NgGnn(Mpnn):
     """Rounds of gathering and edge updates."""
 
-    def __init__(self, config: MetanetConfig) -> None:
-        super().__init__()
-        hidden, rounds = config.hidden, range(config.layers)
-        self.embed = Embedding(config)
-        self.along = nn.ModuleList(Gathering(hidden) for _ in rounds)
-        self.against = nn.ModuleList(Gathering(hidden) for _ in rounds if config.reverse)
-        self.update = nn.ModuleList(EdgeUpdate(hidden) for _ in rounds)
-        self.node_norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in rounds)
-        self.edge_norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in rounds)
-        self.node_out, self.edge_out = nn.LayerNorm(hidden), mlp(hidden, hidden, hidden)
-
-    def forward(self, inputs: GraphInputs) -> Encoded:
-        """Encode nodes and edges."""
-        nodes, edges = self.embed(inputs)
-        source, target = inputs.index
-        for index, along in enumerate(self.along):
-            seen_nodes, seen_edges = self.node_norm[index](nodes), self.edge_norm[index](edges)
-            nodes = nodes + along(seen_nodes, seen_edges, source, target)
-            if len(self.against):
-                nodes = nodes + self.against[index](seen_nodes, seen_edges, target, source)
-            edges = edges + self.update[index](nodes, seen_edges, source, target)
-        return Encoded(self.node_out(nodes), self.edge_out(edges))
+    passing = Gathering

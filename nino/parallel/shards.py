@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nino.errors import NinoError
-from nino.graph.rows import Rows
 from nino.parallel.collectives import num_processes
+from nino.parallel.rows import Rows
 
 
 def is_dtensor(tensor: Tensor) -> bool:

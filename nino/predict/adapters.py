@@ -1,9 +1,9 @@
 """Low-rank adapters: what moves is the product ``B A``, and its factors follow.
 
 The factors of an adapter are not unique: ``(B G) (inv(G) A)`` is the same layer for every invertible ``G``. Training
-wanders along this freedom, and extrapolating each factor for itself adds the product of both movements, which grows with
-the square of the distance. So the product is extrapolated, and the factors are moved as little as it takes to hold it:
-their coordinates, and with them an optimizer's moments, keep their meaning.
+wanders along this freedom, and extrapolating each factor for itself adds the product of both movements, which grows
+with the square of the distance. So the product is extrapolated, and the factors are moved as little as it takes to hold
+it: their coordinates, and with them an optimizer's moments, keep their meaning.
 
 The product is never formed: all sums here are of matrices with the adapter's rank on one side.
 """
@@ -49,8 +49,8 @@ def adapter_movement(
 ) -> AdapterMovement:
     """Move the newest factors so that their product moves by ``sum_t a_t B_t A_t``, as nearly as their rank allows.
 
-    Least squares for ``B`` with ``A`` held, then for ``A`` with ``B`` held, and again: this begins at the present factors
-    and changes them no more than it must, while the product tends to the nearest one of this rank.
+    Least squares for ``B`` with ``A`` held, then for ``A`` with ``B`` held, and again: this begins at the present
+    factors and changes them no more than it must, while the product tends to the nearest one of this rank.
 
     Args:
         factors_a: as in :func:`adapter_products`, oldest first.

@@ -61,6 +61,15 @@ class Extrapolator(ABC):
             horizon: snapshot intervals ahead.
         """
 
+    def combine(self, numbers: Tensor, snapshots: Sequence[Tensor]) -> Tensor:
+        """How far weights move.
+
+        Args:
+            numbers: as :meth:`coefficients` gave them.
+            snapshots: a piece of each, oldest first.
+        """
+        return _combined(numbers.tolist(), snapshots)
+
     def settings(self) -> list[float]:
         """What tells two of a class from each other."""
         return [self.context, self.max_horizon]
@@ -112,7 +121,7 @@ class Extrapolator(ABC):
         for index, block in enumerate(blocks, start=1):
             for place in _pieces(block, partition, piece_size(where) // self.context):
                 pieces = [piece.to(where, exact_dtype(piece)) for piece in views.pieces(block, place)]
-                writer.write(block, place, _combined(numbers.tolist(), pieces))
+                writer.write(block, place, self.combine(numbers, pieces))
             if progress is not None:
                 progress(index, len(blocks))
         size = writer.finish()

@@ -29,8 +29,8 @@ from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import Network, Trend, build_network, build_network_with_weights
 from nino.predict.movement import Movement, MovementSize, moved
 from nino.predict.partition import WHOLE, Partition
-from nino.predict.positions import RememberedPositions
 from nino.predict.predictor import Progress
+from nino.predict.remembered import RememberedGraph
 from nino.predict.request import Computation, Engine, check_request, empty_movement, full_precision
 from nino.predict.standardise import check_snapshots, measure_snapshots
 
@@ -52,7 +52,7 @@ class Nowcaster:
     def __init__(self, network: Network) -> None:
         self.network = network.eval().requires_grad_(False)
         self._said_wiring = False
-        self._positions = RememberedPositions()
+        self._remembered = RememberedGraph()
 
     @property
     def config(self) -> NowcasterConfig:
@@ -317,14 +317,18 @@ class Nowcaster:
         device, partition = how.device_of(snapshots), how.partition
         exact = torch.promote_types(how.dtype, torch.float32)
         network = self._network(device, how.dtype if how.engine == "edges" else exact)
-        held = bytes_of_copies(graph, *snapshots, tensors, partition=partition) + self._bytes_of_copy(network)
-        held += partition.extra_bytes(graph.groups, MESSAGE_VECTORS * self.config.hidden, exact.itemsize)
+        held = 0
+        if how.memory_budget is not None:
+            held = bytes_of_copies(graph, *snapshots, tensors, partition=partition) + self._bytes_of_copy(network)
+            held += partition.extra_bytes(graph.groups, MESSAGE_VECTORS * self.config.hidden, exact.itemsize)
         sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, held)
         scalers = measure_snapshots(snapshots, graph.shapes, device, partition, self.config.inputs)
-        positions = self._positions.of(graph, self.config.num_positions) if positions is None else positions
-        views = SnapshotViews(graph, snapshots, partition)
+        facts = self._remembered.facts(graph)
+        positions = facts.positions_of(graph, self.config.num_positions) if positions is None else positions
+        layouts = facts.layouts if partition is WHOLE else None
+        views = SnapshotViews(graph, snapshots, partition, layouts)
         reader = SnapshotReader(views, scalers, device, exact)
-        writer = MovementWriter(graph, tensors, views, device, partition, how.preserve_norms, writes_weights)
+        writer = MovementWriter(graph, tensors, views, device, partition, how.preserve_norms, writes_weights, layouts)
         with full_precision(device):
             if how.engine == "edges":
                 predict_edgewise(network, graph, reader, writer, positions, horizon)
@@ -341,6 +345,7 @@ class Nowcaster:
                     product_dtype=products,
                     progress=how.progress,
                     partition=partition,
+                    remembered=facts.engine if how.memory_budget is None else None,
                 )
         return writer.finish()
 

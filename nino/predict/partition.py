@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from nino.graph.ir import EdgeBlock, NeuronGroup
-from nino.graph.rows import Place, Rows, whole_place
+from nino.graph.rows import Place, whole_place
+from nino.parallel.rows import Rows
 
 
 class Partition:

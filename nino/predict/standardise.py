@@ -118,6 +118,9 @@ class SnapshotStatistics:
         # What is summed must be small however far from zero the weights are, and exactly zero if they are all equal:
         # differences from the first snapshot's mean, itself a sum of differences from the first weight. That mean is
         # never further than sqrt(C) deviations from the mean of all, so nothing is lost when the squares are corrected.
+        if number <= piece_size(device):  # all at once, which saves time if tensors are tiny
+            together = torch.stack([snapshot.to(device, exact) for snapshot in snapshots])
+            snapshots, moving = [together], [*together] if inputs == "movements" else moving
         first = snapshots[0][(0,) * snapshots[0].ndim].to(device, exact)
         centre = (first + _sums_about(first, snapshots[:1])[0] / snapshots[0].numel()).to(exact)
         differences, squares = _sums_about(centre, snapshots)

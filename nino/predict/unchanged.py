@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Moving = tuple[Tensor, Tensor]
+"""Indices of the targets and of the sources that have an element that moves."""
+WORTHWHILE = 0.75
+"""If less than this part of a piece moves, it pays to compute only that."""
+
 
 def unchanged_mask(snapshots: Sequence[Tensor] | Tensor) -> Tensor | None:
     """Which elements are the same in all snapshots, bit for bit but for the sign of zero.
@@ -41,3 +46,16 @@ def keep_unchanged(new: Tensor, present: Tensor, still: Tensor | None) -> Tensor
     """What is predicted of some weights, but of those that are still what they are at present, bit for bit."""
     new = new.to(present)
     return new if still is None else torch.where(still.to(present.device), present, new)
+
+
+def moving_part(unchanged: Tensor | None) -> Moving | None:
+    """Which targets and sources of a piece have elements that move; ``None`` if nearly all have.
+
+    Args:
+        unchanged: bool ``[F, t, s]``, as :func:`unchanged_mask` returns it.
+    """
+    if unchanged is None or unchanged.device.type != "cpu":
+        return None
+    moves = ~unchanged.all(0)
+    rows, columns = moves.any(1).nonzero()[:, 0], moves.any(0).nonzero()[:, 0]
+    return (rows, columns) if len(rows) * len(columns) < WORTHWHILE * moves.numel() else None

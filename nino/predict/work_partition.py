@@ -19,8 +19,9 @@ from torch import Tensor
 
 from nino.errors import NinoError
 from nino.graph.ir import EdgeBlock, NeuralGraph, NeuronGroup, Slots
-from nino.graph.rows import Place, Rows, block_shape, place_of
+from nino.graph.rows import Place, block_shape, place_of
 from nino.parallel.collectives import Channel
+from nino.parallel.rows import Rows
 from nino.parallel.shards import Holding, local_tensors
 from nino.predict.partition import WHOLE, Partition
 from nino.system.pieces import pieces_of

@@ -2,7 +2,7 @@
 
 A trend maps ten numbers per parameter to factors of a few columns: a weight's own movements and what the network
 predicts of it (:class:`nino.predict.model.networks.Trend`). Trained along with a network, on absolute errors and a
-few windows at a time, it gains half of what it can (docs/lab-notes.md, 2026-11-26). So a table of weights is drawn
+few windows at a time, it gains half of what it can (docs/lab-notes, 2026-11-26). So a table of weights is drawn
 from many
 windows once, the network predicts them all, and the trend is fitted to its rows by squared errors, whose best answer is
 the mean of the paths that a weight may take.

@@ -14,8 +14,16 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from nino.session.judge.rule import MIN_LOSSES_BEFORE
-
+MIN_LOSSES_BEFORE = 3
+"""Fewer losses before a jump than this say nothing of their noise."""
+IN_SHORT = (
+    "nowcast/step",
+    "nowcast/horizon_steps",
+    "nowcast/applied",
+    "nowcast/jump/all",
+    "nowcast/loss/before",
+    "nowcast/loss/at",
+)
 Loss = float | Tensor
 Outcome = Literal["applied", "rolled back", "left out", "refused"]
 
@@ -82,6 +90,11 @@ class NowcastReport:
             "nowcast/loss/after": self.loss_after,
         }
         return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def in_short(self) -> dict[str, float]:
+        """The six numbers of :meth:`as_log` that a console has room for; what is not known is left out."""
+        log = self.as_log()
+        return {name: log[name] for name in IN_SHORT if name in log}
 
     def as_record(self) -> dict[str, float | str | None]:
         """:meth:`as_log` and, in words, ``nowcast/outcome`` and ``nowcast/reason``; goes into JSON as it is.

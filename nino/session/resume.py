@@ -51,7 +51,7 @@ def without_history(state: Mapping[str, Any]) -> dict[str, Any]:
         "history": {**history, "snapshots": nothing, "mean": {"count": 0, "means": {}}, "learning_rates": []},
         "monitor": {**monitor, "losses": [], "open_report": None},
         "rollback_copy": None,
-        "ramp": {"steps_left": 0, "rest": {}},
+        "ramp": {"steps_left": 0, "rest": {}, "iterates": []},
         "batch_norm": {"steps_left": 0, "known": {}},
     }
 

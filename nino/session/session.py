@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
-from nino.parallel.collectives import is_main_process
-from nino.plan import NowcastPlan, Run, choose, describe, plan_of
+from nino.plan import NowcastPlan, Run, choose, plan_of
 from nino.predict.predictor import Predictor
 from nino.predict.registry import load_predictor
 from nino.session.clock import Clock
@@ -31,7 +30,8 @@ from nino.session.judge.rule import rollback_config
 from nino.session.jump.jump import Jumps
 from nino.session.report import NowcastReport
 from nino.session.resume import load_state, state_of
-from nino.session.schedule import Schedule, horizon_at, num_nowcasts
+from nino.session.sayings import Sayings
+from nino.session.schedule import Schedule, horizon_at
 from nino.session.target import TrainingTarget
 
 logger = logging.getLogger("nino.session")
@@ -74,22 +74,21 @@ class NowcastSession:
         if on_report is not None and not callable(on_report):
             raise NinoError(f"on_report must be a function that takes a report, got {type(on_report).__name__}")
         self.optimizer, self.nowcaster = optimizer, load_predictor(nowcaster)
-        self.run = Run(context=self.nowcaster.context, max_horizon=self.nowcaster.max_horizon, max_steps=max_steps)
+        self.run = Run.of(self.nowcaster, max_steps)
         self.plan = choose(plan_of(plan, period), self.run)
         self.schedule = Schedule.of(self.plan, self.run)
         self.clock = Clock(self.schedule, self.plan.average_over or 1)
         self.events = Events()
         self.target = TrainingTarget(model, self.nowcaster, optimizer, graph)
-        self.history = History(self.plan, self.run.context)
+        self.history = History(self.plan, self.run.context, self.run.across_jumps)
         self.monitor = Monitor(rollback_config(self.plan), partial(getattr, self.target, "device"), on_report)
         self.jumps = Jumps(self.nowcaster, self.target, self.history, self.monitor, self.plan, self.events)
         self.step = 0
-        self._has_begun = self._is_detached = self._said_rising = False
+        self._has_begun = self._is_detached = False
         self._skipped = 0
         """Steps in a row that mixed precision skipped."""
-        if num_nowcasts(self.schedule) == 0:
-            message = "a run of %d steps ends before its first nowcast (period=%d): nothing will be nowcast; %s"
-            logger.warning(message, max_steps, self.plan.period, "choose a shorter period")
+        self._sayings = Sayings(self.plan, self.run, self.schedule)
+        self._sayings.before_it_starts()
 
     @property
     def model(self) -> nn.Module:
@@ -168,19 +167,11 @@ class NowcastSession:
         if self.target.problem:
             raise NinoError(self.target.problem)
         self._has_begun = True
-        if is_main_process():
-            logger.info("%s", self.description())
-
-    def description(self) -> str:
-        """What was chosen for this run, in one line."""
-        one = sum(parameter.nbytes for parameter in self.trainable_parameters().values())
-        copies = self.run.context + (self.plan.average_over != 1)
-        return describe(self.plan, self.run, num_nowcasts(self.schedule, self.clock.origin), one * copies)
+        self._sayings.when_it_starts(self.trainable_parameters().values())
 
     def _go_on(self, learning_rate: float | None) -> None:
         """What is due after a step, once the last nowcast is judged."""
-        if self.step - 1 == self.run.max_steps and is_main_process():
-            logger.warning("the run goes on beyond max_steps=%d: nothing is nowcast any more", self.step - 1)
+        self._sayings.after_step(self.step)
         due = self.clock.due(self.step)
         self.jumps.move_on(self.step)
         self.jumps.batch_norm.after_step()
@@ -190,7 +181,8 @@ class NowcastSession:
             due = self._snapshot(learning_rate)
         if due.nowcast:
             self._nowcast()
-            self._forget_history()
+            self.history.after_nowcast()
+            self.monitor.losses.clear()
             if due.is_last:
                 self.history.store.forget()
 
@@ -202,16 +194,9 @@ class NowcastSession:
             rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
             if self.history.take(self.step, self.trainable_parameters(), rate):
                 self.clock.begin_with(self.step)
-                self._say_rising()
+                self._sayings.when_the_rate_rises(self.step, self.reports)
             self.events.emit(Event("snapshot", self.step, learning_rate=self.history.rates[-1]))
         return self.clock.due(self.step)
-
-    def _say_rising(self) -> None:
-        last = max((report.step for report in self.reports), default=0)
-        if self.step - last >= 3 * self.schedule.period and not self._said_rising and is_main_process():
-            self._said_rising = True
-            message = "the learning rate has kept rising for %d steps: nothing is nowcast before it stops (period=%d)"
-            logger.warning(message, self.step - last, self.schedule.period)
 
     def _notice_changes(self) -> None:
         """If the model is another than at the last snapshot, start the history afresh, and say so once."""

@@ -9,13 +9,15 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from nino.errors import NinoError
+from nino.evaluation.settings import plan_settings, read_setting
+from nino.plan import NowcastPlan
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -40,6 +42,35 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Stop, without the list of all options."""
         fail(f"{message} (--help lists the options)")
+
+
+def add_plan_options(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = (), prefix: str = "") -> None:
+    """An option for every setting of a :class:`nino.NowcastPlan`, in a group of its own.
+
+    Args:
+        parser: receives them.
+        leave_out: settings that are not asked for.
+        prefix: of the options, such as ``jump-``.
+    """
+    group = parser.add_argument_group("settings of nowcasting", "what is not given is chosen for the run")
+    for setting in plan_settings().values():
+        if setting.name not in leave_out:
+            option, help_text = f"--{prefix}{setting.name.replace('_', '-')}", setting.help.replace("%", "%%")
+            group.add_argument(option, metavar="X", help=f"{setting.expected}. {help_text}")
+
+
+def plan_from(args: argparse.Namespace, prefix: str = "") -> NowcastPlan:
+    """The plan of options that :func:`add_plan_options` made.
+
+    Raises:
+        NinoError: if one is out of range.
+    """
+    names = {name: f"{prefix}{name}".replace("-", "_") for name in plan_settings()}
+    given = {name: text for name, option in names.items() if (text := getattr(args, option, None)) is not None}
+    try:
+        return NowcastPlan(**{name: read_setting(name, text) for name, text in given.items()})
+    except NinoError as error:
+        raise NinoError(f"--{prefix}{error}" if prefix else str(error)) from error
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

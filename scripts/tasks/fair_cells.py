@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from nino.errors import NinoError
-from tasks.cells import Clock, finite, has_diverged, learning_rate_factor
+from nino.evaluation.methods import Setup, parse_method
+from nino.evaluation.training import Clock, finite, has_diverged, learning_rate_factor
 from tasks.fair_methods import fair_methods, method_text
 from tasks.fair_tasks import FAIR_TASKS, WARMUP, Base
 from tasks.images import HeldOut
-from tasks.methods import Rhythm, Setup, parse_method
 
 CELL_VERSION = 1
 """Goes up when the training below changes; older results are then no longer taken for results."""
@@ -41,6 +41,8 @@ class FairCell:
     budget: float
     """Part of the task's longest budget."""
     held_out: HeldOut = "test"
+    detail: str = ""
+    """What the method is: its parts and its plan, nothing left open (:func:`detail_of`)."""
 
     @property
     def steps(self) -> int:
@@ -71,6 +73,16 @@ class FairCell:
         return re.sub(r"[^\w.+-]+", "-", ".".join([*parts, digest[:8], "json"]))
 
 
+def detail_of(task: str, base: Base, method: str, budget: float, published: str) -> str:
+    """What a method is on a task, so that a result of another plan is no result of this one."""
+    steps, found = FAIR_TASKS[task].steps_of(budget), fair_methods(published)[method]
+    parsed = parse_method(method_text(replace(found, text=found.text.replace(published, "FILE")), base, steps))
+    if parsed.jump is None:
+        return parsed.name
+    plan = parse_method(method_text(found, base, steps)).plan_for(steps)
+    return f"{parsed.name} {'' if plan is None else plan.to_json()}"
+
+
 def train(cell: FairCell, data: Path, cache: Path, published: str, progress: Progress) -> dict[str, Any]:
     """Train a cell to its end, or until it has diverged, and evaluate it once."""
     spec = FAIR_TASKS[cell.task]
@@ -78,7 +90,7 @@ def train(cell: FairCell, data: Path, cache: Path, published: str, progress: Pro
     torch.manual_seed(cell.seed)
     model = spec.build()
     method = fair_methods(published)[cell.method]
-    parsed = parse_method(method_text(method, cell.base, cell.steps), Rhythm())
+    parsed = parse_method(method_text(method, cell.base, cell.steps))
     setup = Setup(parsed, model, cell.rate, spec.weight_decay, cell.steps)
     if method.follower is not None:
         setup.followers.append(method.follower(setup.optimizer, model, cell.steps))

@@ -1,9 +1,9 @@
 """Reinforcement learning with verifiable rewards: a small Llama that adds two-digit numbers with partial success.
 
-It is pretrained, letter by letter, on the books and on additions, every other one of them with a mistake. The reward is 1 for the right sum and
-0 else; the groups of answers to one question are judged against each other (GRPO, arXiv:2402.03300), once each.
-Answers are short, so that the held-out reward can be computed instead of sampled: it is the mean probability of the
-right answer.
+It is pretrained, letter by letter, on the books and on additions, every other one of them with a mistake. The reward is
+1 for the right sum and 0 else; the answers to one question are judged against each other (GRPO, arXiv:2402.03300), once
+each. Answers are short, so that the held-out reward can be computed instead of sampled: it is the mean probability of
+the right answer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Arithmetic:
     """The task, as :class:`tasks.post_cells.Workload` describes it."""
 
     metric, higher_is_better = "reward", True
-    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, data: Path, cache: Path, say: Any = print) -> None:
         texts = [split_text(book) for book in find_books(data)]

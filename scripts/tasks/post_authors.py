@@ -88,7 +88,7 @@ class Authors:
     """The task, as :class:`tasks.post_cells.Workload` describes it."""
 
     metric, higher_is_better = "eval_loss", False
-    lora_targets = ("query", "key", "value", "dense")
+    lora_targets: tuple[str, ...] = ("query", "key", "value", "dense")
 
     def __init__(self, data: Path, cache: Path) -> None:
         self.data = load_passages(data, cache)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from nino.errors import NinoError
-from tasks.cells import Clock, finite
-from tasks.post_methods import BASE, driver_of
+from tasks.post_methods import BASE, Driver, driver_of, parse_method
 
 VERSION = 1
 """Goes up when trainings change; older results are then no longer taken for results."""
@@ -32,7 +34,7 @@ Say = Callable[[str], None]
 
 
 class Workload(Protocol):
-    """What a training needs of a task."""
+    """What every training needs of a task."""
 
     metric: str
     higher_is_better: bool
@@ -40,9 +42,21 @@ class Workload(Protocol):
 
     def build(self, seed: int) -> nn.Module: ...
 
+    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class LoopWorkload(Workload, Protocol):
+    """A task of a plain loop; what it tells of a batch may hold its ``reward`` and its generated ``tokens``."""
+
     def loss(self, model: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+@runtime_checkable
+class TrainerWorkload(Workload, Protocol):
+    """A task that a trainer of a library runs."""
+
+    def trainer(self, model: nn.Module, **settings: Any) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +112,42 @@ def with_adapters(model: nn.Module, targets: tuple[str, ...], seed: int) -> nn.M
     return adapted
 
 
+def finite(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+class Clock:
+    """Seconds of training without evaluations: on the wall, and of this process's processor time.
+
+    The latter hardly depends on what else the machine does.
+    """
+
+    def __init__(self) -> None:
+        self.away = (0.0, 0.0)
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens within."""
+        before = self._now()
+        yield
+        after = self._now()
+        self.away = (self.away[0] + after[0] - before[0], self.away[1] + after[1] - before[1])
+
+    def spent(self) -> dict[str, float]:
+        """Since the beginning."""
+        wall, processor = self._now()
+        return {
+            "seconds": round(wall - self._start[0] - self.away[0], 3),
+            "cpu_seconds": round(processor - self._start[1] - self.away[1], 3),
+        }
+
+
 class Watch:
     """Drives nowcasts and measures, after every step.
 
@@ -111,17 +161,19 @@ class Watch:
     def __init__(self, cell: PostCell, workload: Workload, model: nn.Module, points: int) -> None:
         self.cell, self.workload, self.model = cell, workload, model
         self.every = max(1, cell.steps // points)
-        self.driver = driver_of(cell.method, model, [rate_factor(step, cell.steps) for step in range(cell.steps)])
+        self.driver: Driver | None = None
         self.curve: list[dict[str, Any]] = [{"step": 0, "tokens": 0, **workload.evaluate(model)}]
         self.told: list[float | None] = []
         self.tokens = 0
         self.clock = Clock()
 
-    def after_step(self, step: int, told: float, tokens: int = 0) -> None:
-        """Of the optimizer; ``told`` is its loss, or its reward."""
+    def after_step(self, step: int, told: float, optimizer: Optimizer, tokens: int = 0) -> None:
+        """Of the optimizer; ``told`` is its loss, or how much its reward lacks to 1."""
         self.tokens += tokens
         self.told.append(finite(round(told, 4)))
-        self.driver.after_step(step, told)
+        if self.driver is None:  # a Trainer makes its optimizer when training begins
+            self.driver = driver_of(self.cell.method, self.model, optimizer, self.cell.steps)
+        self.driver.after_step(told, self.cell.rate * rate_factor(step - 1, self.cell.steps))
         if step % self.every and step != self.cell.steps:
             return
         spent = self.clock.spent()
@@ -137,8 +189,8 @@ class Watch:
             "metric": self.workload.metric,
             "higher_is_better": self.workload.higher_is_better,
             "curve": self.curve,
-            "nowcasts": self.driver.reports,
-            "nowcast_seconds": round(self.driver.seconds, 3),
+            "nowcasts": self.driver.reports if self.driver is not None else [],
+            "nowcast_seconds": round(self.driver.seconds, 3) if self.driver is not None else 0.0,
             **self.clock.spent(),
             "training": self.told,
         }
@@ -163,12 +215,11 @@ def train(cell: PostCell, workload: Workload, say: Say, points: int = 10) -> dic
     model.train()
     watch = Watch(cell, workload, model, points)
     torch.manual_seed(cell.seed)  # dropout
-    through = getattr(workload, "trainer", None)
-    if through is not None:
+    if isinstance(workload, TrainerWorkload):
         warmup = max(1, round(WARMUP * cell.steps))
         settings = {"rate": cell.rate, "steps": cell.steps, "warmup": warmup, "seed": cell.seed}
-        through(model, **settings, on_step=watch.after_step).train()
-    else:
+        workload.trainer(model, **settings, on_step=watch.after_step).train()
+    elif isinstance(workload, LoopWorkload):
         _loop(cell, workload, model, watch)
     result = watch.result()
     last = result["curve"][-1][workload.metric]
@@ -176,7 +227,7 @@ def train(cell: PostCell, workload: Workload, say: Say, points: int = 10) -> dic
     return result
 
 
-def _loop(cell: PostCell, workload: Workload, model: nn.Module, watch: Watch) -> None:
+def _loop(cell: PostCell, workload: LoopWorkload, model: nn.Module, watch: Watch) -> None:
     """A plain loop: AdamW as the Trainer makes it, without weight decay, gradients clipped."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cell.rate, weight_decay=0.0, fused=True)
@@ -189,7 +240,8 @@ def _loop(cell: PostCell, workload: Workload, model: nn.Module, watch: Watch) ->
         nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        watch.after_step(step, float(told.get("reward", loss.item())), int(told.get("tokens", 0)))
+        lacks = 1 - told["reward"] if "reward" in told else loss.item()
+        watch.after_step(step, lacks, optimizer, int(told.get("tokens", 0)))
 
 
 def read_result(out: Path, cell: PostCell) -> dict[str, Any] | None:
@@ -217,8 +269,5 @@ def check_method(method: str) -> str:
         NinoError: if there is none.
     """
     if method != BASE:
-        driver_of(method, None, [1.0])
+        parse_method(method)
     return method
-
-
-__all__ = ["NinoError", "PostCell", "Workload", "check_method", "read_result", "train", "write_result"]

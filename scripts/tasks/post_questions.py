@@ -106,7 +106,7 @@ def load_tokenizer(data: Path, cache: Path) -> Any:
 class Questions:
     """What fine-tuning and preferences share: the pretrained model, held-out stories and held-out text."""
 
-    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, data: Path, cache: Path, say: Any = print) -> None:
         self.tokenizer = load_tokenizer(data, cache)

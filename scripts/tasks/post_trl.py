@@ -16,18 +16,18 @@ from transformers import TrainerCallback
 from tasks.post_questions import BETA, Preferences, Questions, Sft, stories
 
 BATCH = 16
-OnStep = Callable[[int, float], None]
-"""Told of every step of the optimizer, and of its loss (NaN where that is not known)."""
+OnStep = Callable[[int, float, Any], None]
+"""Told of every step: its number, its loss (NaN where that is not known) and the optimizer."""
 
 
-class _Watch(TrainerCallback):
+class _Watch(TrainerCallback):  # type: ignore[misc]
     """Hands the Trainer's steps on."""
 
     def __init__(self, on_step: OnStep) -> None:
         self.on_step = on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_step(state.global_step, float("nan"))
+        self.on_step(state.global_step, float("nan"), kwargs["optimizer"])
 
 
 def trainer_of(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from nino.data.architecture import describe_transformers
 from tasks.images import convnet
@@ -30,6 +34,7 @@ def llama_3(width: int, mlp_width: int, layers: int, heads: int, head_dim: int, 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "cnn-14k": convnet(3, (16, 32, 32)),
+    "llama-200k": llama(layers=2, width=64, heads=4, kv_heads=4, vocab_size=1000),
     "gpt2-3m": gpt2(layers=3, width=64, heads=4, vocab_size=50_257, num_positions=1024),
     "llama-25m": llama(layers=6, width=512, heads=8, kv_heads=8, vocab_size=8_000),
     "llama-100m": llama(layers=10, width=768, heads=12, kv_heads=12, vocab_size=32_000),
@@ -44,3 +49,16 @@ PLANNED: dict[str, Architecture] = {
     "llama-405b": llama_3(16_384, 53_248, layers=126, heads=128, head_dim=128),
 }
 """Those too of which only shapes are needed."""
+
+
+def random_snapshots(
+    shapes: Mapping[str, tuple[int, ...]], context: int, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Weights that drift, oldest first."""
+    generator = torch.Generator(device).manual_seed(0)
+    snapshots: list[dict[str, Tensor]] = [{} for _ in range(context)]
+    for name, shape in shapes.items():
+        start, drift = (torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2))
+        for age, snapshot in enumerate(snapshots):
+            snapshot[name] = torch.add(start, drift, alpha=0.05 * age).mul_(0.02)
+    return snapshots

@@ -8,18 +8,19 @@ they are wired by tracing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nino.data import build_model
 from nino.errors import NinoError
 from tasks.images import HeldOut, convnet, convnext, load_digits, load_images
 from tasks.modules import LstmLanguageModel, UNet
-from tasks.task import DenoisingTask, ImageTask, Task, TextTask
+from tasks.task import Batch, DenoisingTask, ImageTask, Task, TextTask
 from tasks.text import gpt2, llama, read_text_files
 
 SEQUENCE_LENGTH = 64
@@ -30,11 +31,12 @@ TEXT_FILES = ("text/wikitext2-valid.txt", "text/wikitext2-test.txt")
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedupTask:
-    """A task with the settings that every method shares."""
+    """A task of :mod:`nino.evaluation` with the settings that every method shares."""
 
+    name: str = ""
     build: Callable[[], nn.Module]
     """Makes a freshly initialised model."""
-    data: Callable[[Path, HeldOut], Task]
+    read: Callable[[Path, HeldOut], Task]
     """Reads the data from a folder; kept, since consecutive runs of a process often share it. Digits are so few that
     they are held out once, for both."""
     files: tuple[str, ...] = ()
@@ -48,18 +50,43 @@ class SpeedupTask:
     weight_decay: float
     batch_size: int
     steps: int
+    folder: Path = Path()
+    held_out_data: HeldOut = "test"
 
-    def check_data(self, name: str, folder: Path | None) -> None:
+    def check_data(self) -> None:
         """Refuse a folder without the files.
 
         Raises:
             NinoError: naming what is expected.
         """
-        if self.files and folder is None:
-            raise NinoError(f"task {name} needs --data FOLDER, which holds {', '.join(self.files)}")
+        needed = ", ".join(self.files)
         for file in self.files:
-            if folder is not None and not (folder / file).is_file():
-                raise NinoError(f"--data: {folder / file} does not exist; task {name} needs {', '.join(self.files)}")
+            if self.folder == Path():
+                raise NinoError(f"task {self.name} needs --data FOLDER, which holds {needed}")
+            if not (self.folder / file).is_file():
+                raise NinoError(f"--data: {self.folder / file} does not exist; task {self.name} needs {needed}")
+
+    @property
+    def data(self) -> Task:
+        """Batches, loss and evaluation."""
+        return self.read(self.folder, self.held_out_data)
+
+    def model(self, seed: int) -> nn.Module:
+        """A freshly initialised model."""
+        torch.manual_seed(seed)
+        return self.build()
+
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """Training batches."""
+        return self.data.batches(self.batch_size, torch.Generator().manual_seed(seed))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The training loss."""
+        return self.data.loss(model, batch)
+
+    def held_out(self, model: nn.Module) -> dict[str, float]:
+        """Loss, and of images accuracy, on data that is not trained on."""
+        return self.data.evaluate(model)
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +128,7 @@ def _image_task(
     """A model of images in parquet files, at the published learning rate."""
     return SpeedupTask(
         build=build,
-        data=data,
+        read=data,
         files=(f"{name}-train.parquet", f"{name}-test.parquet"),
         metric=metric,
         higher_is_better=metric == "eval_accuracy",
@@ -132,7 +159,7 @@ def _cnn(
 def _language_model(build: Callable[[], nn.Module]) -> SpeedupTask:
     return SpeedupTask(
         build=build,
-        data=_wikitext,
+        read=_wikitext,
         files=TEXT_FILES,
         metric="eval_loss",
         higher_is_better=False,
@@ -147,7 +174,7 @@ def _language_model(build: Callable[[], nn.Module]) -> SpeedupTask:
 def _digits_task(norm: bool) -> SpeedupTask:
     return SpeedupTask(
         build=partial(build_model, convnet(1, (16, 32, 32), norm=norm)),
-        data=_digits,
+        read=_digits,
         metric="eval_accuracy",
         higher_is_better=True,
         targets=(0.8, 0.9, 0.95, 0.97),
@@ -175,7 +202,7 @@ CONVNEXT = partial(build_model, convnext(3, hidden=(16, 32, 64), depths=(1, 1, 1
 UNET = partial(UNet, channels=3, width=8)
 LSTM = partial(LstmLanguageModel, VOCAB_SIZE, width=64, layers=2)
 
-TASKS: dict[str, SpeedupTask] = {
+_TASKS: dict[str, SpeedupTask] = {
     "c10-16": _cnn("cifar10", 3, (16, 32, 32), C10_TARGETS),
     "c10-32": _cnn("cifar10", 3, (32, 64, 64), C10_TARGETS),
     "mnist-16": _cnn("mnist", 1, (16, 32, 32), MNIST_TARGETS),
@@ -189,3 +216,4 @@ TASKS: dict[str, SpeedupTask] = {
     "digits-16": _digits_task(norm=False),
     "digits-16-norm": _digits_task(norm=True),
 }
+TASKS = {name: replace(task, name=name) for name, task in _TASKS.items()}

@@ -19,7 +19,9 @@ from nino.alignment import Permutations, barrier_curve, merge, reestimate_batch_
 from nino.alignment.align import difference, matchable, reordered
 from nino.alignment.barrier import with_gains
 from nino.errors import GraphError, NinoError
+from nino.graph.calls import Calls
 from nino.graph.symmetry import permutable_axes
+from tasks.architectures import SPECIMENS
 
 
 def arguments(model: nn.Module, inputs: Any) -> Any:
@@ -66,6 +68,18 @@ def test_a_random_permutation_of_what_is_traced_is_recovered_exactly(case: test_
     graph = test_tracing.traced(model, inputs)
     assert permutable_axes(graph)
     recovers(model, inputs, graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECIMENS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_random_permutation_of_every_architecture_of_the_table_is_recovered_exactly(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomised(SPECIMENS[name].build()).double()
+    calls = Calls.of(SPECIMENS[name].inputs()).map(lambda x: x.double() if x.is_floating_point() else x)
+    graph = NeuralGraph.from_model(model, example_inputs=calls)
+    assert permutable_axes(graph)
+    recovers(model, calls, graph)
 
 
 def test_a_traced_model_of_torch_is_aligned_without_a_graph() -> None:

@@ -80,6 +80,7 @@ def test_every_number_of_a_report_is_explained() -> None:
     report = NowcastReport(
         step=1,
         horizon=1,
+        horizon_steps=200,
         outcome="refused",
         reason="NaN",
         relative_jump=0.1,

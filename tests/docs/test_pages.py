@@ -26,6 +26,10 @@ OF_TODAY = [page for page in PAGES if page.name != "results.md" and not {NOTES, 
 FOLDERS = ("nino", "callbacks", "scripts", "tests", "docs", "pretrained", "results")
 
 
+PREFIXES = ("", "jump-")
+"""Of options that scripts make of the settings of a plan."""
+
+
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -45,6 +49,12 @@ def spans_of(text: str) -> list[str]:
     start = rf"(?:{'|'.join(FOLDERS)})/"
     spans = re.findall(rf"`({start}[\w./*<>-]*)`", text)
     return spans + re.findall(r"(?:python|launch|torchrun)[^\n]* (scripts/\w+\.py)", text)
+
+
+def commands_of(text: str) -> list[tuple[str, list[str]]]:
+    """Scripts that commands run, each with its options; a backslash joins lines."""
+    commands = re.findall(r"(scripts/\w+\.py)([^\n#`]*)", text.replace("\\\n", " "))
+    return [(script, re.findall(r"(?<![\w-])--[\w-]+", rest)) for script, rest in commands]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -73,9 +83,20 @@ def test_files_and_scripts_that_a_page_names_are_there(page: Path) -> None:
         assert any(ROOT.glob(span.rstrip("/"))) or "<" in span, span
 
 
+@pytest.mark.parametrize("page", OF_TODAY, ids=name_of)
+def test_options_of_commands_exist(page: Path) -> None:
+    for script, options in commands_of(page.read_text()):
+        known = set(re.findall(r"\"(--[\w-]+)\"", (ROOT / script).read_text()))
+        plan = {
+            f"--{prefix}{field.name.replace('_', '-')}" for field in fields(nino.NowcastPlan) for prefix in PREFIXES
+        }
+        assert set(options) <= known | plan, f"{script}: {sorted(set(options) - known - plan)}"
+
+
 def test_what_is_looked_for_is_found() -> None:
     text = "See `nino/none.py` and\n```\npython scripts/none.py --help\n```\n[x](gone.md), [y](#gone)."
     assert spans_of(text) == ["nino/none.py", "scripts/none.py"]
+    assert commands_of("python scripts/a.py x --b \\\n  --c=1 # --d") == [("scripts/a.py", ["--b", "--c"])]
     assert "[x]" in without_code(text) and "none" not in without_code(text)
 
 
@@ -135,3 +156,20 @@ def test_a_study_is_kept_without_its_trainings(tmp_path: Path, monkeypatch: pyte
     table = (tmp_path / "RESULTS" / "toy" / "table.md").read_text()
     assert "seeds 3" in table and "| a | 1 |" in table and "| b | - |" in table
     assert (tmp_path / "IMAGES" / "toy.png").stat().st_size > 1000
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    site = (ROOT / "mkdocs.yml").read_text()
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+    names = {str(page.relative_to(ROOT / "docs")) for page in pages if ".ipynb_checkpoints" not in page.parts}
+    listed = set(re.findall(r"[\w./-]+\.(?:md|ipynb)", site))
+    assert {name for name in names if not name.startswith("lab-notes/")} <= listed
+    index = (NOTES / "index.md").read_text()
+    assert all(f"({note.name})" in index for note in NOTES.glob("2*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_site_understands_fences(page: Path) -> None:
+    fences = re.findall(r"^```.*$", page.read_text(), re.M)
+    assert len(fences) % 2 == 0
+    assert all(re.fullmatch(r"```\w*", fence) for fence in fences)

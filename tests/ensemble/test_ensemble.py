@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nino import NeuralGraph, Nowcaster, NowcasterConfig
+from nino import NeuralGraph, Nowcaster, NowcasterConfig, NowcastOptimizer, NowcastPlan
 from nino.data import Trajectory, build_model
-from nino.ensemble.nowcast import EnsembleNowcaster
+from nino.ensemble.jumps import EnsembleJumps
+from nino.ensemble.recording import EnsembleRecorder
 from nino.ensemble.training import Ensemble
 from nino.errors import NinoError
 from nino.predict.model import build_network
-from nino.predict.model.config import Inputs
+from nino.predict.registry import load_predictor
 from tasks.images import convnet
 from tasks.task import ImageTask, TextTask
 from tasks.text import TextData, gpt2, llama
@@ -118,66 +118,28 @@ def test_the_models_themselves_stay_as_they_are() -> None:
         assert torch.equal(parameter, ensemble.parameters[name][1])
 
 
-def test_what_cannot_be_nowcast_in_a_ensemble_is_refused() -> None:
-    from nino.predict.extrapolators import LinearExtrapolator
-
-    graph = NeuralGraph.from_model(models_of("cnn")[0])
-    with pytest.raises(NinoError, match="LinearExtrapolator predicts in its own way"):
-        EnsembleNowcaster(LinearExtrapolator(), graph, SIZE, CPU)
-    nowcaster = EnsembleNowcaster(Nowcaster(build_network(NowcasterConfig(hidden=8, max_horizon=10))), graph, SIZE, CPU)
-    with pytest.raises(NinoError, match="a horizon of 1 to 10, got 0 and 40"):
-        nowcaster.predict([], 40)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize(("inputs", "trend"), [("weights", False), ("movements", False), ("movements", True)])
-@pytest.mark.parametrize("kind", ["nino", "wnn"])
-def test_a_ensemble_is_nowcast_as_each_model_alone(
-    name: str, kind: Literal["nino", "wnn"], inputs: Inputs, trend: bool
-) -> None:
-    torch.manual_seed(0)
-    network = build_network(NowcasterConfig(kind=kind, hidden=8, inputs=inputs, trend=trend))
-    for parameter in network.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)  # a fresh trend adds nothing
-    nowcaster = Nowcaster(network)
-    models = models_of(name)
-    graph = NeuralGraph.from_model(models[0])
-    snapshots: list[dict[str, Tensor]] = []
-    for age in range(5):
-        moved = [[p + 0.01 * age * torch.randn_like(p) for p in model.parameters()] for model in models]
-        names = [name for name, _ in models[0].named_parameters()]
-        snapshots.append({n: torch.stack(ps).detach() for n, ps in zip(names, zip(*moved, strict=True), strict=True)})
-    ensemble = EnsembleNowcaster(nowcaster, graph, SIZE, CPU)
-    for preserve_norms in (False, True):
-        found = ensemble.predict(snapshots, horizon=7, preserve_norms=preserve_norms)
-        for index in range(SIZE):
-            own = [{n: value[index] for n, value in snapshot.items()} for snapshot in snapshots]
-            expected = nowcaster.predict(own, 7, graph, engine="edges", preserve_norms=preserve_norms)
-            assert any((expected[n] - own[-1][n]).abs().max() > 1e-3 for n in expected)
-            for n, value in expected.items():
-                torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
-
-
 def ensemble_arguments(data: Path, out: Path, *more: str, family: str = "images") -> list[str]:
     arguments = ["--data", data, "--out", out, "--family", family, "--images", "cifar10", "--runs", 1]
     return [*map(str, arguments), "--steps", "30", "--interval", "1", "--ensemble", "2", *more]
 
 
 @pytest.mark.parametrize(("family", "jumping"), [("images", False), ("images", True), ("language", True)])
-def test_a_ensemble_is_recorded_as_each_run_alone(
+def test_an_ensemble_is_recorded_as_each_run_alone(
     family: str, jumping: bool, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from collect_trajectories import parse_args, plan_runs, record_run
+    from collect_trajectories import parse_args, record_run, runs_to_record
 
     from tasks.ensembles import record_ensemble
 
     monkeypatch.setattr("tasks.ensembles.ensemble_device", lambda: CPU)
     Nowcaster(build_network(NowcasterConfig(hidden=8, max_horizon=12))).save_pretrained(tmp_path / "nowcaster")
     jumps = ["--jump-with", str(tmp_path / "nowcaster"), "--jump-period", "10"]
-    jumps += ["--jump-average", "2", "--jump-until", "20"]
-    jumps += ["--jump-preserve-norms", "--jump-ramp", "3"] if family == "language" else []
-    plans = plan_runs(parse_args(ensemble_arguments(data_folder, tmp_path, *(jumps if jumping else []), family=family)))
-    assert len(plans) == 2 and plans[0].seed != plans[1].seed and plans[0].jump_until == plans[1].jump_until
+    jumps += ["--jump-average-over", "2", "--last-jump", "20"]
+    jumps += ["--jump-preserve-norms", "yes", "--jump-ramp", "3"] if family == "language" else []
+    plans = runs_to_record(
+        parse_args(ensemble_arguments(data_folder, tmp_path, *(jumps if jumping else []), family=family))
+    )
+    assert len(plans) == 2 and plans[0].seed != plans[1].seed and plans[0].last_jump == plans[1].last_jump
     assert record_ensemble(plans, data_folder, tmp_path / "ensemble") == {}
     for plan in plans:
         record_run(plan, data_folder, tmp_path / "alone")
@@ -185,64 +147,126 @@ def test_a_ensemble_is_recorded_as_each_run_alone(
         assert ensemble.complete and ensemble.steps == alone.steps and ensemble.learning_rates == alone.learning_rates
         assert ensemble.jumps == alone.jumps and bool(alone.jumps) == jumping
         if family == "language":
-            assert set(alone.jumps) >= {10, 11, 12, 13} and 14 not in alone.jumps
+            assert set(alone.jumps) >= {11, 12, 13} and not {10, 14} & set(alone.jumps)
         assert ensemble.parameters == alone.parameters and ensemble.training == alone.training
         places = list(range(len(alone)))
         np.testing.assert_allclose(ensemble.states(places), alone.states(places), rtol=1e-3, atol=1e-4)
 
 
-def test_the_rest_of_a_ensemble_is_recorded_as_in_the_whole(data_folder: Path, tmp_path: Path) -> None:
-    from collect_trajectories import parse_args, plan_runs
+def test_the_rest_of_an_ensemble_is_recorded_as_in_the_whole(data_folder: Path, tmp_path: Path) -> None:
+    from collect_trajectories import parse_args, runs_to_record
 
     from tasks.ensembles import record_ensemble
 
-    plans = plan_runs(parse_args(ensemble_arguments(data_folder, tmp_path)))
+    plans = runs_to_record(parse_args(ensemble_arguments(data_folder, tmp_path)))
     assert record_ensemble(plans, data_folder, tmp_path / "whole") == {}
     assert record_ensemble(plans[1:], data_folder, tmp_path / "rest") == {}
     whole, rest = (Trajectory(tmp_path / kind / plans[1].name) for kind in ("whole", "rest"))
     assert torch.equal(whole.states([30]), rest.states([30])) and whole.training == rest.training
 
 
-def test_a_run_that_breaks_ends_alone(data_folder: Path, tmp_path: Path) -> None:
-    from collect_trajectories import parse_args, plan_runs
+def a_recorder(folder: Path) -> EnsembleRecorder:
+    """Of two small CNNs, with their states before the first step."""
+    models = models_of("cnn")[:2]
+    ensemble = Ensemble(models, a_task("cnn").loss, CPU, lr=1e-2)
+    graph = NeuralGraph.from_model(models[0])
+    recorder = EnsembleRecorder(ensemble, [folder / "0", folder / "1"], [{"seed": 0}, {"seed": 1}], graph, 1e-2)
+    recorder.append(0)
+    return recorder
 
-    from tasks.ensembles import Writers, make_ensemble, on_device
-    from tasks.jump_schedules import load_task
 
-    plans = plan_runs(parse_args(ensemble_arguments(data_folder, tmp_path)))
-    task = on_device(load_task(plans[0], data_folder, tmp_path), CPU)
-    ensemble = make_ensemble(plans, task, CPU)
-    writers = Writers(plans, tmp_path, ensemble)
-    writers.append(0)
-    broken = {name: value.detach().clone() for name, value in ensemble.parameters.items()}
+def test_a_run_that_breaks_ends_alone(tmp_path: Path) -> None:
+    recorder = a_recorder(tmp_path)
+    broken = {name: value.detach().clone() for name, value in recorder.ensemble.parameters.items()}
     next(iter(broken.values()))[1] = torch.nan
-    ensemble.move_to(broken)
-    writers.append(1, torch.tensor([1.0, torch.nan]))
-    writers.append(2, torch.tensor([1.0, torch.nan]))
-    writers.note_jump(2, torch.tensor([True, True]))
-    failed = writers.close()
-    assert list(failed) == [plans[1].name] and "NaN or infinity" in failed[plans[1].name]
-    whole, part = (Trajectory(tmp_path / plan.name) for plan in plans)
-    assert (whole.complete, whole.steps) == (True, [0, 1, 2]) and (part.complete, part.steps) == (False, [0])
+    recorder.ensemble.move_to(broken)
+    for step in (1, 2):
+        recorder.append(step, torch.tensor([1.0, torch.nan]))
+    recorder.note_jump(2, torch.tensor([True, True]))
+    failed = recorder.close()
+    assert list(failed) == [1] and "NaN or infinity" in failed[1]
+    whole, part = (Trajectory(tmp_path / name) for name in ("0", "1"))
+    assert (whole.complete, whole.steps, whole.jumps) == (True, [0, 1, 2], [2])
+    assert (part.complete, part.steps) == (False, [0])
+    assert whole.training == {"optimizer": "AdamW", "seed": 0} and whole.learning_rates == [1e-2] * 3
+    assert whole.graph().shapes == dict(whole.parameters)
 
 
-def test_a_run_whose_folder_another_recording_takes_ends_alone(data_folder: Path, tmp_path: Path) -> None:
-    from collect_trajectories import parse_args, plan_runs
-
-    from tasks.ensembles import Writers, make_ensemble, on_device
-    from tasks.jump_schedules import load_task
-
-    plans = plan_runs(parse_args(ensemble_arguments(data_folder, tmp_path)))
-    ensemble = make_ensemble(plans, on_device(load_task(plans[0], data_folder, tmp_path), CPU), CPU)
-    writers = Writers(plans, tmp_path, ensemble)
-    writers.append(0)
-    header = tmp_path / plans[1].name / "trajectory.json"
+def test_a_run_whose_folder_another_recording_takes_ends_alone(tmp_path: Path) -> None:
+    recorder = a_recorder(tmp_path)
+    header = tmp_path / "1" / "trajectory.json"
     header.write_text(header.read_text() + " ")
-    writers.note_jump(0, torch.tensor([True, True]))
-    failed = writers.close()
-    assert list(failed) == [plans[1].name] and "give every run a folder of its own" in failed[plans[1].name]
-    whole = Trajectory(tmp_path / plans[0].name)
+    recorder.note_jump(0, torch.tensor([True, True]))
+    failed = recorder.close()
+    assert list(failed) == [1] and "give every run a folder of its own" in failed[1]
+    whole = Trajectory(tmp_path / "0")
     assert whole.complete and whole.jumps == [0]
+
+
+PLANS = {
+    "at once": NowcastPlan(period=10, rollback_window=0),
+    "averaged": NowcastPlan(period=10, rollback_window=0, average_over=2, preserve_norms=True),
+    "ramped": NowcastPlan(period=10, rollback_window=0, average_over=2, ramp=3, stop_after=0.75),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("predictor", ["linear", "network"])
+def test_an_ensemble_is_nowcast_as_each_model_alone(predictor: str, name: str, plan: NowcastPlan) -> None:
+    torch.manual_seed(0)
+    network = build_network(NowcasterConfig(hidden=8, max_horizon=12, inputs="movements"))
+    chosen = Nowcaster(network) if predictor == "network" else load_predictor("linear")
+    task, alone, steps = a_task(name), models_of(name), 60
+    ensemble = Ensemble(models_of(name), task.loss, CPU, lr=1e-3)
+    jumps = EnsembleJumps(ensemble, chosen, plan, steps, NeuralGraph.from_model(alone[0]))
+    events, moved = [], []
+    jumps.events.subscribe(lambda event: events.append((event.step, event.kind)))
+    optimizers = [
+        NowcastOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0),
+            model,
+            chosen,
+            max_steps=steps,
+            plan=plan,
+            graph=NeuralGraph.from_model(model),
+        )
+        for model in alone
+    ]
+    told: list[tuple[int, str]] = []
+    optimizers[0].session.events.subscribe(lambda event: told.append((event.step, event.kind)))
+    for step, batches in enumerate(batches_of(task, steps=25), start=1):
+        ensemble.update(tuple(torch.stack(parts) for parts in zip(*batches, strict=True)))
+        jumps.after_step(step)
+        moved += [step] if jumps.moved.any() else []
+        assert jumps.moved.all() == jumps.moved.any()
+        for model, optimizer, batch in zip(alone, optimizers, batches, strict=True):
+            optimizer.zero_grad()
+            task.loss(model, batch).backward()
+            optimizer.step()
+    assert moved == ([11, 12, 13, 21, 22, 23] if plan.ramp else [10, 20])
+    assert events == [event for event in told if event[1] != "reported"]
+    for index, model in enumerate(alone):
+        for parameter_name, parameter in model.named_parameters():
+            found = ensemble.parameters[parameter_name][index]
+            torch.testing.assert_close(found, parameter, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_nowcast_stays() -> None:
+    ensemble = Ensemble(models_of("cnn"), a_task("cnn").loss, CPU, lr=0.0)
+    plan = NowcastPlan(period=10, rollback_window=0, ramp=0)
+    jumps = EnsembleJumps(ensemble, load_predictor("linear"), plan, 60, NeuralGraph.from_model(models_of("cnn")[0]))
+    first = next(iter(ensemble.parameters))
+    for step in range(1, 11):
+        with torch.no_grad():
+            ensemble.parameters[first][0] += 1.0
+            ensemble.parameters[first][1, 0] = torch.nan
+        before = {name: value.detach().clone() for name, value in ensemble.parameters.items()}
+        jumps.after_step(step)
+    assert jumps.moved.tolist() == [True, False, True]
+    for name, value in ensemble.parameters.items():
+        torch.testing.assert_close(value[1:], before[name][1:], rtol=0, atol=0, equal_nan=True)
+    assert (ensemble.parameters[first][0] > before[first][0] + 1).all()
 
 
 def test_ensembles_from_the_command_line(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,7 +284,7 @@ def test_ensembles_from_the_command_line(data_folder: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_batches_of_a_ensemble_are_those_of_each_run_alone(shift: int) -> None:
+def test_batches_of_an_ensemble_are_those_of_each_run_alone(shift: int) -> None:
     from tasks.ensembles import draw_batches
     from tasks.images import load_digits
 
@@ -271,10 +295,10 @@ def test_batches_of_a_ensemble_are_those_of_each_run_alone(shift: int) -> None:
         assert torch.equal(images[index], own_images) and torch.equal(labels[index], own_labels)
 
 
-def test_a_ensemble_is_held_out_as_a_whole(tmp_path: Path) -> None:
+def test_an_ensemble_is_held_out_as_a_whole(tmp_path: Path) -> None:
     from recordings import MLP, record_walk
 
-    from tasks.recorded_runs import split_runs
+    from nino.data.split import split_runs
 
     for index in range(12):
         folder = record_walk(tmp_path / f"mlp-{index:02d}", MLP, "mlp", num_states=2)
@@ -289,7 +313,7 @@ def test_a_ensemble_is_held_out_as_a_whole(tmp_path: Path) -> None:
 def test_a_run_is_held_out_with_the_one_that_jumps(tmp_path: Path) -> None:
     from recordings import MLP, record_walk
 
-    from tasks.recorded_runs import split_runs
+    from nino.data.split import split_runs
 
     for index in range(8):
         record_walk(tmp_path / f"mlp-{index}", MLP, "mlp", num_states=2)

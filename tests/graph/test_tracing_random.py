@@ -215,7 +215,9 @@ def _masked_weight(m: Program, h: Tensor, other: Tensor, dim: int, choose: rando
 @step()
 def _computed_weight(m: Program, h: Tensor, other: Tensor, dim: int, choose: random.Random) -> Tensor:
     weight = m.weight(h.shape[-1], 5)
-    weight = weight @ m.weight(5, 6) if choose.random() < 0.5 else F.layer_norm(weight, (5,)).flip(choose.choice([0, 1]))
+    weight = (
+        weight @ m.weight(5, 6) if choose.random() < 0.5 else F.layer_norm(weight, (5,)).flip(choose.choice([0, 1]))
+    )
     return h @ weight
 
 
@@ -259,6 +261,7 @@ if __name__ == "__main__":  # python tests/graph/test_tracing_random.py FIRST LA
         try:
             total += check(one)
         except Exception as error:
-            print(f"seed {one}: {type(error).__name__}: {str(error)[:600]}", flush=True)
+            sys.stdout.write(f"seed {one}: {type(error).__name__}: {str(error)[:600]}\n")
         if number % 100 == 0:
-            print(f"{number} programs, {total} permutable axes, {time.time() - began:.0f} s", flush=True)
+            sys.stdout.write(f"{number} programs, {total} permutable axes, {time.time() - began:.0f} s\n")
+            sys.stdout.flush()

@@ -14,10 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from many_processes import FAULTS
 from models import CASES
-from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, tiny_nowcaster, weights_of
+from tiny import (
+    PERIOD,
+    ScriptedNowcaster,
+    Weights,
+    assert_same,
+    mlp,
+    one_update,
+    tiny_nowcaster,
+    weights_of,
+    wrapped,
+)
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -84,7 +93,7 @@ def assert_refused_together(results: Results, places: list[str], culprit: int = 
             assert lines == [line for line, has_failed in zip(refused, failed, strict=True) if has_failed]
         else:
             assert not any("refused" in line for line in said)
-        assert any("intervals ahead" in line for line in said) == (rank == 0)
+        assert any("steps ahead" in line for line in said) == (rank == 0)
         expected = {"accepted": False, "reason": reason, "restored": True}
         assert {place: found[place] for place in places} == dict.fromkeys(places, expected)
         assert found["after all"]["report"][1:] == (True, False, "")
@@ -94,18 +103,13 @@ def assert_refused_together(results: Results, places: list[str], culprit: int = 
 def train_alone(model: nn.Module, optimizer: NowcastOptimizer, steps: int) -> list[Weights]:
     weights = []
     for index in range(steps):
-        inputs, targets = batch(index)
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(inputs), targets)
-        loss.backward()
-        optimizer.observe(loss)
-        optimizer.step()
+        one_update(model, optimizer, index)
         weights.append(weights_of(model))
     return weights
 
 
 def optimizer_of(model: nn.Module, nowcaster: Any, **settings: Any) -> NowcastOptimizer:
-    return NowcastOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, nowcaster, **settings)
+    return wrapped(torch.optim.AdamW(model.parameters(), lr=1e-2), model, nowcaster, **settings)
 
 
 PLACES = ["before anything", "measuring", "first round", "second round", "predicting", "writing"]
@@ -119,10 +123,10 @@ def assert_trained_as_alone(results: Results, **settings: Any) -> None:
         assert found["reports"] == [(step, True, False, "") for step in (6, 12, 18)]
         for step in range(1, PERIOD):
             assert_same(found["weights"][step - 1], alone[step - 1])
-        arbaseline = PERIOD + settings.get("ramp", 0)
-        before, after = alone[PERIOD - 2], alone[arbaseline - 1]
+        arrival = PERIOD + settings.get("ramp", 0)
+        before, after = alone[PERIOD - 2], alone[arrival - 1]
         jump = sum(float((after[n] - before[n]).square().sum()) for n in after) ** 0.5
-        for step in (arbaseline, 20):
+        for step in (arrival, 20):
             tolerance = EQUAL if step == PERIOD else 100 * EQUAL  # later Adam's rounding adds up
             new, expected = found["weights"][step - 1], alone[step - 1]
             rounding = 2**-24 * sum(float(value.square().sum()) for value in expected.values()) ** 0.5
@@ -244,8 +248,8 @@ def assert_resumed_by_one_process(folder: Path) -> None:
 
 def test_two_replicas(tmp_path: Path) -> None:
     scenarios = ["accelerated", "short_replicated_table", "replicated_faults", "unlike_replicas", "averaged_replicas"]
-    named = ("unlike_settings", "unlike_norms", "gliding_replicas", "traced_replicas", "normed_replicas")
-    named += ("accelerated_resume", "trainer")
+    named = ("unlike_settings", "unlike_norms", "ramping_replicas", "traced_replicas", "normed_replicas")
+    named += ("accelerated_resume", "trainer_callback")
     found = launch("accelerate", 2, tmp_path, *scenarios, *named)
 
     assert_replicas_stay_alike(found, {"wide_kernel_cnn", "prelu_cnn", "gpt2", "llama_gqa"}, "short_replicated_table")
@@ -260,11 +264,11 @@ def test_two_replicas(tmp_path: Path) -> None:
         ]
         for weights, expected in zip(run["weights"], unmoved, strict=True):
             assert_same(weights, expected)
-    for run in found["gliding_replicas"]:
+    for run in found["ramping_replicas"]:
         assert [accepted for _, accepted, _, _ in run["reports"]] == [True, True, True]
         for resumed, expected in zip(run["resumed"], run["weights"], strict=True):
             assert_same(resumed, expected)
-        assert_same(run["weights"][-1], found["gliding_replicas"][0]["weights"][-1])
+        assert_same(run["weights"][-1], found["ramping_replicas"][0]["weights"][-1])
     for run in found["traced_replicas"]:
         assert run["graph"] == found["traced_replicas"][0]["graph"]
         assert run["family"] == "traced"
@@ -276,13 +280,13 @@ def test_two_replicas(tmp_path: Path) -> None:
             assert mean == pytest.approx([expected] * 2, rel=1e-4)
     first, second = found["accelerated_resume"]
     for run in (first, second):
-        assert [report["rolled_back"] for report in run["whole"]["reports"]] == [True]
+        assert [report["outcome"] for report in run["whole"]["reports"]] == ["rolled back"]
         assert str(run["resumed"]["reports"]) == str(run["whole"]["reports"])
         for resumed, expected in zip(run["resumed"]["weights"], run["whole"]["weights"], strict=True):
             assert_same(resumed, expected)
         assert run["losses in the state"] == first["own losses"]  # Accelerate saves one process's optimizer
     assert first["own losses"] != second["own losses"]
-    first, second = found["trainer"]
+    first, second = found["trainer_callback"]
     for run in (first, second):
         assert run["whole"]["wrapped"] == "DistributedDataParallel"
         assert_same(run["whole"]["weights"], first["whole"]["weights"])

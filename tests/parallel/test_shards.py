@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from models import CASES, Case
 from partitions import NUMBER, OwnRows, Summing
-from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, train, weights_of, wrapped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +26,8 @@ import nino
 from nino import CheckpointError, NinoError, NowcastOptimizer
 from nino.graph import BlockKind, EdgeType
 from nino.graph.builder import GraphBuilder
-from nino.graph.rows import Rows, num_edges_at, place_of, view_rows, whole_place
+from nino.graph.rows import num_edges_at, place_of, view_rows, whole_place
+from nino.parallel.rows import Rows
 from nino.parallel.shards import local_tensor
 from nino.predict.standardise import SnapshotStatistics, Standardiser, add_statistics
 from nino.predict.work_partition import deal
@@ -182,17 +182,9 @@ def test_positions_of_a_kernel_cannot_be_divided() -> None:
 # Sharded models
 
 
-def _train(model: nn.Module, optimizer: NowcastOptimizer, first: int, last: int) -> None:
-    for index in range(first, last):
-        inputs, targets = batch(index)
-        optimizer.zero_grad()
-        F.mse_loss(model(inputs), targets).backward()
-        optimizer.step()
-
-
 def _optimizer(model: nn.Module, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, **settings)
+    return wrapped(base, model, **settings)
 
 
 @pytest.mark.parametrize("place", ["cpu", "device", "disk"])
@@ -203,7 +195,7 @@ def test_one_process_with_shards_is_one_without(place: Any, process_group: None,
     folder = tmp_path if place == "disk" else None
     for model in (plain, sharded):
         optimizer = _optimizer(model, snapshots_on=place, snapshot_folder=folder)
-        _train(model, optimizer, 0, 2 * PERIOD)
+        train(model, optimizer, 0, 2 * PERIOD)
         assert [report.has_moved for report in optimizer.reports] == [True, True]
         assert optimizer.reports[0].bytes_sent == 0
         optimizer.session.history.store.close()
@@ -217,7 +209,7 @@ def test_a_model_may_be_sharded_after_its_optimizer_was_wrapped(process_group: N
     fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
     optimizers[sharded].param_groups[0]["params"] = list(sharded.parameters())
     for model, optimizer in optimizers.items():
-        _train(model, optimizer, 0, PERIOD)
+        train(model, optimizer, 0, PERIOD)
         assert optimizer.reports[-1].has_moved
     assert_same({n: local_tensor(p) for n, p in sharded.named_parameters()}, weights_of(plain))
 
@@ -287,7 +279,7 @@ def _sharded(seed: int = 0) -> nn.Module:
 def test_dcp_loading_counts_no_update_and_a_warm_up_from_zero_does(process_group: None) -> None:
     model = _sharded()
     optimizer = _optimizer(model)
-    _train(model, optimizer, 0, 3)
+    train(model, optimizer, 0, 3)
     state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     model.zero_grad()
     other = _optimizer(model)
@@ -299,7 +291,7 @@ def test_dcp_loading_counts_no_update_and_a_warm_up_from_zero_does(process_group
 
     warming = _optimizer(model)
     warming.param_groups[0]["lr"] = 0.0
-    _train(model, warming, 0, 1)
+    train(model, warming, 0, 1)
     assert warming.session.step == 1
 
 
@@ -308,9 +300,9 @@ def test_a_history_is_saved_whole_or_not_at_all(
 ) -> None:
     folder, model = tmp_path / "nowcast", _sharded()
     optimizer = _optimizer(model)
-    _train(model, optimizer, 0, 3)
+    train(model, optimizer, 0, 3)
     optimizer.save_history(folder)
-    _train(model, optimizer, 3, 5)
+    train(model, optimizer, 3, 5)
     monkeypatch.setattr(torch, "save", _no_room)
     with pytest.raises(OSError, match="No space left"):
         optimizer.save_history(folder)
@@ -333,7 +325,7 @@ def _no_room(*_: Any, **__: Any) -> None:
 def test_damaged_histories_are_refused_by_name(what: str, process_group: None, tmp_path: Path) -> None:
     folder, model = tmp_path / "nowcast", _sharded()
     optimizer = _optimizer(model)
-    _train(model, optimizer, 0, 3)
+    train(model, optimizer, 0, 3)
     optimizer.save_history(folder)
     loader = _optimizer(model)
     if what == "missing":
@@ -357,9 +349,9 @@ def _saved_and_going_on(folder: Path) -> tuple[nn.Module, NowcastOptimizer]:
     """A training that saved after 3 steps and stands at 5."""
     model = _sharded()
     optimizer = _optimizer(model)
-    _train(model, optimizer, 0, 3)
+    train(model, optimizer, 0, 3)
     optimizer.save_history(folder)
-    _train(model, optimizer, 3, 5)
+    train(model, optimizer, 3, 5)
     return model, optimizer
 
 

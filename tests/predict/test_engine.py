@@ -448,7 +448,7 @@ def test_float64_weights_in_float64(case: Case, kind: Any) -> None:
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """What was found out and said about this machine is forgotten, before and after."""
-    remembered = (hardware._cpu_multiplies, hardware._say_once)
+    remembered = (hardware.cpu_multiplies, hardware._say_once)
     for function in remembered:
         function.cache_clear()
     yield

@@ -8,12 +8,10 @@ import torch
 
 from nino.errors import SnapshotError
 from nino.predict.extrapolation import (
-    agreeing_movement,
     fit_coefficients,
     fit_movement,
     line_coefficients,
     line_movement,
-    straightness,
 )
 
 TIMES = [0.0, 1.0, 1.5, 3.0, 4.0]
@@ -34,7 +32,6 @@ def test_every_rule_continues_a_straight_path():
         line_movement(snapshots, TIMES, 2.5),
         fit_movement(snapshots, TIMES, 2.5),
         fit_movement(snapshots, TIMES, 2.5, rank=1),
-        agreeing_movement(snapshots, TIMES, 2.5),
     ):
         torch.testing.assert_close(movement["w"], expected)
 
@@ -68,23 +65,6 @@ def test_numbers_add_up_to_zero_so_that_a_shift_of_all_weights_changes_nothing()
         assert abs(float(numbers.sum())) < 1e-12
 
 
-def test_only_agreeing_elements_move_at_the_slower_pace():
-    snapshots = [{"w": torch.tensor(values)} for values in ([0.0, 0.0, 0.0], [1.0, 1.0, -2.0], [4.0, -1.0, -3.0])]
-    # Halves of paces (1, 1, -2) and (3, -2, -1): the second turned back.
-    assert agreeing_movement(snapshots, [0.0, 1.0, 2.0], 2.0)["w"].tolist() == [2.0, 0.0, -2.0]
-
-
-def test_straightness_is_the_part_that_is_common():
-    times = [0.0, 1.0, 2.0]
-    assert straightness(path_of([0.0, 1.0, 2.0]), times) == pytest.approx(1.0)
-    assert straightness(path_of([0.0, 1.0, 0.0]), times) == 0.0  # it stands where it began
-    generator = torch.Generator().manual_seed(0)
-    pace, noise = torch.ones(20_000), torch.randn(2, 20_000, generator=generator)
-    walk = [torch.zeros(20_000), pace + noise[0], 2 * pace + noise.sum(0)]
-    # A common pace of square 1 and, of the mean of two noises, a square of 1/2: 1 / 1.5.
-    assert straightness([{"w": w} for w in walk], times) == pytest.approx(2 / 3, abs=0.02)
-
-
 def path_of(values: list[float]) -> list[dict[str, torch.Tensor]]:
     return [{"w": torch.full((3,), value)} for value in values]
 
@@ -100,8 +80,6 @@ def test_times_that_do_not_rise_and_snapshots_that_are_not_finite_are_refused():
     snapshots = path_of([0.0, 1.0])
     with pytest.raises(ValueError, match="rising times"):
         line_movement(snapshots, [1.0, 1.0], 1.0)
-    with pytest.raises(ValueError, match="three snapshots"):
-        agreeing_movement(snapshots, [0.0, 1.0], 1.0)
     with pytest.raises(SnapshotError, match="NaN or infinity"):
         fit_movement(path_of([0.0, float("nan")]), [0.0, 1.0], 1.0, rank=1)
     with pytest.raises(ValueError, match="needs the products"):

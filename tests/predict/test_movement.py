@@ -137,10 +137,10 @@ def test_positions_of_a_graph_are_computed_once(monkeypatch: pytest.MonkeyPatch)
 def test_remembered_positions_go_with_their_graph() -> None:
     nowcaster, graph = tiny_nowcaster(), NeuralGraph.from_model(mlp())
     nowcaster.predict(history(graph), 3, graph)
-    assert nowcaster._positions._known is not None
+    assert nowcaster._remembered._known is not None
     del graph
     gc.collect()
-    assert nowcaster._positions._known is None
+    assert nowcaster._remembered._known is None
 
 
 def test_a_nowcaster_is_a_predictor() -> None:

@@ -55,11 +55,11 @@ def test_equals_float64_of_the_stacked_snapshots(series: str, dtype: torch.dtype
     snapshots = [part.to(dtype) for part in SERIES[series]]
     stacked = torch.stack([part.double() for part in snapshots])
     found = Standardiser.of(snapshots)
-    assert found.history.mean.dtype == found.std.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    eps = torch.finfo(found.history.mean.dtype).eps
+    assert found.mean.dtype == found.std.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    eps = torch.finfo(found.mean.dtype).eps
     torch.testing.assert_close(found.std.double(), stacked.std(), rtol=max(10 * eps, 1e-13), atol=0)
     # Half a unit in the last place of the mean, and what rounding the differences adds.
-    error = float((found.history.mean.double() - stacked.mean()).abs())
+    error = float((found.mean.double() - stacked.mean()).abs())
     assert error <= eps / 2 * float(stacked.mean().abs()) + 10 * eps * float(stacked.std())
 
 
@@ -70,7 +70,7 @@ def test_equal_weights_have_no_deviation_at_all(value: float, dtype: torch.dtype
     snapshots = [torch.full((777, 13), value, dtype=dtype)] * 5
     found = Standardiser.of(snapshots)
     assert float(found.std) == 0
-    assert float(found.history.mean) == float(snapshots[0][0, 0])
+    assert float(found.mean) == float(snapshots[0][0, 0])
     assert not found.apply(snapshots[0].float()).any()
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from models import CASES
-from tiny import PERIOD, Weights, tiny_config, tiny_nowcaster, weights_of
+from tiny import PERIOD, Weights, planned, tiny_config, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 
 import nino
-from nino.ensemble.nowcast import EnsembleNowcaster
 from nino.graph import NeuralGraph
 from nino.predict.model import build_network
 from nino.predict.movement import MovementSize
@@ -107,22 +105,6 @@ def test_zeros_of_both_signs_are_the_same_and_the_newest_stays() -> None:
     assert unchanged_mask([zero[2:], one[2:], zero[2:]]) is None  # it went, and came back
 
 
-@pytest.mark.parametrize("preserve_norms", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"inputs": "movements"}])
-def test_ensembles_keep_what_each_model_alone_keeps(preserve_norms: bool, settings: dict[str, Any]) -> None:
-    graph = NeuralGraph.from_model(nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)))
-    nowcaster = nino.Nowcaster(build_network(replace(tiny_config(), **settings)))
-    shapes = {name: (2, *shape) for name, shape in graph.shapes.items()}
-    snapshots, moving = history(shapes, torch.float32)
-    found = EnsembleNowcaster(nowcaster, graph, 2, CPU).predict(snapshots, 3, preserve_norms=preserve_norms)
-    check(found, snapshots[-1], moving)
-    for index in range(2):
-        own = [{n: value[index] for n, value in snapshot.items()} for snapshot in snapshots]
-        alone = nowcaster.predict(own, 3, graph, preserve_norms=preserve_norms)
-        for n, value in alone.items():
-            torch.testing.assert_close(found[n][index], value, rtol=1e-4, atol=1e-5)
-
-
 # In training
 
 
@@ -152,7 +134,9 @@ def test_padding_masks_and_unseen_words_survive_a_training(settings: dict[str, A
     before = weights_of(model)
     adam = torch.optim.Adam(model.parameters(), lr=0.01)
     graph = NeuralGraph.from_model(model, example_inputs=torch.ones(2, 4, dtype=torch.int64))
-    optimizer = nino.NowcastOptimizer(adam, model, tiny_nowcaster(), period=PERIOD, graph=graph, **settings)
+    optimizer = nino.NowcastOptimizer(
+        adam, model, tiny_nowcaster(), **planned({"period": PERIOD, "graph": graph, **settings})
+    )
     generator = torch.Generator().manual_seed(3)
     for _ in range(3 * PERIOD + 1):
         words = torch.randint(0, 9, (8, 4), generator=generator)

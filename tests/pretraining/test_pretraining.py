@@ -535,8 +535,8 @@ def test_a_bad_run_among_good_ones_is_one_line(
 ) -> None:
     from pretrain_nowcaster import main
 
+    from nino.data.split import split_runs
     from tasks.cli import run_main
-    from tasks.recorded_runs import split_runs
 
     folder = tmp_path / "runs"
     for index in range(6):
@@ -556,7 +556,7 @@ def test_a_bad_run_among_good_ones_is_one_line(
 
 
 def test_runs_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tasks.recorded_runs import find_runs
+    from nino.data.split import find_runs
 
     for family, count in (("mlp", 7), ("other", 2)):
         for index in range(count):

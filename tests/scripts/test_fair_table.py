@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from nino import NeuralGraph
 from nino.errors import NinoError
+from nino.evaluation.baselines import Follower
+from nino.evaluation.methods import parse_method
 from tasks import fair_cells, fair_tasks
-from tasks.baselines import Follower
 from tasks.fair_cells import FairCell, gather, read_result, train, train_and_write
 from tasks.fair_methods import EmaNesterov, PrimalAveraging, TailAverage, fair_methods, method_text
 from tasks.fair_summary import aggregates, row_of, rows_of, saved_percent, slope_of
 from tasks.fair_tasks import BASES, BUDGETS, FAIR_TASKS, SEEDS, FlippedImages
 from tasks.fair_texts import load_corpus
 from tasks.images import ImageData
-from tasks.methods import Rhythm, parse_method
 from tasks.task import ImageTask
 
 CURVATURE = torch.linspace(0.5, 3.0, 5)
@@ -123,7 +123,7 @@ def test_what_is_chosen_on_is_not_reported_on() -> None:
 def test_methods_can_be_read_at_every_budget() -> None:
     for method in fair_methods("FILE").values():
         for steps in {task.steps_of(budget) for task in FAIR_TASKS.values() for budget in BUDGETS}:
-            parsed = parse_method(method_text(method, "muon", steps), Rhythm())
+            parsed = parse_method(method_text(method, "muon", steps))
             assert parsed.optimizer.kind == "muon"
 
 

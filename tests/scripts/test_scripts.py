@@ -16,7 +16,7 @@ from torch import nn
 
 from nino import TrajectoryError
 from tasks.images import convnet
-from tasks.jump_schedules import make_model
+from tasks.runs import make_model
 
 ALL_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
 
@@ -42,7 +42,7 @@ def test_help_says_what_it_does(script: str) -> None:
     [
         ("collect_trajectories.py", ["--data", "nowhere", "--out", "x"], ["--data", "does not exist"]),
         ("collect_trajectories.py", ["--data", "x", "--out", "x", "--runs", "0"], ["--runs", "at least 1"]),
-        ("pretrain_nowcaster.py", ["--runs", "nowhere", "--out", "x"], ["--runs", "is not a folder"]),
+        ("pretrain_nowcaster.py", ["--runs", "nowhere", "--out", "x"], ["nowhere is not a folder"]),
         ("pretrain_nowcaster.py", ["--runs", ".", "--out", "x", "--steps", "two"], ["--steps", "whole number"]),
         (
             "pretrain_nowcaster.py",
@@ -104,12 +104,12 @@ def test_files_that_change_are_read_anew(data_folder: Path, tmp_path: Path) -> N
 
 
 def test_a_collection_of_few_texts(data_folder: Path, tmp_path: Path) -> None:
-    from collect_trajectories import parse_args, plan_runs
+    from collect_trajectories import parse_args, runs_to_record
 
     (tmp_path / "text").mkdir()
     shutil.copy(data_folder / "text" / "tinyshakespeare.txt", tmp_path / "text")
     options = ["--out", "x", "--family", "language", "--runs", "8", "--data"]
-    few, many = (plan_runs(parse_args([*options, str(folder)])) for folder in (tmp_path, data_folder))
+    few, many = (runs_to_record(parse_args([*options, str(folder)])) for folder in (tmp_path, data_folder))
     assert {plan.data for plan in few} == {"tinyshakespeare.txt"}
     assert len({plan.data for plan in many}) > 1
 
@@ -142,11 +142,11 @@ def test_collect_then_pretrain(data_folder: Path, tmp_path: Path, capsys: pytest
     assert Nowcaster.from_pretrained(tmp_path / "nowcaster").config.hidden == 8
 
 
-def test_a_run_of_another_plan_is_neither_skipped_nor_replaced(data_folder: Path, tmp_path: Path) -> None:
-    from collect_trajectories import is_finished, parse_args, plan_runs, record_run
+def test_another_run_is_neither_skipped_nor_replaced(data_folder: Path, tmp_path: Path) -> None:
+    from collect_trajectories import is_finished, parse_args, record_run, runs_to_record
 
     options = ["--data", data_folder, "--out", tmp_path, "--family", "images", "--runs", 1, "--interval", 1]
-    (plan,) = plan_runs(parse_args([*map(str, options), "--steps", "2"]))
+    (plan,) = runs_to_record(parse_args([*map(str, options), "--steps", "2"]))
     assert not is_finished(plan, tmp_path)
     record_run(plan, data_folder, tmp_path)
     assert is_finished(plan, tmp_path)
@@ -162,11 +162,11 @@ def test_a_run_of_another_plan_is_neither_skipped_nor_replaced(data_folder: Path
 
 
 def test_learning_rates_are_those_asked_for(data_folder: Path) -> None:
-    from collect_trajectories import parse_args, plan_runs
+    from collect_trajectories import parse_args, runs_to_record
 
     arguments = ["--data", str(data_folder), "--out", "x", "--runs", "12"]
     usual, asked = (
-        plan_runs(parse_args([*arguments, *more]))
+        runs_to_record(parse_args([*arguments, *more]))
         for more in ([], ["--learning-rates", "1e-4", "2e-4", "4e-4", "1e-2"])
     )
     for family in ("images", "language"):
@@ -176,7 +176,7 @@ def test_learning_rates_are_those_asked_for(data_folder: Path) -> None:
 
 
 def test_recorded_runs_that_jump(data_folder: Path, tmp_path: Path) -> None:
-    from collect_trajectories import parse_args, plan_runs, record_run
+    from collect_trajectories import parse_args, record_run, runs_to_record
 
     from nino import NowcasterConfig
     from nino.data import Trajectory
@@ -184,24 +184,25 @@ def test_recorded_runs_that_jump(data_folder: Path, tmp_path: Path) -> None:
 
     arguments = ["--family", "images", "--runs", 1, "--steps", 50, "--interval", 2]
     options = ["--data", data_folder, "--out", tmp_path, *arguments]
-    (plan,) = plan_runs(parse_args([*map(str, options), "--jump-with", "hidden-8", "--jump-period", "20"]))
+    (plan,) = runs_to_record(parse_args([*map(str, options), "--jump-with", "hidden-8", "--jump-period", "20"]))
     record_run(plan, data_folder, tmp_path)
     run = Trajectory(tmp_path / "images-0000-jumps")
     assert run.complete and run.steps == list(range(0, 52, 2))
     assert run.jumps == [20, 40]
-    assert (run.training["jump_with"], run.training["jump_period"]) == ("hidden-8", 20)
+    assert (run.training["jump_with"], run.training["jumps"]["period"]) == ("hidden-8", 20)
+    assert run.graph().num_edges and run.training["jumps"]["rollback_window"] == 0
     assert (run.training["lr"], run.training["optimizer"]) == (plan.lr, "AdamW") and run.learning_rates == [
         plan.lr
     ] * 26
     WindowSource([str(run.folder)], NowcasterConfig(hidden=8))
 
-    jumping = ["--jump-with", "hidden-8", "--jump-period", "10", "--jump-average", "2", "--jump-until", "30"]
-    (plan,) = plan_runs(parse_args([*map(str, options), "--seed", "1", *jumping]))
+    jumping = ["--jump-with", "hidden-8", "--jump-period", "10", "--jump-average-over", "2", "--last-jump", "30"]
+    (plan,) = runs_to_record(parse_args([*map(str, options), "--seed", "1", *jumping]))
     record_run(plan, data_folder, tmp_path / "until")
     run = Trajectory(tmp_path / "until" / "images-0000-jumps")
-    assert plan.jump_until in (10, 20, 30) and run.jumps == list(range(10, plan.jump_until + 1, 10))
-    assert run.complete and run.segments()[-1] == range(plan.jump_until // 2, 26)
-    (plain,) = plan_runs(parse_args([*map(str, options)]))
+    assert plan.last_jump in (10, 20, 30) and run.jumps == list(range(10, plan.last_jump + 1, 10))
+    assert run.complete and run.segments()[-1] == range(plan.last_jump // 2, 26)
+    (plain,) = runs_to_record(parse_args([*map(str, options)]))
     assert plain.name == "images-0000"  # the same run without jumps has a folder of its own
 
 
@@ -213,16 +214,16 @@ def test_batch_norms_are_as_before_when_jumps_are_over(
     made = []
     monkeypatch.setattr(collect_trajectories, "make_model", lambda plan: made.append(make_model(plan)) or made[-1])
     options = ["--family", "images", "--images", "cifar10", "--runs", 1, "--steps", 24, "--interval", 2]
-    jumping = ["--jump-with", "hidden-8", "--jump-period", 10, "--jump-until", 10]
+    jumping = ["--jump-with", "hidden-8", "--jump-period", 10, "--last-jump", 10]
     arguments = map(str, ["--data", data_folder, "--out", tmp_path, *options, *jumping])
-    (plan,) = collect_trajectories.plan_runs(collect_trajectories.parse_args([*arguments]))
+    (plan,) = collect_trajectories.runs_to_record(collect_trajectories.parse_args([*arguments]))
     plan = dataclasses.replace(plan, architecture=convnet(3, (4, 8, 8), norm=True))
     collect_trajectories.record_run(plan, data_folder, tmp_path)
     norms = [layer for layer in made[0].modules() if isinstance(layer, nn.BatchNorm2d)]
     assert norms and all((norm.momentum, int(norm.num_batches_tracked)) == (0.1, 24) for norm in norms)
 
 
-@pytest.mark.parametrize("option", ["--jump-until", "--jump-average", "--jump-ramp"])
+@pytest.mark.parametrize("option", ["--last-jump", "--jump-average-over", "--jump-ramp"])
 def test_settings_of_jumps_without_a_nowcaster_are_one_line(
     option: str, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,11 +243,15 @@ def test_settings_of_jumps_without_a_nowcaster_are_one_line(
     [
         ("no-such", 100, "no nowcaster 'no-such'"),
         ("hidden-8", 99, "period=99 must be a multiple of context=5"),
-        ("hidden-8", 125, "--jump-period 125 holds 5 states at --interval 25: a window needs 6"),
+        (
+            "hidden-8",
+            125,
+            "--jump-period 125 after a ramp of 12 steps holds 4 states at --interval 25: a window needs 6",
+        ),
         ("hidden-8", 4000, "--jump-period 4000 is not below --steps 4000"),
         ("hidden-8", "160 --jump-ramp 30", "--jump-period 160 after a ramp of 30 steps holds 5 states"),
         ("hidden-8", "160 --jump-ramp 100", "ramp must be 0 (a jump at once) to 80 steps"),
-        ("hidden-8", "500 --jump-until 400", "--jump-until 400: expected at least --jump-period"),
+        ("hidden-8", "500 --last-jump 400", "--last-jump 400: expected at least --jump-period"),
     ],
 )
 def test_jumps_that_leave_nothing_to_learn_are_one_line(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, assert_same, planned, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, weights_of, wrapped
 from torch import Tensor, nn
 
 import nino
@@ -60,9 +60,7 @@ def inputs_of(index: int) -> Tensor:
 
 def wrap(model: nn.Module, **settings: Any) -> NowcastOptimizer:
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return NowcastOptimizer(
-        base, model, tiny_nowcaster(), **planned({"period": PERIOD, "rollback_window": 0, **settings})
-    )
+    return wrapped(base, model, **{"rollback_window": 0, **settings})
 
 
 def update(model: Callable[..., Tensor], optimizer: torch.optim.Optimizer, index: int, **more: Any) -> float:
@@ -87,7 +85,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 # When it happens
 
 
-def test_it_is_traced_on_the_first_batch(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_model_is_traced_on_the_first_batch(caplog: pytest.LogCaptureFixture) -> None:
     model = branched()
     optimizer = wrap(model)
     with torch.no_grad():
@@ -107,7 +105,7 @@ def test_it_is_traced_on_the_first_batch(caplog: pytest.LogCaptureFixture) -> No
     assert warnings_of(caplog) == []
 
 
-def test_it_is_predicted_on_the_traced_graph() -> None:
+def test_nowcasts_are_predicted_on_the_traced_graph() -> None:
     """A nowcast in training is that of the traced graph, not that of parameters alone."""
     ended = []
     for given in (True, False):
@@ -138,7 +136,7 @@ def test_a_copy_waits_for_a_batch_of_its_own(clone: Callable[[Any], Any]) -> Non
 
 
 @pytest.mark.parametrize("integration", ["plain", "accelerate", "callback"])
-def test_every_door_traces(integration: str, tmp_path: Path, quick_collections: None) -> None:
+def test_every_integration_traces(integration: str, tmp_path: Path, quick_collections: None) -> None:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     import integrations

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny import PERIOD, batch, mlp, planned, tiny_nowcaster
+from tiny import mlp, one_update, wrapped
 
 from nino import NowcastOptimizer
 from nino.session.horizon import has_risen, horizon_by_mass
@@ -82,13 +81,10 @@ def test_a_rise_anywhere_between_snapshots_is_a_warm_up() -> None:
 def _train(rate_of_update: Callable[[int], float], steps: int, **settings: bool) -> NowcastOptimizer:
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1.0)
-    optimizer = NowcastOptimizer(base, model, tiny_nowcaster(), period=PERIOD, max_steps=steps, **planned(settings))
+    optimizer = wrapped(base, model, max_steps=steps, **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-2 * rate_of_update(step + 1))
     for index in range(steps):
-        inputs, targets = batch(index)
-        optimizer.zero_grad()
-        F.mse_loss(model(inputs), targets).backward()
-        optimizer.step()
+        one_update(model, optimizer, index)
         scheduler.step()
     return optimizer
 

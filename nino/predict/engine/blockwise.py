@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from nino.graph.ir import EdgeBlock, NeuralGraph
 from nino.predict.engine import kernels
+from nino.predict.engine.native import native_kernels
 from nino.predict.engine.reader import SnapshotReader
 from nino.predict.engine.tiling import Blocks, Sizes, Strip, constant_of
 from nino.predict.engine.writer import MovementWriter
@@ -33,6 +35,8 @@ from nino.predict.model.networks import Convolution, EdgeUpdate, NiNo, Wnn
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.predictor import Progress
 
+Ends = tuple[Tensor, Tensor]
+"""What depends on the sources and on the targets of a strip's edges."""
 MESSAGE_VECTORS = 2
 """Hidden vectors per neuron that are summed over its edges, in the round that has most."""
 
@@ -81,6 +85,7 @@ def predict_blockwise(
     product_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     partition: Partition = WHOLE,
+    remembered: dict[Any, Any] | None = None,
 ) -> None:
     """Predict how far the weights that the writer wants will move.
 
@@ -95,8 +100,9 @@ def predict_blockwise(
         product_dtype: in which H x H products on edges are computed; by default the reader's dtype.
         progress: is told how much is done of this process's partition, in H x H products on edges.
         partition: of the work; only its own rows are read and written.
+        remembered: of the same graph from one nowcast to the next.
     """
-    blocks = Blocks(graph, sizes, reader.device, partition)
+    blocks = Blocks(graph, sizes, reader.device, partition, remembered)
     num_edges, num_wanted = blocks.num_edges(writer.wants)
     if isinstance(network, Wnn):
         _predict_alone(network, blocks, reader, writer, horizon, _Progress(progress, 2 * num_wanted))
@@ -117,16 +123,47 @@ def _predict_alone(
     """WNN: every weight by itself."""
     for block in filter(writer.wants, blocks.graph.parameter_blocks):
         factors = _trend_factors(network, reader, block, horizon)
-        for strip in blocks.strips(block):
-            values = reader.read(block, strip.place).unflatten(0, (-1, reader.context))
-            movement = torch.empty_like(values[:, 0])
+
+        def movements(strip: Strip, values: Tensor, block: EdgeBlock = block) -> Tensor:
+            movement = torch.empty_like(values[:: reader.context])
             edge_type = torch.tensor(int(block.type), device=reader.device)
+            series = values.unflatten(0, (-1, reader.context))
             for rows, columns in strip.tiles(max(blocks.sizes.tile_edges // block.num_features, 1)):
-                tile = values[:, :, rows, columns].movedim(1, -1)
+                tile = series[:, :, rows, columns].movedim(1, -1)
                 movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
-            _add_trend(movement, values, factors)
-            writer.write(block, strip.place, reader.change(block, values[:, -1], movement))
+            return movement
+
+        for strip in blocks.strips(block):
+            writer.write(block, strip.place, _change(strip, reader, factors, movements))
             tell.did(2 * strip.num_edges)
+
+
+def _change(
+    strip: Strip, reader: SnapshotReader, factors: Sequence[Tensor], movements: Callable[[Strip, Tensor], Tensor]
+) -> Tensor:
+    """How far the weights of a strip move, ``[F, t, s]``; where few move, only these are read and computed.
+
+    Args:
+        strip: of a block with a parameter.
+        reader: of its snapshots.
+        factors: of the trend.
+        movements: what the network predicts for a strip and its values ``[F * C, t, s]``.
+    """
+    block, moving = strip.block, reader.moving_part(strip.block, strip.place)
+    if moving is not None:
+        whole = torch.zeros(block.num_features, *strip.shape, device=reader.device, dtype=reader.dtype)
+        if not len(moving[0]):
+            return whole
+        strip = strip.only(moving)
+    values = reader.read(block, strip.place, moving)
+    movement = movements(strip, values)
+    by_age = values.unflatten(0, (-1, reader.context))
+    _add_trend(movement, by_age, factors)
+    change = reader.change(block, by_age[:, -1], movement)
+    if moving is None:
+        return change
+    whole[:, moving[0][:, None], moving[1]] = change
+    return whole
 
 
 def _trend_factors(network: NiNo | Wnn, reader: SnapshotReader, block: EdgeBlock, horizon: int) -> Sequence[Tensor]:
@@ -173,6 +210,7 @@ class _Run:
         self.blocks = blocks
         self.reader = reader
         self.product_dtype = product_dtype
+        self.native = native_kernels(network.config.hidden, reader.dtype, product_dtype, reader.device)
         self.progress = progress
         (self.conv, self.update), (self.last_conv, self.last_update) = network.rounds()
         self.raw = Fold(network.edge_proj.weight, network.edge_proj.bias + network.type_embed.weight)
@@ -203,14 +241,17 @@ class _Run:
         """Round 2: one H x H product per edge for the scale; the shift is applied to the summed hidden vectors."""
         conv = self.last_conv
         scale, shift = self.hidden.then(conv.edge_encoder).halves()
-        weight = scale.transposed(self.product_dtype)
+        weight = self._right_factor(scale)
 
         def messages(strip: Strip) -> Tensor:
             values, (from_source, from_target) = self._values(strip), self._first_ends(strip, nodes)
             as_source = strip.at_source(conv.as_source(nodes[strip.source]))
-            sums = nodes.new_zeros(MESSAGE_VECTORS, len(strip.target), nodes.shape[1])
             first = self.first_weight[: len(values)]  # unused kernel positions are zero and drop out
-            for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+            if self.native is not None:
+                sums = self.native.message_sums(values, from_source, from_target, as_source, first, weight)
+            else:
+                sums = nodes.new_zeros(MESSAGE_VECTORS, len(strip.target), nodes.shape[1])
+            for rows, columns in () if self.native is not None else strip.tiles(self.blocks.sizes.tile_edges):
                 at = strip.rows_of_source(rows), columns
                 hidden, scaled = kernels.message_sums(
                     values[:, rows, columns], from_source[at], from_target[rows], as_source[at], first, weight
@@ -263,7 +304,7 @@ class _Run:
         """The last edge update and the head."""
         second = self.hidden.then(self.last_update.from_edge)
         third = Fold.of(self.last_update.lin).then(self.network.head_hidden)
-        second_weight, third_weight = second.transposed(self.product_dtype), third.transposed(self.product_dtype)
+        second_weight, third_weight = self._right_factor(second), self._right_factor(third)
         head, head_bias = self.network.head_rows(horizon)
         for block in filter(writer.wants, self.blocks.graph.parameter_blocks):
             num_features = block.num_features
@@ -276,20 +317,33 @@ class _Run:
                 head=head[:num_features],
                 head_bias=head_bias[:num_features],
             )
-            for strip in self.blocks.strips(block):
-                values = self._values(strip)
+
+            def movements(strip: Strip, values: Tensor, weights: kernels.MovementWeights = weights) -> Tensor:
                 ends = self._first_ends(strip, after_first), _ends(strip, self.last_update, nodes, second.constant)
-                movement = values.new_empty(num_features, *values.shape[1:])
-                for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
-                    at = strip.rows_of_source(rows), columns
-                    first_ends, second_ends = ((source[at], target[rows]) for source, target in ends)
-                    movement[:, rows, columns] = kernels.movements(
-                        values[:, rows, columns], first_ends, second_ends, weights
-                    )
-                by_age = values.unflatten(0, (-1, self.reader.context))
-                _add_trend(movement, by_age, factors)
-                writer.write(block, strip.place, self.reader.change(block, by_age[:, -1], movement))
+                return self._movements(strip, values, ends, weights)
+
+            for strip in self.blocks.strips(block):
+                writer.write(block, strip.place, _change(strip, self.reader, factors, movements))
                 self.progress.did(2 * strip.num_edges)
+
+    def _movements(
+        self, strip: Strip, values: Tensor, ends: tuple[Ends, Ends], weights: kernels.MovementWeights
+    ) -> Tensor:
+        """What the network predicts for the edges of a strip, ``[F, t, s]``."""
+        if self.native is not None:
+            return self.native.movements(values, *ends, weights)
+        movement = values.new_empty(len(weights.head), *values.shape[1:])
+        for rows, columns in strip.tiles(self.blocks.sizes.tile_edges):
+            at = strip.rows_of_source(rows), columns
+            first_ends, second_ends = ((source[at], target[rows]) for source, target in ends)
+            movement[:, rows, columns] = kernels.movements(values[:, rows, columns], first_ends, second_ends, weights)
+        return movement
+
+    def _right_factor(self, fold: Fold) -> Tensor:
+        """A fold's weight, laid out for products with hidden vectors."""
+        if self.native is not None:
+            return self.native.packed(fold.transposed())
+        return fold.transposed(self.product_dtype)
 
     def _values(self, strip: Strip) -> Tensor:
         """The standardised snapshots of a strip, ``[Q, t, s]``."""

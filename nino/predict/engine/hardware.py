@@ -12,14 +12,15 @@ logger = logging.getLogger(__name__)
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The format in which to multiply matrices when ``dtype`` is asked for: float32 if the CPU only emulates it."""
-    if device.type != "cpu" or dtype.itemsize >= torch.float32.itemsize or _cpu_multiplies(dtype):
+    if device.type != "cpu" or dtype.itemsize >= torch.float32.itemsize or cpu_multiplies(dtype):
         return dtype
     _say_once(dtype)
     return torch.float32
 
 
 @cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for products in a format."""
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     if get_capabilities is None:  # older versions of torch do not tell
         return True

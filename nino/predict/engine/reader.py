@@ -16,6 +16,7 @@ from nino.graph.ir import EdgeBlock
 from nino.graph.rows import Place
 from nino.predict.engine.views import SnapshotViews
 from nino.predict.standardise import Standardiser
+from nino.predict.unchanged import Moving, moving_part, unchanged_mask
 
 
 class SnapshotReader:
@@ -37,14 +38,26 @@ class SnapshotReader:
         self.device = device
         self.dtype = dtype
 
-    def read(self, block: EdgeBlock, place: Place) -> Tensor:
-        """The snapshots of a piece as the network reads them: ``[F * C, t, s]``, kernel-position-major."""
+    def read(self, block: EdgeBlock, place: Place, only: Moving | None = None) -> Tensor:
+        """The snapshots of a piece as the network reads them: ``[F * C, t, s]``, kernel-position-major.
+
+        Args:
+            block: of the graph.
+            place: which of its edges.
+            only: targets and sources to read; by default all.
+        """
         pieces = self._snapshots.pieces(block, place)
+        if only is not None:
+            pieces = [piece[:, only[0][:, None], only[1]] for piece in pieces]
         num_features, *shape = pieces[0].shape
         out = torch.empty(num_features, self.context, *shape, dtype=self.dtype, device=self.device)
         for age, piece in enumerate(pieces):
             out[:, age].copy_(piece)
         return self.scalers[str(block.parameter)].encode_(out, dim=1).flatten(0, 1)
+
+    def moving_part(self, block: EdgeBlock, place: Place) -> Moving | None:
+        """The targets and sources of a piece that move, if these are few."""
+        return moving_part(unchanged_mask(self._snapshots.pieces(block, place)))
 
     def read_parameter(self, name: str) -> Tensor:
         """The snapshots of a parameter as the network reads them, ``[C, *shape]``."""

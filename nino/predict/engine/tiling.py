@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import isqrt, prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,15 @@ from nino.graph.ir import (
 from nino.graph.rows import Place, block_shape, moved, num_edges_at
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.partition import WHOLE, Partition
+from nino.predict.unchanged import Moving
 from nino.system.pieces import piece_size
 
 STRIP_EDGES = 2**18
 TILE_EDGES = {"cpu": 2**13, "cuda": 2**18}
 MIN_TILE_EDGES = 2**8
+SMALL_EDGES = 2**17
+"""Of graphs with at most so many edges the indices of all strips are remembered: making them takes longer than what is
+computed."""
 STRIP_PER_TILE = 16
 """Tiles' worth of edges that are read at once, at most."""
 SIDE_PER_TILE = 4
@@ -171,9 +176,14 @@ class Strip:
         return self.block.kind is BlockKind.DENSE
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Targets and sources; of paired edges their number, and 1."""
+        return len(self.target), len(self.source) if self.is_dense else 1
+
+    @property
     def num_edges(self) -> int:
         """The number of edges."""
-        return len(self.target) * (len(self.source) if self.is_dense else 1)
+        return self.shape[0] * self.shape[1]
 
     def at_source(self, features: Tensor) -> Tensor:
         """Features of the source nodes, laid out to be broadcast over the strip: ``[1, s, H]`` or ``[t, 1, H]``."""
@@ -183,9 +193,15 @@ class Strip:
         """Which rows of what :meth:`at_source` returned belong to a tile's rows."""
         return slice(None) if self.is_dense else rows
 
+    def only(self, moving: Moving) -> Strip:
+        """The edges between some of the targets and sources; its place is still that of the whole strip."""
+        rows, columns = moving
+        source = self.source[columns if self.is_dense else rows]
+        return replace(self, source=source, target=self.target[rows], local_target=self.local_target[rows])
+
     def tiles(self, tile_edges: int) -> Iterator[Place]:
         """Cut the strip into tiles, places counted from its corner."""
-        return places((len(self.target), len(self.source) if self.is_dense else 1), tile_edges)
+        return places(self.shape, tile_edges)
 
 
 class Blocks:
@@ -196,17 +212,39 @@ class Blocks:
         sizes: of strips and tiles.
         device: where node numbers are wanted.
         partition: of the work; strips are only of this process's own edges.
+        remembered: of the same graph from one time to the next; indices of small graphs are kept in it.
     """
 
-    def __init__(self, graph: NeuralGraph, sizes: Sizes, device: torch.device, partition: Partition = WHOLE) -> None:
+    def __init__(
+        self,
+        graph: NeuralGraph,
+        sizes: Sizes,
+        device: torch.device,
+        partition: Partition = WHOLE,
+        remembered: dict[Any, Any] | None = None,
+    ) -> None:
         self.graph = graph
         self.sizes = sizes
         self.device = device
         self.partition = partition
+        is_small = partition is WHOLE and graph.num_edges <= SMALL_EDGES
+        self._remembered = remembered if remembered is not None and is_small else None
         self._first = graph.first_nodes()
-        self._into: dict[NeuronGroup, list[EdgeBlock]] = {group: [_self_loops(group)] for group in graph.groups}
-        for block in graph.blocks:
-            self._into[block.target.group].append(block)
+        self._into: dict[NeuronGroup, list[EdgeBlock]] = self._remember("into", self._blocks_into)
+
+    def _blocks_into(self) -> dict[NeuronGroup, list[EdgeBlock]]:
+        into = {group: [_self_loops(group)] for group in self.graph.groups}
+        for block in self.graph.blocks:
+            into[block.target.group].append(block)
+        return into
+
+    def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is remembered under a key; if nothing is, it is made."""
+        if self._remembered is None:
+            return make()
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        return self._remembered[key]
 
     def strips_into(self, group: NeuronGroup) -> Iterator[Strip]:
         """The strips of all blocks that lead to a group."""
@@ -224,14 +262,22 @@ class Blocks:
 
     def counts(self, group: NeuronGroup) -> Tensor:
         """How many edges arrive at each neuron of a group: float64 ``[size, 1]``, on the CPU."""
+        return self._remember(("counts", group.name), lambda: self._count(group))
+
+    def _count(self, group: NeuronGroup) -> Tensor:
         counts = torch.zeros(group.size, dtype=torch.float64)
         for block in self._into[group]:
             sources = torch.tensor(float(block_shape(block)[1]), dtype=counts.dtype)
             counts.index_add_(0, block.target.local_index(), sources.expand(block.target.size))
         return counts[:, None]
 
-    def strips(self, block: EdgeBlock) -> Iterator[Strip]:
+    def strips(self, block: EdgeBlock) -> Iterable[Strip]:
         """Cut this process's part of a block into strips."""
+        if self._remembered is None:
+            return self._cut(block)
+        return self._remember(("strips", id(block), self.sizes, str(self.device)), lambda: [*self._cut(block)])
+
+    def _cut(self, block: EdgeBlock) -> Iterator[Strip]:
         own = self.partition.place(block)
         if not num_edges_at(own):
             return

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph
-from nino.graph.rows import Place, Rows, moved, num_edges_at, place_of, view_rows
+from nino.graph.rows import Place, moved, num_edges_at, place_of, view_rows
+from nino.parallel.rows import Rows
 from nino.predict.partition import WHOLE, Partition
 
-
-def viewable(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> Tensor:
-    """The tensor itself, or a contiguous copy if its strides do not allow the blocks' views."""
-    return tensor if _is_viewable(blocks, tensor, rows) else tensor.clone(memory_format=torch.contiguous_format)
+Layout = tuple[EdgeBlock, Place, Sequence[int], Sequence[int], int]
+"""Of a block: which of its edges the tensor holds, and size, strides and first element of the view of them."""
+Layouts = dict[tuple[str, tuple[int, ...]], list[Layout] | None]
+"""By parameter name and strides of its tensor."""
 
 
 def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor], partition: Partition = WHOLE) -> int:
@@ -28,18 +29,40 @@ def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor], partition
         state[name].numel() * state[name].itemsize
         for state in states
         for name, shape in graph.shapes.items()
-        if name in state and not _is_viewable(blocks[name], state[name], partition.held_rows(name, shape))
+        if name in state and _views(blocks[name], state[name], partition.held_rows(name, shape)) is None
     )
 
 
-def _is_viewable(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> bool:
+def _views(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> list[Tensor] | None:
+    """What each block carries of a tensor that holds some rows, ``[F, t, s]``; ``None`` if its strides do not allow it.
+
+    Of a block that has none of the rows it is empty.
+    """
     try:
-        for block in blocks:
-            if num_edges_at(place_of(block, rows)):
-                view_rows(block, tensor, rows)
+        return [_view(block, tensor, rows) for block in blocks]
     except RuntimeError:
-        return False
-    return True
+        return None
+
+
+def _view(block: EdgeBlock, tensor: Tensor, rows: Rows) -> Tensor:
+    if not num_edges_at(place_of(block, rows)):
+        return tensor.as_strided((0, 0, 0), (0, 0, 0))
+    return _whole_piece(block, view_rows(block, tensor, rows))
+
+
+def _layout(blocks: Sequence[EdgeBlock], tensor: Tensor, rows: Rows) -> list[Layout] | None:
+    """How each block lies in a tensor of these strides; ``None`` if some block cannot be viewed."""
+    views = _views(blocks, tensor, rows)
+    if views is None:
+        return None
+    return [
+        (block, place_of(block, rows), view.shape, view.stride(), int(view.storage_offset() - tensor.storage_offset()))
+        for block, view in zip(blocks, views, strict=True)
+    ]
+
+
+def _whole_piece(block: EdgeBlock, view: Tensor) -> Tensor:
+    return view.permute(2, 1, 0) if block.kind is BlockKind.DENSE else view.t()[..., None]
 
 
 def blocks_by_parameter(graph: NeuralGraph) -> dict[str, list[EdgeBlock]]:
@@ -50,24 +73,57 @@ def blocks_by_parameter(graph: NeuralGraph) -> dict[str, list[EdgeBlock]]:
     return blocks
 
 
-def piece_of(block: EdgeBlock, parameter: Tensor, place: Place, rows: Rows | None = None) -> Tensor:
+def piece_of(block: EdgeBlock, parameter: Tensor, place: Place) -> Tensor:
     """View a piece of a parameter as ``[F, t, s]``, F elements per edge.
 
     Args:
         block: of the graph.
-        parameter: a tensor of the parameter's shape, or of some of its rows.
-        place: which of the block's edges; they must be among those of the rows.
-        rows: that the tensor holds, if not all.
+        parameter: a tensor of the parameter's shape.
+        place: which of the block's edges.
     """
-    if rows is None or rows.are_all:
-        view = block.view(parameter)
-    else:
-        view = view_rows(block, parameter, rows)
-        held = place_of(block, rows)
-        place = moved(place, -held[0].start, -held[1].start)
-    if block.kind is BlockKind.DENSE:
-        return view[place[1], place[0]].permute(2, 1, 0)
-    return view[place[0]].t()[..., None]
+    return _whole_piece(block, block.view(parameter))[:, place[0], place[1]]
+
+
+class ParameterViews:
+    """Parameters of a model as its blocks see them.
+
+    Args:
+        graph: of the model; only its own blocks can be asked for.
+        tensors: by parameter name.
+        partition: says which rows of the parameters they hold.
+        layouts: what was found out of tensors of the same graph, rows and strides.
+    """
+
+    def __init__(
+        self,
+        graph: NeuralGraph,
+        tensors: Mapping[str, Tensor],
+        partition: Partition = WHOLE,
+        layouts: Layouts | None = None,
+    ) -> None:
+        layouts = {} if layouts is None else layouts
+        self.tensors: dict[str, Tensor] = {}
+        """The tensors themselves, or contiguous copies of those whose strides do not allow the blocks' views."""
+        self._pieces: dict[int, tuple[Tensor, Place]] = {}
+        for name, blocks in blocks_by_parameter(graph).items():
+            if name not in tensors:
+                continue
+            rows, tensor = partition.held_rows(name, graph.shapes[name]), tensors[name]
+            key = (name, tensor.stride())
+            if key not in layouts:
+                layouts[key] = _layout(blocks, tensor, rows)
+            if layouts[key] is None:
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
+                layouts[key := (name, tensor.stride())] = _layout(blocks, tensor, rows)
+            self.tensors[name] = tensor
+            for block, held, size, stride, first in layouts[key] or ():
+                view = tensor.as_strided(size, stride, tensor.storage_offset() + first)
+                self._pieces[id(block)] = view, held
+
+    def piece(self, block: EdgeBlock, place: Place) -> Tensor:
+        """A piece ``[F, t, s]`` of the block's parameter; the edges of ``place`` must be among those of the rows."""
+        view, held = self._pieces[id(block)]
+        return view if place == held else view[(slice(None), *moved(place, -held[0].start, -held[1].start))]
 
 
 class SnapshotViews:
@@ -77,31 +133,32 @@ class SnapshotViews:
         graph: of the model.
         snapshots: oldest first, per parameter name a tensor of any floating dtype on any device.
         partition: says which rows of the parameters they hold.
+        layouts: as in :class:`ParameterViews`.
     """
 
     def __init__(
-        self, graph: NeuralGraph, snapshots: Sequence[Mapping[str, Tensor]], partition: Partition = WHOLE
+        self,
+        graph: NeuralGraph,
+        snapshots: Sequence[Mapping[str, Tensor]],
+        partition: Partition = WHOLE,
+        layouts: Layouts | None = None,
     ) -> None:
-        blocks = blocks_by_parameter(graph)
+        layouts = {} if layouts is None else layouts
         self.context = len(snapshots)
         self._partition = partition
         self._shapes = graph.shapes
-        self._rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
-        self._tensors = {
-            name: [viewable(blocks[name], snapshot[name], rows) for snapshot in snapshots]
-            for name, rows in self._rows.items()
-        }
+        self._views = [ParameterViews(graph, snapshot, partition, layouts) for snapshot in snapshots]
 
     def pieces(self, block: EdgeBlock, place: Place) -> list[Tensor]:
         """A piece of every snapshot, ``[F, t, s]``."""
-        name = str(block.parameter)
-        return [piece_of(block, snapshot, place, self._rows[name]) for snapshot in self._tensors[name]]
+        return [views.piece(block, place) for views in self._views]
 
     def all_rows(self, name: str) -> list[Tensor]:
         """All that the snapshots hold of a parameter."""
-        return self._tensors[name]
+        return [views.tensors[name] for views in self._views]
 
     def own_rows(self, name: str) -> list[Tensor]:
         """This process's own rows of a parameter, of every snapshot."""
-        own = self._partition.own_rows(name, self._shapes[name])
-        return [own.of(self._rows[name], snapshot) for snapshot in self._tensors[name]]
+        shape = self._shapes[name]
+        held, own = self._partition.held_rows(name, shape), self._partition.own_rows(name, shape)
+        return [own.of(held, snapshot) for snapshot in self.all_rows(name)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from nino.errors import SnapshotError
 from nino.graph.ir import EdgeBlock, EdgeType, NeuralGraph
 from nino.graph.rows import Place
-from nino.predict.engine.views import SnapshotViews, blocks_by_parameter, piece_of, viewable
+from nino.predict.engine.views import Layouts, ParameterViews, SnapshotViews
 from nino.predict.movement import MATRIX_AXES, MovementSize, factor_to_keep, moved, rescaled, without
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.unchanged import keep_unchanged, unchanged_mask
@@ -32,6 +32,7 @@ class MovementWriter:
         preserve_norms: whether :meth:`finish` gives matrices the norms that they had.
         writes_weights: whether the tensors take the predicted weights, and not the movement to there; they may then
             have any format and strides.
+        layouts: as in :class:`nino.predict.engine.views.ParameterViews`.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class MovementWriter:
         partition: Partition = WHOLE,
         preserve_norms: bool = False,
         writes_weights: bool = False,
+        layouts: Layouts | None = None,
     ) -> None:
-        blocks = blocks_by_parameter(graph)
         self.tensors = tensors
         self._snapshots = snapshots
         self._device = device
@@ -54,7 +55,7 @@ class MovementWriter:
         self._kept = [name for name in tensors if preserve_norms and len(graph.shapes[name]) >= MATRIX_AXES]
         """Parameters whose norms are kept."""
         self._rows = {name: partition.held_rows(name, graph.shapes[name]) for name in tensors}
-        self._views = {name: viewable(blocks[name], tensor, self._rows[name]) for name, tensor in tensors.items()}
+        self._views = ParameterViews(graph, tensors, partition, layouts)
         self._squares: dict[tuple[str, EdgeType], Tensor] = {}
 
     def wants(self, block: EdgeBlock) -> bool:
@@ -71,7 +72,7 @@ class MovementWriter:
         """
         name = str(block.parameter)
         pieces = self._snapshots.pieces(block, place)
-        target = piece_of(block, self._views[name], place, self._rows[name])
+        target = self._views.piece(block, place)
         unchanged = unchanged_mask(pieces)
         movement = without(change.to(exact_dtype(pieces[-1])), unchanged)
         last = pieces[-1].to(movement)
@@ -95,7 +96,7 @@ class MovementWriter:
         Raises:
             SnapshotError: if any predicted weight is NaN or infinite in its parameter's format.
         """
-        for name, view in self._views.items():
+        for name, view in self._views.tensors.items():
             if view is not self.tensors[name]:
                 self.tensors[name].copy_(view)
         written = {key: tuple(sums.tolist()) for key, sums in self._squares.items()}

@@ -21,14 +21,12 @@ from typing import Any
 
 from nino.errors import NinoError
 from nino.plan import PART_JUDGED, NowcastPlan
+from nino.session.report import MIN_LOSSES_BEFORE
 
 RECOVERY = 100
 """Updates after which a good jump is no longer on its way back; that does not depend on the period."""
 PATIENT_FAILURES = 1
 """Failures in a row after which the next nowcast is tried all the same."""
-
-MIN_LOSSES_BEFORE = 3
-"""Fewer losses before a jump than this say nothing of their noise."""
 
 
 @dataclass(frozen=True, kw_only=True)

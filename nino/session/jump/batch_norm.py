@@ -19,7 +19,7 @@ from nino.parallel.collectives import mean_over_processes_
 
 RENEWAL_STEPS = 5
 """Optimizer steps over which statistics are estimated anew. Weights move fast after a jump: a longer average is of
-weights that are gone (docs/lab-notes.md, 2026-11-24)."""
+weights that are gone (docs/lab-notes, 2026-11-24)."""
 STATISTICS = ("running_mean", "running_var")
 
 

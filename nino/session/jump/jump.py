@@ -143,6 +143,9 @@ class Jumps:
         """Move the weights as predicted, or refuse to; whatever fails is undone."""
         report = replace(report, reason=prediction.reason, seconds=prediction.seconds, bytes_sent=prediction.bytes_sent)
         if prediction.movement is None:
+            self.rollback_copy.clear()
+            if prediction.is_crooked:
+                return self.leave_out(report, prediction.reason)
             return self._refuse(report, is_own=prediction.is_own_failure)
         rollback_copy = self.rollback_copy if judged_by is not None else None
         try:
@@ -157,6 +160,7 @@ class Jumps:
                 raise
             if undo is not None:
                 undo.run()
+            self.history.clear()  # snapshots may have moved along
             return self._refuse(replace(report, reason=str(error) or repr(error)), is_own=True)
         if judged_by is None:
             self.rollback_copy.clear()
@@ -167,7 +171,8 @@ class Jumps:
         parameters, tensors = self.target.trainable(), movement.tensors
         if self.history.is_averaged and not self.ramp.steps:  # at once: to where the average was predicted to go
             tensors = _from_elsewhere(tensors, self.history.store.snapshots[-1], parameters)
-        self.ramp.begin(parameters, tensors)
+        self.history.carry(movement.tensors)
+        self.ramp.begin(parameters, tensors, self.target.optimizer)
         if not self.ramp.steps:
             self.ramp.advance(parameters, self.target.optimizer)
             self._have_moved(step, has_arrived=True)

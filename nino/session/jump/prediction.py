@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nino.errors import SnapshotError
+from nino.errors import CrookedPathError, SnapshotError
 from nino.parallel.collectives import Channel, LostProcessError, PeerFailureError
 from nino.parallel.shards import local_tensor
 from nino.plan import NowcastPlan
@@ -32,6 +32,8 @@ class Prediction:
     bytes_sent: int
     is_own_failure: bool = False
     """Whether it failed in this process, and not in the main one as well."""
+    is_crooked: bool = False
+    """Whether nothing failed, and the predictor knows that it had better not."""
 
 
 def predict_jump(
@@ -75,7 +77,8 @@ def predict_jump(
     except Exception as error:  # whatever went wrong, the run goes on from the weights that it has
         is_own = not isinstance(error, PeerFailureError) and channel.first_failed != 0
         reason = str(error) or repr(error)
-        return Prediction(None, reason, time.perf_counter() - began, channel.bytes_sent, is_own)
+        seconds, is_crooked = time.perf_counter() - began, isinstance(error, CrookedPathError)
+        return Prediction(None, reason, seconds, channel.bytes_sent, is_own, is_crooked)
     return Prediction(movement, "", time.perf_counter() - began, channel.bytes_sent)
 
 

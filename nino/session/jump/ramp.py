@@ -19,12 +19,13 @@ from nino.errors import SnapshotError
 from nino.parallel.collectives import is_main_process, num_processes
 from nino.parallel.shards import local_tensor, local_tensors
 from nino.session.optimizer_state.master_weights import find_master_weights
+from nino.session.optimizer_state.second_iterates import find_second_iterates, second_iterates_of
 from nino.system.pieces import exact_dtype, piece_size, pieces_of
 
 logger = logging.getLogger(__name__)
 
-Saved = tuple[int, dict[str, Tensor]]
-"""Steps left, and what is left of the movement."""
+Saved = tuple[int, dict[str, Tensor], list[str]]
+"""Steps left, what is left of the movement, and which entries of the optimizer's state move along."""
 
 
 class Ramp:
@@ -43,19 +44,25 @@ class Ramp:
         self._rest: dict[str, Tensor] = {}
         self._moving: dict[str, Tensor] = {}
         """The parameters themselves: a new one of the same name stays where it is."""
+        self._iterates: list[str] = []
+        """Entries of the optimizer's state that are second iterates of the weights."""
 
     @property
     def is_on(self) -> bool:
         """Whether weights are on their way."""
         return self._steps_left > 0
 
-    def begin(self, parameters: Mapping[str, Tensor], movement: Mapping[str, Tensor]) -> None:
+    def begin(
+        self, parameters: Mapping[str, Tensor], movement: Mapping[str, Tensor], optimizer: Optimizer | None = None
+    ) -> None:
         """Take a movement; nothing moves yet.
 
         Args:
             parameters: live ones, by name.
             movement: how far each is to move, of local shards; it is used up.
+            optimizer: of the parameters: what it keeps beside them moves along.
         """
+        self._iterates = find_second_iterates(optimizer, parameters)
         live = local_tensors(parameters)
         self._rest = {name: movement[name].to(live[name].device) for name in parameters}
         self._moving, self._steps_left = dict(parameters), max(self.steps, 1)
@@ -87,7 +94,11 @@ class Ramp:
             weights = local_tensor(parameter)
             if _address(weights) not in moved:
                 moved.add(_address(weights))
-                _move(weights, master_weights.get(_address(weights), []), self._rest[name], self._steps_left)
+                masters = master_weights.get(_address(weights), [])
+                addresses = {_address(master) for master in masters}
+                beside = second_iterates_of(optimizer, parameter, self._iterates)
+                iterates = [iterate for iterate in beside if _address(iterate) not in addresses]
+                _move(weights, masters, iterates, self._rest[name], self._steps_left)
         self._steps_left -= 1
         if not self._steps_left:
             self.end()
@@ -116,11 +127,12 @@ class Ramp:
 
     def end(self) -> None:
         """Leave the weights where they are, and give the memory back."""
-        self._steps_left, self._rest, self._moving = 0, {}, {}
+        self._steps_left, self._rest, self._moving, self._iterates = 0, {}, {}, []
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors; later steps do not change it."""
-        return {"steps_left": self._steps_left, "rest": {name: rest.clone() for name, rest in self._rest.items()}}
+        rest = {name: rest.clone() for name, rest in self._rest.items()}
+        return {"steps_left": self._steps_left, "rest": rest, "iterates": list(self._iterates)}
 
     @staticmethod
     def parse(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Saved:
@@ -134,12 +146,13 @@ class Ramp:
             raise ValueError(f"saved ramp is damaged: {steps_left} steps left of {len(rest)} parameters")
         live = local_tensors(parameters)
         if _shapes(live) != _shapes(rest):
-            return 0, {}
-        return steps_left, {n: rest[n].to(value.device, exact_dtype(value), copy=True) for n, value in live.items()}
+            return 0, {}, []
+        left = {n: rest[n].to(value.device, exact_dtype(value), copy=True) for n, value in live.items()}
+        return steps_left, left, [str(entry) for entry in state["iterates"]]
 
     def resume(self, saved: Saved, parameters: Mapping[str, Tensor]) -> None:
         """Go on as saved."""
-        self._steps_left, self._rest = saved
+        self._steps_left, self._rest, self._iterates = saved
         self._moving = dict(parameters) if self._steps_left else {}
 
 
@@ -152,13 +165,17 @@ def _address(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _move(weights: Tensor, master_weights: list[Tensor], rest: Tensor, steps_left: int) -> None:
+def _move(weights: Tensor, master_weights: list[Tensor], iterates: list[Tensor], rest: Tensor, steps_left: int) -> None:
     """Move weights by one part of the rest, and take what they have moved from it; piece by piece, for its memory."""
     exact = master_weights[0] if master_weights else weights
     size = piece_size(weights.device)
-    for piece, left in zip(pieces_of(exact, size), pieces_of(rest, size), strict=True):
+    others = [pieces_of(iterate, size) for iterate in iterates]
+    for piece, left, *beside in zip(pieces_of(exact, size), pieces_of(rest, size), *others, strict=True):
         before = piece.to(left, copy=True)
         piece.copy_(before + left / steps_left)
-        left -= piece.to(left) - before
+        moved = piece.to(left) - before
+        left -= moved
+        for other in beside:
+            other.copy_(other.to(moved) + moved)
     for other in [*master_weights[1:], *([weights] if master_weights else [])]:
         other.copy_(exact)

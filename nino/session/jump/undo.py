@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nino.parallel.shards import local_tensor
 from nino.session.jump.rollback import RollbackCopy
 from nino.session.optimizer_state.master_weights import find_master_weights, write_master_weights
+from nino.session.optimizer_state.second_iterates import find_second_iterates, second_iterates_of
 from nino.session.target import TrainingTarget
 from nino.snapshots import SnapshotStore
 
@@ -29,6 +30,12 @@ class Undo:
         self._before: Mapping[str, Tensor] = {}
         if rollback_copy is None:
             self._master_weights = find_master_weights(target.optimizer, self._parameters)
+            entries = find_second_iterates(target.optimizer, self._parameters)
+            self._iterates = [
+                (iterate, iterate.clone())
+                for parameter in self._parameters.values()
+                for iterate in second_iterates_of(target.optimizer, parameter, entries)
+            ]
             self._before = store.snapshots[-1] if store.exact else _copies(self._parameters, store.place)
 
     @torch.no_grad()
@@ -39,6 +46,8 @@ class Undo:
             return
         for name, parameter in self._parameters.items():
             local_tensor(parameter).copy_(self._before[name])
+        for iterate, before in self._iterates:
+            iterate.copy_(before)
         write_master_weights(self._master_weights)  # of which there is no copy: they are the weights, rounded
 
 

@@ -31,7 +31,7 @@ def find_master_weights(optimizer: Optimizer | None, parameters: Mapping[str, Te
     for parameter in parameters.values() if optimizer is not None else ():
         weights = local_tensor(parameter)
         for entry, value in optimizer.state.get(parameter, {}).items():  # type: ignore[union-attr]
-            if isinstance(value, Tensor) and _is_alike(local_tensor(value), weights):
+            if isinstance(value, Tensor) and is_alike(local_tensor(value), weights):
                 by_entry.setdefault(entry, []).append((local_tensor(value), weights))
     return [pair for pairs in by_entry.values() if _are_masters(pairs) for pair in pairs]
 
@@ -43,7 +43,7 @@ def write_master_weights(masters: MasterWeights) -> None:
         master.copy_(weights)
 
 
-def _is_alike(value: Tensor, weights: Tensor) -> bool:
+def is_alike(value: Tensor, weights: Tensor) -> bool:
     """Whether a tensor could be a master by its looks; sparse and quantized ones, which few operations take, cannot."""
     is_plain = all(type(one) is Tensor and one.layout == torch.strided for one in (value, weights))
     return is_plain and value.is_floating_point() and value.shape == weights.shape

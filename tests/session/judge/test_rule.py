@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ScriptedNowcaster, Weights, assert_same, batch, mlp, planned, weights_of
+from tiny import ScriptedNowcaster, Weights, add, assert_same, batch, mlp, one_update, weights_of, wrapped
 from torch import Tensor, nn
 
 import nino
-from nino import NinoError, NowcastOptimizer, NowcastPlan
+from nino import NinoError, NowcastOptimizer
 from nino.session.judge.rule import RECOVERY, Backoff, Evidence, RollbackConfig, gather_evidence, has_recovered
 from nino.session.jump.batch_norm import BatchNormRenewal
 
@@ -105,13 +105,9 @@ def test_bad_settings(steps: Any) -> None:
         RollbackConfig(steps=steps)
 
 
-def test_a_probation_longer_than_the_period_is_refused() -> None:
+def test_a_rollback_window_longer_than_the_period_is_refused() -> None:
     with pytest.raises(NinoError, match="must end before the next nowcast"):
         _optimizer(mlp(), add(0), rollback_window=PERIOD)
-
-
-def add(amount: float) -> Any:
-    return lambda newest: {name: value + amount for name, value in newest.items()}
 
 
 def good(newest: Weights) -> Weights:
@@ -123,25 +119,13 @@ def _optimizer(model: nn.Module, answer: Any, rollback_window: int = R, base: st
         "adam": lambda: torch.optim.AdamW(model.parameters(), lr=1e-3),
         "momentum": lambda: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
     }
-    return NowcastOptimizer(
-        bases[base](),
-        model,
-        ScriptedNowcaster(answer),
-        period=PERIOD,
-        plan=NowcastPlan(rollback_window=rollback_window),
-    )
+    return wrapped(bases[base](), model, ScriptedNowcaster(answer), period=PERIOD, rollback_window=rollback_window)
 
 
 def _train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
     """Updates first + 1 ... last, on five batches in turn: the losses of ten steps are those of every batch twice."""
     for index in range(first, last):
-        inputs, targets = batch(index % 5)
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(inputs), targets)
-        loss.backward()
-        if isinstance(optimizer, NowcastOptimizer):
-            optimizer.observe(loss)
-        optimizer.step()
+        one_update(model, optimizer, index % 5)
 
 
 @pytest.mark.parametrize("base", ["adam", "momentum"])
@@ -193,9 +177,7 @@ def test_whatever_a_model_holds_is_put_back(place: Any, tmp_path: Path) -> None:
     model, plain = Odd(), Odd()
     settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = NowcastOptimizer(
-        adam, model, ScriptedNowcaster(add(3)), period=PERIOD, **planned({"rollback_window": R, **settings})
-    )
+    optimizer = wrapped(adam, model, ScriptedNowcaster(add(3)), period=PERIOD, **{"rollback_window": R, **settings})
     _train(model, optimizer, 0, PERIOD + R)
     assert [report.outcome for report in optimizer.reports] == ["rolled back"]
     base = torch.optim.AdamW(plain.parameters(), lr=1e-3)
@@ -213,9 +195,7 @@ def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCap
     model, plain = nn.Sequential(*body, nn.Linear(2, 2)), None
     plain = copy.deepcopy(model)
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = NowcastOptimizer(
-        base, model, ScriptedNowcaster(add(3)), period=PERIOD, graph=graph, plan=NowcastPlan(rollback_window=R)
-    )
+    optimizer = wrapped(base, model, ScriptedNowcaster(add(3)), period=PERIOD, graph=graph, rollback_window=R)
     said = "2 trained parameters are not in the graph that was given and are never nowcast: 3.bias, 3.weight"
     assert [record.getMessage() for record in caplog.records] == [said]
     _train(model, optimizer, 0, PERIOD + 2)
@@ -274,18 +254,14 @@ class Private(torch.optim.Optimizer):
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("is_resumed", [False, True], ids=["in one go", "resumed"])
 def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bool, place: Any, tmp_path: Path) -> None:
-    def wrapped(model: nn.Module) -> NowcastOptimizer:
+    def private(model: nn.Module) -> NowcastOptimizer:
         settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
-        return NowcastOptimizer(
-            Private(model),
-            model,
-            ScriptedNowcaster(add(3)),
-            period=PERIOD,
-            **planned({"rollback_window": R, **settings}),
+        return wrapped(
+            Private(model), model, ScriptedNowcaster(add(3)), period=PERIOD, **{"rollback_window": R, **settings}
         )
 
     model, plain = mlp(), mlp()
-    optimizer, other = wrapped(model), Private(plain)
+    optimizer, other = private(model), Private(plain)
     _train(model, optimizer, 0, PERIOD)
     for group in optimizer.param_groups:  # as a scheduler does
         group["lr"] = 7e-4
@@ -293,7 +269,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
     if is_resumed:
         weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
         model = mlp(seed=1)
-        optimizer = wrapped(model)
+        optimizer = private(model)
         model.load_state_dict(weights)
         state["param_groups"] = [{**group, "lr": 7e-4} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
@@ -382,9 +358,7 @@ def test_a_rollback_copy_is_resumed_from_before_a_cache_has_grown() -> None:
 def test_a_disaster_is_undone_halfway() -> None:
     model, plain = mlp(), mlp()
     bases = [torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, plain)]
-    optimizer = NowcastOptimizer(
-        bases[0], model, ScriptedNowcaster(add(3)), period=120, plan=NowcastPlan(rollback_window=100, ramp=0)
-    )
+    optimizer = wrapped(bases[0], model, ScriptedNowcaster(add(3)), period=120, rollback_window=100, ramp=0)
     _train(model, optimizer, 0, 120 + 49)
     assert optimizer.reports[-1].outcome != "rolled back"
     _train(model, optimizer, 120 + 49, 120 + 50)
@@ -397,7 +371,7 @@ def test_a_disaster_is_undone_halfway() -> None:
 
 
 @pytest.mark.parametrize("how", ["told", "seen"])
-def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: str) -> None:
+def test_a_jump_after_which_mixed_precision_skips_every_step_is_rolled_back(how: str) -> None:
     model, plain = mlp(), mlp()
     optimizer = _optimizer(model, add(3))
     _train(model, optimizer, 0, PERIOD)
@@ -417,7 +391,7 @@ def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: st
     assert len(optimizer.reports) == 2
 
 
-def test_many_micro_batches_are_no_skipped_updates() -> None:
+def test_many_micro_batches_are_no_skipped_steps() -> None:
     model = mlp()
     optimizer = _optimizer(model, good)
     _train(model, optimizer, 0, PERIOD)
@@ -431,14 +405,7 @@ def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
     for max_steps, accepted in ((PERIOD + R - 1, False), (PERIOD + R, True)):
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        optimizer = NowcastOptimizer(
-            base,
-            model,
-            ScriptedNowcaster(good),
-            period=PERIOD,
-            max_steps=max_steps,
-            plan=NowcastPlan(rollback_window=R),
-        )
+        optimizer = wrapped(base, model, ScriptedNowcaster(good), period=PERIOD, max_steps=max_steps, rollback_window=R)
         _train(model, optimizer, 0, PERIOD)
         assert optimizer.reports[-1].has_moved == accepted
         assert accepted or optimizer.reports[-1].reason == "the run ends before a jump could recover"
@@ -466,7 +433,7 @@ def test_a_good_jump_is_kept() -> None:
     assert all(math.isfinite(r.loss_after) for r in optimizer.reports)
 
 
-def test_without_losses_there_is_no_probation() -> None:
+def test_without_losses_there_is_no_rollback_window() -> None:
     model = mlp()
     optimizer = _optimizer(model, add(3))
     for _ in range(PERIOD + R):
@@ -479,7 +446,7 @@ def test_without_losses_there_is_no_probation() -> None:
 
 @pytest.mark.parametrize("answer", [add(3), good], ids=["undone", "kept"])
 @pytest.mark.parametrize("stop", [PERIOD, PERIOD + 4, PERIOD + R])
-def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: int) -> None:
+def test_resuming_in_a_rollback_window_is_as_if_nothing_had_happened(answer: Any, stop: int) -> None:
     straight = mlp()
     whole = _optimizer(straight, answer)
     _train(straight, whole, 0, 2 * PERIOD + R)
@@ -505,12 +472,10 @@ def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: i
 
 
 @pytest.mark.parametrize(("period", "expected"), [(1002, 100), (30, 3), (9, 0)])
-def test_by_default_a_probation_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
+def test_by_default_a_rollback_window_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    assert (
-        NowcastOptimizer(base, model, ScriptedNowcaster(good), period=period).session.plan.rollback_window == expected
-    )
+    assert wrapped(base, model, ScriptedNowcaster(good), period=period).session.plan.rollback_window == expected
 
 
 def test_without_losses_nowcasts_are_kept_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:

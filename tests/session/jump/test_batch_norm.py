@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, planned
+from tiny import PERIOD, ScriptedNowcaster, Weights, batch, mlp, train, wrapped
 from torch import nn
 
-from nino import NowcastOptimizer
 from nino.session.jump.batch_norm import BatchNormRenewal
 
 
@@ -49,7 +47,7 @@ def test_until_the_first_batch_the_old_statistics_stay() -> None:
 
 
 @pytest.mark.parametrize("case", ["frozen", "plain average", "no statistics", "no momentum", "none wanted", "coarse"])
-def test_left_alone(case: str) -> None:
+def test_batch_norms_that_are_not_renewed_are_left_alone(case: str) -> None:
     model = _layer({"plain average": None, "no momentum": 0.0, "coarse": 0.07}.get(case, 0.1))
     if case == "no statistics":
         model = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))
@@ -64,7 +62,7 @@ def test_left_alone(case: str) -> None:
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_several_batches_of_an_update_and_none() -> None:
+def test_batch_norms_of_several_micro_batches_and_of_none() -> None:
     model = _layer()
     renewal = BatchNormRenewal(model, steps=4)
     renewal.begin()
@@ -125,18 +123,10 @@ class Run:
     def __init__(self, answer: Any, **settings: Any) -> None:
         self.model = nn.Sequential(*mlp(), nn.BatchNorm1d(2))
         base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.optimizer = NowcastOptimizer(
-            base, self.model, ScriptedNowcaster(answer), period=PERIOD, **planned(settings)
-        )
+        self.optimizer = wrapped(base, self.model, ScriptedNowcaster(answer), **settings)
 
     def train(self, first: int, last: int) -> Run:
-        for index in range(first, last):
-            inputs, targets = batch(index)
-            loss = F.mse_loss(self.model(inputs), targets)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.observe(loss)
-            self.optimizer.step()
+        train(self.model, self.optimizer, first, last)
         return self
 
 
@@ -216,7 +206,7 @@ def test_an_interrupted_loop_goes_on_from_a_checkpoint_over_the_same_model(at: i
     again.model = interrupted.model
     again.model.load_state_dict(saved[0])
     base = torch.optim.AdamW(again.model.parameters(), lr=1e-3)
-    again.optimizer = NowcastOptimizer(base, again.model, ScriptedNowcaster(_far), period=PERIOD)
+    again.optimizer = wrapped(base, again.model, ScriptedNowcaster(_far))
     again.optimizer.load_state_dict(saved[1])
     again.train(at, 2 * PERIOD - 1)
 

@@ -8,37 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PERIOD, ScriptedNowcaster, Weights, assert_same, batch, mlp, weights_of
+from optimizers import Mastered
+from tiny import PERIOD, ScriptedNowcaster, add, assert_same, batch, mlp, weights_of, wrapped
 from torch import Tensor, nn
 
-from nino import NowcastOptimizer, NowcastPlan
 from nino.session.jump.batch_norm import BatchNormRenewal
 from nino.session.optimizer_state.master_weights import find_master_weights
 
 R = 3
 """Updates of a rollback window."""
-
-
-class Mastered(torch.optim.Optimizer):
-    """SGD with momentum on float32 copies of the weights, which it writes over the weights at every step."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 1e-2})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state |= {"master": parameter.float().clone(), "momentum_buffer": torch.zeros_like(parameter)}
-                state["momentum_buffer"].mul_(0.9).add_(parameter.grad)
-                state["master"].sub_(group["lr"] * state["momentum_buffer"].float())
-                parameter.copy_(state["master"])
-
-
-def add_three(newest: Weights) -> Weights:
-    return {name: value + 3 for name, value in newest.items()}
 
 
 def model_of(kind: str) -> nn.Sequential:
@@ -54,12 +32,8 @@ class Run:
 
     def __init__(self, kind: str = "bfloat16", rollback_window: int = 0) -> None:
         self.model = model_of(kind)
-        self.optimizer = NowcastOptimizer(
-            Mastered(self.model.parameters()),
-            self.model,
-            ScriptedNowcaster(add_three),
-            period=PERIOD,
-            plan=NowcastPlan(rollback_window=rollback_window),
+        self.optimizer = wrapped(
+            Mastered(self.model.parameters()), self.model, ScriptedNowcaster(add(3)), rollback_window=rollback_window
         )
 
     def train(self, first: int, last: int) -> Run:
@@ -80,7 +54,7 @@ class Run:
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
-def test_masters_jump_along(kind: str) -> None:
+def test_master_weights_jump_along(kind: str) -> None:
     before = weights_of(Run(kind).train(0, PERIOD - 1).model)
     run = Run(kind).train(0, PERIOD)
     for name, parameter in run.model.named_parameters():
@@ -96,7 +70,7 @@ def test_masters_jump_along(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
-def test_masters_are_undone_to_the_last_bit(kind: str) -> None:
+def test_master_weights_are_rolled_back_to_the_last_bit(kind: str) -> None:
     run, plain = Run(kind, rollback_window=R).train(0, PERIOD + R), Run(kind)
     plain.optimizer.detach()
     plain.train(0, PERIOD)
@@ -106,7 +80,7 @@ def test_masters_are_undone_to_the_last_bit(kind: str) -> None:
     assert_same(run.states(), plain.states())
 
 
-def test_a_jump_that_is_refused_leaves_masters_alone() -> None:
+def test_a_jump_that_is_refused_leaves_master_weights_alone() -> None:
     run, plain = Run(), Run()
     run.optimizer.session.nowcaster.predict_movement = _fail  # type: ignore[method-assign]
     plain.optimizer.detach()
@@ -117,7 +91,7 @@ def test_a_jump_that_is_refused_leaves_masters_alone() -> None:
     assert_same(run.states(), plain.states())
 
 
-def test_a_jump_that_cannot_be_completed_is_none_for_masters_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jump_that_cannot_be_completed_is_none_for_master_weights_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BatchNormRenewal, "begin", _fail)
     run, plain = Run().train(0, PERIOD), Run()
     plain.optimizer.detach()
@@ -133,7 +107,7 @@ def _fail(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("no memory")
 
 
-def test_masters_that_loading_has_rounded_jump_along() -> None:
+def test_master_weights_that_loading_has_rounded_jump_along() -> None:
     # torch's load_state_dict gives state the dtype of its parameter.
     run, resumed = Run().train(0, PERIOD - 1), Run()
     resumed.model.load_state_dict(run.model.state_dict())
@@ -153,7 +127,7 @@ def found(parameters: dict[str, Tensor], states: dict[str, dict[str, Any]]) -> i
     return len(find_master_weights(optimizer, parameters))
 
 
-def test_what_is_no_master() -> None:
+def test_what_are_no_master_weights() -> None:
     parameters = {"weight": torch.ones(2, dtype=torch.bfloat16), "bias": torch.zeros(2, dtype=torch.bfloat16)}
     zeros, ones = torch.zeros(2), torch.ones(2)
 
@@ -166,7 +140,7 @@ def test_what_is_no_master() -> None:
     assert find_master_weights(None, parameters) == []
 
 
-def test_moments_of_known_optimizers_are_no_masters() -> None:
+def test_moments_of_known_optimizers_are_no_master_weights() -> None:
     for kind in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor, torch.optim.RMSprop):
         model = mlp()
         nn.init.zeros_(model[0].bias)

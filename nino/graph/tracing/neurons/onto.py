@@ -61,7 +61,9 @@ def put_onto(
             if not groups:
                 groups = [board.new_group(f"{name}.neurons", [a.axis for a in piece.along if not is_pinned(a.axis)])]
                 region = dict(enumerate(region_of(piece, view, board.shapes[name])))
-                labels = torch.where(box(labels.shape, region), float(groups[0].number), small(labels)).expand(tuple(shape))
+                labels = torch.where(box(labels.shape, region), float(groups[0].number), small(labels)).expand(
+                    tuple(shape)
+                )
             board.wire(name, piece, None, groups[0], edge_type, _kernel_sides(piece, groups[0]) if is_norm else {})
     return labels
 

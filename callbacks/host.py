@@ -1,0 +1,75 @@
+"""The Trainer around a callback: who it is, the loss that it trains, and where its checkpoints are.
+
+The Trainer does not hand itself to its callbacks. :func:`nino.callbacks.attach` does; a callback that was given to the
+Trainer in its list finds it on the call stack, once, when training begins.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+
+def find_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer that is calling ``callback``, if one is."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def resumed_checkpoint() -> Path | None:
+    """The checkpoint that was given to ``Trainer.train``, or that it found."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        named = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(named, (str, os.PathLike)):
+            return Path(named)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def saving_folder(trainer: Trainer | None, args: TrainingArguments) -> Path:
+    """Where the training keeps its checkpoints: in a search of hyperparameters each trial has a folder of its own."""
+    trial = getattr(trainer, "_trial", None)
+    return Path(str(args.output_dir) if trainer is None else trainer._get_output_dir(trial=trial))
+
+
+def listen_to_losses(trainer: Trainer, tell: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Have a function told of every micro-batch's part of the loss that is trained, as the Trainer logs it.
+
+    That is what ``training_step`` returns, whatever computes it: the model, ``compute_loss``, label smoothing or a
+    trainer of TRL. The parts of one step add up to its loss.
+
+    Returns:
+        A function that ends it.
+    """
+    original, had = trainer.training_step, "training_step" in vars(trainer)
+
+    @functools.wraps(original)
+    def training_step(*arguments: Any, **keywords: Any) -> Any:
+        loss = original(*arguments, **keywords)
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            tell(loss)
+        return loss
+
+    def end() -> None:
+        if vars(trainer).get("training_step") is not training_step:
+            return
+        if had:
+            trainer.training_step = original  # type: ignore[method-assign]
+        else:
+            del trainer.training_step
+
+    trainer.training_step = training_step  # type: ignore[method-assign]
+    return end

@@ -1,0 +1,221 @@
+"""The arithmetic of :mod:`nino.predict.engine.kernels` in compiled form, for float32 on CPUs.
+
+``kernels.cpp`` keeps the hidden vectors of a few edges in registers, where the plain form writes and reads each of them
+a dozen times. It is compiled once per width of the hidden vectors and machine, in a second or two, when a nowcast first
+needs it, with the machine's own compiler (``$CXX`` or ``c++``), and kept in ``$NINO_CACHE`` (by default
+``~/.cache/nino``). Without a compiler nowcasts are computed in the plain form. ``NINO_NATIVE=0`` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nino.predict.engine.hardware import cpu_multiplies
+from nino.predict.engine.kernels import MovementWeights
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+LANES = 16
+"""Hidden vectors must be a multiple of so many numbers wide."""
+WIDEST = 512
+"""Wider hidden vectors of a few edges would not stay in the first level of cache."""
+EDGES_PER_THREAD = 2**11
+"""With fewer, starting another thread costs more than it saves."""
+COMPILER_SECONDS = 120
+
+
+class _Strip(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "at_source", "at_target", "first")),
+        *((name, ctypes.c_int64) for name in ("num_values", "num_edges", "num_sources", "is_paired")),
+    )
+
+
+class _Head(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("at_source", "at_target", "second", "third", "third_bias", "weight", "bias")),
+        ("num_features", ctypes.c_int64),
+    )
+
+
+class NativeKernels:
+    """Compiled arithmetic for hidden vectors of one width, and products in one format.
+
+    Args:
+        library: as compiled.
+        product_dtype: float32 or bfloat16.
+    """
+
+    def __init__(self, library: ctypes.CDLL, product_dtype: torch.dtype) -> None:
+        library.columns.restype = ctypes.c_int64
+        self._library = library
+        self._columns = int(library.columns())
+        self._product_dtype = product_dtype
+
+    def packed(self, weight: Tensor) -> Tensor:
+        """Lay out the right factor of a product, ``[H, H]``, as it is read: by blocks of columns, pairs of rows."""
+        blocks = weight.unflatten(1, (-1, self._columns)).transpose(0, 1)
+        if self._product_dtype == torch.bfloat16:
+            blocks = blocks.unflatten(1, (-1, 2)).transpose(2, 3)
+        return blocks.to(self._product_dtype).contiguous()
+
+    def message_sums(
+        self, values: Tensor, from_source: Tensor, from_target: Tensor, as_source: Tensor, first: Tensor, scale: Tensor
+    ) -> Tensor:
+        """As :func:`nino.predict.engine.kernels.message_sums`, of a whole strip, ``[2, t, H]``; ``scale`` is packed."""
+        kept = [tensor.contiguous() for tensor in (values, from_source, from_target, first, as_source, scale)]
+        strip = _strip(*kept[:4])
+        sums = from_target.new_zeros(2, values.shape[1], first.shape[1])
+
+        def compute(start: int, stop: int) -> None:
+            self._library.message_sums(
+                ctypes.byref(strip), ctypes.c_int64(start), ctypes.c_int64(stop), *map(_at, (*kept[4:], *sums))
+            )
+
+        _by_rows(compute, values.shape[1], values.shape[2])
+        return sums
+
+    def movements(
+        self,
+        values: Tensor,
+        first_ends: tuple[Tensor, Tensor],
+        second_ends: tuple[Tensor, Tensor],
+        weights: MovementWeights,
+    ) -> Tensor:
+        """As :func:`nino.predict.engine.kernels.movements`, of a whole strip; H x H weights are packed."""
+        num_features = len(weights.head)
+        kept = [tensor.contiguous() for tensor in (values, *first_ends, weights.first)]
+        head_kept = [
+            tensor.contiguous()
+            for tensor in (
+                *second_ends,
+                weights.second,
+                weights.third,
+                weights.third_bias,
+                weights.head,
+                weights.head_bias,
+            )
+        ]
+        strip, head = _strip(*kept), _Head(*(tensor.data_ptr() for tensor in head_kept), num_features)
+        movement = values.new_empty(num_features, *values.shape[1:])
+
+        def compute(start: int, stop: int) -> None:
+            self._library.movements(
+                ctypes.byref(strip), ctypes.c_int64(start), ctypes.c_int64(stop), ctypes.byref(head), _at(movement)
+            )
+
+        _by_rows(compute, values.shape[1], values.shape[2])
+        return movement
+
+
+def native_kernels(
+    hidden: int, dtype: torch.dtype, product_dtype: torch.dtype, device: torch.device
+) -> NativeKernels | None:
+    """Compiled kernels, or ``None`` where the plain ones are to be used.
+
+    Args:
+        hidden: width of the hidden vectors.
+        dtype: in which to compute.
+        product_dtype: in which H x H products are computed.
+        device: where.
+    """
+    fits = device.type == "cpu" and dtype == torch.float32 and hidden % LANES == 0 and hidden <= WIDEST
+    narrow = product_dtype == torch.bfloat16 and cpu_multiplies(torch.bfloat16) and platform.machine() == "x86_64"
+    if not fits or not (narrow or product_dtype == torch.float32) or os.environ.get("NINO_NATIVE") == "0":
+        return None
+    library = _library(hidden, narrow)
+    return None if library is None else NativeKernels(library, product_dtype)
+
+
+def _strip(values: Tensor, from_source: Tensor, from_target: Tensor, first: Tensor) -> _Strip:
+    num_values, targets, sources = values.shape
+    is_paired = from_source.shape[0] == targets and from_source.shape[1] == 1 and sources == 1
+    pointers = (tensor.data_ptr() for tensor in (values, from_source, from_target, first))
+    return _Strip(*pointers, num_values, targets * sources, sources, int(is_paired))
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _by_rows(compute: Callable[[int, int], None], targets: int, sources: int) -> None:
+    """Compute the edges of some targets in each thread: no two write to one place, and sums have one order."""
+    threads = max(min(torch.get_num_threads(), targets, targets * sources // EDGES_PER_THREAD), 1)
+    if threads == 1:
+        compute(0, targets * sources)
+        return
+    cuts = [targets * part // threads * sources for part in range(threads + 1)]
+    list(_pool(threads).map(compute, cuts[:-1], cuts[1:]))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="nino")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
+
+
+@cache
+def _library(hidden: int, narrow: bool) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(_compiled(hidden, narrow)))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = error.stderr if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
+        lines = told.strip().splitlines() or [type(error).__name__]
+        logger.info("nowcasts are computed without compiled kernels, which is slower: %s", lines[0])
+        return None
+
+
+def _compiled(hidden: int, narrow: bool) -> Path:
+    """The compiled library, which is made if it is not there."""
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        raise OSError("no C++ compiler was found")
+    options = [*FLAGS, f"-DHIDDEN={hidden}", f"-DBF16={int(narrow)}"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILER_SECONDS)
+    told = "\n".join([SOURCE.read_text(), *options, version.stdout, _machine()])
+    path = _folder() / f"kernels-{hashlib.sha256(told.encode()).hexdigest()[:20]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            command = [compiler, *options, str(SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)
+            made.replace(path)  # other processes find it whole
+    return path
+
+
+def _folder() -> Path:
+    folder = Path(os.environ.get("NINO_CACHE") or Path.home() / ".cache" / "nino")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="nino-"))
+
+
+def _machine() -> str:
+    """What instructions the processor has: machines may share a home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

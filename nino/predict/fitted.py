@@ -1,0 +1,89 @@
+"""A straight line through all snapshots, or through a projection of low rank, per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nino.errors import NinoError
+from nino.graph.ir import NeuralGraph
+from nino.predict.extrapolation import fit_movement
+from nino.predict.extrapolators import CONTEXT, MAX_HORIZON, LinearExtrapolator
+from nino.predict.movement import UNCHANGED, Movement, factor_to_keep, rescaled
+from nino.predict.partition import WHOLE, Partition
+from nino.predict.predictor import Progress
+from nino.predict.request import check_request, device_of, empty_movement
+from nino.predict.standardise import check_snapshots
+from nino.predict.unchanged import unchanged_mask
+
+MATRIX_AXES = 2
+
+
+class FittedExtrapolator(LinearExtrapolator):
+    """The least-squares line of every parameter's snapshots; with a rank, of their projection on few directions.
+
+    Rank 1 is what RELEX (arXiv:2605.21468) found enough for reinforcement learning. Every parameter is held whole, so
+    that models in several processes' shards are refused.
+
+    Args:
+        rank: of the projection; 0 for none.
+        context: snapshots that it reads.
+        max_horizon: snapshot intervals that it looks ahead at most.
+
+    Raises:
+        NinoError: if a setting is out of range.
+    """
+
+    def __init__(self, rank: int = 1, context: int = CONTEXT, max_horizon: int = MAX_HORIZON) -> None:
+        super().__init__(context, max_horizon)
+        if not 0 <= rank < context:
+            raise NinoError(f"rank must be 0 (no projection) to {context - 1}, got {rank!r}")
+        self.rank = rank
+
+    def settings(self) -> list[float]:
+        """As :meth:`Extrapolator.settings`."""
+        return [*super().settings(), self.rank]
+
+    @torch.no_grad()
+    def predict_movement(
+        self,
+        snapshots: Sequence[Mapping[str, Tensor]],
+        horizon: int,
+        graph: NeuralGraph,
+        *,
+        positions: Tensor | None = None,
+        only: Collection[str] | None = None,
+        device: torch.device | str | None = None,
+        preserve_norms: bool = False,
+        partition: Partition = WHOLE,
+        progress: Progress | None = None,
+        memory_budget: int | None = None,
+    ) -> Movement:
+        """Predict how far the weights move; see :meth:`nino.predict.predictor.Predictor.predict_movement`."""
+        del positions, memory_budget
+        if partition is not WHOLE:
+            raise NinoError("a fit of low rank reads whole parameters, and these are several processes'; use 'linear'")
+        check_request(graph, horizon, self.max_horizon)
+        check_snapshots(snapshots, graph.shapes, self.context)
+        where, moved = device_of(snapshots, device), empty_movement(snapshots[-1], graph, only)
+        times = [float(index) for index in range(self.context)]
+        for index, (name, tensor) in enumerate(moved.items(), start=1):
+            of_parameter = [{name: snapshot[name].to(where)} for snapshot in snapshots]
+            movement = fit_movement(of_parameter, times, float(horizon), self.rank)[name]
+            tensor.copy_(_kept(movement, [snapshot[name] for snapshot in of_parameter], preserve_norms))
+            if progress is not None:
+                progress(index, len(moved))
+        return Movement.measured(moved, snapshots[-1])
+
+
+def _kept(movement: Tensor, snapshots: Sequence[Tensor], preserve_norms: bool) -> Tensor:
+    """What never moved stays; a matrix keeps its norm if that is asked for."""
+    unchanged, last = unchanged_mask(snapshots), snapshots[-1].to(movement)
+    movement = movement if unchanged is None else movement.masked_fill(unchanged, UNCHANGED)
+    if not (preserve_norms and last.ndim >= MATRIX_AXES):
+        return movement
+    moving = last if unchanged is None else last.masked_fill(unchanged, 0)
+    factor = factor_to_keep(moving.square().sum(), (moving + movement).square().sum())
+    return rescaled(movement, last, factor, unchanged)

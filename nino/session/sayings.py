@@ -1,0 +1,73 @@
+"""What a session tells a person about its plan: one line when training starts, a warning if little will happen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from nino.parallel.collectives import is_main_process
+from nino.parallel.shards import local_tensor
+from nino.plan import NowcastPlan, Run, describe
+from nino.session.report import NowcastReport
+from nino.session.schedule import Schedule, num_nowcasts
+
+logger = logging.getLogger("nino.session")
+
+PERIODS_OF_PATIENCE = 3
+"""After so many periods in which the learning rate rises, that is said."""
+
+
+class Sayings:
+    """Speaks for one run, in its main process.
+
+    Args:
+        plan: complete.
+        run: what is known of it.
+        schedule: of the plan.
+    """
+
+    def __init__(self, plan: NowcastPlan, run: Run, schedule: Schedule) -> None:
+        self.plan, self.run, self.schedule = plan, run, schedule
+        self._said_rising = False
+
+    def before_it_starts(self) -> None:
+        """Warn of a run in which nothing will be nowcast."""
+        if num_nowcasts(self.schedule) == 0 and is_main_process():
+            message = "a run of %d steps ends before its first nowcast (period=%d): nothing will be nowcast; %s"
+            logger.warning(message, self.run.max_steps, self.plan.period, "choose a shorter period")
+
+    def when_it_starts(self, parameters: Iterable[Tensor]) -> None:
+        """Say what was chosen."""
+        if is_main_process():
+            logger.info("%s", self.line(parameters))
+
+    def line(self, parameters: Iterable[Tensor]) -> str:
+        """What was chosen, in one line.
+
+        Args:
+            parameters: that are nowcast.
+        """
+        one = sum(local_tensor(parameter).nbytes for parameter in parameters)
+        copies = self.run.context + (self.plan.average_over != 1)
+        return describe(self.plan, self.run, num_nowcasts(self.schedule), one * copies)
+
+    def after_step(self, step: int) -> None:
+        """Say once that the run goes on where nothing was planned."""
+        if step - 1 == self.run.max_steps and is_main_process():
+            logger.warning("the run goes on beyond max_steps=%d: nothing is nowcast any more", step - 1)
+
+    def when_the_rate_rises(self, step: int, reports: Sequence[NowcastReport]) -> None:
+        """Say once that the learning rate has risen for long, so that nothing was nowcast.
+
+        Args:
+            step: optimizer steps done.
+            reports: of all nowcasts so far.
+        """
+        rising = step - max((report.step for report in reports), default=0)
+        is_long = rising >= PERIODS_OF_PATIENCE * self.schedule.period
+        if is_long and not self._said_rising and is_main_process():
+            self._said_rising = True
+            message = "the learning rate has kept rising for %d steps: nothing is nowcast before it stops (period=%d)"
+            logger.warning(message, rising, self.schedule.period)

@@ -1,0 +1,137 @@
+"""What the post-training bench shows: a table of settings and methods, and curves with jumps marked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from nino.evaluation.report import format_markdown
+from tasks.post_methods import BASE
+from tasks.post_numbers import Result, Row, Setting, compare, setting_of
+
+DIGITS = 4
+COLUMNS = 3
+
+
+def publish(results: Sequence[Result], out: Path, command: str) -> None:
+    """Write ``summary.json``, ``table.md`` and ``curves.png``.
+
+    Args:
+        results: of all cells.
+        out: folder to write to.
+        command: that made them.
+    """
+    rows = compare(results)
+    rounded = [{name: _rounded(value) for name, value in row.items()} for row in rows]
+    summary = {
+        "title": "Post-training with and without nowcasting",
+        "command": command,
+        "commit": _commit(),
+        "table": rounded,
+        "curves": [_mean_curves(setting, of_setting) for setting, of_setting in _by_setting(results).items()],
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
+    (out / "table.md").write_text(format_markdown([_shown(row) for row in rounded]) + "\n")
+    draw(results, out / "curves.png")
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if abs(value) != float("inf") else "never"
+
+
+def _shown(row: Row) -> Row:
+    """What fits a page."""
+    left_out = ("deviation", "metric", "tuning")
+    shown = {name: value for name, value in row.items() if name not in left_out}
+    deviation = row["deviation"]
+    shown["final"] = f"{row['final']} ± {deviation:.2g}" if deviation is not None else row["final"]
+    shown["task"] = f"{row['task']} ({row['metric']}, {row['tuning']})"
+    return shown
+
+
+def _commit() -> str:
+    try:
+        told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+def _by_setting(results: Sequence[Result]) -> dict[Setting, dict[str, list[Result]]]:
+    grouped: dict[Setting, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        grouped[setting_of(result)][result["cell"]["method"]].append(result)
+    return {setting: grouped[setting] for setting in sorted(grouped)}
+
+
+def _mean_curves(setting: Setting, methods: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    """Means over seeds; tokens where some are generated."""
+    curves = {}
+    for method, results in methods.items():
+        points = zip(*(result["curve"] for result in results), strict=False)
+        metric = results[0]["metric"]
+        curves[method] = [
+            [same[0]["step"], round(fmean(p["tokens"] for p in same)), _rounded(fmean(p[metric] for p in same))]
+            for same in points
+            if all(point[metric] is not None for point in same)
+        ]
+    return {"setting": setting, "curves": curves}
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Metric against steps, and where answers are generated against their tokens; a dot where weights jumped."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    panels = [(setting, methods, "step") for setting, methods in _by_setting(results).items() if len(methods) > 1]
+    panels += [
+        (setting, methods, "tokens")
+        for setting, methods, _ in panels
+        if next(iter(methods.values()))[0]["curve"][-1]["tokens"]
+    ]
+    if not panels:
+        return
+    height = -(-len(panels) // COLUMNS)
+    figure, axes = pyplot.subplots(height, COLUMNS, figsize=(4.4 * COLUMNS, 3.2 * height), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (setting, methods, what) in zip(axes.flat, panels, strict=False):
+        _draw_panel(axis, setting, methods, what)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_panel(axis: Any, setting: Setting, methods: Mapping[str, Sequence[Result]], what: str) -> None:
+    task, tuning, rate, steps = setting
+    for number, (method, results) in enumerate(sorted(methods.items(), key=lambda item: item[0] != BASE)):
+        metric = results[0]["metric"]
+        for result in results:
+            points = [(point[what], point[metric]) for point in result["curve"] if point[metric] is not None]
+            label = method if result is results[0] else None
+            axis.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1.2, alpha=0.8, label=label)
+            if what == "step":
+                jumps = [report["nowcast/step"] for report in result["nowcasts"] if report.get("nowcast/jump/all")]
+                axis.plot(jumps, [_at(points, step) for step in jumps], ".", color=f"C{number}", markersize=7)
+    axis.set_title(f"{task}, {tuning}, {rate:g}, {steps} steps", fontsize=9)
+    axis.set_xlabel("generated tokens" if what == "tokens" else "steps", fontsize=8)
+    axis.set_ylabel(metric.replace("_", " "), fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=6)
+
+
+def _at(points: Sequence[tuple[float, float]], step: float) -> float:
+    """Of a curve, in a straight line between its points."""
+    from numpy import interp
+
+    steps, values = zip(*points, strict=True)
+    return float(interp(step, steps, values))
