@@ -34,7 +34,7 @@ from nino.graph.trial import Trial
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, make_output_folder, run_main
 from tasks.machine import describe_machine
 from tasks.report import format_markdown
-from tasks.zoo import Animal, SkippedError, animals
+from tasks.wired_zoo import Animal, SkippedError, animals
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: by scripts/check_zoo.py -->", "<!-- end of the table -->"
@@ -191,7 +191,9 @@ def main(argv: list[str]) -> int:
             MESSAGES.clear()
             row = examine(animal)
             gc.collect()
-            said = f"{row.get('error', 0):.0e} {row.get('seconds', 0)} s" if row["outcome"] == "proved" else row["reason"]
+            said = (
+                f"{row.get('error', 0):.0e} {row.get('seconds', 0)} s" if row["outcome"] == "proved" else row["reason"]
+            )
             print(f"[{len(rows) + 1}] {key}: {row['outcome']} {said}", flush=True)
         rows.append(row)
         if not args.only:

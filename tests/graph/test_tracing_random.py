@@ -215,7 +215,9 @@ def _masked_weight(m: Program, h: Tensor, other: Tensor, dim: int, choose: rando
 @step()
 def _computed_weight(m: Program, h: Tensor, other: Tensor, dim: int, choose: random.Random) -> Tensor:
     weight = m.weight(h.shape[-1], 5)
-    weight = weight @ m.weight(5, 6) if choose.random() < 0.5 else F.layer_norm(weight, (5,)).flip(choose.choice([0, 1]))
+    weight = (
+        weight @ m.weight(5, 6) if choose.random() < 0.5 else F.layer_norm(weight, (5,)).flip(choose.choice([0, 1]))
+    )
     return h @ weight
 
 

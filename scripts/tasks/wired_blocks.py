@@ -326,7 +326,9 @@ class OptionA(nn.Module):
 
 
 BLOCKS["ResNet with padded shortcuts"] = lambda: (
-    nn.Sequential(nn.Conv2d(3, 4, 3), OptionA(4, 8), OptionA(8, 10), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 2)),
+    nn.Sequential(
+        nn.Conv2d(3, 4, 3), OptionA(4, 8), OptionA(8, 10), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 2)
+    ),
     draw(2, 3, 9, 9),
 )
 BLOCKS["spectral norm"] = lambda: (
@@ -384,7 +386,10 @@ class Bags(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.net = nn.EmbeddingBag(7, 6, mode="mean"), nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+        self.table, self.net = (
+            nn.EmbeddingBag(7, 6, mode="mean"),
+            nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)),
+        )
 
     def forward(self, words: Tensor, offsets: Tensor) -> Tensor:
         return self.net(self.table(words, offsets))
@@ -396,7 +401,11 @@ class FNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.net, self.head = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)), nn.Linear(6, 2)
+        self.embed, self.net, self.head = (
+            nn.Linear(4, 6),
+            nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)),
+            nn.Linear(6, 2),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x)
@@ -508,7 +517,11 @@ class CondConv(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts, self.route, self.out = nn.Parameter(torch.randn(3, 6, 4, 3, 3)), nn.Linear(4, 3), nn.Conv2d(6, 2, 1)
+        self.experts, self.route, self.out = (
+            nn.Parameter(torch.randn(3, 6, 4, 3, 3)),
+            nn.Linear(4, 3),
+            nn.Conv2d(6, 2, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
