@@ -189,7 +189,7 @@ def main(argv: list[str]) -> int:
     if args.again:
         file.unlink(missing_ok=True)
     done = found_in(file)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, animal in enumerate(animals()):
         key = f"{animal.library}:{animal.name}"
         if args.only and not any(key == one or animal.library == one for one in args.only):
