@@ -39,10 +39,11 @@ test: test-env ## all tests but the slow ones (PYTEST_ARGS: more options for pyt
 test-slow: test-env ## the slow tests
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
-check: check-env ## formatting, lint and types
+check: check-env ## formatting, lint, types and imports in circles
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 docs: docs-env ## the documentation site into site/ (look at it: .venv/bin/python -m mkdocs serve)
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict

@@ -24,4 +24,4 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(MODULES[name]), name)
     except ImportError as error:
-        raise ImportError(f"{name} needs transformers: pip install 'nino[trainer]' ({error})") from error
+        raise ImportError(f"{name} needs transformers: pip install 'nowcaster[trainer]' ({error})") from error

@@ -31,6 +31,7 @@ from nino.session import NowcastSession
 from nino.session.horizon import learning_rate_of
 from nino.session.report import NowcastReport
 from nino.session.saving import (
+    GRAPH_FILE,
     HISTORY_FILE,
     HISTORY_FOLDER,
     OWN_HISTORY_FILE,
@@ -169,6 +170,8 @@ class NowcastCallback(TrainerCallback):
         if args.should_save:
             discard_saved(folder / HISTORY_FOLDER)
         try:
+            if args.should_save:
+                (folder / GRAPH_FILE).write_text(self.session.graph.to_json())
             if sharded:
                 save_session(self.session, folder / HISTORY_FOLDER)
             else:

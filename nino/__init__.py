@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if find_spec("nino.callbacks") is None:  # in a clone this folder hides the installed package: its parts lie beside it
+    __path__.append(str(Path(__file__).parents[1]))
 
 from nino import callbacks
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError, TrajectoryError

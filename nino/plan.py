@@ -30,6 +30,11 @@ SHORT_PERIOD = 100
 PART_AVERAGED, PART_RAMPED, PART_OF_RUN, USUAL_DECAY = 0.6, 0.1, 0.8, 0.5
 """Chosen for longer periods: part of an interval that a snapshot averages, part of a period that a ramp takes, part of
 the run in which weights are nowcast, and how fast horizons shrink (docs/lab-notes, 2026-11-27)."""
+NOWCASTS_ACROSS, LONGEST_ACROSS, USUAL_ACROSS = 20, 500, 100
+"""Chosen periods of predictors that read across jumps: a twentieth of the run, at most 500 steps; 100 if the length of
+the run is unknown (docs/lab-notes, 2026-11-30)."""
+PART_AVERAGED_ACROSS = 0.12
+"""Part of their periods that a snapshot averages."""
 PART_JUDGED = 10
 """A rollback window takes one part in so many of a period."""
 
@@ -141,7 +146,7 @@ class NowcastPlan:
             )
 
     def check_fits(self, context: int) -> None:
-        """Refuse a period or an average that does not fit a predictor which reads ``context`` snapshots.
+        """Refuse a period or an average that does not fit a predictor which reads ``context`` snapshots in a period.
 
         Raises:
             NinoError: naming the setting and one that would do.
@@ -216,6 +221,23 @@ class Run:
     """The predictor's longest horizon, in snapshot intervals."""
     max_steps: int | None = None
     """Optimizer steps of the whole run, if known."""
+    across_jumps: bool = False
+    """Whether a nowcast is due after every snapshot, and reads those from before the last jump."""
+
+    @staticmethod
+    def of(predictor: Any, max_steps: int | None) -> Run:
+        """What a predictor makes of a run of so many steps."""
+        return Run(
+            context=predictor.context,
+            max_horizon=predictor.max_horizon,
+            max_steps=max_steps,
+            across_jumps=bool(getattr(predictor, "reads_across_jumps", False)),
+        )
+
+    @property
+    def snapshots(self) -> int:
+        """In a period."""
+        return 1 if self.across_jumps else self.context
 
 
 EARLIER_NAMES = {"probation": "rollback_window", "nowcast_in_warmup": None}
@@ -276,14 +298,15 @@ def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> Nowc
     _check_whole("max_steps", run.max_steps, 1)
     period = plan.period if plan.period is not None else _choose_period(run)
     plan = replace(plan, period=period)
-    plan.check_fits(run.context)
-    is_long = at_least_usual or period >= SHORT_PERIOD
-    interval = period // run.context
+    plan.check_fits(run.snapshots)
+    is_long = at_least_usual or run.across_jumps or period >= SHORT_PERIOD
+    interval = period // run.snapshots
+    part_averaged = PART_AVERAGED_ACROSS if run.across_jumps else PART_AVERAGED
     usual: dict[str, Any] = {
         "stop_after": PART_OF_RUN if is_long and run.max_steps is not None else None if run.max_steps is None else 1.0,
         "max_horizon_steps": run.max_horizon * interval,
         "horizon_decay": USUAL_DECAY if is_long else 2.0,
-        "average_over": max(round(PART_AVERAGED * interval), 1) if is_long else 1,
+        "average_over": max(round(part_averaged * interval), 1) if is_long else 1,
         "ramp": round(PART_RAMPED * period) if is_long else 0,
         "preserve_norms": is_long,
         "rollback_window": period // PART_JUDGED,
@@ -300,6 +323,8 @@ def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> Nowc
 
 
 def _choose_period(run: Run) -> int:
+    if run.across_jumps:
+        return USUAL_ACROSS if run.max_steps is None else max(min(run.max_steps // NOWCASTS_ACROSS, LONGEST_ACROSS), 1)
     if run.max_steps is None:
         return LONGEST_PERIOD // run.context * run.context
     tenth = min(run.max_steps // USUAL_NOWCASTS, LONGEST_PERIOD)

@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,17 @@ from nino.checkpoints import model_from_config
 from nino.costs import CostEstimate, estimate_costs
 from nino.data import build_model
 from nino.errors import NinoError
-from tasks.cli import ArgumentParser, check_output_folder, make_output_folder, positive_int, run_main
+from nino.plan import NowcastPlan, Run, choose
+from nino.predict.model import NowcasterConfig
+from tasks.cli import (
+    ArgumentParser,
+    add_plan_options,
+    check_output_folder,
+    make_output_folder,
+    plan_from,
+    positive_int,
+    run_main,
+)
 from tasks.nowcasters import load_nowcaster
 from tasks.sizes import PLANNED
 
@@ -51,50 +60,44 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--sharding", choices=("none", "fsdp2"), default="none", help="of parameters")
     add("--device", choices=("cpu", "cuda"), default="cuda", help="that trains")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the parameters in training")
-    add("--snapshots-on", choices=list(PLACES), default="cpu")
-    add("--snapshot-dtype", choices=list(DTYPES), help="by default that of the parameters")
     add("--optimizer-bytes", type=float, help="of state per weight; by default Adam's two moments")
-    add("--rollback-window", type=int, help="steps; 0 for none, by default a tenth of the period")
-    add("--period", type=int, default=1000, help="steps between nowcasts")
-    add("--ramp", type=int, default=0, help="steps over which a jump is dealt out")
-    add("--average-over", type=int, default=1, help="steps over which a snapshot is averaged")
+    add("--max-steps", type=positive_int, help="optimizer steps of the run, from which the rest is chosen")
     add("--out", type=Path, default=Path("runs/costs"), help="folder for costs.json")
+    add_plan_options(parser)
     args = parser.parse_args(argv)
     check_output_folder("--out", args.out)
     return args
 
 
-def estimate(args: argparse.Namespace) -> CostEstimate:
-    """Call the library."""
-    settings: dict[str, Any] = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("model", "nowcaster", "ranks_per_host", "out", "dtype", "snapshot_dtype")
-    }
-    settings |= {"dtype": DTYPES[args.dtype], "snapshot_dtype": DTYPES.get(args.snapshot_dtype)}
-    return estimate_costs(load_model(args.model), load_nowcaster(args.nowcaster).config, **settings)
+def plan_of(args: argparse.Namespace, config: NowcasterConfig) -> NowcastPlan:
+    """The plan of the run, nothing left open; a folder for snapshots is not needed."""
+    if args.snapshots_on == "disk" and args.snapshot_folder is None:
+        args.snapshot_folder = "snapshots"
+    run = Run(context=config.context, max_horizon=config.max_horizon, max_steps=args.max_steps)
+    return choose(plan_from(args), run)
 
 
-def lines_of(costs: CostEstimate, args: argparse.Namespace) -> Iterator[str]:
+def lines_of(costs: CostEstimate, plan: NowcastPlan, args: argparse.Namespace) -> Iterator[str]:
     """The estimate in words and numbers."""
     sharding = {"none": "replicas", "fsdp2": "FSDP2"}[args.sharding]
     ranks = f"{args.world_size:,} x {args.device}" + (f", {sharding}" if args.world_size > 1 else "")
-    place, device = PLACES[args.snapshots_on], f"on {args.device}"
-    yield f"{args.model} on {ranks}; {args.nowcaster} every {args.period:,} steps"
+    place, device = PLACES[plan.snapshots_on], f"on {args.device}"
+    yield f"{args.model} on {ranks}; {args.nowcaster} every {plan.period:,} steps"
     yield f"{costs.weights:,} weights, {costs.nodes:,} neurons; per process, of the one that holds the most:"
     yield row("parameters, there anyway", costs.parameters, device)
     yield row("snapshots", costs.snapshots, f"each {size(costs.snapshot)}, {place}")
     for what, number, remark in (
         ("on its way to the disk", costs.under_way, "in host memory, one snapshot at a time"),
         ("mean of weights", costs.mean, f"of which a snapshot is made, {device}"),
-        ("rest of a jump", costs.ramp, f"for {args.ramp} steps after it, {device}"),
+        ("rest of a jump", costs.ramp, f"for {plan.ramp} steps after it, {device}"),
+        ("movement in a nowcast", costs.movement, f"how far weights are to go, {device}"),
         ("rollback copy", costs.rollback_copy, f"for the rollback window, {place}"),
     ):
         if number:
             yield row(what, number, remark)
     sharing = min(args.world_size, args.ranks_per_host)
     together = f"; {size(sharing * costs.kept)} on a host of {sharing}" if sharing > 1 else ""
-    yield row("kept in all", costs.kept, place + (together if args.snapshots_on != "device" else ""))
+    yield row("kept in all", costs.kept, place + (together if plan.snapshots_on != "device" else ""))
     yield row("during a nowcast", costs.nowcast, f"at most, {device}")
     if costs.backup:
         yield row("backup in a nowcast", costs.backup, "snapshots are not exact, and there is no rollback copy")
@@ -115,10 +118,23 @@ def size(number: float) -> str:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    costs = estimate(args)
+    config = load_nowcaster(args.nowcaster).config
+    plan = plan_of(args, config)
+    costs = estimate_costs(
+        load_model(args.model),
+        config,
+        plan=plan,
+        max_steps=args.max_steps,
+        world_size=args.world_size,
+        sharding=args.sharding,
+        device=args.device,
+        dtype=DTYPES[args.dtype],
+        optimizer_bytes=args.optimizer_bytes,
+    )
     make_output_folder("--out", args.out)
-    (args.out / "costs.json").write_text(json.dumps({"model": args.model, **costs.as_dict()}, indent=1) + "\n")
-    for line in lines_of(costs, args):
+    content = {"model": args.model, "plan": json.loads(plan.to_json()), **costs.as_dict()}
+    (args.out / "costs.json").write_text(json.dumps(content, indent=1) + "\n")
+    for line in lines_of(costs, plan, args):
         print(line)
     return 0
 

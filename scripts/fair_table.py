@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from tqdm import tqdm
 
@@ -27,11 +26,11 @@ from nino.errors import NinoError
 from nino.evaluation.report import format_markdown, format_table
 from nino.evaluation.workers import do_all
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
-from tasks.fair_cells import FairCell, gather, read_result, train_and_write
+from tasks.fair_cells import FairCell, detail_of, gather, read_result, train_and_write
 from tasks.fair_methods import fair_methods
 from tasks.fair_picture import draw_rows
 from tasks.fair_summary import BASE, aggregates, rows_of
-from tasks.fair_tasks import BASES, BUDGETS, FAIR_TASKS, RATE_BUDGET, RATE_SEEDS, SEEDS
+from tasks.fair_tasks import BASES, BUDGETS, FAIR_TASKS, RATE_BUDGET, RATE_SEEDS, SEEDS, Base
 from tasks.images import HeldOut
 from tasks.machine import describe_machine
 from tasks.measuring import duration
@@ -44,7 +43,7 @@ Rates = Mapping[str, Mapping[str, float]]
 def plan_rates(args: argparse.Namespace) -> list[FairCell]:
     """The base at every rate of every task, on validation data."""
     return [
-        FairCell(task=task, base=base, method=BASE, seed=seed, rate=rate, budget=RATE_BUDGET, held_out="validation")
+        rate_cell(task, base, seed, rate)
         for task in args.tasks
         for base in args.bases
         for seed in RATE_SEEDS
@@ -57,7 +56,14 @@ def plan_table(args: argparse.Namespace, rates: Rates) -> list[FairCell]:
     held_out: HeldOut = "validation" if args.purpose == "choose" else "test"
     return [
         FairCell(
-            task=task, base=base, method=method, seed=seed, rate=rates[task][base], budget=budget, held_out=held_out
+            task=task,
+            base=base,
+            method=method,
+            seed=seed,
+            rate=rates[task][base],
+            budget=budget,
+            held_out=held_out,
+            detail=detail_of(task, base, method, budget, str(args.published)),
         )
         for seed in args.seeds
         for task in args.tasks
@@ -79,11 +85,15 @@ def best_rates(out: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _rate_loss(out: Path, task: str, base: Any, rate: float) -> float | None:
-    cells = [
-        FairCell(task=task, base=base, method=BASE, seed=seed, rate=rate, budget=RATE_BUDGET, held_out="validation")
-        for seed in RATE_SEEDS
-    ]
+def rate_cell(task: str, base: Base, seed: int, rate: float) -> FairCell:
+    """The base alone, to find its rate."""
+    return FairCell(
+        task=task, base=base, method=BASE, seed=seed, rate=rate, budget=RATE_BUDGET, held_out="validation", detail=base
+    )
+
+
+def _rate_loss(out: Path, task: str, base: Base, rate: float) -> float | None:
+    cells = [rate_cell(task, base, seed, rate) for seed in RATE_SEEDS]
     results = [read_result(out, cell) for cell in cells]
     losses = [result["final"]["eval_loss"] for result in results if result is not None]
     if len(losses) < len(cells):

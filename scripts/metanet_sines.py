@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--hidden", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=["mpnn", "ng-gnn", "scale"])
     parser.add_argument("--make-only", action="store_true")
@@ -59,13 +61,18 @@ def main() -> None:
         renders = [torch.func.functional_call(Siren(SIZES), state, (x / math.pi,)) for state in states]
         fitted = float((torch.stack(renders) - signals).square().mean())
     cut = round(0.75 * len(states))
-    cells = a.cache / f"cells-{a.networks}-{a.steps}-{a.batch}"
+    cells = a.cache / f"cells-{a.networks}-{a.steps}-{a.batch}-{a.hidden}-{a.layers}"
     cells.mkdir(exist_ok=True)
     report(cells, "statistics", 0, lambda: np.stack([statistics(state) for state in states]), wanted, cut)
     for seed in a.seeds:
         for variant in a.variants:
             report(
-                cells, f"{variant} untrained", seed, lambda v=variant, s=seed: embed(network(v, s), states), wanted, cut
+                cells,
+                f"{variant} untrained",
+                seed,
+                lambda v=variant, s=seed: embed(network(v, s, a), states),
+                wanted,
+                cut,
             )
             report(
                 cells, variant, seed, lambda v=variant, s=seed: embed(learn(v, s, states[:cut], a), states), wanted, cut
@@ -80,10 +87,10 @@ def graph() -> NeuralGraph:
 GRAPH = graph()
 
 
-def network(variant: str, seed: int) -> GraphMetanetwork:
+def network(variant: str, seed: int, a: argparse.Namespace) -> GraphMetanetwork:
     """An encoder with an embedding as its output; sines are odd, so signs of neurons may turn."""
     torch.manual_seed(seed)
-    return GraphMetanetwork(outputs=EMBEDDING, variant=variant, hidden=32, layers=3, activation="sine", inputs="raw")
+    return GraphMetanetwork(outputs=EMBEDDING, variant=variant, hidden=a.hidden, layers=a.layers, activation="sine")
 
 
 def view(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -98,7 +105,7 @@ def view(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tens
 
 def learn(variant: str, seed: int, states: States, a: argparse.Namespace) -> GraphMetanetwork:
     """Train an encoder by contrasting views."""
-    net = network(variant, seed)
+    net = network(variant, seed, a)
     projection = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING))
     optimizer = torch.optim.AdamW([*net.parameters(), *projection.parameters()], lr=a.lr, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nino import Nowcaster
+from nino import NeuralGraph, NinoError, Nowcaster
 from nino.checkpoints import CheckpointNowcast, model_from_config, model_from_factory, nowcast_checkpoints
 from tasks.cli import ArgumentParser, fail, memory_size, positive_int, run_main, show_log, torch_device
 from tasks.own_model import import_function
@@ -37,6 +37,14 @@ def load_model(args: argparse.Namespace) -> nn.Module | None:
     if args.config is not None:
         return model_from_config(args.config)
     return None
+
+
+def read_graph(path: Path) -> NeuralGraph:
+    """The graph of a recorded run or of a checkpoint."""
+    try:
+        return NeuralGraph.from_json(path.read_text())
+    except (NinoError, UnicodeDecodeError) as error:
+        fail(f"--graph {path}: {error}")
 
 
 def set_up_process() -> None:
@@ -60,6 +68,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="package.module:function that returns the model, if there is no config.json")
     source.add_argument("--config", type=Path, help="folder with the config.json of the transformers model")
+    parser.add_argument("--graph", type=Path, help="graph.json of a recorded run of this model, or nowcast-graph.json")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="in which the nowcaster computes")
     parser.add_argument("--device", type=torch_device, default=torch.device("cpu"), help="where it computes")
     parser.add_argument("--memory-budget", type=memory_size, help="what it may use to compute, such as 500MB or 2GB")
@@ -78,6 +87,7 @@ def nowcast(args: argparse.Namespace) -> CheckpointNowcast:
             nowcaster,
             args.horizon,
             model=model,
+            graph=None if args.graph is None else read_graph(args.graph),
             dtype=DTYPES[args.dtype],
             device=args.device,
             memory_budget=args.memory_budget,

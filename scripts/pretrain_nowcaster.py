@@ -19,8 +19,8 @@ from typing import Any, get_args
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nino import Nowcaster, NowcasterConfig
-from nino.data import ResampledRun, Trajectory
-from nino.data.split import find_runs
+from nino.data import ResampledRun, Trajectory, read_memmap
+from nino.data.split import LEAST_RUNS, find_runs, held_out
 from nino.data.trajectory import RecordedStates
 from nino.predict.model.config import Inputs
 from nino.pretraining.config import PretrainingConfig
@@ -29,12 +29,22 @@ from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, show_log, whole_number
+from tasks.own_model import graph_of
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--runs", type=Path, required=True, help="folder of trajectories (scripts/collect_trajectories.py)")
+    add("--runs", type=Path, help="folder of trajectories (scripts/collect_trajectories.py)")
+    add(
+        "--memmap",
+        nargs=4,
+        action="append",
+        default=[],
+        metavar=("FILE", "MODEL", "STATES", "INTERVAL"),
+        help="also a bare matrix of float16 [runs, STATES, parameters], as the published trajectories are, with "
+        "INTERVAL steps from state to state; MODEL as of plot_graph.py; may be repeated",
+    )
     add("--out", type=Path, required=True, help="folder for the nowcaster")
     add("--start-from", metavar="NOWCASTER", help="train this one further: a name or a folder; it sets the next three")
     add("--kind", choices=["nino", "wnn"], help="nino unless said otherwise")
@@ -70,17 +80,38 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.start_from is not None and network_settings(args):
         fail(f"--start-from {args.start_from} says what the network is; leave out --kind, --hidden and --inputs")
+    if args.runs is None and not args.memmap:
+        fail("give --runs FOLDER, or --memmap FILE MODEL STATES INTERVAL, or both")
+    try:
+        args.memmap = [(file, model, *map(positive_int, numbers)) for file, model, *numbers in args.memmap]
+    except argparse.ArgumentTypeError as error:
+        fail(f"--memmap FILE MODEL STATES INTERVAL: {error}")
     if (args.interval is None) != (args.average is None):
         fail("--interval and --average: expected both or none; they say how recorded states are read")
     return args
 
 
-def read_runs(folders: list[str], args: argparse.Namespace) -> list[RecordedStates]:
-    """The runs as they are recorded, or as ``--interval`` and ``--average`` say."""
-    runs: list[RecordedStates] = [Trajectory(folder) for folder in folders]
+def read_runs(args: argparse.Namespace) -> tuple[list[RecordedStates], list[RecordedStates]]:
+    """The runs to train on and those held out, as they are recorded or as ``--interval`` and ``--average`` say."""
+    train: list[RecordedStates] = []
+    held: list[RecordedStates] = []
+    if args.runs is not None:
+        split = find_runs(args.runs)
+        if not args.memmap:
+            split.check(args.runs)
+        train += map(Trajectory, split.train)
+        held += map(Trajectory, split.held_out)
+    for file, model, states, interval in args.memmap:
+        graph, about = graph_of(model)[1], {"family": Path(file).stem}
+        runs = read_memmap(file, graph, num_states=states, interval=interval, training=about)
+        train += [run for index, run in enumerate(runs) if not held_out(index)]
+        held += [run for index, run in enumerate(runs) if held_out(index)]
+    if not held:
+        fail(f"none of {len(train)} runs is held out: at least {LEAST_RUNS} of one kind are needed")
     if args.interval is None:
-        return runs
-    return [ResampledRun(run, interval=args.interval, average=args.average) for run in runs]
+        return train, held
+    every = {"interval": args.interval, "average": args.average}
+    return [ResampledRun(run, **every) for run in train], [ResampledRun(run, **every) for run in held]
 
 
 def network_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,20 +121,17 @@ def network_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    split = find_runs(args.runs)
-    split.check(args.runs)
+    recorded = read_runs(args)
     start = None if args.start_from is None else Nowcaster.from_pretrained(args.start_from)
     if start is not None and args.trend and not start.config.trend:
         start = start.with_trend()
     config = NowcasterConfig(**network_settings(args), trend=args.trend) if start is None else start.config
-    train, held_out = (
-        WindowSource(read_runs(folders, args), config, args.strides) for folders in (split.train, split.held_out)
-    )
+    train, validation = (WindowSource(runs, config, args.strides) for runs in recorded)
     settings = {name: value for name, value in vars(args).items() if name in PretrainingConfig.__dataclass_fields__}
     make_output_folder("--out", args.out)
     sampling = Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
     with logging_redirect_tqdm():
-        result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, train, held_out, args.out, start)
+        result = pretrain(PretrainingConfig(sampling=sampling, **settings), config, train, validation, args.out, start)
     for record in result["history"][-1:]:  # the main process has them
         print(json.dumps(record))
     return 0

@@ -18,7 +18,7 @@ from nino.plan import Place
 from nino.predict.engine.writer import MovementWriter
 from nino.snapshots import copying, writing
 
-STEPS, SAVED_AT, PROBATION = 20, 7, 2
+STEPS, SAVED_AT, WINDOW = 20, 7, 2
 """Nowcasts after 6, 12 and 18 of 20 steps; at the checkpoint after 7, that of 6 is in its rollback window."""
 
 
@@ -42,7 +42,7 @@ class Run:
             settings.pop("nowcaster", None) or tiny_nowcaster(),
             **{
                 "max_steps": STEPS,
-                "rollback_window": PROBATION,
+                "rollback_window": WINDOW,
                 "snapshots_on": place,
                 "snapshot_folder": folder if place == "disk" else None,
                 **settings,

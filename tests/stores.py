@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,17 @@ def read(
     saved = store.parse(state, trained, others)
     store.resume(saved)
     return saved.lacking
+
+
+def tensors_in(store: SnapshotStore) -> list[weakref.ref[Tensor]]:
+    """Of all snapshots, without keeping them alive."""
+    return [weakref.ref(value) for snapshot in store.snapshots for value in snapshot.values()]
+
+
+def are_held(tensors: list[weakref.ref[Tensor]]) -> bool:
+    """Whether their memory is still held by somebody, be it for coming ones."""
+    gc.collect()
+    return any(tensor() is not None for tensor in tensors)
 
 
 def files_in(folder: Path) -> list[str]:

@@ -104,7 +104,7 @@ def test_mistakes_are_one_line() -> None:
     model = mlp()
     with pytest.raises(NinoError, match="at least one optimizer"):
         NowcastOptimizer([], model, tiny_nowcaster())
-    with pytest.raises(NinoError, match="expected torch.optim.Optimizers to wrap, got list in the list"):
+    with pytest.raises(NinoError, match=r"expected torch\.optim\.Optimizers to wrap, got list in the list"):
         NowcastOptimizer([[*model.parameters()]], model, tiny_nowcaster())  # type: ignore[list-item]
     with pytest.raises(NinoError, match="4 parameters belong to two of the optimizers"):
         NowcastOptimizer([SGD(model.parameters(), 0.1), SGD(model.parameters(), 0.1)], model, tiny_nowcaster())

@@ -8,7 +8,7 @@ index at which an axis is fixed (the groups of a grouped convolution) become one
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -78,19 +78,21 @@ def terms_of(graph: NeuralGraph, state_a: Mapping[str, Tensor], state_b: Mapping
     return [Term(axes, a, b) for (axes, a), (_, b) in pairs]
 
 
-def _free(fixed: Sequence[tuple[Axis, int]]) -> list[tuple[Axis, int]]:
-    """What is fixed at an index that may move."""
-    return [(axis, index) for axis, index in fixed if axis.permutable and axis.size > 1]
+def _free(slots: Slots) -> list[tuple[Axis, int]]:
+    """What is fixed at an index that may move, or by which it is told apart how others move."""
+    outer = {axis.root.within for axis in slots.axes}
+    return [(axis, index) for axis, index in slots.fixed if (axis.permutable and axis.size > 1) or axis in outer]
 
 
 def _key(block: EdgeBlock) -> Hashable:
-    if not (_free(block.source.fixed) or _free(block.target.fixed)):
+    if not (_free(block.source) or _free(block.target)):
         return id(block)
     return block.parameter, block.kind, block.type, block.features, _side(block.source), _side(block.target)
 
 
 def _side(slots: Slots) -> Hashable:
-    held = tuple(axis if axis.permutable and axis.size > 1 else (axis, index) for axis, index in slots.fixed)
+    free = _free(slots)
+    held = tuple(axis if (axis, index) in free else (axis, index) for axis, index in slots.fixed)
     return slots.group, slots.axes, held
 
 
@@ -103,7 +105,7 @@ def _view(block: EdgeBlock, parameter: Tensor) -> tuple[tuple[Axis, ...], Tensor
 
 def _joined(blocks: list[EdgeBlock], parameter: Tensor) -> tuple[tuple[Axis, ...], Tensor]:
     """One tensor of all blocks that differ in the index at which axes are fixed."""
-    fixed = [(_free(block.source.fixed), _free(block.target.fixed)) for block in blocks]
+    fixed = [(_free(block.source), _free(block.target)) for block in blocks]
     cells = [tuple(index for _, index in (*source, *target)) for source, target in fixed]
     axes, values = _view(blocks[0], parameter)
     if not cells[0]:

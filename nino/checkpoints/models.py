@@ -33,7 +33,7 @@ def model_from_config(source: str | Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise NinoError(f"{path} describes a transformers model: pip install 'nino[trainer]' ({error})") from error
+        raise NinoError(f"{path} describes a transformers model: pip install 'nowcaster[trainer]' ({error})") from error
     try:
         refuse_sizes(json.loads(path.read_text()))
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
@@ -70,13 +70,13 @@ def model_from_factory(make: Callable[[], object], name: str) -> nn.Module:
     return model
 
 
-def entries_of(model: nn.Module, parameters: Iterable[str], saved: Collection[str]) -> dict[str, list[str]]:
+def entries_of(model: nn.Module | None, parameters: Iterable[str], saved: Collection[str]) -> dict[str, list[str]]:
     """Find under which names a checkpoint holds the model's parameters.
 
     Tied parameters may be saved under any of their names, or under several.
 
     Args:
-        model: on any device.
+        model: on any device; without it a parameter has one name.
         parameters: names that are wanted, of ``model.named_parameters()``.
         saved: names in the checkpoint.
 
@@ -87,15 +87,14 @@ def entries_of(model: nn.Module, parameters: Iterable[str], saved: Collection[st
         SnapshotError: if parameters are missing.
     """
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in () if model is None else model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    aliases = {group[0]: group for group in names.values()}
+    aliases = {name: [name] for name in parameters} | {group[0]: group for group in names.values()}
     missing: list[str] = []
     for prefix in PREFIXES:
         found = {p: [prefix + alias for alias in aliases[p] if prefix + alias in saved] for p in parameters}
         if all(found.values()):
             return found
         missing = missing or sorted(p for p in found if not found[p])
-    raise SnapshotError(
-        f"the checkpoints are not of {type(model).__name__}: they lack its {missing[0]} ({len(missing)} in all)"
-    )
+    whose = "this graph" if model is None else type(model).__name__
+    raise SnapshotError(f"the checkpoints are not of {whose}: they lack its {missing[0]} ({len(missing)} in all)")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from nino.checkpoints.models import entries_of, model_from_config
 from nino.checkpoints.reading import Checkpoint, one_line, open_checkpoint
 from nino.checkpoints.sequence import OUTSIDE, check_series, find_checkpoints
 from nino.checkpoints.writing import DTYPES, NewCheckpoint, check_destination
-from nino.errors import NinoError, SnapshotError
+from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError
+from nino.graph import NeuralGraph
+from nino.graph.architectures import adapters
+from nino.plan import is_whole
 from nino.predict.nowcaster import Nowcaster
 from nino.session.report import NowcastReport
+from nino.session.saving import GRAPH_FILE
 from nino.session.schedule import Schedule, horizon_at
 from nino.session.target import unwrap
 
@@ -56,6 +60,7 @@ def nowcast_checkpoints(
     horizon: int | None = None,
     *,
     model: nn.Module | None = None,
+    graph: NeuralGraph | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     memory_budget: int | None = None,
@@ -75,7 +80,9 @@ def nowcast_checkpoints(
         horizon: intervals between checkpoints to look ahead, 1 to ``nowcaster.config.max_horizon``; by default what
             :class:`nino.callbacks.NowcastCallback` would choose at this point of the run.
         model: whose weights these are, on any device, meta included; by default that of the ``config.json`` beside the
-            weights.
+            weights. It is not needed where there is a graph.
+        graph: on which the weights are nowcast; by default that which the callback has saved with the last checkpoint,
+            else of the model without having run it.
         dtype: in which the network computes.
         device: where it computes; by default on the CPU.
         memory_budget: bytes, as in :meth:`Nowcaster.predict_into`.
@@ -92,8 +99,7 @@ def nowcast_checkpoints(
     """
     began = time.perf_counter()
     out, config = Path(out), nowcaster.config
-    is_number = isinstance(horizon, int) and not isinstance(horizon, bool)
-    if horizon is not None and not (is_number and 1 <= horizon <= config.max_horizon):
+    if horizon is not None and not (is_whole(horizon) and 1 <= horizon <= config.max_horizon):
         raise NinoError(f"horizon must be 1 to {config.max_horizon} intervals between checkpoints, got {horizon!r}")
     checkpoints = [open_checkpoint(path) for path in find_checkpoints(paths, config.context)]
     last = checkpoints[-1]
@@ -101,14 +107,23 @@ def nowcast_checkpoints(
     steps = check_series(checkpoints)
     _warn_at_the_end(steps, last.trainer_state)
     horizon = horizon or default_horizon(steps, last.trainer_state, nowcaster)
-    model = _model_of(last) if model is None else unwrap(model)
-    graph = nowcaster.graph_of(model)
+    _check_adapters(checkpoints)
+    if graph is None and model is None:
+        graph = _graph_of_adapters(last) if last.is_adapter else _saved_graph(last)
+    if model is not None:
+        model = unwrap(model)
+    elif last.config or graph is None:
+        model = _model_of(last)
+    graph = graph or nowcaster.graph_of(cast(nn.Module, model))
     nowcaster.check_fits(graph)
     entries = entries_of(model, graph.shapes, last.tensors)
+    if model is None:
+        entries = _with_copies(entries, checkpoints)
     snapshots = [_snapshot(checkpoint, entries, graph.shapes) for checkpoint in checkpoints]
     _check_ties(last, entries)
     moving = _moving(snapshots)
-    _refuse_strangers(checkpoints, entries, model)
+    if model is not None:
+        _refuse_strangers(checkpoints, entries, model)
     try:
         with NewCheckpoint(last, out) as new:
             parameters = {name: new.tensors[entries[name][0]] for name in moving}
@@ -172,6 +187,51 @@ def _model_of(last: Checkpoint) -> nn.Module:
             f"{last.path} has no config.json that says what model it is; give the model (--model or --config)"
         )
     return model_from_config(last.path)
+
+
+def _check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse adapters among whole models."""
+    last = checkpoints[-1]
+    for checkpoint in checkpoints:
+        if checkpoint.is_adapter != last.is_adapter:
+            one, other = (checkpoint, last) if checkpoint.is_adapter else (last, checkpoint)
+            raise CheckpointError(
+                f"{one.path} holds a PEFT adapter ({one.files[0].name}) and {other.path} a whole model; choose "
+                "checkpoints of one kind"
+            )
+
+
+def _graph_of_adapters(last: Checkpoint) -> NeuralGraph:
+    """Adapters are wired by their names: the model under them is not needed."""
+    floats = {
+        name: tuple(value.shape)
+        for name, value in last.tensors.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+    }
+    return adapters.graph_of_saved(floats)
+
+
+def _saved_graph(last: Checkpoint) -> NeuralGraph | None:
+    """The graph that the callback has saved with a checkpoint, if it has."""
+    path = last.path / GRAPH_FILE
+    if not last.is_folder or not path.is_file():
+        return None
+    try:
+        return NeuralGraph.from_json(path.read_text())
+    except (GraphError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}; remove it, and give the model") from error
+
+
+def _with_copies(entries: Mapping[str, list[str]], checkpoints: Sequence[Checkpoint]) -> dict[str, list[str]]:
+    """Entries with those that hold the same weights in all checkpoints: how ties are known without the model."""
+    named = {name for group in entries.values() for name in group}
+    tensors = checkpoints[-1].tensors
+    others = [name for name, value in tensors.items() if isinstance(value, Tensor) and name not in named]
+
+    def same(one: str, other: str) -> bool:
+        return all(torch.equal(c.tensors[one], c.tensors[other]) for c in checkpoints)
+
+    return {name: [*group, *(other for other in others if same(group[0], other))] for name, group in entries.items()}
 
 
 def _snapshot(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nino.checkpoints.reading import Checkpoint
 from nino.errors import CheckpointError, NinoError, SnapshotError
+from nino.plan import is_whole
 from nino.session.saving import HISTORY_FILE, HISTORY_FOLDER, NUMBERS_FILE
 from nino.system.files import load_whole
 
@@ -114,7 +115,7 @@ def _steps_of(checkpoints: Sequence[Checkpoint]) -> list[int] | None:
 def _step_of(checkpoint: Checkpoint) -> int | None:
     if "global_step" in checkpoint.trainer_state:
         step = checkpoint.trainer_state["global_step"]
-        if not isinstance(step, int) or isinstance(step, bool):
+        if not is_whole(step):
             raise CheckpointError(f"{checkpoint.path}: global_step of trainer_state.json is no number but {step!r}")
         return step
     path = checkpoint.path.resolve()
@@ -191,15 +192,16 @@ def _jump_to_be_logged(checkpoint: Checkpoint) -> set[int]:
             state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
         else:
             state = load_whole(shards)[0]
-        report = state["open_report"]["report"]
-        return {int(report["step"])} if report["accepted"] else set()
+        report = state["monitor"]["open_report"]["report"]
+        return {int(report["step"])} if report["outcome"] == "applied" else set()
     except Exception:  # there is none, or the file is damaged, which is none of our business
         return set()
 
 
 def _logged_jumps(trainer_state: dict[str, Any]) -> tuple[set[int], set[int]]:
-    """Updates of accepted nowcasts in the Trainer's log: inside and outside the training process."""
+    """Steps of nowcasts in the Trainer's log that moved the weights: inside and outside the training process."""
     history = trainer_state.get("log_history")
     entries = [e for e in history if isinstance(e, dict)] if isinstance(history, list) else []
-    jumps = [e for e in entries if e.get("nowcast/accepted") and isinstance(e.get("nowcast/step"), int)]
+    moved = [e for e in entries if e.get("nowcast/applied") or e.get("nowcast/rolled_back")]
+    jumps = [e for e in moved if isinstance(e.get("nowcast/step"), int)]
     return {e["nowcast/step"] for e in jumps if OUTSIDE not in e}, {e["nowcast/step"] for e in jumps if OUTSIDE in e}

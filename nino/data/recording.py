@@ -23,6 +23,7 @@ from nino.graph.builder import check_graph
 from nino.graph.ir import NeuralGraph
 from nino.parallel.collectives import num_processes
 from nino.parallel.shards import is_dtensor, refuse_unsupported
+from nino.plan import is_whole
 from nino.session import NowcastSession
 from nino.session.events import Event
 from nino.session.first_inputs import FirstInputs
@@ -259,5 +260,5 @@ def _look_through(optimizer: Any) -> tuple[Optimizer | None, NowcastSession | No
 
 
 def _check_number(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_whole(value) or value < least:
         raise TrajectoryError(f"{name} must be a whole number of at least {least}, got {value!r}")

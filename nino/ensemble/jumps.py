@@ -39,12 +39,13 @@ class EnsembleJumps:
         self, ensemble: Ensemble, predictor: Predictor, plan: NowcastPlan, max_steps: int, graph: NeuralGraph
     ) -> None:
         predictor.check_fits(graph)
-        run = Run(context=predictor.context, max_horizon=predictor.max_horizon, max_steps=max_steps)
+        run = Run.of(predictor, max_steps)
         self.ensemble, self.predictor, self.graph = ensemble, predictor, graph
         self.plan, self.max_steps = choose(plan, run), max_steps
         self.schedule = Schedule.of(self.plan, run)
         self.clock = Clock(self.schedule, self.plan.average_over or 1)
-        self.history, self.ramp, self.events = History(self.plan, run.context), Ramp(self.plan.ramp or 0), Events()
+        self.history = History(self.plan, run.context, run.across_jumps)
+        self.ramp, self.events = Ramp(self.plan.ramp or 0), Events()
         self._jumping = torch.zeros(ensemble.size, dtype=torch.bool)
         """Which models the last nowcast moves."""
         self.moved = torch.zeros_like(self._jumping)
@@ -67,7 +68,7 @@ class EnsembleJumps:
         if due.nowcast and self.max_steps - step >= lasts:
             self._nowcast(step)
         if due.nowcast:
-            self.history.clear()
+            self.history.after_nowcast()
 
     def _nowcast(self, step: int) -> None:
         if missing := self.history.what_is_missing():
@@ -75,6 +76,7 @@ class EnsembleJumps:
             return
         snapshots = self.history.store.snapshots
         movement = self._predict(snapshots, horizon_at(step, self.schedule))
+        self.history.carry(movement)
         if self.history.is_averaged and not self.ramp.steps:  # at once: to where the average was predicted to go
             for name, parameter in self.ensemble.parameters.items():
                 to_average = snapshots[-1][name].to(parameter.device) - parameter

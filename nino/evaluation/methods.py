@@ -100,7 +100,7 @@ class Method:
         run = Run(max_steps=steps)
         if self.jump is not None:
             predictor = load_jump(self.jump)
-            run = Run(context=predictor.context, max_horizon=predictor.max_horizon, max_steps=steps)
+            run = Run.of(predictor, steps)
         try:
             return choose(self.plan, run)
         except NinoError as error:

@@ -43,7 +43,7 @@ def fit(
     seed: int = 0,
     *,
     batch: int = 16,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     weight_decay: float = 1e-2,
     example_inputs: Any = None,
     progress: Callable[[int, float], None] | None = None,

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nino.errors import CheckpointError, NinoError
+from nino.predict.confirmed import ConfirmedExtrapolator
 from nino.predict.extrapolators import LinearExtrapolator, ReducedRankExtrapolator
+from nino.predict.low_rank import AdapterExtrapolator
 from nino.predict.nowcaster import Nowcaster
 from nino.predict.predictor import Predictor
 from nino.predict.straight import StraightExtrapolator
 
 BY_NAME: dict[str, Callable[[], Predictor]] = {
+    "confirmed": ConfirmedExtrapolator,
     "linear": LinearExtrapolator,
     "reduced-rank": ReducedRankExtrapolator,
     "straight": StraightExtrapolator,
+    "adapters": AdapterExtrapolator,
 }
 """Predictors that need no file."""
 
@@ -23,8 +27,8 @@ def load_predictor(name: Predictor | str | Path) -> Predictor:
     """A predictor as it is given, or by its name.
 
     Args:
-        name: a predictor, which is returned; ``"linear"``, ``"reduced-rank"`` or ``"straight"``; a published ``.pt``
-            file; or what :meth:`nino.Nowcaster.from_pretrained` takes.
+        name: a predictor, which is returned; ``"confirmed"``, ``"linear"``, ``"reduced-rank"`` or ``"straight"``; a
+            published ``.pt`` file; or what :meth:`nino.Nowcaster.from_pretrained` takes.
 
     Raises:
         CheckpointError: if there is no predictor of that name.

@@ -18,7 +18,7 @@ from nino.predict.extrapolators import CONTEXT, MAX_HORIZON, Extrapolator
 
 ERROR = 0.3
 LEAST = 0.5
-LONGEST = 4.0
+LONGEST = 1.5
 
 
 class StraightExtrapolator(Extrapolator):

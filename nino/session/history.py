@@ -26,9 +26,11 @@ class History:
     Args:
         plan: of the run, complete.
         context: snapshots that a nowcast reads.
+        across_jumps: whether snapshots outlive a nowcast.
     """
 
-    def __init__(self, plan: NowcastPlan, context: int) -> None:
+    def __init__(self, plan: NowcastPlan, context: int, across_jumps: bool = False) -> None:
+        self.across_jumps = across_jumps
         self.store = SnapshotStore(context, plan.snapshots_on, plan.torch_dtype, plan.snapshot_folder)
         self.average_over = plan.average_over or 1
         self.mean = RunningMean()
@@ -101,6 +103,24 @@ class History:
             return ""
         last_try = f"; the last try: {self.problem}" if self.problem else ""
         return f"{len(self.store)} of {self.store.context} snapshots were taken since the history began{last_try}"
+
+    def carry(self, movement: Mapping[str, Tensor]) -> None:
+        """A jump begins: snapshots that outlive it move along, so that later ones show what training did by itself.
+
+        Args:
+            movement: of the jump, by name.
+        """
+        if not self.across_jumps:
+            return
+        try:
+            self.store.carry(movement)
+        except Exception as error:  # most likely no memory; the jump goes on
+            self._say_no_snapshot(max(self.store.steps, default=0), error)
+
+    def after_nowcast(self) -> None:
+        """A nowcast is done: its snapshots have served, unless they outlive it."""
+        if not self.across_jumps:
+            self.clear()
 
     def clear(self) -> None:
         """Start afresh; memory is held for the coming snapshots."""

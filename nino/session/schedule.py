@@ -28,6 +28,8 @@ class Schedule:
     """The first nowcast's horizon, in snapshot intervals."""
     horizon_decay: float = 2.0
     """How fast horizons shrink over the run; 1 is linear."""
+    across_jumps: bool = False
+    """Whether there is one snapshot per period, and a nowcast reads those of the last ``context`` periods."""
     stop_after: int | None = None
     """Steps by which horizons have shrunk to one interval, and after which nothing is nowcast; ``None``: those of the
     whole run."""
@@ -41,7 +43,8 @@ class Schedule:
             period=plan.period,
             context=run.context,
             max_steps=run.max_steps,
-            max_horizon=max(plan.max_horizon_steps * run.context // plan.period, 1),
+            max_horizon=max(plan.max_horizon_steps * run.snapshots // plan.period, 1),
+            across_jumps=run.across_jumps,
             horizon_decay=plan.horizon_decay,
             # A run that is resumed may be given more steps: its own end is no reason to stop.
             stop_after=None if plan.stop_after == run.max_steps else int(plan.stop_after or 0) or None,
@@ -50,7 +53,12 @@ class Schedule:
     @property
     def interval(self) -> int:
         """Optimizer steps between two snapshots."""
-        return self.period // self.context
+        return self.period if self.across_jumps else self.period // self.context
+
+    @property
+    def first(self) -> int:
+        """Optimizer steps before the first nowcast, from the step that periods are counted from."""
+        return self.interval * self.context
 
     @property
     def end(self) -> int | None:
@@ -95,7 +103,7 @@ def is_nowcast_step(step: int, schedule: Schedule, origin: int = 0) -> bool:
         >>> [step for step in range(1, 31) if is_nowcast_step(step, Schedule(period=10, max_steps=30))]
         [10, 20]
     """
-    is_due = step > origin and (step - origin) % schedule.period == 0
+    is_due = step - origin >= schedule.first and (step - origin) % schedule.period == 0
     return is_due and (schedule.end is None or step < schedule.end)
 
 
@@ -106,7 +114,9 @@ def num_nowcasts(schedule: Schedule, origin: int = 0) -> int | None:
         >>> num_nowcasts(Schedule(period=10, max_steps=30)), num_nowcasts(Schedule(period=10))
         (2, None)
     """
-    return None if schedule.end is None else max(schedule.end - 1 - origin, 0) // schedule.period
+    if schedule.end is None:
+        return None
+    return max(schedule.end - 1 - origin - schedule.first + schedule.period, 0) // schedule.period
 
 
 def horizon_at(step: int, schedule: Schedule) -> int:
@@ -125,6 +135,8 @@ def horizon_at(step: int, schedule: Schedule) -> int:
         raise NinoError(f"step must be at least 0, got {step}")
     if schedule.end is None:
         return min(schedule.context, schedule.max_horizon)
+    if schedule.across_jumps:  # what training confirms, and the rate that is left, shorten jumps
+        return schedule.max_horizon
     total = max(schedule.end // schedule.period, 1)
     index = min(max(step - 1, 0) // schedule.period, total - 1)
     longest = schedule.max_horizon ** (1 / schedule.horizon_decay)

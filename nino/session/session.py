@@ -74,13 +74,13 @@ class NowcastSession:
         if on_report is not None and not callable(on_report):
             raise NinoError(f"on_report must be a function that takes a report, got {type(on_report).__name__}")
         self.optimizer, self.nowcaster = optimizer, load_predictor(nowcaster)
-        self.run = Run(context=self.nowcaster.context, max_horizon=self.nowcaster.max_horizon, max_steps=max_steps)
+        self.run = Run.of(self.nowcaster, max_steps)
         self.plan = choose(plan_of(plan, period), self.run)
         self.schedule = Schedule.of(self.plan, self.run)
         self.clock = Clock(self.schedule, self.plan.average_over or 1)
         self.events = Events()
         self.target = TrainingTarget(model, self.nowcaster, optimizer, graph)
-        self.history = History(self.plan, self.run.context)
+        self.history = History(self.plan, self.run.context, self.run.across_jumps)
         self.monitor = Monitor(rollback_config(self.plan), partial(getattr, self.target, "device"), on_report)
         self.jumps = Jumps(self.nowcaster, self.target, self.history, self.monitor, self.plan, self.events)
         self.step = 0
@@ -181,7 +181,8 @@ class NowcastSession:
             due = self._snapshot(learning_rate)
         if due.nowcast:
             self._nowcast()
-            self._forget_history()
+            self.history.after_nowcast()
+            self.monitor.losses.clear()
             if due.is_last:
                 self.history.store.forget()
 

@@ -108,6 +108,30 @@ class SnapshotStore:
         self._kept.append(kept)
         self.steps.append(step)
 
+    def carry(self, movement: Mapping[str, Tensor]) -> None:
+        """Move all snapshots along with a jump: what lies between them stays what training did by itself.
+
+        The oldest of a full store, which no later nowcast reads, is forgotten. If it fails, all are.
+
+        Args:
+            movement: of the jump, by name; what it does not name stays.
+        """
+        newer = 1 if self.is_full else 0
+        steps, snapshots = self.steps[newer:], self.snapshots[newer:]
+        copies: list[StoredSnapshot] = []
+        try:
+            for snapshot in snapshots:
+                copies.append(
+                    self._copy({name: _carried(tensor, movement.get(name)) for name, tensor in snapshot.items()})
+                )
+            self._keeper.finish()
+        except BaseException:
+            for copy in copies:
+                self._keeper.release(copy)
+            self.forget()
+            raise
+        self._replace(steps, copies)
+
     def finish(self) -> None:
         """Block until the newest snapshot is complete.
 
@@ -249,6 +273,10 @@ def _check_state(
         if wrong:
             raise SnapshotError(f"saved history is of another model: {wrong[:3]} differ ({len(wrong)} in all)")
     return steps, exact
+
+
+def _carried(tensor: Tensor, way: Tensor | None) -> Tensor:
+    return tensor if way is None else (tensor.to(way) + way).to(tensor)
 
 
 def _keeper(place: Place, dtype: torch.dtype | None, folder: str | Path | None, in_background: bool) -> SnapshotBackend:

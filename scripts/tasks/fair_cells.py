@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -41,6 +41,8 @@ class FairCell:
     budget: float
     """Part of the task's longest budget."""
     held_out: HeldOut = "test"
+    detail: str = ""
+    """What the method is: its parts and its plan, nothing left open (:func:`detail_of`)."""
 
     @property
     def steps(self) -> int:
@@ -69,6 +71,16 @@ class FairCell:
             self.held_out,
         )
         return re.sub(r"[^\w.+-]+", "-", ".".join([*parts, digest[:8], "json"]))
+
+
+def detail_of(task: str, base: Base, method: str, budget: float, published: str) -> str:
+    """What a method is on a task, so that a result of another plan is no result of this one."""
+    steps, found = FAIR_TASKS[task].steps_of(budget), fair_methods(published)[method]
+    parsed = parse_method(method_text(replace(found, text=found.text.replace(published, "FILE")), base, steps))
+    if parsed.jump is None:
+        return parsed.name
+    plan = parse_method(method_text(found, base, steps)).plan_for(steps)
+    return f"{parsed.name} {'' if plan is None else plan.to_json()}"
 
 
 def train(cell: FairCell, data: Path, cache: Path, published: str, progress: Progress) -> dict[str, Any]:

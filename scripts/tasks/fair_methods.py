@@ -6,6 +6,7 @@ or an average over the tail of the run.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nino import NowcastOptimizer
 from nino.evaluation.baselines import Follower, copies, copy_into, swapped
+from tasks.fair_tasks import WARMUP
 
 Factory = Callable[[Optimizer, nn.Module, int], Follower]
 """Called with the base optimizer, the model, and the steps of the run."""
@@ -105,29 +108,32 @@ class FairMethod:
     """What is put on top of a base optimizer."""
 
     text: str = ""
-    """Of ``nino.evaluation`` without its optimizer; ``{period}``, ``{average}`` and ``{ramp}`` are filled in."""
+    """A method of ``nino.evaluation.methods`` without its optimizer; ``{period}`` stands for a tenth of the run."""
     follower: Factory | None = None
 
 
-def jumps(what: str, more: str = "") -> FairMethod:
-    """Ten jumps in a run, each over a tenth of a period, as the plan ``P,ramp=50`` of 5,000 steps."""
-    settings = "period={period},average_over={average},ramp={ramp},stop_after=0.8,horizon_decay=0.5,rollback_window=0"
-    return FairMethod(f"{what}@{settings}{more}")
-
-
 def ema_nesterov(scale: float, decay: float, end: float = 0.9) -> FairMethod:
+    """EMA-Nesterov from the end of the warm-up to a part of the run."""
+
     def make(optimizer: Optimizer, model: nn.Module, steps: int) -> Follower:
-        return EmaNesterov(optimizer, model, scale, decay, start=100, end=round(end * steps))
+        return EmaNesterov(optimizer, model, scale, decay, start=WARMUP, end=round(end * steps))
 
     return FairMethod(follower=make)
 
 
 def primal_averaging(mix: float, keep: float) -> FairMethod:
+    """GPA."""
     return FairMethod(follower=lambda optimizer, model, steps: PrimalAveraging(optimizer, model, mix, keep))
 
 
 def tail_average(part: float) -> FairMethod:
+    """The mean over the last part of the run."""
     return FairMethod(follower=lambda optimizer, model, steps: TailAverage(model, round((1 - part) * steps)))
+
+
+def default_nowcaster() -> str:
+    """What ``NowcastOptimizer`` takes by itself."""
+    return str(inspect.signature(NowcastOptimizer).parameters["nowcaster"].default)
 
 
 def fair_methods(published: str) -> dict[str, FairMethod]:
@@ -136,32 +142,26 @@ def fair_methods(published: str) -> dict[str, FairMethod]:
     Args:
         published: file of published weights.
     """
+    as_published = "period=1000,stop_after=1.0,horizon_decay=2.0,average_over=1,ramp=0,preserve_norms=no"
     return {
         "base": FairMethod(),
+        "default": FairMethod(f"nino:{default_nowcaster()}"),
+        "confirmed": FairMethod("nino:confirmed"),
+        "nino-base": FairMethod("nino:nino-base"),
+        "nino-base-1000": FairMethod(f"nino:nino-base@{as_published}"),
+        "published": FairMethod(f"nino:{published}"),
+        "linear": FairMethod("linear@max_horizon_steps={period}"),
+        "rre": FairMethod("rre"),
         "snoo": FairMethod("snoo"),
         "gpa": primal_averaging(0.7, 0.9967),
-        "gpa-16": primal_averaging(0.7, 0.9934),
         "ema-nesterov": ema_nesterov(0.3, 0.99),
+        "ema-nesterov-0.5": ema_nesterov(0.5, 0.99),
         "ema": FairMethod("ema:0.99"),
         "tail-average": tail_average(0.05),
-        "linear": jumps("linear", ",preserve_norms=no"),
-        "rre": jumps("rre", ",preserve_norms=no"),
-        "published": jumps(f"official:{published}", ",preserve_norms=yes"),
-        "nino-base": FairMethod(
-            "nino:nino-base@period=1000,stop_after=1.0,horizon_decay=2,average_over=1,ramp=0,preserve_norms=no,"
-            "rollback_window=100"
-        ),
-        "nino-plan": jumps("nino:nino-base", ",preserve_norms=yes"),
-        **{
-            f"en-{s}-{d}": ema_nesterov(float(s), float(d))
-            for s in ("0.3", "0.5", "0.7")
-            for d in ("0.98", "0.99", "0.995")
-        },
     }
 
 
 def method_text(method: FairMethod, base: str, steps: int) -> str:
     """What ``nino.evaluation.methods`` reads, for a run of so many steps."""
-    period = steps // 10
-    filled = method.text.format(period=period, average=max(period * 12 // 100, 1), ramp=period // 10)
+    filled = method.text.format(period=max(steps // 50, 1) * 5)
     return f"{base}+{filled}" if filled else base

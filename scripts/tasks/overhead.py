@@ -8,7 +8,7 @@ run. What is known of them is enough to compute what a longer period costs: :met
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -18,15 +18,15 @@ from nino.snapshots.mean import is_added
 
 
 @dataclass
-class Update:
-    """Seconds of one update of a run, and of what nowcasting did in it."""
+class Step:
+    """Seconds of one step of a run, and of what nowcasting did in it; 0 if it did not."""
 
     seconds: float = 0.0
     """The whole step."""
     nowcasting: float = 0.0
     """All that nowcasting did."""
     snapshot: float = 0.0
-    """Of this the copy of the weights; 0 if none was due, as below."""
+    """Of this the copy of the weights."""
     addition: float = 0.0
     """Of this the weights' addition to the mean that the coming snapshot is."""
     rollback_copy: float = 0.0
@@ -40,14 +40,12 @@ class Stopwatch:
     """Takes the time of a training's steps and of the nowcasting in them.
 
     Args:
-        wait_for_update: returns when the device has done the work of a step.
-        wait_for_part: returns when the device has done all its work. On a device that works beside the host this keeps
-            snapshots from overlapping with training; without it only what the host waits for is counted.
+        wait: returns when the device has done all its work: on a device that works beside the host it keeps snapshots
+            from overlapping with training, so what is counted is an upper bound.
     """
 
-    wait_for_update: Callable[[], object] = lambda: None
-    wait_for_part: Callable[[], object] = lambda: None
-    steps: list[Update] = field(default_factory=list)
+    wait: Callable[[], object] = lambda: None
+    steps: list[Step] = field(default_factory=list)
 
     def watch(self, optimizer: NowcastOptimizer) -> None:
         """Time what the optimizer's session does."""
@@ -62,20 +60,20 @@ class Stopwatch:
         ):
             setattr(owner, method, self._timed(getattr(owner, method), what))
 
-    def update(self, action: Callable[[], object]) -> None:
+    def step(self, action: Callable[[], object]) -> None:
         """Do one step and take its time."""
-        self.steps.append(Update())
+        self.steps.append(Step())
         began = time.perf_counter()
         action()
-        self.wait_for_update()
+        self.wait()
         self.steps[-1].seconds = time.perf_counter() - began
 
     def _timed(self, action: Callable[..., Any], what: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            self.wait_for_part()
+            self.wait()
             began = time.perf_counter()
             result = action(*args, **kwargs)
-            self.wait_for_part()
+            self.wait()
             now = self.steps[-1]
             setattr(now, what, getattr(now, what) + time.perf_counter() - began)
             return result
@@ -87,7 +85,7 @@ class Stopwatch:
 class Costs:
     """What one period is made of, in seconds."""
 
-    update: float
+    step: float
     """One step of plain training."""
     bookkeeping: float
     """What nowcasting does in a step without a snapshot, apart from means."""
@@ -99,69 +97,41 @@ class Costs:
     """The prediction, and all else that the session does in its step."""
 
     @staticmethod
-    def of(plain: Sequence[Update], attached: Sequence[Update]) -> Costs:
+    def of(plain: Sequence[Step], attached: Sequence[Step]) -> Costs:
         """Medians of what was measured.
 
         Args:
             plain: steps of plain training.
             attached: steps of the same training with nowcasting; at least one whole period in its rollback window.
         """
-        ordinary = [u.nowcasting - u.addition for u in attached if not u.snapshot]
-        nowcasts = [u.nowcasting - u.snapshot - u.addition - u.rollback_copy for u in attached if u.prediction]
+        ordinary = [s.nowcasting - s.addition for s in attached if not s.snapshot]
+        nowcasts = [s.nowcasting - s.snapshot - s.addition - s.rollback_copy for s in attached if s.prediction]
         return Costs(
-            update=median(u.seconds for u in plain),
+            step=median(s.seconds for s in plain),
             bookkeeping=median(ordinary),
-            snapshot=median(u.snapshot for u in attached if u.snapshot),
-            addition=median([u.addition for u in attached if u.addition] or [0.0]),
-            rollback_copy=median(u.rollback_copy for u in attached if u.rollback_copy),
+            snapshot=median(s.snapshot for s in attached if s.snapshot),
+            addition=median([s.addition for s in attached if s.addition] or [0.0]),
+            rollback_copy=median(s.rollback_copy for s in attached if s.rollback_copy),
             nowcast=median(nowcasts),
         )
 
     def per_period(self, period: int, context: int, average: int = 1) -> dict[str, float]:
         """Seconds of a period by what they are spent on, if snapshots are means over ``average`` steps."""
+        interval = period // context
+        additions = sum(is_added(step, interval, average) for step in range(interval)) if average > 1 else 0
         return {
             "bookkeeping": period * self.bookkeeping,
             "snapshots": context * self.snapshot,
-            "means": context * additions(period // context, average) * self.addition,
+            "means": context * additions * self.addition,
             "rollback copy": self.rollback_copy,
             "nowcast": self.nowcast,
         }
 
     def overhead(self, period: int, context: int, average: int = 1) -> float:
         """What nowcasting adds to the seconds of a period of plain training, as a fraction of them."""
-        return sum(self.per_period(period, context, average).values()) / (period * self.update)
+        return sum(self.per_period(period, context, average).values()) / (period * self.step)
 
 
-def additions(interval: int, average: int) -> int:
-    """How many steps' weights are added up for one snapshot."""
-    return sum(is_added(step, interval, average) for step in range(interval)) if average > 1 else 0
-
-
-def spent_on(attached: Sequence[Update], periods: int) -> dict[str, float]:
-    """Seconds of a period by what they were spent on, as :meth:`Costs.per_period`, but means of all that happened."""
-    ordinary = sum(u.nowcasting - u.snapshot - u.addition for u in attached if not u.prediction)
-    nowcasts = sum(u.nowcasting - u.snapshot - u.addition - u.rollback_copy for u in attached if u.prediction)
-    parts = {
-        "bookkeeping": ordinary,
-        "snapshots": sum(u.snapshot for u in attached),
-        "means": sum(u.addition for u in attached),
-        "rollback copy": sum(u.rollback_copy for u in attached),
-        "nowcast": nowcasts,
-    }
-    return {part: seconds / periods for part, seconds in parts.items()}
-
-
-def spent_in(attached: Sequence[Update]) -> float:
-    """The fraction that nowcasting added to the rest of some steps, by the time spent in its own code."""
-    own = sum(update.nowcasting for update in attached)
-    return own / (sum(update.seconds for update in attached) - own)
-
-
-def difference(plain: Sequence[Update], attached: Sequence[Update]) -> float:
-    """The fraction that nowcasting added, by comparing the same steps of two trainings."""
-    return sum(update.seconds for update in attached) / sum(update.seconds for update in plain) - 1
-
-
-def as_lists(steps: Sequence[Update]) -> Mapping[str, list[float]]:
+def as_lists(steps: Sequence[Step]) -> dict[str, list[float]]:
     """Columns, for JSON."""
-    return {name: [round(getattr(update, name), 7) for update in steps] for name in vars(Update())}
+    return {name: [round(getattr(step, name), 7) for step in steps] for name in vars(Step())}

@@ -18,13 +18,18 @@ from nino.errors import NinoError
 from nino.plan import NowcastPlan
 from nino.predict.extrapolators import Extrapolator
 from nino.predict.fitted import FittedExtrapolator
+from nino.predict.low_rank import AdapterExtrapolator
 from nino.predict.predictor import Predictor
 from nino.predict.registry import load_predictor
 from nino.predict.straight import StraightExtrapolator
 from nino.session.session import NowcastSession
 
 BASE = "base"
-WITH_SETTINGS: dict[str, type[Extrapolator]] = {"straight": StraightExtrapolator, "fitted": FittedExtrapolator}
+WITH_SETTINGS: dict[str, type[Extrapolator]] = {
+    "straight": StraightExtrapolator,
+    "fitted": FittedExtrapolator,
+    "adapters": AdapterExtrapolator,
+}
 """Predictors that take settings, by name; others are :func:`nino.predict.registry.load_predictor`'s."""
 
 

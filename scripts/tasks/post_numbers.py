@@ -6,9 +6,9 @@ the base's of the same seed, which has the same initial weights and the same bat
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -42,9 +42,18 @@ def reached_at(result: Result, target: float, what: str = "step") -> float | Non
     sign, metric = 1 if result["higher_is_better"] else -1, result["metric"]
     points = [(point[what], sign * point[metric]) for point in result["curve"] if point[metric] is not None]
     goal = sign * target
-    for (at, value), (then, later) in itertools.pairwise(points):
+    for (at, value), (then, later) in pairwise(points):
         if value < goal <= later:
             return at + (then - at) * (goal - value) / (later - value)
+    return None
+
+
+def value_at(result: Result, name: str, step: float) -> float | None:
+    """A measurement at a step, in a straight line between evaluations; ``None`` if it is not measured."""
+    points = [(point["step"], point[name]) for point in result["curve"] if point.get(name) is not None]
+    for (at, value), (then, later) in pairwise(points):
+        if at <= step <= then:
+            return float(value + (later - value) * (step - at) / (then - at))
     return None
 
 
@@ -104,14 +113,17 @@ def _against(of_seeds: Mapping[int, Result], base: Mapping[int, Result], steps: 
     """How much better it ends than the base, with which probability by chance, and the steps to where the base ends."""
     differences = _differences(of_seeds, base)
     parts: list[float] = []
+    texts: list[float | None] = []
     for seed in sorted(of_seeds.keys() & base.keys()):
         end = value_at_end(base[seed])
         reached = reached_at(of_seeds[seed], end) if end is not None else None
         parts.append((reached if reached is not None else float("inf")) / steps)
+        texts.append(None if reached is None else value_at(of_seeds[seed], "text_loss", reached))
     return {
         "better by": fmean(differences) if differences else None,
         "p": p_value(differences),
         "steps to the base's end": fmean(parts) if parts else None,
+        "text loss there": _mean(texts),
     }
 
 

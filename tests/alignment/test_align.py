@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
-import test_tracing
 import torch
 from models import CASES, Case, images, randomised, vectors
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from nino.alignment import Permutations, barrier_curve, merge, reestimate_batch_
 from nino.alignment.align import difference, matchable, reordered
 from nino.alignment.barrier import with_gains
 from nino.errors import GraphError, NinoError
+from nino.graph.calls import Calls
 from nino.graph.symmetry import permutable_axes
+from tasks.architectures import SPECIMENS
 
 
 def arguments(model: nn.Module, inputs: Any) -> Any:
@@ -54,18 +56,30 @@ def test_a_random_permutation_of_the_zoo_is_recovered_exactly(case: Case) -> Non
     recovers(model, arguments(model, inputs.double() if inputs.is_floating_point() else inputs), case.graph(model))
 
 
-TRACED = [case for case in test_tracing.CASES if case.permutable]
+TRACED = [case for case in programs.CASES if case.permutable]
 
 
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
-def test_a_random_permutation_of_what_is_traced_is_recovered_exactly(case: test_tracing.Case) -> None:
+def test_a_random_permutation_of_what_is_traced_is_recovered_exactly(case: programs.Case) -> None:
     torch.manual_seed(0)
     model = randomised(case.build()).double()
     inputs = case.example()
     inputs = inputs.double() if inputs.is_floating_point() else inputs
-    graph = test_tracing.traced(model, inputs)
+    graph = programs.traced(model, inputs)
     assert permutable_axes(graph)
     recovers(model, inputs, graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECIMENS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_random_permutation_of_every_architecture_of_the_table_is_recovered_exactly(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomised(SPECIMENS[name].build()).double()
+    calls = Calls.of(SPECIMENS[name].inputs()).map(lambda x: x.double() if x.is_floating_point() else x)
+    graph = NeuralGraph.from_model(model, example_inputs=calls)
+    assert permutable_axes(graph)
+    recovers(model, calls, graph)
 
 
 def test_a_traced_model_of_torch_is_aligned_without_a_graph() -> None:

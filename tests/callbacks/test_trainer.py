@@ -212,7 +212,9 @@ class Recorder(TrainerCallback):
         self.logs: dict[int, dict[str, float]] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self.logs.setdefault(state.global_step, {}).update({k: v for k, v in (logs or {}).items() if k.startswith("nowcast/")})
+        self.logs.setdefault(state.global_step, {}).update(
+            {k: v for k, v in (logs or {}).items() if k.startswith("nowcast/")}
+        )
 
 
 @pytest.mark.parametrize("before", [True, False])

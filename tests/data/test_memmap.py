@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from recordings import CNN, record_walk
 
-from nino import NeuralGraph, NowcasterConfig, TrajectoryError
+from nino import NeuralGraph, Nowcaster, NowcasterConfig, TrajectoryError
 from nino.data import Trajectory, build_model, read_memmap
 from nino.pretraining.config import PretrainingConfig
 from nino.pretraining.loop import pretrain
 from nino.pretraining.windows import WindowPlace, WindowSource
+from tasks.cli import run_main
 
 
 def test_a_bare_matrix_reads_like_recorded_runs(tmp_path: Path) -> None:
@@ -39,6 +41,39 @@ def test_a_bare_matrix_reads_like_recorded_runs(tmp_path: Path) -> None:
     settings = PretrainingConfig(steps=1, validation_windows=1, workers=0)
     result = pretrain(settings, config, source, held_out, tmp_path / "nowcaster")
     assert "cnn/nowcaster" in result["history"][-1]
+
+
+def test_published_files_are_trained_on_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pretrain_nowcaster import main
+
+    (tmp_path / "published.py").write_text(
+        "import torch\nfrom recordings import CNN\nfrom nino.data import build_model\n"
+        "def cnn():\n    return build_model(CNN), torch.zeros(1, 2, 8, 8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    states = torch.randn(7, 12, 65).cumsum(1).half().numpy()
+    states.tofile("cnn_p1.dat")
+    settings = "--hidden 8 --steps 2 --strides 1 --evaluate-every 1 --validation-windows 1 --workers 0 --out out"
+    matrix = ["--memmap", "cnn_p1.dat", "published:cnn", "12", "25"]
+    assert main([*matrix, *settings.split()]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"cnn_p1/nowcaster", "cnn_p1/copy", "train"} <= set(record)
+    assert Nowcaster.from_pretrained(tmp_path / "out").config.hidden == 8
+
+    states[:5].tofile("few.dat")
+    for arguments, words in (
+        ([], "give --runs FOLDER, or --memmap FILE MODEL STATES INTERVAL, or both"),
+        (["--memmap", "few.dat", "published:cnn", "12", "25"], "none of 5 runs is held out: at least 6"),
+        (["--memmap", "few.dat", "published:cnn", "12", "often"], "whole number of at least 1, got 'often'"),
+        (["--memmap", "few.dat", "no-model", "12", "25"], "'no-model' is neither a file nor one of"),
+        (["--memmap", "few.dat", "published:cnn", "11", "25"], "not whole runs of 11 states"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run_main(main, [*arguments, *settings.split()])
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and words in line
 
 
 @pytest.mark.parametrize(

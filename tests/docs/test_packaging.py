@@ -151,7 +151,7 @@ except ImportError as error:
 """
     num_nodes, message = _run_python(code, cwd=tmp_path).splitlines()
     assert int(num_nodes) >= 3 + 4 + 2
-    assert "pip install 'nino[trainer]'" in message
+    assert "pip install 'nowcaster[trainer]'" in message
 
 
 def test_import_does_no_work(tmp_path: Path) -> None:

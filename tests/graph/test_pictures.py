@@ -25,6 +25,7 @@ from matplotlib.image import imread
 from nino.graph import pictures
 from nino.graph.pictures import COLOURS, Scale, draw_adjacency, edges_by_type, lay_out, short_name
 from tasks.cli import run_main
+from tasks.own_model import architecture_of
 from tasks.sizes import ARCHITECTURES
 
 SMALL = {
@@ -48,7 +49,7 @@ def config_file(folder: Path, config: Any) -> Path:
 
 
 def small_graph(name: str, folder: Path) -> NeuralGraph:
-    architecture = ARCHITECTURES.get(name) or plot_graph.architecture_of(str(config_file(folder, CONFIGS[name])))
+    architecture = ARCHITECTURES.get(name) or architecture_of(str(config_file(folder, CONFIGS[name])))
     return NeuralGraph.from_model(build_model(architecture, "meta"))
 
 

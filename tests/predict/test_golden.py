@@ -41,20 +41,20 @@ def test_the_folder_holds_cases_and_weights() -> None:
     assert weight_names(), f"{FOLDER} holds no official/*.pt and no random weights"
 
 
-def test_nodes(case: Case) -> None:
+def test_nodes_are_the_published_ones(case: Case) -> None:
     assert case.graph.shapes == case.shapes
     assert case.graph.num_nodes == case.record["num_nodes"]
     assert torch.equal(case.graph.words(), case.tensors["node_word"].long())
 
 
-def test_typed_edges(case: Case) -> None:
+def test_typed_edges_are_the_published_ones(case: Case) -> None:
     assert torch.equal(case.our_edge_keys.sort().values, case.golden_edge_keys.sort().values)
     start, stop = case.record["self_loops"]
     assert sorted(case.our_edge[start:stop].tolist()) == list(range(start, stop)), "self loops must come last"
     assert (case.edges.type[start:stop] == EdgeType.SELF_LOOP).all()
 
 
-def test_edges_of_every_parameter(case: Case) -> None:
+def test_edges_of_every_parameter_are_the_published_ones(case: Case) -> None:
     golden: dict[str, list[Tensor]] = defaultdict(list)
     for name, (start, stop) in case.record["edges"].items():
         ours = re.sub(r"c_attn\.[qkv]\.(weight|bias)$", r"c_attn.\1", name)  # the golden list splits the fused qkv
@@ -68,7 +68,7 @@ def test_edges_of_every_parameter(case: Case) -> None:
     assert torch.equal(auxiliary.sort().values, expected.sort().values)
 
 
-def test_edge_features(case: Case) -> None:
+def test_edge_features_are_the_published_ones(case: Case) -> None:
     golden = case.tensors["edge_attr"]
     ours = case.edges.features(case.standardised)[case.our_edge[: len(golden)]]
     torch.testing.assert_close(ours, golden, rtol=0, atol=1e-6)
@@ -76,7 +76,7 @@ def test_edge_features(case: Case) -> None:
 
 @pytest.mark.parametrize("engine", ["blockwise", "edges"])
 @pytest.mark.parametrize("weights", weight_names())
-def test_predictions(case: Case, weights: str, engine: Any) -> None:
+def test_predictions_are_the_published_ones(case: Case, weights: str, engine: Any) -> None:
     if not any(key.startswith(f"predicted.{weights}.") for key in case.tensors):
         pytest.skip(f"the case has no predictions of {weights}")
     horizons = case.record["k"] if engine == "blockwise" else case.record["k"][::3]  # the other one is slow
@@ -84,7 +84,7 @@ def test_predictions(case: Case, weights: str, engine: Any) -> None:
     assert max(errors.values()) <= UPDATE_TOLERANCE, f"relative error of the step per horizon: {errors}"
 
 
-def test_positions(case: Case) -> None:
+def test_positions_are_the_published_ones_up_to_sign(case: Case) -> None:
     """The golden ones, up to sign, as far as the graph determines them; then smooth vectors of the same Laplacian."""
     ours, golden = case.graph.positions(), case.tensors["node_pos"]
     assert case.num_determined >= 2
@@ -123,7 +123,7 @@ def test_predictions_with_our_positions(case: Case, weights: str) -> None:
     ],
 )
 @pytest.mark.parametrize("weights", trained_weight_names())
-def test_training_step(case: Case, weights: str, backend: Any) -> None:
+def test_a_training_step_is_the_published_one(case: Case, weights: str, backend: Any) -> None:
     """Outputs, L1 loss and gradients of one training step, as the module's docstring defines them."""
     golden = case.record["weights"].get(weights)
     if golden is None:

@@ -55,7 +55,7 @@ def test_straight_part_of_a_noisy_path_is_the_share_of_its_common_pace():
 
 def test_a_straight_path_is_continued_as_far_as_asked_up_to_the_longest_jump():
     _, graph, snapshots = model_and_walk(0.0)
-    for horizon, intervals in ((3, 3), (16, 16), (40, 16)):  # longest: 4 paths of 4 intervals
+    for horizon, intervals in ((3, 3), (6, 6), (40, 6)):  # longest: 1.5 paths of 4 intervals
         movement = StraightExtrapolator().predict_movement(snapshots, horizon, graph)
         for name, moved in movement.tensors.items():
             pace = (snapshots[-1][name] - snapshots[0][name]) / 4

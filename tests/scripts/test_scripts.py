@@ -42,7 +42,7 @@ def test_help_says_what_it_does(script: str) -> None:
     [
         ("collect_trajectories.py", ["--data", "nowhere", "--out", "x"], ["--data", "does not exist"]),
         ("collect_trajectories.py", ["--data", "x", "--out", "x", "--runs", "0"], ["--runs", "at least 1"]),
-        ("pretrain_nowcaster.py", ["--runs", "nowhere", "--out", "x"], ["--runs", "is not a folder"]),
+        ("pretrain_nowcaster.py", ["--runs", "nowhere", "--out", "x"], ["nowhere is not a folder"]),
         ("pretrain_nowcaster.py", ["--runs", ".", "--out", "x", "--steps", "two"], ["--steps", "whole number"]),
         (
             "pretrain_nowcaster.py",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import multiprocessing
 import os
@@ -20,7 +19,8 @@ from typing import Any
 import dying
 import pytest
 import torch
-from dying import PROBATION, STEPS, Run
+from dying import STEPS, WINDOW, Run
+from sessions import warnings_in
 from tiny import PERIOD, ScriptedNowcaster, assert_same, mlp, tiny_nowcaster, weights_of, wrapped
 from torch import Tensor, nn
 
@@ -115,11 +115,6 @@ def fill_up(folder: Path, free_bytes: int = 0) -> Path:
     return filler
 
 
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    records = [record for record in caplog.records if record.name.startswith("nino")]
-    return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
-
-
 def test_a_full_disk_under_the_history(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(small_disk / "snapshots", "disk")
     filler = fill_up(small_disk)
@@ -153,7 +148,7 @@ def test_a_full_disk_under_the_rollback_copy(small_disk: Path, caplog: pytest.Lo
     assert [report.has_moved for report in run.train().optimizer.reports] == [False, True, True]
 
 
-def test_any_state_can_be_kept_on_disk_for_a_probation(tmp_path: Path) -> None:
+def test_any_state_can_be_kept_on_disk_for_a_rollback_window(tmp_path: Path) -> None:
     # Batch norm counts its batches in whole numbers.
     runs = [Run(tmp_path, place, nn.Sequential(*mlp(), nn.BatchNorm1d(2))).train() for place in ("cpu", "disk")]
 
@@ -219,7 +214,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_hide_a_bad_one() -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
     run.train(3).train(4, observed=nan).train(PERIOD)
     before = weights_of(run.model)
-    run.train(PERIOD + PROBATION)
+    run.train(PERIOD + WINDOW)
 
     assert math.isnan(run.optimizer.reports[0].loss_before)
     assert run.optimizer.reports[0].outcome == "rolled back"
@@ -228,7 +223,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_hide_a_bad_one() -> None:
 
 def test_a_single_nan_loss_before_a_nowcast_does_not_speak_against_a_good_one() -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: newest)).train(3).train(4, observed=nan)
-    run.train(PERIOD + PROBATION, observed=lambda loss: loss * 0)
+    run.train(PERIOD + WINDOW, observed=lambda loss: loss * 0)
 
     assert run.optimizer.reports[0].outcome != "rolled back"
 
@@ -240,11 +235,11 @@ def test_evidence_that_is_not_finite_speaks_against_a_nowcast(which: str, broken
     assert not has_recovered(Evidence(**evidence), RollbackConfig(steps=4), 100)
 
 
-def test_losses_that_become_nan_in_the_probation_undo_the_nowcast() -> None:
+def test_losses_that_become_nan_in_the_rollback_window_undo_the_nowcast() -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {n: torch.full_like(v, 1e30) for n, v in newest.items()}))
-    run.train(PERIOD + PROBATION - 1)
+    run.train(PERIOD + WINDOW - 1)
     assert not all(bool(value.isfinite().all()) for value in weights_of(run.model).values())
-    run.train(PERIOD + PROBATION)
+    run.train(PERIOD + WINDOW)
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
     run.session.nowcaster.answer = lambda newest: {n: v + 1e-3 for n, v in newest.items()}
@@ -253,10 +248,10 @@ def test_losses_that_become_nan_in_the_probation_undo_the_nowcast() -> None:
 
 
 def test_nan_weights_are_never_nowcast_and_memory_is_bounded() -> None:
-    run = Run(max_steps=None).train(PERIOD + PROBATION)
+    run = Run(max_steps=None).train(PERIOD + WINDOW)
     healthy = weights_of(run.model)
     nn.init.constant_(run.model[0].bias, math.nan)
-    sizes = {len(run.train(step).session.history.store) for step in range(PERIOD + PROBATION, 10 * PERIOD)}
+    sizes = {len(run.train(step).session.history.store) for step in range(PERIOD + WINDOW, 10 * PERIOD)}
     assert max(sizes) == 2  # the third is of the step with the nowcast
     assert [report.has_moved for report in run.optimizer.reports][1:] == [False] * 8
 
@@ -435,12 +430,12 @@ def test_a_model_that_was_completed_to_what_cannot_be_wired_trains_without_nowca
     assert "no slots for 3.weight" in str(report)
 
 
-def test_a_module_that_is_replaced_in_the_probation_is_not_overwritten(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_module_that_is_replaced_in_the_rollback_window_is_not_overwritten(caplog: pytest.LogCaptureFixture) -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
     run.train(PERIOD + 1)
     replace(run)
     fresh = weights_of(run.model)["2.weight"]
-    run.train(PERIOD + PROBATION)
+    run.train(PERIOD + WINDOW)
 
     assert run.optimizer.reports[0].outcome != "rolled back"
     assert (run.model[2].weight - fresh).abs().max() < 0.1
@@ -475,11 +470,11 @@ def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
     assert resumed.optimizer.reports[-1].has_moved == (saved_at == PERIOD + 1)
 
 
-def test_a_layer_that_is_frozen_in_the_probation_is_undone_with_the_others() -> None:
+def test_a_layer_that_is_frozen_in_the_rollback_window_is_rolled_back_with_the_others() -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
     run.train(PERIOD + 1)
     run.model[0].requires_grad_(False)
-    run.train(PERIOD + PROBATION)
+    run.train(PERIOD + WINDOW)
 
     assert run.optimizer.reports[0].outcome == "rolled back"
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
@@ -543,11 +538,11 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
 
 def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
-    run.train(PERIOD + PROBATION - 1)
+    run.train(PERIOD + WINDOW - 1)
     after_step = run.session.after_step
     monkeypatch.setattr(run.session, "after_step", lambda: (interrupt_copies(monkeypatch, signal.SIGINT), after_step()))
     with pytest.raises(KeyboardInterrupt):
-        run.train(PERIOD + PROBATION)
+        run.train(PERIOD + WINDOW)
     monkeypatch.undo()
 
     assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))

@@ -85,7 +85,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 # When it happens
 
 
-def test_it_is_traced_on_the_first_batch(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_model_is_traced_on_the_first_batch(caplog: pytest.LogCaptureFixture) -> None:
     model = branched()
     optimizer = wrap(model)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_it_is_traced_on_the_first_batch(caplog: pytest.LogCaptureFixture) -> No
     assert warnings_of(caplog) == []
 
 
-def test_it_is_predicted_on_the_traced_graph() -> None:
+def test_nowcasts_are_predicted_on_the_traced_graph() -> None:
     """A nowcast in training is that of the traced graph, not that of parameters alone."""
     ended = []
     for given in (True, False):
@@ -136,7 +136,7 @@ def test_a_copy_waits_for_a_batch_of_its_own(clone: Callable[[Any], Any]) -> Non
 
 
 @pytest.mark.parametrize("integration", ["plain", "accelerate", "callback"])
-def test_every_door_traces(integration: str, tmp_path: Path, quick_collections: None) -> None:
+def test_every_integration_traces(integration: str, tmp_path: Path, quick_collections: None) -> None:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     import integrations

@@ -144,10 +144,10 @@ CONDITIONS: dict[str, Setting] = {
     },
 }
 WITHOUT_LOSSES = {"trainer-optimizers", "trainer-factory"}
-"""Doors through which nobody tells the wrapper a loss: no rollback_window there."""
+"""Integrations in which nobody tells the wrapper a loss: no rollback_window there."""
 
 
-def doors_of(condition: str) -> list[str]:
+def integrations_of(condition: str) -> list[str]:
     if condition == "one batch a step":
         return [*INTEGRATIONS]
     if condition.startswith("rollback_window"):
@@ -163,9 +163,9 @@ def in_a_plain_loop(condition: str) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("condition", "integration"), [(row, integration) for row in CONDITIONS for integration in doors_of(row)]
+    ("condition", "integration"), [(row, integration) for row in CONDITIONS for integration in integrations_of(row)]
 )
-def test_every_door_does_what_a_plain_loop_does(condition: str, integration: str, tmp_path: Path) -> None:
+def test_every_integration_does_what_a_plain_loop_does(condition: str, integration: str, tmp_path: Path) -> None:
     expected = in_a_plain_loop(condition)
 
     outcome = INTEGRATIONS[integration](CONDITIONS[condition], tmp_path)
@@ -302,7 +302,7 @@ def arrives_in_three_steps(seen: Seen) -> bool:
 def is_compiled(seen: Seen) -> bool:
     """Here and in every other loop."""
     with tempfile.TemporaryDirectory() as folder:
-        for integration in doors_of("compiled"):
+        for integration in integrations_of("compiled"):
             torch.compiler.reset()
             counters.clear()
             INTEGRATIONS[integration](seen.setting, Path(folder))

@@ -49,6 +49,8 @@ SETTINGS: dict[str, Setting] = {
     "no rollback_window": ALWAYS,
     "kept": KEPT,
     "undone": UNDONE,
+    "averaged": replace(ALWAYS, attach={"average_over": 2}),
+    "ramping": replace(KEPT, calls=26, attach={"rollback_window": R, "ramp": 2}),
     "undone, SGD": replace(UNDONE, base=lambda model: SGD(model.parameters(), lr=1e-2, momentum=0.9)),
     "undone, Adafactor": replace(UNDONE, base=adafactor),
     "undone, a user's own": replace(UNDONE, base=chained),
@@ -58,8 +60,8 @@ SETTINGS: dict[str, Setting] = {
     "accumulation": replace(ALWAYS, accumulation=4),
     "LoRA": replace(ALWAYS, build=adapters_of_the_same_model, counts_tokens=True),
 }
-BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_PROBATION, AFTER_A_VERDICT = 4, 6, 9, 10, 12
-POINTS = (BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_PROBATION, AFTER_A_VERDICT)
+BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_WINDOW, AFTER_A_VERDICT = 5, 6, 9, 10, 12
+POINTS = (BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_WINDOW, AFTER_A_VERDICT)
 INTEGRATIONS = {
     "plain": integrations.plain,
     "callback": integrations.callback,
@@ -69,12 +71,12 @@ INTEGRATIONS = {
 
 
 def cells() -> Iterator[tuple[str, str, int]]:
-    """All points of the first three settings through every integration, and the hardest one of the others."""
+    """All points of the first five settings through every integration, and the hardest one of the others."""
     for number, name in enumerate(SETTINGS):
         for integration in INTEGRATIONS:
             if integration == "trainer-optimizers" and "rollback_window" in SETTINGS[name].attach:
                 continue  # nobody tells the wrapper a loss there, so that nothing is ever in its rollback window
-            for point in POINTS if number < 3 else (IN_PROBATION,):
+            for point in POINTS if number < 5 else (IN_WINDOW,):
                 yield name, integration, point
 
 
@@ -105,7 +107,8 @@ def test_resume_is_exact(name: str, integration: str, point: int, whole: Any) ->
     assert resumed.session.monitor.backoff == expected.session.monitor.backoff
     assert resumed.nowcasts == expected.nowcasts[-len(resumed.nowcasts) :]
     assert resumed.losses == pytest.approx(expected.losses[-len(resumed.losses) :], nan_ok=True)
-    assert len(resumed.nowcasts) == 1 if point > AFTER_A_NOWCAST + R * ("rollback_window" in setting.attach) else 2
+    complete = AFTER_A_NOWCAST + setting.attach.get("ramp", 0) + setting.attach.get("rollback_window", 1)
+    assert len(resumed.nowcasts) == (1 if point >= complete else 2)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -116,8 +119,7 @@ def test_settings_are_what_they_say(name: str, whole: Any) -> None:
         (9, True, name.startswith("undone")),
         (18, True, name.startswith("undone")),
     ]
-    assert outcome.session.jumps.rollback_copy._made is not None or "rollback_window" not in setting.attach
-    saved = torch.load(folder / f"{IN_PROBATION}.pt", weights_only=True)["optimizer"]["nowcast"]
+    saved = torch.load(folder / f"{IN_WINDOW}.pt", weights_only=True)["optimizer"]["nowcast"]
     assert (saved["rollback_copy"] is not None) == ("rollback_window" in setting.attach)
 
 
@@ -125,7 +127,7 @@ def test_settings_are_what_they_say(name: str, whole: Any) -> None:
 
 
 def _drop_file(folder: Path) -> None:
-    (folder / f"checkpoint-{IN_PROBATION}" / "nowcast.pt").unlink()
+    (folder / f"checkpoint-{IN_WINDOW}" / "nowcast.pt").unlink()
 
 
 def _drop_key(path: str) -> Callable[[Path], None]:
@@ -138,10 +140,10 @@ def _drop_key(path: str) -> Callable[[Path], None]:
 
 
 WITHOUT_STATE: dict[str, Callable[[Path], None]] = {
-    "plain": _drop_key(f"{IN_PROBATION}.pt"),
+    "plain": _drop_key(f"{IN_WINDOW}.pt"),
     "callback": _drop_file,
-    "trainer-optimizers": _drop_key(f"checkpoint-{IN_PROBATION}/optimizer.pt"),
-    "accelerate": _drop_key(f"{IN_PROBATION}/optimizer.bin"),
+    "trainer-optimizers": _drop_key(f"checkpoint-{IN_WINDOW}/optimizer.pt"),
+    "accelerate": _drop_key(f"{IN_WINDOW}/optimizer.bin"),
 }
 
 
@@ -150,11 +152,11 @@ def test_without_nowcasting_state_a_fresh_history_begins(
     integration: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Snapshots after 12 15 18: the nowcast after 18 takes place, of the same horizon as if nothing had happened.
-    whole = INTEGRATIONS[integration](ALWAYS, tmp_path, save=[IN_PROBATION])
+    whole = INTEGRATIONS[integration](ALWAYS, tmp_path, save=[IN_WINDOW])
     WITHOUT_STATE[integration](tmp_path)
     caplog.clear()
 
-    resumed = INTEGRATIONS[integration](ALWAYS, tmp_path, start=IN_PROBATION)
+    resumed = INTEGRATIONS[integration](ALWAYS, tmp_path, start=IN_WINDOW)
 
     lines = [r.getMessage() for r in caplog.records if r.name in ("nino.optimizer", "nino.callbacks.trainer")]
     assert len(lines) == 1

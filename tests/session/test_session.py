@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from sessions import asked, one_layer, update, warnings_in
+from stores import are_held, tensors_in
 from tiny import PERIOD, ScriptedNowcaster, Weights, add, assert_same, mlp, tiny_nowcaster, weights_of
-from torch import Tensor, nn
+from torch import nn
 
 import nino
 from nino import NinoError, NowcastPlan, NowcastReport, NowcastSession
@@ -29,7 +30,7 @@ State = dict[str, Any]
 # Rhythm
 
 
-def test_acts_at_exactly_the_right_updates() -> None:
+def test_a_session_acts_after_exactly_the_right_steps() -> None:
     # Weights 1 2 3 4 5 6, nowcast to 106; 107 ... 112, nowcast to 212; 213 ...; 20 steps are the whole run.
     # Snapshots after 2 4 6 | 8 10 12 | 14 16 18; two later nowcasts: horizons round(linspace(2, 1, 3) ** 2) = 4 2 1.
     nowcaster = ScriptedNowcaster(add(100))
@@ -232,7 +233,7 @@ def test_bfloat16_snapshots_do_not_round_the_weights() -> None:
 # What goes wrong in a nowcast
 
 
-def _out_of_memory(newest: Weights) -> Weights:
+def _out_of_memory(*_: Any) -> Weights:
     raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
@@ -316,18 +317,14 @@ def test_a_snapshot_that_cannot_be_taken_does_not_end_the_run(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
-    copy_one = session.history.store._copy
-
-    def fail_once(tensor: Tensor) -> Tensor:
-        monkeypatch.setattr(session.history.store, "_copy", copy_one)
-        raise RuntimeError("out of memory")
-
     update(session, 3)
-    monkeypatch.setattr(session.history.store, "_copy", fail_once)
-    update(session, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(session.history.store, "append", _out_of_memory)
+        update(session)
+    update(session, 8)
 
     assert warnings_in(caplog) == [
-        "no snapshot after step 4, training goes on: out of memory",
+        "no snapshot after step 4, training goes on: CUDA out of memory. Tried to allocate 20.00 GiB",
         "nowcast after step 6 was refused, training goes on: 1 of 3 snapshots were taken since the history began",
     ]
     assert [(r.step, r.has_moved) for r in session.reports] == [(6, False), (12, True)]
@@ -408,7 +405,7 @@ def test_without_losses_a_report_comes_at_the_same_time() -> None:
     assert not {"nowcast/loss/before", "nowcast/loss/at"} & set(reports[0].as_log())
 
 
-def test_who_is_told_sees_the_session_after_the_update() -> None:
+def test_who_is_told_sees_the_session_after_the_step() -> None:
     seen: list[tuple[int, list[int], int]] = []
 
     def look(report: NowcastReport) -> None:
@@ -455,7 +452,7 @@ def test_a_state_without_history_knows_nothing_of_the_weights_before() -> None:
     assert [report.has_moved for report in resumed.reports] == [False, True], "the first has too few snapshots"
 
 
-def test_loss_before_is_the_mean_of_twenty_updates() -> None:
+def test_loss_before_is_the_mean_of_twenty_steps() -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=30)
 
     update(session, 30, losses=float)
@@ -638,15 +635,15 @@ def test_a_layer_that_is_unfrozen_before_resuming_starts_a_fresh_history(caplog:
 
 def test_detaching_gives_memory_back() -> None:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
-    update(session, PERIOD + 1)
-    keeper: Any = session.history.store._keeper
-    assert keeper._free and keeper._copiers
+    update(session, PERIOD - 1)
+    kept = tensors_in(session.history.store)
+    update(session, 2)
+    assert len(kept) == 2 and are_held(kept)  # for the coming snapshots
 
     session.detach()
 
-    assert not keeper._free and not keeper._copiers
-    assert session.jumps.rollback_copy._made is None
-    assert session._is_detached
+    assert not are_held(kept)
+    assert session.jumps.rollback_copy.nbytes == 0
 
 
 # Models

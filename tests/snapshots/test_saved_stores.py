@@ -96,7 +96,9 @@ def test_a_store_can_load_its_own_state(place: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda store: pickle.loads(pickle.dumps(store))])
 @pytest.mark.parametrize("place", PLACES)
-def test_clones_are_independent(place: Any, clone: Callable[[SnapshotStore], SnapshotStore], tmp_path: Path) -> None:
+def test_clones_of_a_store_are_independent(
+    place: Any, clone: Callable[[SnapshotStore], SnapshotStore], tmp_path: Path
+) -> None:
     store = fill(store_in(place, tmp_path), 2, 4)
 
     other = clone(store)

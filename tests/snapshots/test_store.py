@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from stores import PLACES, fill, filled, parameters, store_in, values
+from stores import PLACES, are_held, fill, filled, parameters, store_in, tensors_in, values
 from tiny import assert_same
 from torch import Tensor, nn
 
@@ -43,7 +41,7 @@ def test_snapshots_are_copies(place: Any, tmp_path: Path) -> None:
         ("disk", torch.bfloat16, ("cpu", torch.bfloat16)),
     ],
 )
-def test_place_and_format(
+def test_snapshots_have_the_place_and_format_that_were_asked_for(
     place: Any, dtype: torch.dtype | None, expected: tuple[str, torch.dtype], tmp_path: Path
 ) -> None:
     # The meta device stands for an accelerator; nothing can be copied from there to the CPU.
@@ -78,7 +76,7 @@ def test_files_keep_every_format(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [None, *(dtype for dtype in FORMATS if dtype.is_floating_point)], ids=str)
 @pytest.mark.parametrize("place", PLACES)
-def test_every_format_and_shape(place: Any, dtype: torch.dtype | None, tmp_path: Path) -> None:
+def test_snapshots_of_every_format_and_shape(place: Any, dtype: torch.dtype | None, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(12, generator=generator)
     live = {
@@ -151,7 +149,9 @@ def test_other_parameters_in_the_middle_of_a_history(place: Any, tmp_path: Path)
     ],
 )
 @pytest.mark.parametrize("place", PLACES)
-def test_exact(place: Any, parameter: torch.dtype, dtype: torch.dtype | None, expected: bool, tmp_path: Path) -> None:
+def test_a_snapshot_in_the_parameters_format_is_exact(
+    place: Any, parameter: torch.dtype, dtype: torch.dtype | None, expected: bool, tmp_path: Path
+) -> None:
     store = store_in(place, tmp_path, dtype=dtype)
     assert not store.exact  # of no snapshot
 
@@ -215,16 +215,15 @@ def _fail(*_: Any) -> None:
 
 def test_a_failed_copy_forgets_everything_and_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(1, 2)
-    kept = [weakref.ref(value) for snapshot in store.snapshots for value in snapshot.values()]
+    kept = tensors_in(store)
     store.clear()
     fill(store, 3)
-    assert all(reference() is not None for reference in kept)  # to be used again
+    assert are_held(kept)  # to be used again
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         patch.setattr(Tensor, "copy_", _fail)
         store.append(4, parameters(4))
 
     assert (len(store), store.steps, store.nbytes) == (0, [], 0)
-    gc.collect()
-    assert not any(reference() is not None for reference in kept)
+    assert not are_held(kept)
     assert values(fill(store, 5, 6)) == [5, 6]

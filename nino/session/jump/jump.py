@@ -160,6 +160,7 @@ class Jumps:
                 raise
             if undo is not None:
                 undo.run()
+            self.history.clear()  # snapshots may have moved along
             return self._refuse(replace(report, reason=str(error) or repr(error)), is_own=True)
         if judged_by is None:
             self.rollback_copy.clear()
@@ -170,6 +171,7 @@ class Jumps:
         parameters, tensors = self.target.trainable(), movement.tensors
         if self.history.is_averaged and not self.ramp.steps:  # at once: to where the average was predicted to go
             tensors = _from_elsewhere(tensors, self.history.store.snapshots[-1], parameters)
+        self.history.carry(movement.tensors)
         self.ramp.begin(parameters, tensors, self.target.optimizer)
         if not self.ramp.steps:
             self.ramp.advance(parameters, self.target.optimizer)

@@ -105,7 +105,7 @@ def test_bad_settings(steps: Any) -> None:
         RollbackConfig(steps=steps)
 
 
-def test_a_probation_longer_than_the_period_is_refused() -> None:
+def test_a_rollback_window_longer_than_the_period_is_refused() -> None:
     with pytest.raises(NinoError, match="must end before the next nowcast"):
         _optimizer(mlp(), add(0), rollback_window=PERIOD)
 
@@ -119,7 +119,7 @@ def _optimizer(model: nn.Module, answer: Any, rollback_window: int = R, base: st
         "adam": lambda: torch.optim.AdamW(model.parameters(), lr=1e-3),
         "momentum": lambda: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
     }
-    return wrapped(bases[base](), model, ScriptedNowcaster(answer), rollback_window=rollback_window)
+    return wrapped(bases[base](), model, ScriptedNowcaster(answer), period=PERIOD, rollback_window=rollback_window)
 
 
 def _train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
@@ -177,7 +177,7 @@ def test_whatever_a_model_holds_is_put_back(place: Any, tmp_path: Path) -> None:
     model, plain = Odd(), Odd()
     settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = wrapped(adam, model, ScriptedNowcaster(add(3)), **{"rollback_window": R, **settings})
+    optimizer = wrapped(adam, model, ScriptedNowcaster(add(3)), period=PERIOD, **{"rollback_window": R, **settings})
     _train(model, optimizer, 0, PERIOD + R)
     assert [report.outcome for report in optimizer.reports] == ["rolled back"]
     base = torch.optim.AdamW(plain.parameters(), lr=1e-3)
@@ -195,7 +195,7 @@ def test_trained_parameters_outside_the_graph_are_put_back(caplog: pytest.LogCap
     model, plain = nn.Sequential(*body, nn.Linear(2, 2)), None
     plain = copy.deepcopy(model)
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = wrapped(base, model, ScriptedNowcaster(add(3)), graph=graph, rollback_window=R)
+    optimizer = wrapped(base, model, ScriptedNowcaster(add(3)), period=PERIOD, graph=graph, rollback_window=R)
     said = "2 trained parameters are not in the graph that was given and are never nowcast: 3.bias, 3.weight"
     assert [record.getMessage() for record in caplog.records] == [said]
     _train(model, optimizer, 0, PERIOD + 2)
@@ -254,12 +254,14 @@ class Private(torch.optim.Optimizer):
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("is_resumed", [False, True], ids=["in one go", "resumed"])
 def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bool, place: Any, tmp_path: Path) -> None:
-    def wrapped(model: nn.Module) -> NowcastOptimizer:
+    def private(model: nn.Module) -> NowcastOptimizer:
         settings = {"snapshots_on": place, "snapshot_folder": tmp_path if place == "disk" else None}
-        return wrapped(Private(model), model, ScriptedNowcaster(add(3)), **{"rollback_window": R, **settings})
+        return wrapped(
+            Private(model), model, ScriptedNowcaster(add(3)), period=PERIOD, **{"rollback_window": R, **settings}
+        )
 
     model, plain = mlp(), mlp()
-    optimizer, other = wrapped(model), Private(plain)
+    optimizer, other = private(model), Private(plain)
     _train(model, optimizer, 0, PERIOD)
     for group in optimizer.param_groups:  # as a scheduler does
         group["lr"] = 7e-4
@@ -267,7 +269,7 @@ def test_moments_that_an_optimizer_keeps_to_itself_are_undone_too(is_resumed: bo
     if is_resumed:
         weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
         model = mlp(seed=1)
-        optimizer = wrapped(model)
+        optimizer = private(model)
         model.load_state_dict(weights)
         state["param_groups"] = [{**group, "lr": 7e-4} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
@@ -369,7 +371,7 @@ def test_a_disaster_is_undone_halfway() -> None:
 
 
 @pytest.mark.parametrize("how", ["told", "seen"])
-def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: str) -> None:
+def test_a_jump_after_which_mixed_precision_skips_every_step_is_rolled_back(how: str) -> None:
     model, plain = mlp(), mlp()
     optimizer = _optimizer(model, add(3))
     _train(model, optimizer, 0, PERIOD)
@@ -389,7 +391,7 @@ def test_a_jump_after_which_mixed_precision_skips_every_update_is_undone(how: st
     assert len(optimizer.reports) == 2
 
 
-def test_many_micro_batches_are_no_skipped_updates() -> None:
+def test_many_micro_batches_are_no_skipped_steps() -> None:
     model = mlp()
     optimizer = _optimizer(model, good)
     _train(model, optimizer, 0, PERIOD)
@@ -403,7 +405,7 @@ def test_no_jump_that_could_not_recover_before_the_run_ends() -> None:
     for max_steps, accepted in ((PERIOD + R - 1, False), (PERIOD + R, True)):
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        optimizer = wrapped(base, model, ScriptedNowcaster(good), max_steps=max_steps, rollback_window=R)
+        optimizer = wrapped(base, model, ScriptedNowcaster(good), period=PERIOD, max_steps=max_steps, rollback_window=R)
         _train(model, optimizer, 0, PERIOD)
         assert optimizer.reports[-1].has_moved == accepted
         assert accepted or optimizer.reports[-1].reason == "the run ends before a jump could recover"
@@ -431,46 +433,8 @@ def test_a_good_jump_is_kept() -> None:
     assert all(math.isfinite(r.loss_after) for r in optimizer.reports)
 
 
-def test_without_losses_there_is_no_probation() -> None:
-    model = mlp()
-    optimizer = _optimizer(model, add(3))
-    for _ in range(PERIOD + R):
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-
-    assert [(r.has_moved, (r.outcome == "rolled back")) for r in optimizer.reports] == [(True, False)]
-
-
-@pytest.mark.parametrize("answer", [add(3), good], ids=["undone", "kept"])
-@pytest.mark.parametrize("stop", [PERIOD, PERIOD + 4, PERIOD + R])
-def test_resumed_in_probation_is_as_if_nothing_had_happened(answer: Any, stop: int) -> None:
-    straight = mlp()
-    whole = _optimizer(straight, answer)
-    _train(straight, whole, 0, 2 * PERIOD + R)
-
-    model = mlp()
-    first = _optimizer(model, answer)
-    _train(model, first, 0, stop)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed_model = mlp(seed=1)
-    second = _optimizer(resumed_model, answer)
-    resumed_model.load_state_dict(saved["model"])
-    second.load_state_dict(copy.deepcopy(saved["optimizer"]))
-    _train(resumed_model, second, stop, 2 * PERIOD + R)
-
-    assert_same(weights_of(resumed_model), weights_of(straight))
-    assert [(r.outcome == "rolled back") for r in second.reports][-1:] == [
-        (r.outcome == "rolled back") for r in whole.reports
-    ][-1:]
-    assert second.session.monitor.backoff == whole.session.monitor.backoff
-
-
 @pytest.mark.parametrize(("period", "expected"), [(1002, 100), (30, 3), (9, 0)])
-def test_by_default_a_probation_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
+def test_by_default_a_rollback_window_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
     model = mlp()
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
     assert wrapped(base, model, ScriptedNowcaster(good), period=period).session.plan.rollback_window == expected

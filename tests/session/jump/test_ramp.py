@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import signal
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from tiny import (
     ScriptedNowcaster,
     Weights,
     add,
-    assert_same,
     batch,
     mlp,
     one_update,
@@ -40,12 +38,12 @@ from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import Ramp
 from nino.session.session import MANY_SKIPPED
 
-GLIDE = 3
+RAMP = 3
 """Half of the period."""
 
 
 def session_of(model: nn.Module, amount: float = 99.0, **settings: Any) -> NowcastSession:
-    settings = {"period": PERIOD, "ramp": GLIDE, "rollback_window": 0} | settings
+    settings = {"period": PERIOD, "ramp": RAMP, "rollback_window": 0} | settings
     return NowcastSession(model, ScriptedNowcaster(add(amount)), **planned(settings))
 
 
@@ -61,7 +59,7 @@ def trace(session: NowcastSession, steps: int) -> list[float]:
 # The way
 
 
-def test_every_update_takes_its_share() -> None:
+def test_every_step_of_a_ramp_moves_by_its_part() -> None:
     """At update 6 nothing moves; steps 7 to 9 move by 33 each, and what training adds stays."""
     session = session_of(one_layer())
     assert trace(session, 12) == [*range(1, 7), 40, 74, 108, 109, 110, 111]
@@ -69,43 +67,43 @@ def test_every_update_takes_its_share() -> None:
     assert [(report.step, report.has_moved) for report in session.reports] == [(6, True), (12, True)]
 
 
-def test_it_is_reported_when_weights_have_arrived() -> None:
+def test_a_ramp_is_reported_when_weights_have_arrived() -> None:
     session = session_of(one_layer())
-    update(session, PERIOD + GLIDE, losses=float)
+    update(session, PERIOD + RAMP, losses=float)
     assert session.monitor.open is not None
     assert session.finish() is not None and math.isnan(session.reports[0].loss_at)
     session = session_of(one_layer())
-    update(session, PERIOD + GLIDE + 1, losses=float)
+    update(session, PERIOD + RAMP + 1, losses=float)
     (report,) = session.reports
-    assert session.monitor.open is None and report.as_log()["nowcast/ramp"] == GLIDE
-    assert report.loss_at == PERIOD + GLIDE + 1 and " of their norm over 3 steps, " in str(report)
+    assert session.monitor.open is None and report.as_log()["nowcast/ramp"] == RAMP
+    assert report.loss_at == PERIOD + RAMP + 1 and " of their norm over 3 steps, " in str(report)
 
 
-def test_it_begins_at_the_mean_if_snapshots_are_means() -> None:
+def test_a_ramp_begins_at_the_mean_if_snapshots_are_means() -> None:
     """The mean of 5 and 6 is predicted 99 further, so 99 is the way, and not the 98.5 from where the weights are."""
     assert trace(session_of(one_layer(), average_over=2), 9)[-1] == pytest.approx(9 + 99)
 
 
-def test_without_it_weights_jump_at_once() -> None:
+def test_without_a_ramp_weights_jump_at_once() -> None:
     assert trace(session_of(one_layer(), ramp=0), 7)[5:] == [105, 106]
 
 
 def test_snapshots_see_weights_on_their_way() -> None:
     nowcaster = ScriptedNowcaster(add(90.0))
-    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(ramp=GLIDE, rollback_window=0))
+    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(ramp=RAMP, rollback_window=0))
     update(session, 12)
     _, (_, second) = nowcaster.asked
     assert [s["0.weight"][0, 0].item() for s in second] == [8 + 60, 10 + 90, 12 + 90]
 
 
-def test_it_arrives_where_a_jump_lands() -> None:
+def test_a_ramp_arrives_where_a_jump_at_once_does() -> None:
     """With an optimizer that moves nothing, from real predictions."""
     ends = []
-    for ramp in (0, GLIDE):
+    for ramp in (0, RAMP):
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
         optimizer = wrapped(base, model, ramp=ramp, rollback_window=0)
-        for index in range(PERIOD + GLIDE):
+        for index in range(PERIOD + RAMP):
             if index == PERIOD:
                 base.param_groups[0]["lr"] = 0.0
             one_update(model, optimizer, index)
@@ -114,27 +112,24 @@ def test_it_arrives_where_a_jump_lands() -> None:
         torch.testing.assert_close(ends[1][name], landed, rtol=1e-6, atol=1e-6)
 
 
-def test_bfloat16_weights_arrive_although_a_share_rounds_away() -> None:
+def test_bfloat16_weights_arrive_although_a_part_rounds_away() -> None:
     """A twentieth of 0.04 is less than half of the distance between two such numbers at 1."""
     parameters = {"weight": nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}
-    before = weights_of(nn.ParameterDict(parameters))
     target = torch.tensor([1.0, 1.0390625, 0.96875, 2.0], dtype=torch.bfloat16)
-    with torch.no_grad():
-        parameters["weight"].copy_(target)
     ramp = Ramp(20)
-    ramp.begin(parameters, before, before)
-    assert torch.equal(parameters["weight"].detach(), before["weight"])
-    arrived = [ramp.after_step(parameters, None) for _ in range(20)]
+    ramp.begin(parameters, {"weight": target.float() - 1})
+    assert torch.equal(parameters["weight"].detach(), torch.ones(4, dtype=torch.bfloat16))
+    arrived = [ramp.advance(parameters, None) for _ in range(20)]
     assert arrived == [False] * 19 + [True] and not ramp.is_on
     assert torch.equal(parameters["weight"].detach(), target)
 
 
-def test_masters_of_the_weights_move_along() -> None:
+def test_master_weights_move_along() -> None:
     """The optimizer writes its float32 copies over the weights at every step: the way would be lost."""
     model = mlp().bfloat16()
-    optimizer = wrapped(Mastered(model.parameters()), model, ScriptedNowcaster(add(3.0)), ramp=GLIDE, rollback_window=0)
+    optimizer = wrapped(Mastered(model.parameters()), model, ScriptedNowcaster(add(3.0)), ramp=RAMP, rollback_window=0)
     still: dict[str, torch.Tensor] = {}
-    for index in range(PERIOD + GLIDE):
+    for index in range(PERIOD + RAMP):
         inputs, _ = batch(index)
         optimizer.zero_grad()
         model(inputs.bfloat16()).float().square().mean().backward()
@@ -148,15 +143,13 @@ def test_masters_of_the_weights_move_along() -> None:
         assert torch.equal(parameter.detach(), master.bfloat16())
 
 
-def test_all_masters_of_a_weight_move_along() -> None:
+def test_all_master_copies_of_a_weight_move_along() -> None:
     weights = {"weight": nn.Parameter(torch.full((4,), 2.0))}
     optimizer = torch.optim.SGD(weights.values(), lr=1.0)
     optimizer.state[weights["weight"]] = {name: torch.full((4,), 2.0) for name in ("master", "copy")}
     ramp = Ramp(2)
-    with torch.no_grad():
-        weights["weight"].add_(6)
-    ramp.begin(weights, {"weight": torch.full((4,), 2.0)}, {"weight": torch.full((4,), 2.0)})
-    ramp.after_step(weights, optimizer)
+    ramp.begin(weights, {"weight": torch.full((4,), 6.0)})
+    ramp.advance(weights, optimizer)
     assert all(value.tolist() == [5.0] * 4 for value in optimizer.state[weights["weight"]].values())
     assert weights["weight"].tolist() == [5.0] * 4
 
@@ -167,13 +160,13 @@ def test_weights_that_share_memory_move_once() -> None:
     model[1].weight = nn.Parameter(model[0].weight.data)
     nn.init.zeros_(model[0].weight)
     session = session_of(model)
-    for _ in range(PERIOD + GLIDE):
+    for _ in range(PERIOD + RAMP):
         session.after_step()
     assert model[0].weight.flatten().tolist() == [99.0] * 4
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
+def test_elements_that_never_moved_stay_while_ramping(dtype: torch.dtype | None) -> None:
     """0.3 is no bfloat16: the mean of a row that stays is rounded in a snapshot, and is not where it is."""
     model = mlp()
     model[0].weight.data[1] = 0.3
@@ -181,9 +174,9 @@ def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
         model,
         tiny_nowcaster(),
         period=PERIOD,
-        plan=NowcastPlan(average_over=2, snapshot_dtype=dtype, ramp=GLIDE, rollback_window=0),
+        plan=NowcastPlan(average_over=2, snapshot_dtype=dtype, ramp=RAMP, rollback_window=0),
     )
-    for _ in range(PERIOD + GLIDE):
+    for _ in range(PERIOD + RAMP):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.02)
@@ -197,10 +190,10 @@ def test_what_has_never_moved_stays(dtype: torch.dtype | None) -> None:
 def test_recordings_say_where_weights_were_moved(tmp_path: Path) -> None:
     model = one_layer()
     base = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer = wrapped(base, model, ScriptedNowcaster(add(99.0)), ramp=GLIDE, rollback_window=0)
+    optimizer = wrapped(base, model, ScriptedNowcaster(add(99.0)), ramp=RAMP, rollback_window=0)
     recorder = nino.data.record(model, tmp_path / "run", interval=2, optimizer=optimizer)
     recorder.after_step(0)
-    for step in range(1, PERIOD + GLIDE + 3):
+    for step in range(1, PERIOD + RAMP + 3):
         model[0].weight.grad = torch.full_like(model[0].weight, -1.0)
         optimizer.step()
         recorder.after_step(step)
@@ -253,7 +246,7 @@ def judged(losses: Callable[[int], float], steps: int, **settings: Any) -> Nowca
     model, period = one_layer(), 8 * PERIOD
     base = torch.optim.SGD(model.parameters(), lr=1.0)
     nowcaster = ScriptedNowcaster(add(99.0))
-    optimizer = wrapped(base, model, nowcaster, period=period, **({"ramp": GLIDE, "rollback_window": 3} | settings))
+    optimizer = wrapped(base, model, nowcaster, period=period, **({"ramp": RAMP, "rollback_window": 3} | settings))
     for step in range(1, period + steps + 1):
         optimizer.observe(1.0 + 0.01 * (step % 2) if step <= period else losses(step - period))
         model[0].weight.grad = torch.full_like(model[0].weight, -1.0)
@@ -265,22 +258,22 @@ def weight_of(session: NowcastSession) -> float:
     return float(session.model[0].weight[0, 0].item())  # type: ignore[index]
 
 
-def test_a_jump_is_undone_whole_once_it_has_arrived() -> None:
-    session = judged(lambda since: 50.0, GLIDE + 3)
+def test_a_ramp_is_rolled_back_whole_once_it_has_arrived() -> None:
+    session = judged(lambda since: 50.0, RAMP + 3)
     (report,) = session.reports
-    assert (report.outcome == "rolled back") and report.steps_undone == GLIDE + 3
+    assert (report.outcome == "rolled back") and report.steps_undone == RAMP + 3
     assert weight_of(session) == 8 * PERIOD and not session.jumps.ramp.is_on
 
 
-def test_losses_on_the_way_are_not_held_against_it() -> None:
+def test_losses_while_ramping_are_not_held_against_the_nowcast() -> None:
     """High while the weights are on their way, and as before once they have arrived."""
-    session = judged(lambda since: 50.0 if since <= GLIDE else 1.0, GLIDE + 3)
+    session = judged(lambda since: 50.0 if since <= RAMP else 1.0, RAMP + 3)
     (report,) = session.reports
     assert report.has_moved and report.outcome != "rolled back" and report.loss_at == report.loss_after == 1.0
-    assert weight_of(session) == 8 * PERIOD + GLIDE + 3 + 99
+    assert weight_of(session) == 8 * PERIOD + RAMP + 3 + 99
 
 
-def test_a_jump_that_stops_updates_is_undone_on_its_way() -> None:
+def test_a_jump_after_which_no_step_is_made_is_rolled_back_while_ramping() -> None:
     session = judged(lambda since: 1.0, 1)
     assert weight_of(session) == 8 * PERIOD + 1 + 33
     for _ in range(MANY_SKIPPED):
@@ -297,13 +290,13 @@ def test_a_jump_that_failed_does_not_ramp() -> None:
         raise RuntimeError("no memory")
 
     nowcaster = ScriptedNowcaster(fail)
-    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(ramp=GLIDE, rollback_window=0))
+    session = NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(ramp=RAMP, rollback_window=0))
     assert trace(session, 8) == [*range(1, 9)]
     assert not session.reports[0].has_moved and not session.jumps.ramp.is_on
 
 
 @pytest.mark.parametrize("change", ["frozen", "replaced"])
-def test_what_changes_on_the_way_ends_it(change: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_changes_while_ramping_ends_the_ramp(change: str, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
     session = session_of(model)
     update(session, PERIOD + 1)
@@ -324,7 +317,7 @@ def test_what_changes_on_the_way_ends_it(change: str, caplog: pytest.LogCaptureF
     )
 
 
-def test_a_share_that_fails_ends_the_way_and_not_the_run(
+def test_a_part_that_fails_ends_the_ramp_and_not_the_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: Any) -> None:
@@ -332,7 +325,7 @@ def test_a_share_that_fails_ends_the_way_and_not_the_run(
 
     session = session_of(one_layer())
     update(session, PERIOD + 1)
-    monkeypatch.setattr("nino.session.jump.ramp._move", fail)
+    monkeypatch.setattr(Ramp, "advance", fail)
     assert trace(session, 3) == [41, 42, 43] and not session.jumps.ramp.is_on
     assert "2 of 3 steps before the weights had arrived, training goes on: CUDA out of mem" in warnings_in(caplog)[-1]
     with monkeypatch.context() as patch:  # but processes that hold different weights must not go on
@@ -344,62 +337,49 @@ def test_a_share_that_fails_ends_the_way_and_not_the_run(
             update(session)
 
 
-@pytest.mark.parametrize("share", [1, GLIDE])
-def test_an_interrupt_waits_for_a_share(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [1, RAMP])
+def test_an_interrupt_waits_for_a_part_of_a_ramp(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     session = session_of(one_layer())
     update(session, PERIOD + share - 1)
-    move = nino.session.jump.ramp._move
+    advance = Ramp.advance
 
-    def interrupt(*args: Any) -> None:
+    def interrupt(*args: Any) -> bool:
         signal.raise_signal(signal.SIGINT)
-        move(*args)
+        return advance(*args)
 
-    monkeypatch.setattr("nino.session.jump.ramp._move", interrupt)
+    monkeypatch.setattr(Ramp, "advance", interrupt)
     with pytest.raises(KeyboardInterrupt):
         update(session)
     monkeypatch.undo()
     resumed = session_of(copy.deepcopy(session.model))
     resumed.load_state_dict(session.state_dict())
-    update(resumed, GLIDE - share)
-    assert weight_of(resumed) == PERIOD + GLIDE + 99 and not resumed.jumps.ramp.is_on
+    update(resumed, RAMP - share)
+    assert weight_of(resumed) == PERIOD + RAMP + 99 and not resumed.jumps.ramp.is_on
 
 
 @pytest.mark.parametrize("end", ["finish", "detach", "reset"])
-def test_the_end_of_a_run_is_the_end_of_the_way(end: str) -> None:
+def test_the_end_of_a_run_is_the_end_of_a_ramp(end: str) -> None:
     session = session_of(one_layer())
     update(session, PERIOD + 1)
     getattr(session, end)()
     assert not session.jumps.ramp.is_on and trace(session, 2) == [41, 42]
 
 
-@pytest.mark.parametrize("steps_left", [GLIDE + 4, GLIDE + 5])
+@pytest.mark.parametrize("steps_left", [RAMP + 4, RAMP + 5])
 def test_a_jump_that_could_not_arrive_is_left_out(steps_left: int) -> None:
     """Batch norms take five more steps to know of it."""
     session = session_of(one_layer(), max_steps=PERIOD + steps_left)
     update(session, PERIOD + 1)
     (report,) = session.reports
-    assert (report.outcome == "left out") == (steps_left == GLIDE + 4)
+    assert (report.outcome == "left out") == (steps_left == RAMP + 4)
     assert report.reason == ("the run ends before a jump could recover" if (report.outcome == "left out") else "")
 
 
 # Saved and resumed
 
 
-def test_a_resumed_ramp_goes_on() -> None:
-    whole = session_of(one_layer())
-    update(whole, PERIOD + 1)
-    buffer = io.BytesIO()
-    torch.save(whole.state_dict(), buffer)
-    buffer.seek(0)
-    model = copy.deepcopy(whole.model)
-    resumed = session_of(model)
-    resumed.load_state_dict(torch.load(buffer, weights_only=True))
-    assert trace(resumed, 6) == trace(whole, 6)
-    assert_same(weights_of(model), weights_of(whole.model))
-
-
 @pytest.mark.parametrize("change", [{"steps_left": -1}, {"steps_left": 0}, {"rest": {}}, {"rest": 3}, None])
-def test_a_damaged_state_is_refused(change: dict[str, Any] | None) -> None:
+def test_a_damaged_ramp_is_refused(change: dict[str, Any] | None) -> None:
     session = session_of(one_layer())
     update(session, PERIOD + 1)
     state = session.state_dict()
@@ -424,7 +404,7 @@ def test_the_rest_of_other_parameters_is_left_out() -> None:
 # Settings
 
 
-def test_a_verdict_comes_before_the_next_nowcast() -> None:
+def test_a_ramp_is_judged_before_the_next_nowcast() -> None:
     def longest(**settings: int) -> int:
         return rollback_config(NowcastPlan(period=60, **settings)).longest  # type: ignore[arg-type]
 
@@ -433,7 +413,7 @@ def test_a_verdict_comes_before_the_next_nowcast() -> None:
     )
 
 
-def test_what_it_takes_is_planned() -> None:
+def test_the_memory_of_a_ramp_is_estimated() -> None:
     model = mlp()
     session = NowcastSession(model, tiny_nowcaster(), period=60, plan=NowcastPlan(ramp=20, rollback_window=0))
     planned = estimate_costs(

@@ -54,7 +54,7 @@ class Run:
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
-def test_masters_jump_along(kind: str) -> None:
+def test_master_weights_jump_along(kind: str) -> None:
     before = weights_of(Run(kind).train(0, PERIOD - 1).model)
     run = Run(kind).train(0, PERIOD)
     for name, parameter in run.model.named_parameters():
@@ -70,7 +70,7 @@ def test_masters_jump_along(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
-def test_masters_are_undone_to_the_last_bit(kind: str) -> None:
+def test_master_weights_are_rolled_back_to_the_last_bit(kind: str) -> None:
     run, plain = Run(kind, rollback_window=R).train(0, PERIOD + R), Run(kind)
     plain.optimizer.detach()
     plain.train(0, PERIOD)
@@ -80,7 +80,7 @@ def test_masters_are_undone_to_the_last_bit(kind: str) -> None:
     assert_same(run.states(), plain.states())
 
 
-def test_a_jump_that_is_refused_leaves_masters_alone() -> None:
+def test_a_jump_that_is_refused_leaves_master_weights_alone() -> None:
     run, plain = Run(), Run()
     run.optimizer.session.nowcaster.predict_movement = _fail  # type: ignore[method-assign]
     plain.optimizer.detach()
@@ -91,7 +91,7 @@ def test_a_jump_that_is_refused_leaves_masters_alone() -> None:
     assert_same(run.states(), plain.states())
 
 
-def test_a_jump_that_cannot_be_completed_is_none_for_masters_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jump_that_cannot_be_completed_is_none_for_master_weights_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BatchNormRenewal, "begin", _fail)
     run, plain = Run().train(0, PERIOD), Run()
     plain.optimizer.detach()
@@ -107,7 +107,7 @@ def _fail(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("no memory")
 
 
-def test_masters_that_loading_has_rounded_jump_along() -> None:
+def test_master_weights_that_loading_has_rounded_jump_along() -> None:
     # torch's load_state_dict gives state the dtype of its parameter.
     run, resumed = Run().train(0, PERIOD - 1), Run()
     resumed.model.load_state_dict(run.model.state_dict())
@@ -127,7 +127,7 @@ def found(parameters: dict[str, Tensor], states: dict[str, dict[str, Any]]) -> i
     return len(find_master_weights(optimizer, parameters))
 
 
-def test_what_is_no_master() -> None:
+def test_what_are_no_master_weights() -> None:
     parameters = {"weight": torch.ones(2, dtype=torch.bfloat16), "bias": torch.zeros(2, dtype=torch.bfloat16)}
     zeros, ones = torch.zeros(2), torch.ones(2)
 
@@ -140,7 +140,7 @@ def test_what_is_no_master() -> None:
     assert find_master_weights(None, parameters) == []
 
 
-def test_moments_of_known_optimizers_are_no_masters() -> None:
+def test_moments_of_known_optimizers_are_no_master_weights() -> None:
     for kind in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor, torch.optim.RMSprop):
         model = mlp()
         nn.init.zeros_(model[0].bias)

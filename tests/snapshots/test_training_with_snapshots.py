@@ -80,12 +80,12 @@ def test_a_training_is_the_same_in_every_place(place: Any, tmp_path: Path) -> No
 
 
 def test_a_run_resumes_with_snapshots_in_another_place(tmp_path: Path) -> None:
-    def wrapped(**settings: Any) -> tuple[nn.Module, nino.NowcastOptimizer]:
+    def begin(**settings: Any) -> tuple[nn.Module, nino.NowcastOptimizer]:
         model = mlp()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
         return model, wrapped(base, model, **settings)
 
-    model, optimizer = wrapped()
+    model, optimizer = begin()
     for index in range(PERIOD - 1):
         one_update(model, optimizer, index)
     state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
@@ -93,7 +93,7 @@ def test_a_run_resumes_with_snapshots_in_another_place(tmp_path: Path) -> None:
 
     for place in PLACES:
         settings = {"snapshots_on": place, **({"snapshot_folder": tmp_path} if place == "disk" else {})}
-        resumed_model, resumed = wrapped(**settings)
+        resumed_model, resumed = begin(**settings)
         resumed_model.load_state_dict(weights)
         resumed.load_state_dict(copy.deepcopy(state))
         one_update(resumed_model, resumed, PERIOD)

@@ -1,0 +1,268 @@
+"""All commands, and how they fail: one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from nino.errors import NinoError
+
+app = typer.Typer(
+    help="Nowcast the weights of a training neural network: train in fewer steps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Folder = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Nowcaster = Annotated[str, typer.Option(help="A shipped name, a folder, a published .pt file or a hub id.")]
+Own = Annotated[str, typer.Argument(metavar="MODULE:NAME", help="In your code, such as my_project.models:build.")]
+Shape = Annotated[str, typer.Argument(metavar="MODEL", help="MODULE:FUNCTION, a config.json or its folder.")]
+
+
+@app.command(epilog="Example: nino demo --steps 2000")
+def demo(
+    out: Folder = Path("runs/demo-digits"),
+    steps: Annotated[int, typer.Option(min=100, help="Optimizer steps of each training.")] = 1500,
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each method.")] = 3,
+) -> None:
+    """Train a small network with and without nowcasting: a table and a picture, in a minute or two."""
+    from nino.demo import Digits
+
+    _compare(Digits(), [], steps, seeds, 1e-2, out)
+
+
+@app.command(epilog="Example: nino check my_project.models:build")
+def check(model: Own) -> None:
+    """Prove the wiring of a model: MODULE:NAME is a function that returns (model, example_inputs)."""
+    from nino.cli.loading import load_model
+    from nino.graph.check import check_wiring
+
+    report = check_wiring(*load_model(model))
+    typer.echo(str(report))
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(epilog="Example: nino graph my_project.models:build --out pictures")
+def graph(model: Shape, out: Folder = Path("runs/graph")) -> None:
+    """Draw the graph of a model, and write it as JSON."""
+    from nino.cli.loading import load_shape
+    from nino.graph.pictures import draw_adjacency, draw_layers, title_of
+
+    name, _, wired = load_shape(model)
+    title = title_of(name, wired)
+    _make(out)
+    draw_layers(wired, out / "layers.png", title)
+    draw_adjacency(wired, out / "adjacency.png", title)
+    (out / "graph.json").write_text(wired.to_json())
+    typer.echo(f"{title}\nlayers.png, adjacency.png and graph.json are in {out}/")
+
+
+@app.command(epilog="Example: nino nowcast output/ --out output/checkpoint-6000-nowcast")
+def nowcast(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Oldest first, or one output folder of the Trainer.")],
+    out: Annotated[Path, typer.Option(help="The new checkpoint; must not exist.")],
+    nowcaster: Nowcaster = "nino-base",
+    horizon: Annotated[int | None, typer.Option(help="Intervals between checkpoints ahead.")] = None,
+    model: Annotated[str | None, typer.Option(help="MODULE:FUNCTION, where there is no config.json.")] = None,
+    preserve_norms: Annotated[bool, typer.Option(help="Matrices keep their norms.")] = False,
+) -> None:
+    """Nowcast the checkpoints of a run: writes one from which training goes on."""
+    from nino.checkpoints import nowcast_checkpoints
+    from nino.cli.loading import call
+    from nino.predict.nowcaster import Nowcaster as Loaded
+
+    built = None if model is None else call(model)
+    built = built[0] if isinstance(built, tuple) else built
+    loaded = Loaded.from_official(nowcaster) if nowcaster.endswith(".pt") else Loaded.from_pretrained(nowcaster)
+    result = nowcast_checkpoints(checkpoints, out, loaded, horizon, model=built, preserve_norms=preserve_norms)
+    typer.echo(f"{out}: {result.horizon} intervals ahead, weights moved by {result.relative_jump:.3g} of their norm")
+
+
+@app.command(epilog="Example: nino record my_project.task:MyTask --out trajectories/first --steps 5000")
+def record(
+    task: Own,
+    out: Annotated[Path, typer.Option(help="Folder of the recording.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 5000,
+    interval: Annotated[int, typer.Option(min=1, help="Steps between recorded states.")] = 25,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+) -> None:
+    """Train a task of yours (nino.evaluation.Task) with AdamW, and record its weights to pretrain a nowcaster on."""
+    import torch
+
+    from nino.cli.loading import call
+    from nino.data import record as begin
+
+    made = call(task)
+    model = made.model(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    recorder = begin(model, out, interval=interval, optimizer=optimizer, training={"lr": learning_rate, "seed": seed})
+    batches = made.batches(seed)
+    recorder.after_step(0)
+    for step in range(1, steps + 1):
+        loss = made.loss(model, next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        recorder.after_step(step, {"loss": loss.item()} if recorder.is_due(step) else None)
+    recorder.close()
+    typer.echo(recorder.problem or f"{steps} steps are recorded in {out}/")
+
+
+@app.command(epilog="Example: nino pretrain trajectories --out my-nowcaster --steps 5000")
+def pretrain(
+    runs: Annotated[Path, typer.Argument(help="Folder of recordings.")],
+    out: Annotated[Path, typer.Option(help="Folder for the nowcaster.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the nowcaster.")] = 5000,
+    hidden: Annotated[int, typer.Option(min=8, help="Width of the network.")] = 64,
+    start_from: Annotated[str | None, typer.Option(help="Train this nowcaster further.")] = None,
+) -> None:
+    """Train a nowcaster on recordings; the same command goes on with one that was stopped."""
+    from nino.data import Trajectory
+    from nino.data.split import find_runs
+    from nino.predict.model import NowcasterConfig
+    from nino.predict.nowcaster import Nowcaster as Loaded
+    from nino.pretraining.config import PretrainingConfig
+    from nino.pretraining.loop import pretrain as train
+    from nino.pretraining.windows import WindowSource
+
+    split = find_runs(runs)
+    split.check(runs)
+    start = None if start_from is None else Loaded.from_pretrained(start_from)
+    config = NowcasterConfig(hidden=hidden, inputs="movements") if start is None else start.config
+    sources = [
+        WindowSource([Trajectory(folder) for folder in folders], config, [2, 4, 8])
+        for folders in (split.train, split.held_out)
+    ]
+    _make(out)
+    train(PretrainingConfig(steps=steps), config, sources[0], sources[1], out, start)
+    typer.echo(f"{out}/ holds a nowcaster: NowcastOptimizer(..., {str(out)!r})")
+
+
+@app.command(epilog="Example: nino compare my_project.task:MyTask --steps 4000 --method adam --method nino:nino-base")
+def compare(
+    task: Own,
+    steps: Annotated[int, typer.Option(min=20, help="Optimizer steps of each training.")],
+    method: Annotated[list[str] | None, typer.Option(help="adam, own, nino:NAME, ema:0.99, snoo, linear, ...")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each method.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW: its best one, please.")] = 1e-3,
+    out: Folder = Path("runs/compare"),
+) -> None:
+    """Train a task of yours (nino.evaluation.Task) with and without nowcasting; the same command goes on."""
+    from nino.cli.loading import call
+
+    _compare(call(task), method or [], steps, seeds, learning_rate, out)
+
+
+@app.command(epilog="Example: nino estimate config.json --period 500")
+def estimate(
+    model: Shape,
+    nowcaster: Nowcaster = "nino-base",
+    period: Annotated[int | None, typer.Option(help="Steps between nowcasts.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps of the run.")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    fsdp: Annotated[bool, typer.Option(help="Parameters are sharded with FSDP2.")] = False,
+    device: Annotated[str, typer.Option(help="That trains: cpu or cuda.")] = "cuda",
+) -> None:
+    """Say how much memory nowcasting takes in a run."""
+    from nino.cli.loading import load_shape
+    from nino.costs import estimate_costs
+
+    name, built, wired = load_shape(model)
+    costs = estimate_costs(
+        built,
+        nowcaster,
+        period=period,
+        max_steps=max_steps,
+        world_size=world_size,
+        sharding="fsdp2" if fsdp else "none",
+        device=device,  # type: ignore[arg-type]
+        graph=wired,
+    )
+    typer.echo(f"{name}: {costs.weights:,} weights, {costs.nodes:,} neurons; bytes of one process:")
+    for what, number in costs.as_dict().items():
+        if what not in ("weights", "nodes") and number:
+            typer.echo(f"  {what.replace('_', ' '):<16}{number / 1e6:>12,.3f} MB")
+
+
+@app.command(epilog="Example: nino plot output/checkpoint-5000/trainer_state.json --out run.png")
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="trainer_state.json of a Trainer, or results of a comparison.")],
+    out: Annotated[Path, typer.Option(help="A picture.")] = Path("run.png"),
+) -> None:
+    """Draw the training loss of runs, with their jumps marked."""
+    from nino.plots import plot_run
+
+    for number, run in enumerate(runs):
+        picture = out if len(runs) == 1 else out.with_stem(f"{out.stem}-{number}")
+        plot_run(run, picture)
+        typer.echo(str(picture))
+
+
+@app.command()
+def weights() -> None:
+    """List the nowcasters that are installed."""
+    from nino.predict.files import shipped_nowcasters
+    from nino.predict.nowcaster import Nowcaster as Loaded
+
+    for name in shipped_nowcasters():
+        config = Loaded.from_pretrained(name).config
+        typer.echo(f"{name:<12} {config.kind}, {config.hidden} wide, reads {config.context} {config.inputs}")
+
+
+def main() -> NoReturn:
+    """Run the command line; whatever a person can cause is one line."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("nino").setLevel(logging.INFO)
+    command: Any = typer.main.get_command(app)
+    try:
+        code = command.main(standalone_mode=False)
+    except NinoError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted; what was done is kept", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own: a wrong option, a missing argument
+            raise
+        _fail(error.format_message())
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NinoError(f"{folder} cannot be made a folder: {error.strerror}; give another --out") from error
+
+
+def _compare(task: Any, methods: list[str], steps: int, seeds: int, learning_rate: float, out: Path) -> None:
+    from nino.evaluation import compare as run
+
+    _make(out)
+    chosen = methods or ["adam", "nino:nino-base"]
+    result = run(
+        task,
+        chosen,
+        seeds=range(seeds),
+        budgets=[steps],
+        folder=out,
+        learning_rates=[learning_rate],
+        schedules=["cosine"],
+        warmup=min(100, steps // 10),
+    )
+    for cell, reason in result.failed.items():
+        typer.echo(f"{cell.label} failed: {' '.join(reason.split())}", err=True)
+    typer.echo(f"{result}\n{out}/ holds results.json, table.md and curves.png")
+    if result.failed:
+        raise typer.Exit(1)
