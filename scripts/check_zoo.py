@@ -2,11 +2,13 @@
 
     make test-zoo
     python scripts/check_zoo.py --only "timm:resnet" "transformers:llama"
+    python scripts/check_zoo.py --part 1 4        # a fourth of it; several processes may share the work
 
 Every model is traced on its inputs, all its permutable axes are relabelled at once, twice, in training and in
-evaluation mode, and every tensor that it returns is compared. The table goes into ``docs/zoo.md``, all that was found
-into ``results/zoo/results.json``. A run that was interrupted goes on where it was (``--again`` begins anew). The exit
-code is 1 if a model is wired wrong, or fewer than 99% of those that run are wired whole and proved.
+evaluation mode, and every tensor that it returns is compared. What was found goes into ``results/zoo/rows.jsonl`` line
+by line, and a run without ``--only`` and ``--part`` goes on from there (``--again`` begins anew) and writes the table
+into ``docs/zoo.md``. The exit code is 1 if a model is wired wrong, or fewer than 99% of those that run are wired whole
+and proved.
 """
 
 from __future__ import annotations
@@ -27,13 +29,12 @@ import torch
 
 import nino
 from nino.errors import NinoError
+from nino.evaluation.report import format_markdown
 from nino.graph import NeuralGraph
 from nino.graph.calls import Calls
 from nino.graph.symmetry import permutable_axes, random_relabelling, relabel
 from nino.graph.trial import Trial
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, make_output_folder, run_main
-from tasks.machine import describe_machine
-from tasks.report import format_markdown
 from tasks.wired_zoo import Animal, SkippedError, animals
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,12 +158,20 @@ def summary(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def found_in(file: Path) -> dict[str, dict[str, Any]]:
+    """The newest row of each model."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {f"{row['library']}:{row['name']}": row for row in rows}
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--only", nargs="+", metavar="LIBRARY[:NAME]", help="some libraries or models; writes nothing")
-    parser.add_argument("--again", action="store_true", help="do not go on with an interrupted run")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "zoo", help="folder of results.json")
+    parser.add_argument("--only", nargs="+", metavar="LIBRARY[:NAME]", help="some libraries or models, once more")
+    parser.add_argument("--part", nargs=2, type=int, metavar=("K", "N"), help="the K-th of N parts of the zoo")
+    parser.add_argument("--again", action="store_true", help="forget what was found before")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "zoo", help="folder of rows.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md", help="that holds the table")
     return parser.parse_args(argv)
 
@@ -173,34 +182,32 @@ def main(argv: list[str]) -> int:
     warnings.simplefilter("ignore")
     logging.getLogger("nino").addHandler(_Keep())
     logging.getLogger("nino").propagate = False
-    done: dict[str, dict[str, Any]] = {}
-    file = args.out / "results.json"
-    if not args.only:
-        check_output_folder("--out", args.out)
-        check_output_file("--page", args.page)
-        make_output_folder("--out", args.out)
-        if file.exists() and not args.again:
-            done = {f"{row['library']}:{row['name']}": row for row in json.loads(file.read_text())["models"]}
-    rows = []
-    for animal in animals():
+    check_output_folder("--out", args.out)
+    check_output_file("--page", args.page)
+    make_output_folder("--out", args.out)
+    file = args.out / "rows.jsonl"
+    if args.again:
+        file.unlink(missing_ok=True)
+    done = found_in(file)
+    rows: list[dict[str, Any]] = []
+    for number, animal in enumerate(animals()):
         key = f"{animal.library}:{animal.name}"
         if args.only and not any(key == one or animal.library == one for one in args.only):
             continue
-        row = done.get(key)
+        if args.part and number % args.part[1] != args.part[0] - 1:
+            continue
+        row = done.get(key) if not args.only else None
         if row is None:
             MESSAGES.clear()
             row = examine(animal)
             gc.collect()
-            said = (
-                f"{row.get('error', 0):.0e} {row.get('seconds', 0)} s" if row["outcome"] == "proved" else row["reason"]
-            )
+            said = f"{row['error']:.0e}, {row['seconds']} s" if row["outcome"] == "proved" else row["reason"]
             print(f"[{len(rows) + 1}] {key}: {row['outcome']} {said}", flush=True)
+            with file.open("a") as out:
+                out.write(json.dumps(row) + "\n")
         rows.append(row)
-        if not args.only:
-            results = {"machine": describe_machine(), "models": rows + [r for k, r in done.items() if r not in rows]}
-            file.write_text(json.dumps(results, indent=1) + "\n")
     print(summary(rows))
-    if not args.only:
+    if not args.only and not args.part:
         page = args.page.read_text() if args.page.exists() else f"# Zoo\n\n{BEGIN}\n{END}\n"
         before, rest = page.split(BEGIN)
         after = rest.split(END)[1]

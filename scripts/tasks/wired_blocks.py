@@ -1,4 +1,4 @@
-"""Blocks that other libraries' models are made of, as plain modules: graph networks, diffusion, flows, older convnets."""
+"""Blocks that other libraries' models are made of, as plain modules: graphs, diffusion, flows, older convnets."""
 
 from __future__ import annotations
 
@@ -278,6 +278,8 @@ class VqVae(nn.Module):
 class RealNvp(nn.Module):
     """Coupling by a mask, and by halves."""
 
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mask", torch.tensor([True, False, True, False]))
@@ -295,6 +297,9 @@ class RealNvp(nn.Module):
 @block("MADE and PixelCNN", draw(2, 1, 6, 6))
 class Masked(nn.Module):
     """Kernels and weights times masks."""
+
+    mask: Tensor
+    lower: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +364,7 @@ class SegNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, where = F.max_pool2d(F.relu(self.first(x)), 2, return_indices=True)
-        return self.head(F.max_unpool2d(self.second(h), where, 2))
+        return self.head(F.max_unpool2d(self.second(h), where, (2, 2)))
 
 
 @block("frozen batch norm", draw(2, 3, 6, 6))

@@ -13,13 +13,14 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-WORDS, WIDTH, MOST_PARAMETERS = 40, 16, 40_000_000
+WORDS, WIDTH, MOST_PARAMETERS = 40, 16, 24_000_000
 Made = tuple[nn.Module, Any]
 
 
@@ -51,7 +52,10 @@ def animals() -> Iterator[Animal]:
 # transformers
 
 SIZES: list[tuple[str, int]] = [
-    (r"(.*_)?(vocab|codebook)_size(_per_layer_input)?", WORDS),
+    (r"codebook_size|num_codebook_vectors", 64),
+    (r"(.*_)?vocab_size(_per_layer_input)?", WORDS),
+    (r"(pad|bos|eos|cls|sep|mask|unk|decoder_start|image|video|audio|speech|boi|eoi|im_start|im_end)_token_id.*", 2),
+    (r"num_groups|norm_num_groups|hidden_act_groups|conv_pos_embedding_groups|num_conv_pos_embedding_groups", 2),
     (r"num_(embeddings|tokens|codes)", WORDS),
     (r"num_(key_value|kv)_heads|n_kv_heads?|(encoder|decoder)_num_key_value_heads", 2),
     (r"(.*_)?(num|n)_?(.*_)?heads?|(encoder|decoder)_attention_heads|nhead|heads|.*attention_heads", 4),
@@ -60,7 +64,7 @@ SIZES: list[tuple[str, int]] = [
     (r"(.*_)?(embedding_dim|projection_dim|proj_dim|projection_size|feat_dim|decoder_hidden_size|channels)", WIDTH),
     (r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|dim_feedforward|inner_dim|ffn_hidden_size)", 24),
     (r"d_inner|mamba_d_ssm|time_mix_.*", 32),
-    (r"(qk_|v_|qk_nope_|qk_rope_|kv_|.*_)?head_dim|d_kv|d_head|kv_channels|attention_head_size", 4),
+    (r"rotary_dim|rotary_ndims|(qk_|v_|qk_nope_|qk_rope_|kv_|.*_)?head_dim|d_kv|d_head|kv_channels", 4),
     (r"(kv|q|o|index)_lora_rank", 8),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions|max_seq_len.*|n_ctx|seq_length|max_len.*", 64),
     (r"(num_local_|num_|n_routed_|moe_num_|num_routed_|n_)experts?(_total)?", 4),
@@ -78,7 +82,15 @@ SIZES: list[tuple[str, int]] = [
 """What attributes of configs are called, and what they become; the first that fits counts."""
 LISTS = [(r".*depths|.*num_blocks|layers_per_block|.*num_layers", 1), (r".*(heads|groups)", 2)]
 LISTS += [(r".*(hidden_sizes|dims|channels|embed_dims?|conv_dim|out_features_.*)", WIDTH)]
-HEADS = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES", "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES", "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES", "MODEL_FOR_CTC_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES", "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "MODEL_MAPPING_NAMES"]
+HEADS = (  # noqa: SIM905
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES MODEL_FOR_MASKED_LM_MAPPING_NAMES "
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES "
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES "
+    "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES "
+    "MODEL_FOR_CTC_MAPPING_NAMES MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES "
+    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES "
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES MODEL_MAPPING_NAMES"
+).split()
 """Registries of classes of models, what is trained most first."""
 
 
@@ -94,7 +106,7 @@ def of_transformers() -> Iterator[Animal]:
         classes = [
             name for found in names if found for name in (found if isinstance(found, (tuple, list)) else [found])
         ]
-        yield Animal(kind, "transformers", lambda kind=kind, classes=tuple(classes): _transformer(kind, classes))
+        yield Animal(kind, "transformers", partial(_transformer, kind, tuple(classes)))
 
 
 def _transformer(kind: str, classes: tuple[str, ...]) -> Made:
@@ -103,15 +115,15 @@ def _transformer(kind: str, classes: tuple[str, ...]) -> Made:
     if not classes:
         raise SkippedError("the registry has no model of it")
     problem = ""
-    for small in (shrink, shrink_depth):
+    for small, most in ((shrink, MOST_PARAMETERS), (shrink_depth, MOST_PARAMETERS // 4)):
         for name in dict.fromkeys((classes[0], classes[-1])):
             try:
                 config = transformers.CONFIG_MAPPING[kind]()
                 small(config)
                 with torch.device("meta"):
                     size = sum(p.numel() for p in getattr(transformers, name)(config).parameters())
-                if size > MOST_PARAMETERS:
-                    problem = f"{size:,} parameters at the least"
+                if size > most:
+                    problem = problem or f"{size:,} parameters at the least"
                     continue
                 model = getattr(transformers, name)(config)
                 inputs = inputs_for(model)
@@ -128,14 +140,19 @@ def shrink(config: Any) -> None:
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
             shrink(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and value > 2:
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 1:
             new = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
             if new < value:
                 _assign(config, name, new)
         elif isinstance(value, (list, tuple)) and value and all(isinstance(one, int) for one in value):
-            new = next((size for pattern, size in LISTS if re.fullmatch(pattern, name)), None)
-            if new is not None:
-                _assign(config, name, type(value)([new] * len(value)))
+            each = next((size for pattern, size in LISTS if re.fullmatch(pattern, name)), None)
+            if each is not None:
+                _assign(config, name, type(value)([each] * len(value)))
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(getattr(config, name, None), dict) and "mrope_section" in getattr(config, name):
+            getattr(config, name)["mrope_section"] = [1, 1, 0]
+    if getattr(config, "pad_token_id", 0) is not None and not hasattr(config, "vision_config"):
+        _assign(config, "pad_token_id", 0)
     _shorten(config)
     _assign(config, "use_cache", False)
 
@@ -218,7 +235,11 @@ def inputs_for(model: Any) -> dict[str, Any]:
 
 # timm
 
-STAND_INS = ["torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets", "torchvision.ops", "torchvision.ops.misc", "torchvision.datasets.folder", "torchvision.transforms.v2", "torchvision.models", "torchvision.models.feature_extraction", "torchvision.utils"]
+STAND_INS = (  # noqa: SIM905
+    "torchvision torchvision.transforms torchvision.transforms.functional torchvision.datasets torchvision.ops "
+    "torchvision.ops.misc torchvision.datasets.folder torchvision.transforms.v2 torchvision.models "
+    "torchvision.models.feature_extraction torchvision.utils"
+).split()
 
 
 class _AnyName(type):
@@ -264,7 +285,7 @@ def of_timm() -> Iterator[Animal]:
     timm = _import_timm()
     for module in timm.list_modules():
         names = sorted(timm.list_models(module=module), key=len)
-        yield Animal(module, "timm", lambda names=tuple(names): _timm(names))
+        yield Animal(module, "timm", partial(_timm, tuple(names)))
 
 
 def _timm(names: tuple[str, ...]) -> Made:
@@ -309,11 +330,11 @@ def of_peft() -> Iterator[Animal]:
     for method in PEFT.split():
         found = next((name for name in dir(peft) if name.lower() == f"{method.lower()}config"), None)
         if found is not None:
-            yield Animal(method, "peft", lambda found=found: _peft(found))
+            yield Animal(method, "peft", partial(_peft, found))
     variants: dict[str, dict[str, Any]] = {"DoRA": {"use_dora": True}, "rsLoRA": {"use_rslora": True}}
     variants |= {"LoRA with bias": {"lora_bias": True}, "LoRA on embeddings": {"target_modules": ["embed_tokens"]}}
     for name, settings in variants.items():
-        yield Animal(name, "peft", lambda settings=settings: _peft("LoraConfig", **settings))
+        yield Animal(name, "peft", partial(_peft, "LoraConfig", **settings))
 
 
 def _peft(config: str, **settings: Any) -> Made:
@@ -351,12 +372,16 @@ def _peft(config: str, **settings: Any) -> Made:
 # Blocks of other libraries, as plain modules
 
 
+def _of_table(specimen: Any) -> Made:
+    return specimen.build(), specimen.inputs()
+
+
 def blocks() -> Iterator[Animal]:
     """Blocks of graph networks and of diffusion models, and what is in this project's own table."""
     from tasks.architectures import SPECIMENS
     from tasks.wired_blocks import BLOCKS
 
     for name, specimen in SPECIMENS.items():
-        yield Animal(name, "own table", lambda specimen=specimen: (specimen.build(), specimen.inputs()))
+        yield Animal(name, "own table", partial(_of_table, specimen))
     for name, make in BLOCKS.items():
         yield Animal(name, "blocks", make)

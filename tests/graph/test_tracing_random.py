@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tracing import traced
+from programs import traced
 from torch import Tensor, nn
 
 import nino
@@ -261,6 +261,7 @@ if __name__ == "__main__":  # python tests/graph/test_tracing_random.py FIRST LA
         try:
             total += check(one)
         except Exception as error:
-            print(f"seed {one}: {type(error).__name__}: {str(error)[:600]}", flush=True)
+            sys.stdout.write(f"seed {one}: {type(error).__name__}: {str(error)[:600]}\n")
         if number % 100 == 0:
-            print(f"{number} programs, {total} permutable axes, {time.time() - began:.0f} s", flush=True)
+            sys.stdout.write(f"{number} programs, {total} permutable axes, {time.time() - began:.0f} s\n")
+            sys.stdout.flush()

@@ -6,13 +6,14 @@ import torch
 
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.indices import Index, axes_of
-from nino.graph.tracing.neurons.board import Board, Labels, distinct
+from nino.graph.tracing.neurons.board import Board, Labels, distinct, small
 from nino.graph.tracing.neurons.records import Factor, Group, stem
 from nino.graph.tracing.recorder import Call
 
 
 def _placed(labels: Labels, factor: Factor, num_dims: int) -> Labels:
     """Labels of a factor whose contracted dimension has size 1, at the dimensions of the output."""
+    labels = small(labels)
     order = sorted(factor.kept, key=lambda dim: factor.kept[dim])
     moved = labels.permute(*order, *(dim for dim in range(labels.dim()) if dim not in factor.kept))
     shape = [1] * num_dims
@@ -26,17 +27,17 @@ def meet(board: Board, left: Factor, right: Factor, call: Call) -> Labels:
     output = call.outputs[0]
     used = set(axes_of([board.axes.of(left.value)[left.contracted or 0]]))
     groups = [board.groups_at(board.labels(factor.value)) for factor in (left, right)]
-    out = torch.zeros(output.shape)
+    out = torch.zeros(()).expand(output.shape)
     paired = [(a, b) for a in groups[0] for b in groups[1] if used & set(a.axes) and used & set(b.axes)]
     if paired:
         return _score(board, paired, used, out, call)
     for factor, others in ((right, groups[0]), (left, groups[1])):
-        labels = board.labels(factor.value).amax(factor.contracted or 0, keepdim=True)
-        small = _without(board, _placed(labels, factor, out.dim()), used)
-        kept = board.groups_at(small)
+        labels = small(board.labels(factor.value)).amax(factor.contracted or 0, keepdim=True)
+        left_over = _without(board, _placed(labels, factor, out.dim()), used)
+        kept = board.groups_at(left_over)
         if kept:
             _weigh(board, kept, others, used)
-            return small.expand(output.shape)
+            return left_over.expand(output.shape)
     return out
 
 
@@ -65,7 +66,7 @@ def _score(board: Board, pairs: list[tuple[Group, Group]], used: set[Index], out
         board.link(f"{b.name} with {a.name}", b, a, every, EdgeType.HEAD)
         _call_it(board, a, EdgeType.QUERY)
         _call_it(board, b, EdgeType.KEY)
-    return out + (heads.number if heads is not None else 0)
+    return torch.full((), float(heads.number if heads is not None else 0)).expand(out.shape)
 
 
 def _weigh(board: Board, values: list[Group], others: list[Group], used: set[Index]) -> None:

@@ -30,7 +30,25 @@ def distinct(labels: Labels) -> list[float]:
 
 
 Labels = Tensor
-"""Group numbers, float32 of a value's shape: 0 for none, negative for what was summed over neurons of the group."""
+"""Group numbers, float32 of a value's shape: 0 for none, negative for what was summed over neurons of the group.
+
+Along dimensions where they do not change they take no memory (stride 0), so a batch costs no more than one example.
+"""
+
+
+def small(labels: Labels, *but: int) -> Labels:
+    """The same labels, of size 1 along dimensions where they do not change, except some."""
+    for dim, stride in enumerate(labels.stride()):
+        if stride == 0 and labels.shape[dim] > 1 and dim not in but:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def reshaped(labels: Labels, shape: Sequence[int]) -> Labels:
+    """Reshape labels; those of a batch that are alike stay so."""
+    if labels.dim() > 1 and len(shape) > 1 and labels.shape[0] == shape[0] > 1 and labels.stride(0) == 0:
+        return reshaped(labels[0], shape[1:]).expand(tuple(shape))
+    return labels.reshape(tuple(shape))
 
 
 MOST_REACHING = 2**20
@@ -65,6 +83,7 @@ class Board:
         self.dims = {name: axes.of(value) for name, value in trace.parameters.items()}
         self.pieces = {name: pieces_of(name, dims) for name, dims in self.dims.items()}
         self._labels: dict[Value, Labels] = {}
+        self._written = {value.memory for call in trace.calls for value in call.written}
         self.views: dict[Value, dict[str, Tensor]] = {
             value: {name: torch.empty(value.shape, device="meta")} for name, value in trace.parameters.items()
         }
@@ -75,10 +94,10 @@ class Board:
         self.words: set[Value] = set()
 
     def labels(self, value: Value) -> Labels:
-        """The labels of a value; those of a parameter are zero, and take no memory."""
+        """The labels of a value; of what is written into they take memory, which the labels of its views share."""
         if value not in self._labels:
-            is_weight = self.is_weight(value)
-            self._labels[value] = torch.zeros(()).expand(value.shape) if is_weight else torch.zeros(value.shape)
+            is_written = value.memory in self._written and not self.is_weight(value)
+            self._labels[value] = torch.zeros(value.shape) if is_written else torch.zeros(()).expand(value.shape)
         return self._labels[value]
 
     def put(self, value: Value, labels: Labels) -> None:
@@ -129,15 +148,17 @@ class Board:
             except RuntimeError:  # one place in memory stands for many positions
                 labels = [labels[0]]
         for value, of_value in zip(call.outputs, labels, strict=False):
-            self._labels[value] = of_value
+            is_written = value.memory in self._written and small(of_value).shape != of_value.shape
+            self._labels[value] = of_value.clone(memory_format=torch.contiguous_format) if is_written else of_value
 
     def current(self, labels: Labels) -> Labels:
         """The same labels after groups were joined."""
         out = labels
         for number in distinct(labels):
             if number > 0 and self.group(number).number != number:
+                out = small(out)
                 out = torch.where(out == number, float(self.group(number).number), out)
-        return out
+        return out.expand(labels.shape)
 
     def joined(self, parts: Sequence[Labels], connect: bool = True) -> Labels:
         """Labels of neurons that are combined one by one, or (without ``connect``) that play the same part."""
@@ -150,17 +171,18 @@ class Board:
         return out
 
     def _joined_pair(self, a: Labels, b: Labels, connect: bool) -> Labels:
-        a, b = torch.broadcast_tensors(a, b)
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        a, b = torch.broadcast_tensors(small(a), small(b))
         out = torch.where(a > 0, a, torch.where(b > 0, b, torch.where(a != 0, a, b)))
         both = (a > 0) & (b > 0) & (a != b)
         if not bool(both.any()):
-            return out
+            return out.expand(shape)
         count = len(self.neurons.groups) + 1
         for pair in torch.unique(a[both].double() * count + b[both]).tolist():
             first, second = divmod(pair, count)
             joined = self._join(self.group(first), self.group(second), connect)
             out = torch.where(both & (a == first) & (b == second), float(joined.number), out)
-        return self.current(out)
+        return self.current(out).expand(shape)
 
     def _join(self, a: Group, b: Group, connect: bool) -> Group:
         """Groups whose neurons are combined one by one: one group, or two with a connection."""

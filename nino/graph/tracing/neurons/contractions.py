@@ -62,7 +62,7 @@ def _through_computed(board: Board, kernel: Value, output_dim: int, channel: int
     labels = board.labels(kernel)
     found = board.groups_at(labels)
     if not found:
-        return torch.zeros(shape)
+        return torch.zeros(()).expand(shape)
     others = [dim for dim in range(labels.dim()) if dim != output_dim]
     along = labels.amax(others) if labels.numel() else labels.new_zeros(kernel.shape[output_dim])
     if along.shape[0] != shape[channel]:  # of a kernel in groups there are more
@@ -75,7 +75,7 @@ def look_up(board: Board, call: Call) -> None:
     """A table: its rows are the neurons that it reads."""
     table, positions = call.arguments["weight"], call.arguments["indices"]
     if not board.is_weight(table):
-        board.set(call, [torch.zeros(call.outputs[0].shape)])
+        board.set(call, [torch.zeros(()).expand(call.outputs[0].shape)])
         return
     right = Factor(table, 0, {1: len(call.outputs[0].shape) - 1})
     board.set(call, [read_through(board, Factor(positions, None, {}), right, call)])
@@ -85,7 +85,7 @@ def multiply_three(board: Board, call: Call) -> None:
     """A bilinear layer: neurons for each pair of an output and a dimension of the second factor read the first one."""
     first, weight, second = (call.arguments[name] for name in ("i1", "i2", "i3"))
     if not board.is_weight(weight) or len(weight.shape) != 3:
-        board.set(call, [torch.zeros(call.outputs[0].shape)])
+        board.set(call, [torch.zeros(()).expand(call.outputs[0].shape)])
         return
     output_dim = len(call.outputs[0].shape) - 1
     labels = _contract(board, Factor(first, len(first.shape) - 1, {}), Factor(weight, 1, {0: output_dim}), call)

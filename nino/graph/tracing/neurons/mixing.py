@@ -8,7 +8,7 @@ import torch
 
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.indices import Index, axes_of, find, is_pinned
-from nino.graph.tracing.neurons.board import Board, Labels, distinct
+from nino.graph.tracing.neurons.board import Board, Labels, distinct, small
 from nino.graph.tracing.neurons.onto import as_neurons, put_onto
 from nino.graph.tracing.neurons.operations import LAYER_NORMS, broadcasts
 from nino.graph.tracing.recorder import Call, Value
@@ -33,7 +33,7 @@ def mix(board: Board, call: Call, values: Sequence[Value], edge_type: EdgeType) 
     for value in values:
         if board.is_weight(value):
             labels = put_onto(board, value, labels, edge_type, shape)
-    board.set(call, [labels, *(torch.zeros(other.shape) for other in call.outputs[1:])])
+    board.set(call, [labels, *(torch.zeros(()).expand(other.shape) for other in call.outputs[1:])])
 
 
 def reduce(board: Board, call: Call) -> None:
@@ -48,26 +48,29 @@ def _reduced(board: Board, call: Call, output: Value) -> Labels:
     kept = set(axes_of(board.axes.of(output)))
     values = [value for value in call.inputs if distinct(board.labels(value))]
     if not values:
-        return torch.zeros(output.shape)
+        return torch.zeros(()).expand(output.shape)
     value = max(values, key=lambda value: len(kept & set(axes_of(board.axes.of(value)))))
     labels, shape = board.labels(value), list(output.shape)
     before, after = board.axes.of(value), board.axes.of(output)
     lost = torch.full((), -float(board.groups_at(labels)[0].number) if board.groups_at(labels) else 0.0).expand(shape)
     if len(before) == len(after):
         changed = [dim for dim in range(len(shape)) if find(before[dim]) is not find(after[dim])]
-        small = labels.amax(changed, keepdim=True) if changed and labels.numel() else labels
-        if not broadcasts(small.shape, output.shape):
+        less = small(labels, *(dim for dim in range(len(shape)) if dim not in changed))
+        left = less.amax(changed, keepdim=True) if changed and labels.numel() else labels
+        if not broadcasts(left.shape, output.shape):
             return lost
     else:
         changed = _dims_used_up(before, after)
-        small = labels.amax(changed) if changed and labels.numel() else labels
-        if small.shape != output.shape:
+        less = small(labels, *(dim for dim in range(len(before)) if dim not in changed))
+        left = less.amax(changed) if changed and labels.numel() else labels
+        if left.shape != output.shape:
             return lost
     used = set(axes_of([before[dim] for dim in changed])) - set(axes_of(after))
-    for number in distinct(small):
+    for number in distinct(left):
         if number > 0 and used & set(board.group(number).axes):
-            small = torch.where(small == number, -number, small)
-    return small.expand(shape)
+            left = small(left)
+            left = torch.where(left == number, -number, left)
+    return left.expand(shape)
 
 
 def normalise(board: Board, call: Call) -> None:
@@ -82,4 +85,4 @@ def normalise(board: Board, call: Call) -> None:
         if isinstance(gain, Value) and board.is_weight(gain):
             trailing = 0 if call.name in LAYER_NORMS else len(shape) - 2
             labels = put_onto(board, gain, labels, edge_type, shape, trailing, is_norm=True)
-    board.set(call, [labels, *(torch.zeros(other.shape) for other in call.outputs[1:])])
+    board.set(call, [labels, *(torch.zeros(()).expand(other.shape) for other in call.outputs[1:])])

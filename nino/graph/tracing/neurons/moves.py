@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.indices import axes_of
-from nino.graph.tracing.neurons.board import Board, Labels
+from nino.graph.tracing.neurons.board import Board, Labels, reshaped, small
 from nino.graph.tracing.neurons.mixing import mix
 from nino.graph.tracing.neurons.onto import as_neurons, put_onto
 from nino.graph.tracing.neurons.operations import IDENTITIES, RESHAPES, broadcasts, out_of_place
@@ -22,13 +22,13 @@ def move(board: Board, call: Call) -> None:
     if call.name in IDENTITIES:
         board.set(call, [board.labels(first)])
     elif call.name in RESHAPES and first.tensor.numel() == call.outputs[0].tensor.numel():
-        board.set(call, [board.labels(first).reshape(call.outputs[0].shape)])
+        board.set(call, [reshaped(board.labels(first), call.outputs[0].shape)])
     elif call.name == "aten.view_as_complex":
         board.set(call, [board.labels(first)[..., 0]])
     elif call.name == "aten.view_as_real":
         board.set(call, [board.labels(first).unsqueeze(-1).expand(call.outputs[0].shape)])
     elif call.name == "aten.as_strided":  # a part of the memory, in whatever order
-        board.set(call, [torch.zeros(call.outputs[0].shape)])
+        board.set(call, [torch.zeros(()).expand(call.outputs[0].shape)])
     elif call.name == "aten.copy":
         mix(board, call, [call.inputs[1]] if call.inputs[1:] else [first], EdgeType.BIAS)
     else:
@@ -36,6 +36,10 @@ def move(board: Board, call: Call) -> None:
 
 
 def _moved(board: Board, call: Call) -> list[Labels]:
+    of_first = board.labels(call.inputs[0])
+    if of_first.numel() and small(of_first).numel() == 1 and not call.written:  # the same everywhere, and so it stays
+        return [small(of_first).reshape(()).expand(output.shape) for output in call.outputs]
+
     def label(leaf: Any) -> Any:
         if not isinstance(leaf, Value):
             return leaf
@@ -91,7 +95,9 @@ def concatenate(board: Board, call: Call) -> None:
         for place, value in enumerate(values):
             if board.is_weight(value):
                 labels[place] = as_neurons(board, value, axes_of(board.axes.of(value)))
-    board.set(call, [torch.cat(labels, dim)])
+    shape = torch.broadcast_shapes(*(small(of, dim).select(dim, 0).shape for of in labels if of.shape[dim]))
+    parts = [small(of, dim).expand(*shape[:dim], of.shape[dim], *shape[dim:]) for of in labels if of.shape[dim]]
+    board.set(call, [torch.cat(parts, dim).expand(output.shape)])
 
 
 def gate(board: Board, call: Call) -> None:

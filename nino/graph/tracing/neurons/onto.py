@@ -9,7 +9,7 @@ import torch
 
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.indices import Index, axes_of, is_pinned
-from nino.graph.tracing.neurons.board import Board, Labels
+from nino.graph.tracing.neurons.board import Board, Labels, small
 from nino.graph.tracing.neurons.operations import broadcasts
 from nino.graph.tracing.neurons.records import Group, Piece, Side
 from nino.graph.tracing.neurons.storage import box, place_of, region_of
@@ -61,7 +61,9 @@ def put_onto(
             if not groups:
                 groups = [board.new_group(f"{name}.neurons", [a.axis for a in piece.along if not is_pinned(a.axis)])]
                 region = dict(enumerate(region_of(piece, view, board.shapes[name])))
-                labels = torch.where(box(labels.shape, region), float(groups[0].number), labels)
+                labels = torch.where(box(labels.shape, region), float(groups[0].number), small(labels)).expand(
+                    tuple(shape)
+                )
             board.wire(name, piece, None, groups[0], edge_type, _kernel_sides(piece, groups[0]) if is_norm else {})
     return labels
 

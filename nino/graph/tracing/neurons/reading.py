@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.indices import Index, axes_of
-from nino.graph.tracing.neurons.board import Board, Labels, distinct
+from nino.graph.tracing.neurons.board import Board, Labels, distinct, small
 from nino.graph.tracing.neurons.operations import CONVOLUTIONS
 from nino.graph.tracing.neurons.records import Factor, Group, Piece, Side, Wire, stem
 from nino.graph.tracing.neurons.storage import box, has_side, place_of, region_of, sides_through
@@ -28,7 +28,8 @@ def read_through(board: Board, read: Factor, weight: Factor, call: Call) -> Labe
     Where the weight was made of several parameters (a direction and its length), the largest leads and the others hang
     on the same neurons.
     """
-    out = torch.zeros(call.outputs[0].shape)
+    shape, along = call.outputs[0].shape, set(weight.kept.values())
+    out = torch.zeros([size if dim in along else 1 for dim, size in enumerate(shape)])
     views = sorted(board.views[weight.value].items(), key=lambda item: -prod(board.shapes[item[0]]))
     for name, view in views:
         targets: dict[tuple[int | None, ...], Group] = {}
@@ -59,7 +60,7 @@ def read_through(board: Board, read: Factor, weight: Factor, call: Call) -> Labe
                     board.neurons.in_two_roles[name] = None
                 targets[key] = wire.target.root()
             out[where.expand(out.shape)] = targets[key].number
-    return out
+    return out.expand(shape)
 
 
 def _move_hidden(board: Board, piece: Piece, sides: dict[int, Side], source: Group | None, call: Call) -> None:
@@ -135,11 +136,13 @@ def _given(board: Board, read: Factor, at: Labels, along: Sequence[int], piece: 
             group.is_given = False
         else:  # each may depend on each
             board.reach(origin, group)
-    positions = torch.as_tensor(along)
-    before = labels.index_select(read.contracted or 0, positions)
+    positions, dim = torch.as_tensor(along), read.contracted or 0
+    takes_memory = 0 not in labels.stride()
+    labels = labels if takes_memory else small(labels, dim)
+    before = labels.index_select(dim, positions)
     filled = torch.where(before <= 0, float(group.number), before)
-    try:
-        labels.index_copy_(read.contracted or 0, positions, filled)
-    except RuntimeError:  # one place in memory stands for many positions
-        board.put(read.value, labels.index_copy(read.contracted or 0, positions, filled))
+    if takes_memory:
+        labels.index_copy_(dim, positions, filled)
+    else:
+        board.put(read.value, labels.index_copy(dim, positions, filled).expand(read.value.shape))
     return group

@@ -69,7 +69,7 @@ def _apply_safely(board: Board, call: Call) -> None:
     except Exception as error:  # a defect here must cost one connection and not the graph
         board.neurons.not_followed.setdefault(call.name, f"{call.where} ({type(error).__name__}: {error})")
         for output in call.outputs:
-            board.put(output, torch.zeros(output.shape))
+            board.put(output, torch.zeros(()).expand(output.shape))
 
 
 def _apply(board: Board, call: Call) -> None:
