@@ -1,7 +1,7 @@
 """Reinforcement learning through TRL's ``GRPOTrainer``: which of two numbers is the larger?
 
-A Llama of 0.05M weights reads pairs such as ``37,48=`` with right answers, and then with answers of which six in ten are
-the smaller number. It knows the task and does not do it: what rewards are for. The held-out reward is exact, as in
+A Llama of 0.05M weights reads pairs such as ``37,48=`` with right answers, and then with answers of which six in ten
+are the smaller number. It knows the task and does not do it: what rewards are for. The held-out reward is exact, as in
 :mod:`tasks.post_arithmetic`; the pairs that it is computed on are in no training.
 """
 
