@@ -170,13 +170,13 @@ class NowcastCallback(TrainerCallback):
         if args.should_save:
             discard_saved(folder / HISTORY_FOLDER)
         try:
-            if args.should_save:
-                (folder / GRAPH_FILE).write_text(self.session.graph.to_json())
             if sharded:
                 save_session(self.session, folder / HISTORY_FOLDER)
             else:
                 content = self.session.state_dict() | {WEIGHTS: _fingerprint(self.session.model)}
                 save_whole(content if args.should_save else own_numbers(content), path)
+            if args.should_save:  # last: a process that fails before they save together would leave the others waiting
+                (folder / GRAPH_FILE).write_text(self.session.graph.to_json())
         except (OSError, CheckpointError, PeerFailureError) as error:  # the rest of the checkpoint is whole
             logger.warning("%s was not written, a run that resumes there starts a fresh history: %s", path, error)
 
