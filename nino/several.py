@@ -47,8 +47,8 @@ class SeveralOptimizers(Optimizer):
         """All groups, in order; each is its optimizer's own."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    @property  # type: ignore[override]
-    def state(self) -> defaultdict[Tensor, Any]:
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
         """The state of every parameter; each entry is its optimizer's own."""
         merged: defaultdict[Tensor, Any] = defaultdict(dict)
         for optimizer in self.optimizers:

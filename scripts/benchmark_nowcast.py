@@ -38,7 +38,7 @@ from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
 from tasks.published import compare_with_published, is_published_code
-from tasks.sizes import ARCHITECTURES, random_snapshots
+from tasks.sizes import ARCHITECTURES, mapped, random_snapshots
 
 HORIZON = 20
 PRODUCTS = 3
@@ -102,8 +102,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     _warm_up(nowcaster, device)
 
     weights_dtype = torch.bfloat16 if num_weights >= HALF_PRECISION_FROM else torch.float32
-    snapshots = random_snapshots(graph.shapes, context, weights_dtype, device)
-    live = {parameter: tensor.clone() for parameter, tensor in snapshots[-1].items()}
+    snapshots = random_snapshots(graph.shapes, context, weights_dtype, device, args.snapshots)
+    live = {
+        parameter: tensor.clone()
+        if args.snapshots is None
+        else mapped(args.snapshots / f"live.{parameter}", tuple(tensor.shape), weights_dtype)
+        for parameter, tensor in snapshots[-1].items()
+    }
     memory = Memory(device)
 
     def nowcast(dtype: torch.dtype, bar: Any) -> None:
@@ -149,7 +154,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "blockwise seconds": seconds,
         "blockwise cpu seconds": cpu_seconds,
         "edges seconds": edges,
-        "extra bytes": memory.peak_bytes,
+        "extra bytes": memory.peak_bytes if args.snapshots is None else memory.peak_own_bytes,
         "weights and snapshots bytes": (context + 1) * num_weights * weights_dtype.itemsize,
         "limits": {dtype: limits(nowcaster.config.hidden, num_weights, DTYPES[dtype], device) for dtype in args.dtypes},
         "busy percent before": busy,
@@ -230,6 +235,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive_int, default=3, help="of models below 50M weights")
     parser.add_argument("--edges-up-to", type=float, default=4e6, help="weights up to which to run the definition too")
     parser.add_argument("--memory-budget", type=memory_size, help="for the engine, such as 500MB")
+    parser.add_argument("--snapshots", type=Path, help="an empty folder: weights and snapshots lie in files there")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--published", type=Path, help="folder of the published code, to run beside ours")
@@ -247,7 +253,7 @@ def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     """Write what is known so far, the smallest model first."""
     runs = sorted(runs, key=lambda run: run["weights"])
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "snapshots")}
     about = {"machine": describe_machine(), "device": args.device.type, "arguments": settings}
     result = {**about, "summary": summarise(runs), "runs": runs}
     (args.out / "results.json").write_text(json.dumps(result, indent=1))

@@ -198,50 +198,43 @@ def record_all(groups: list[list[RunToRecord]], args: argparse.Namespace) -> dic
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with cifar10-train.parquet, mnist-train.parquet and text/"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder that receives one folder per run")
-    parser.add_argument("--family", choices=["all", "images", "language"], default="all")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with cifar10-train.parquet, mnist-train.parquet and text/")
+    add("--out", type=Path, required=True, help="folder that receives one folder per run")
+    add("--family", choices=["all", "images", "language"], default="all")
+    add(
         "--images", nargs="+", choices=list(IMAGE_SETS), default=list(IMAGE_SETS), help="what image runs are trained on"
     )
-    parser.add_argument(
-        "--depths", type=positive_int, nargs="+", default=[2, 3, 4], help="convolutions of an image run, one drawn"
-    )
-    parser.add_argument("--runs", type=positive_int, default=20, help="runs per family")
-    parser.add_argument(
+    add("--depths", type=positive_int, nargs="+", default=[2, 3, 4], help="convolutions of an image run, one drawn")
+    add("--runs", type=positive_int, default=20, help="runs per family")
+    add(
         "--learning-rates",
         type=positive_float,
         nargs="+",
         metavar="RATE",
         help="constant, one drawn per run; by default 1e-3 to 5e-3 for images, 2e-4 to 2e-3 for language",
     )
-    parser.add_argument("--steps", type=positive_int, default=4000, help="optimizer steps per run")
-    parser.add_argument("--interval", type=positive_int, default=25, help="optimizer steps between recorded states")
-    parser.add_argument(
-        "--bf16", action="store_true", help="train on images in bfloat16: up to twice as fast, on a CPU that has AMX"
-    )
-    parser.add_argument("--jump-with", metavar="NOWCASTER", help="nowcast the runs: a name, a folder or a .pt file")
-    parser.add_argument(
+    add("--steps", type=positive_int, default=4000, help="optimizer steps per run")
+    add("--interval", type=positive_int, default=25, help="optimizer steps between recorded states")
+    add("--bf16", action="store_true", help="train on images in bfloat16: up to twice as fast, on a CPU that has AMX")
+    add("--jump-with", metavar="NOWCASTER", help="nowcast the runs: a name, a folder or a .pt file")
+    add(
         "--last-jump",
         type=positive_int,
         metavar="U",
         help="every run jumps for the last time at a step up to U, drawn at random, and goes on undisturbed",
     )
     add_plan_options(parser, leave_out=(*NOT_OF_JUMPS, "stop_after"), prefix="jump-")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
+    add("--seed", type=int, default=0)
+    add(
         "--ensemble",
         type=positive_int,
         default=1,
         metavar="M",
         help="record every run M times with seeds of their own, side by side: what a GPU is quick at",
     )
-    parser.add_argument(
-        "--jobs", type=positive_int, default=1, help="runs at once, one thread each; with --ensemble, ensembles"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be recorded, and how large it is")
+    add("--jobs", type=positive_int, default=1, help="runs at once, one thread each; with --ensemble, ensembles")
+    add("--dry-run", action="store_true", help="only say what would be recorded, and how large it is")
     args = parser.parse_args(argv)
     needed = []
     if args.family in ("all", "images"):

@@ -183,7 +183,7 @@ def picture(cells: Path, out: Path, variant: str, before: Tensor, wanted: dict[s
     figure, axes = plt.subplots(len(rows), PICTURES, figsize=(PICTURES, len(rows) * 1.05))
     for row, (name, pictures) in zip(np.atleast_2d(axes), rows, strict=True):
         for axis, image in zip(row, pictures[:PICTURES], strict=True):
-            axis.imshow(image.view(SIDE, SIDE).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(image.view(SIDE, SIDE).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
         row[0].set_ylabel(name, fontsize=7)

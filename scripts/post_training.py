@@ -14,7 +14,6 @@ writes summary.json, table.md and curves.png of all trainings in --out.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -25,11 +24,21 @@ from pathlib import Path
 
 from tasks.cli import ArgumentParser, check_output_folder, fail, make_output_folder, run_main
 from tasks.measuring import duration
-from tasks.post_cells import PostCell, Workload, check_method, read_result, train, write_result
+from tasks.post_cells import (
+    PostCell,
+    Workload,
+    check_method,
+    read_result,
+    results_in,
+    take_known,
+    train,
+    write_result,
+)
 from tasks.post_methods import BASE
 from tasks.post_report import publish
 
 STRAIGHT = "straight:period=20"
+PATHS = ("--data", "--cache", "--out", "--known")
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,21 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--seeds", nargs="+", type=int)
     made.add_argument("--tuning", choices=("full", "lora"), default="full")
+    made.add_argument("--known", type=Path, help="results of earlier trainings: the cells.jsonl that a call wrote")
     made.add_argument("--dry-run", action="store_true", help="say what there is to do, and how long it takes")
     made.add_argument("--report", action="store_true", help="write the tables of what there is, and train nothing")
     return made
+
+
+def command_of(argv: list[str]) -> str:
+    """What was called, without the paths of this machine."""
+    told, rest = [], iter(argv)
+    for word in rest:
+        if word in PATHS:
+            next(rest, None)
+        elif word.split("=")[0] not in PATHS and word != "--report":
+            told.append(word)
+    return " ".join(["python scripts/post_training.py --data DATA --cache CACHE --out OUT", *told])
 
 
 def main(argv: list[str]) -> int:
@@ -108,6 +129,8 @@ def main(argv: list[str]) -> int:
             fail(f"{name} must be positive, got {min(values):g}")
     given.methods = [check_method(method) for method in given.methods]
     check_output_folder("--out", given.out)
+    if given.known is not None:
+        print(f"{take_known(given.known, given.out)} trainings taken from {given.known}", flush=True)
     todo = {
         task: [cell for cell in cells_of(task, given) if read_result(given.out, cell) is None] for task in given.tasks
     }
@@ -122,9 +145,9 @@ def main(argv: list[str]) -> int:
         for cell in cells:
             if workload is not None:
                 write_result(given.out, cell, train(cell, workload, lambda line: print(line, flush=True)))
-    results = [json.loads(path.read_text()) for path in sorted((given.out / "cells").glob("*.json"))]
+    results = results_in(given.out)
     if results:
-        publish(results, given.out, " ".join(["python scripts/post_training.py", *argv]))
+        publish(results, given.out, command_of(argv))
     return 0
 
 

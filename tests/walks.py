@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from models import gpt2
 from tiny import Weights
 from torch import Tensor, nn
 
+import nino
 from nino import NeuralGraph
+from nino.predict.model import build_network
 
 Snapshots = list[Weights]
 
@@ -45,6 +48,20 @@ def moved_model(
         if name in graph.shapes:
             parameter.data = LAYOUTS[layout](snapshots[-1][name].clone())
     return model, graph, snapshots
+
+
+def random_nowcaster(**changes: Any) -> nino.Nowcaster:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nino.Nowcaster(build_network(nino.NowcasterConfig(hidden=16, **changes)))
+
+
+def random_snapshots(graph: NeuralGraph, context: int = 5) -> Snapshots:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in graph.shapes.items()}
+        for _ in range(context)
+    ]
 
 
 def chain(*widths: int) -> nn.Sequential:

@@ -18,6 +18,7 @@ from nino.checkpoints.sequence import OUTSIDE, check_series, find_checkpoints
 from nino.checkpoints.writing import DTYPES, NewCheckpoint, check_destination
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError
 from nino.graph import NeuralGraph
+from nino.graph.architectures import adapters
 from nino.plan import is_whole
 from nino.predict.nowcaster import Nowcaster
 from nino.session.report import NowcastReport
@@ -106,8 +107,9 @@ def nowcast_checkpoints(
     steps = check_series(checkpoints)
     _warn_at_the_end(steps, last.trainer_state)
     horizon = horizon or default_horizon(steps, last.trainer_state, nowcaster)
+    _check_adapters(checkpoints)
     if graph is None and model is None:
-        graph = _saved_graph(last)
+        graph = _graph_of_adapters(last) if last.is_adapter else _saved_graph(last)
     if model is not None:
         model = unwrap(model)
     elif last.config or graph is None:
@@ -185,6 +187,28 @@ def _model_of(last: Checkpoint) -> nn.Module:
             f"{last.path} has no config.json that says what model it is; give the model (--model or --config)"
         )
     return model_from_config(last.path)
+
+
+def _check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse adapters among whole models."""
+    last = checkpoints[-1]
+    for checkpoint in checkpoints:
+        if checkpoint.is_adapter != last.is_adapter:
+            one, other = (checkpoint, last) if checkpoint.is_adapter else (last, checkpoint)
+            raise CheckpointError(
+                f"{one.path} holds a PEFT adapter ({one.files[0].name}) and {other.path} a whole model; choose "
+                "checkpoints of one kind"
+            )
+
+
+def _graph_of_adapters(last: Checkpoint) -> NeuralGraph:
+    """Adapters are wired by their names: the model under them is not needed."""
+    floats = {
+        name: tuple(value.shape)
+        for name, value in last.tensors.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+    }
+    return adapters.graph_of_saved(floats)
 
 
 def _saved_graph(last: Checkpoint) -> NeuralGraph | None:

@@ -29,14 +29,12 @@ WEIGHTS_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin" + INDEX_SUFFIX,
 )
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT saves of a model with adapters: the trained weights alone."""
 CONFIG_FILE = "config.json"
 TRAINER_FILE = "trainer_state.json"
 # What stands in a folder whose weights, or their master copies, are somewhere else than in the files above.
 FOREIGN = (
-    (
-        r"adapter_(config\.json|model\.\w+)",
-        "a PEFT adapter, whose wiring Nino does not know; merge it, or save the model",
-    ),
     (r"global_step\d+|zero_to_fp32\.py", "DeepSpeed state, from which training resumes instead of the weights"),
     (r"pytorch_model_fsdp.*|.*\.distcp", "sharded FSDP state; save with a full state dict"),
     (r"(model|pytorch_model)_[1-9]\d*\.(safetensors|bin)", "weights of several models; nowcast the files one by one"),
@@ -62,6 +60,11 @@ class Checkpoint:
     def is_folder(self) -> bool:
         """Whether it is a folder."""
         return self.path != self.files[0]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a folder of adapters, as PEFT saves them, and not of a whole model."""
+        return self.is_folder and self.files[0].name in ADAPTER_FILES
 
     @property
     def is_safetensors(self) -> bool:
@@ -161,13 +164,15 @@ def _weights_file(folder: Path) -> Path:
         foreign = [name for name in names if re.fullmatch(pattern, name)]
         if foreign:
             raise CheckpointError(f"{folder} holds {meaning} (it has {foreign[0]})")
-    found = [name for name in WEIGHTS_FILES if name in names]
+    found = [name for name in (*WEIGHTS_FILES, *ADAPTER_FILES) if name in names]
     if len(found) > 1:
         raise CheckpointError(
             f"{folder} holds {' and '.join(found)}; delete the one that training does not resume from"
         )
     if not found:
-        raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join(WEIGHTS_FILES)}")
+        raise CheckpointError(
+            f"{folder} holds no weights; expected one of {', '.join((*WEIGHTS_FILES, *ADAPTER_FILES))}"
+        )
     return folder / found[0]
 
 

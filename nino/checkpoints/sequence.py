@@ -192,7 +192,7 @@ def _jump_to_be_logged(checkpoint: Checkpoint) -> set[int]:
             state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
         else:
             state = load_whole(shards)[0]
-        report = state["open_report"]["report"]
+        report = state["monitor"]["open_report"]["report"]
         return {int(report["step"])} if report["outcome"] == "applied" else set()
     except Exception:  # there is none, or the file is damaged, which is none of our business
         return set()

@@ -261,4 +261,8 @@ def _compare(task: Any, methods: list[str], steps: int, seeds: int, learning_rat
         schedules=["cosine"],
         warmup=min(100, steps // 10),
     )
+    for cell, reason in result.failed.items():
+        typer.echo(f"{cell.label} failed: {' '.join(reason.split())}", err=True)
     typer.echo(f"{result}\n{out}/ holds results.json, table.md and curves.png")
+    if result.failed:
+        raise typer.Exit(1)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,7 @@ def train_all(
     listen: Listener | None = None,
 ) -> Comparison:
     """Train the cells that have no result yet; one that fails costs only itself."""
+    check_packages()
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Cell, str] = {}
     todo = [cell for cell in cells if read_result(folder, cell) is None]
@@ -245,6 +247,17 @@ def train_all(
         do_here(todo, partial(train_and_write, tasks=tasks, folder=folder), hear)
     read = {cell: read_result(folder, cell) for cell in cells}
     return Comparison(tasks, {cell: result for cell, result in read.items() if result is not None}, failed)
+
+
+def check_packages() -> None:
+    """Refuse to train for what could not be shown afterwards.
+
+    Raises:
+        NinoError: with the command that installs what is missing.
+    """
+    missing = [name for name in ("matplotlib", "scipy") if find_spec(name) is None]
+    if missing:
+        raise NinoError(f"comparing needs {' and '.join(missing)}: pip install 'nowcaster[eval]'")
 
 
 def _on_one_thread(cell: Cell, progress: Progress, *, tasks: Mapping[str, Task], folder: Path) -> None:

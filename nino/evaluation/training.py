@@ -210,7 +210,8 @@ def measured(task: Task, model: nn.Module) -> dict[str, float]:
     Raises:
         NinoError: if the one that counts is not among it.
     """
-    found = task.held_out(model)
+    with torch.no_grad():
+        found = task.held_out(model)
     metrics = dict(found) if isinstance(found, Mapping) else {"eval_loss": found}
     metric = getattr(task, "metric", next(iter(metrics), "a number"))
     if metric not in metrics or TAKEN & set(metrics):

@@ -135,6 +135,8 @@ def horizon_at(step: int, schedule: Schedule) -> int:
         raise NinoError(f"step must be at least 0, got {step}")
     if schedule.end is None:
         return min(schedule.context, schedule.max_horizon)
+    if schedule.across_jumps:  # what training confirms, and the rate that is left, shorten jumps
+        return schedule.max_horizon
     total = max(schedule.end // schedule.period, 1)
     index = min(max(step - 1, 0) // schedule.period, total - 1)
     longest = schedule.max_horizon ** (1 / schedule.horizon_decay)

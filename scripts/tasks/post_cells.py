@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nino.errors import NinoError
 from tasks.post_methods import BASE, Driver, driver_of, parse_method
 
 VERSION = 1
@@ -260,6 +261,28 @@ def write_result(out: Path, cell: PostCell, result: dict[str, Any]) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(result, allow_nan=False))
     temporary.replace(path)
+
+
+def results_in(out: Path) -> list[dict[str, Any]]:
+    """Of all cells of a folder."""
+    return [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+
+
+def take_known(known: Path, out: Path) -> int:
+    """Unpack results of earlier trainings, one in a line, where there are none yet; returns how many.
+
+    Raises:
+        NinoError: if the file cannot be read.
+    """
+    try:
+        results = [json.loads(line) for line in known.read_text().splitlines() if line.strip()]
+        cells = [PostCell(**result["cell"]) for result in results]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NinoError(f"--known {known} is no file of results, one in a line: {error}") from error
+    missing = [(cell, told) for cell, told in zip(cells, results, strict=True) if read_result(out, cell) is None]
+    for cell, result in missing:
+        write_result(out, cell, result)
+    return len(missing)
 
 
 def check_method(method: str) -> str:

@@ -7,7 +7,6 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from nino.evaluation.report import format_markdown
@@ -19,7 +18,7 @@ COLUMNS = 3
 
 
 def publish(results: Sequence[Result], out: Path, command: str) -> None:
-    """Write ``summary.json``, ``table.md`` and ``curves.png``.
+    """Write ``summary.json``, ``table.md``, ``curves.png``, and ``cells.jsonl``: all results, to go on from elsewhere.
 
     Args:
         results: of all cells.
@@ -33,11 +32,16 @@ def publish(results: Sequence[Result], out: Path, command: str) -> None:
         "command": command,
         "commit": _commit(),
         "table": rounded,
-        "curves": [_mean_curves(setting, of_setting) for setting, of_setting in _by_setting(results).items()],
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
+    (out / "cells.jsonl").write_text("".join(json.dumps(_without_losses(result)) + "\n" for result in results))
     (out / "table.md").write_text(format_markdown([_shown(row) for row in rounded]) + "\n")
     draw(results, out / "curves.png")
+
+
+def _without_losses(result: Result) -> dict[str, Any]:
+    """What the numbers are made from."""
+    return {name: value for name, value in result.items() if name != "training"}
 
 
 def _rounded(value: Any) -> Any:
@@ -69,20 +73,6 @@ def _by_setting(results: Sequence[Result]) -> dict[Setting, dict[str, list[Resul
     for result in results:
         grouped[setting_of(result)][result["cell"]["method"]].append(result)
     return {setting: grouped[setting] for setting in sorted(grouped)}
-
-
-def _mean_curves(setting: Setting, methods: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
-    """Means over seeds; tokens where some are generated."""
-    curves = {}
-    for method, results in methods.items():
-        points = zip(*(result["curve"] for result in results), strict=False)
-        metric = results[0]["metric"]
-        curves[method] = [
-            [same[0]["step"], round(fmean(p["tokens"] for p in same)), _rounded(fmean(p[metric] for p in same))]
-            for same in points
-            if all(point[metric] is not None for point in same)
-        ]
-    return {"setting": setting, "curves": curves}
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,13 +53,23 @@ PLANNED: dict[str, Architecture] = {
 
 
 def random_snapshots(
-    shapes: Mapping[str, tuple[int, ...]], context: int, dtype: torch.dtype, device: torch.device
+    shapes: Mapping[str, tuple[int, ...]],
+    context: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Weights that drift, oldest first."""
+    """Weights that drift, oldest first; in files of a folder that are mapped, if there is one, and else in memory."""
     generator = torch.Generator(device).manual_seed(0)
     snapshots: list[dict[str, Tensor]] = [{} for _ in range(context)]
     for name, shape in shapes.items():
         start, drift = (torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2))
         for age, snapshot in enumerate(snapshots):
-            snapshot[name] = torch.add(start, drift, alpha=0.05 * age).mul_(0.02)
+            place = torch.empty_like(start) if folder is None else mapped(folder / f"{age}.{name}", shape, dtype)
+            snapshot[name] = torch.add(start, drift, alpha=0.05 * age, out=place).mul_(0.02)
     return snapshots
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file, which the system reads and writes as it likes."""
+    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
-import test_tracing
 import torch
 from models import CASES, Case, images, randomised, vectors
 from torch import Tensor, nn
@@ -56,16 +56,16 @@ def test_a_random_permutation_of_the_zoo_is_recovered_exactly(case: Case) -> Non
     recovers(model, arguments(model, inputs.double() if inputs.is_floating_point() else inputs), case.graph(model))
 
 
-TRACED = [case for case in test_tracing.CASES if case.permutable]
+TRACED = [case for case in programs.CASES if case.permutable]
 
 
 @pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
-def test_a_random_permutation_of_what_is_traced_is_recovered_exactly(case: test_tracing.Case) -> None:
+def test_a_random_permutation_of_what_is_traced_is_recovered_exactly(case: programs.Case) -> None:
     torch.manual_seed(0)
     model = randomised(case.build()).double()
     inputs = case.example()
     inputs = inputs.double() if inputs.is_floating_point() else inputs
-    graph = test_tracing.traced(model, inputs)
+    graph = programs.traced(model, inputs)
     assert permutable_axes(graph)
     recovers(model, inputs, graph)
 

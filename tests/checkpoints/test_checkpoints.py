@@ -355,7 +355,7 @@ def test_accelerate_loads_the_prediction(tmp_path: Path) -> None:
         if step > 3:
             paths.append(tmp_path / f"step_{step}")
             accelerator.save_state(str(paths[-1]))
-    assert torch.load(paths[-1] / "optimizer.bin", weights_only=True)["nowcast"]["history"]["steps"]
+    assert torch.load(paths[-1] / "optimizer.bin", weights_only=True)["nowcast"]["history"]["snapshots"]["steps"]
 
     nowcast_checkpoints(paths, tmp_path / "new", nowcaster(), 3, model=convnet())
 
@@ -364,7 +364,9 @@ def test_accelerate_loads_the_prediction(tmp_path: Path) -> None:
     prediction = expected(paths, convnet())
     assert_same({name: model.state_dict()[name] for name in prediction}, prediction)
     state = optimizer.state_dict()
-    assert state["nowcast"]["step"] == 8 and state["nowcast"]["history"]["steps"] == []  # they end with the jump
+    assert (
+        state["nowcast"]["step"] == 8 and state["nowcast"]["history"]["snapshots"]["steps"] == []
+    )  # they end with the jump
     assert state["state"][0]["step"] == 8
 
 
@@ -472,7 +474,7 @@ def test_a_graph_takes_the_place_of_a_model(tmp_path: Path, suffix: str) -> None
     nowcast_checkpoints(paths, tmp_path / f"same{suffix}", nowcaster(), 3, graph=NeuralGraph.from_json(graph.to_json()))
     assert_same(read(tmp_path / f"same{suffix}"), read(tmp_path / f"new{suffix}"))  # tied entries as well
     other = nowcaster().graph_of(convnet())
-    assert_refused(tmp_path, paths, "are not of this graph: they lack its 0.bias", out=f"no{suffix}", graph=other)
+    assert_refused(tmp_path, paths, "are not of this graph: they lack its 0.weight", out=f"no{suffix}", graph=other)
 
 
 def test_checkpoints_of_the_trainer_carry_the_graph(tmp_path: Path, run_folder: Path) -> None:
@@ -707,7 +709,7 @@ def escape(checkpoint: Path) -> None:
         (lambda checkpoint: (checkpoint / "global_step6").mkdir(), ["DeepSpeed", "global_step6"]),
         (lambda checkpoint: (checkpoint / "pytorch_model_fsdp_0").mkdir(), ["FSDP", "pytorch_model_fsdp_0"]),
         (lambda checkpoint: (checkpoint / "model_1.safetensors").touch(), ["several models", "model_1.safetensors"]),
-        (adapter, ["PEFT adapter", "adapter_model.safetensors"]),
+        (adapter, ["PEFT adapter", "adapter_model.safetensors", "a whole model"]),
         (drop_shard, ["model.safetensors.index.json names model-00002", "not in its folder"]),
         (swap_shards, ["does not place there"]),
         (escape, ["names ../../secret.safetensors"]),
@@ -839,10 +841,11 @@ def test_what_other_processes_saved_stays_behind_too(
     (last / "nowcast.pt").rename(last / "nowcast-1.pt")
     for name in ("nowcast", "nowcast.old"):
         (last / name).mkdir()
-        torch.save([{"open_report": {"report": {"step": 9, "outcome": "applied"}}}], last / name / "numbers.pt")
+        numbers = {"monitor": {"open_report": {"report": {"step": 9, "outcome": "applied"}}}}
+        torch.save([numbers], last / name / "numbers.pt")
     nowcast_checkpoints([tmp_path / "run"], tmp_path / "new", nowcaster(), 3)
     assert "a nowcast after step 9 lies between" in caplog.text
-    assert [path.name for path in (tmp_path / "new").glob("nowcast*")] == ["nowcast.json"]
+    assert {path.name for path in (tmp_path / "new").glob("nowcast*")} == {"nowcast.json", "nowcast-graph.json"}
 
 
 MODULE = """
@@ -871,8 +874,9 @@ def test_script_with_a_model_of_the_current_folder(tmp_path: Path, flags: list[s
     options = ["--out", "new.pt", "--nowcaster", tmp_path / "nowcaster", "--horizon", 3, "--dtype", "float32"]
     result = run(*paths, *options, *flags, "--model", "mine:build", folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    prediction = expected(paths, convnet(), preserve_norms=bool(flags))
-    assert_same({name: read(tmp_path / "new.pt")[name] for name in prediction}, prediction)
+    new = read(tmp_path / "new.pt")
+    for name, value in expected(paths, convnet(), preserve_norms=bool(flags)).items():
+        torch.testing.assert_close(new[name], value, rtol=1e-5, atol=1e-7)  # norms depend on the number of threads
 
 
 def test_script_refuses_in_one_line(

@@ -8,8 +8,8 @@ from functools import cache
 
 import pytest
 import torch
-from test_symmetry import nowcaster, snapshots_of
 from torch import nn
+from walks import random_nowcaster, random_snapshots
 
 import nino
 from nino import NeuralGraph
@@ -132,7 +132,7 @@ def test_the_wiring_is_complete_and_proved(name: str) -> None:
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_the_nowcast_moves_with_the_neurons(name: str) -> None:
     _, graph = specimen(name)
-    caster, snapshots = nowcaster(), snapshots_of(graph)
+    caster, snapshots = random_nowcaster(), random_snapshots(graph)
     relabelling = random_relabelling(permutable_axes(graph), torch.Generator().manual_seed(3))
     before = caster.predict(snapshots, 7, graph, dtype=torch.float64)
     expected = relabel(graph, before, relabelling)

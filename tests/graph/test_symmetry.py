@@ -23,6 +23,7 @@ from models import (
     vectors,
 )
 from torch import Tensor, nn
+from walks import random_nowcaster, random_snapshots
 from wired import HEADS, WIRED, wire_fused_by_head
 
 import nino
@@ -58,20 +59,6 @@ def relabellings(graph: NeuralGraph) -> dict[str, Relabelling]:
     return {**single, "all": random_relabelling(axes, generator)}
 
 
-def nowcaster(**changes: object) -> nino.Nowcaster:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nino.Nowcaster(nino.predict.model.build_network(nino.NowcasterConfig(hidden=16, **changes)))
-
-
-def snapshots_of(graph: NeuralGraph, context: int = 5) -> list[State]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in graph.shapes.items()}
-        for _ in range(context)
-    ]
-
-
 @pytest.mark.parametrize("case", [*CASES, *WIRED], ids=lambda case: case.name)
 def test_relabelling_leaves_the_output_alone(case: Case) -> None:
     model = case.model().double()
@@ -94,7 +81,7 @@ def test_relabelling_leaves_the_output_alone(case: Case) -> None:
 def test_the_nowcast_moves_with_the_neurons(case: Case) -> None:
     """Both engines with all axes relabelled at once; each axis alone, to tell which is wrong, with one of them."""
     graph = case.graph(case.build())
-    caster, snapshots = nowcaster(), snapshots_of(graph)
+    caster, snapshots = random_nowcaster(), random_snapshots(graph)
     moves = relabellings(graph)
     for engine, names in (("blockwise", ["all"]), ("edges", moves)):
 
@@ -147,7 +134,7 @@ def test_the_official_quirk_breaks_equivariance_over_heads() -> None:
     exact, official = NeuralGraph.from_model(model), NeuralGraph.from_model(model, "official")
     heads = next(axis for axis in permutable_axes(exact) if axis.name.endswith("attn.kv"))
     relabelling = {heads: torch.tensor([[1, 2, 0]])}
-    caster, snapshots = nowcaster(), snapshots_of(exact)
+    caster, snapshots = random_nowcaster(), random_snapshots(exact)
     moved = [relabel(exact, snapshot, relabelling) for snapshot in snapshots]
     name = "transformer.h.0.attn.c_attn.bias"
     errors = {}

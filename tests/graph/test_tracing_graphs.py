@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, llama
-from test_tracing import traced
+from programs import traced
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

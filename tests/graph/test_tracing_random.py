@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tracing import traced
+from programs import traced
 from torch import Tensor, nn
 
 import nino

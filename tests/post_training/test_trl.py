@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from trl_runs import PERIOD, STEPS, dpo, grpo, llama, sft
+from trl_runs import PERIOD, STEPS, dpo, grpo, llama, reward_model, sft
 
 from nino import NowcastPlan
 from nino.callbacks import NowcastCallback
@@ -152,3 +152,40 @@ def test_a_run_that_is_stopped_before_its_first_jump(tmp_path):
     nowcasts = callback()
     sft(tmp_path, [nowcasts, Stop()]).train()
     assert nowcasts.reports == []
+
+
+def test_a_reward_model_moves_with_its_head(tmp_path):
+    nowcasts = callback()
+    trainer = reward_model(tmp_path, [nowcasts])
+    trainer.train()
+    assert outcomes(nowcasts) == ["applied"] * DUE
+    assert nowcasts.session is not None
+    assert any(name.startswith("score") for name in nowcasts.session.trainable_parameters())
+
+
+def test_a_rank_that_changes_starts_the_history_afresh(tmp_path, caplog):
+    from peft import LoraConfig, get_peft_model
+    from transformers import TrainerCallback
+
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+
+    class Shrink(TrainerCallback):
+        """Cuts every factor to half of its rank, as adapters that share a budget do."""
+
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step != 8:
+                return
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    half = parameter.data[:2] if "lora_A" in name else parameter.data[:, :2]
+                    parameter.data = half.clone()
+                    parameter.grad = None
+                    optimizer.state.pop(parameter, None)
+
+    nowcasts = callback()
+    trainer = sft(tmp_path, [nowcasts, Shrink()], model)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert next(report.outcome for report in nowcasts.reports) == "applied"
+    assert all(p.shape[0] == 2 for name, p in model.named_parameters() if "lora_A" in name)
+    assert any("snapshots start afresh" in line for line in caplog.messages)

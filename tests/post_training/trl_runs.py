@@ -118,3 +118,22 @@ def grpo(folder: Path, callbacks: list[Any], reward: Any, **more: Any) -> Any:
         processing_class=tokenizer(),
         callbacks=callbacks,
     )
+
+
+def reward_model(folder: Path, callbacks: list[Any], **more: Any) -> Any:
+    """A reward model: a head of one value on a fresh Llama."""
+    from datasets import Dataset
+    from transformers import LlamaForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    config = llama().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    data = [{"prompt": row["prompt"], "chosen": row["right"], "rejected": row["wrong"]} for row in rows()]
+    return RewardTrainer(
+        LlamaForSequenceClassification(config),
+        args=RewardConfig(**settings(folder, **more)),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+    )

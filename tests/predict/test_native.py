@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,18 @@ def test_compiled_kernels_compute_what_the_plain_ones_do(hidden: int, product_dt
             assert error(found, exact) < tolerance
             if product_dtype == torch.float32:
                 assert error(found, exact) < 3 * error(plain, exact) + 1e-7
+
+
+@compiler
+def test_processors_without_wide_vectors_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("these flags are for x86")
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512f"))
+    native._library.cache_clear()
+    tensors, weights = inputs(32, 7, 13, False, 1)
+    for found, exact in zip(computed(tensors, weights, compiled(32)), in_float64(tensors, weights), strict=True):
+        assert error(found, exact) < 2e-6
+    native._library.cache_clear()
 
 
 @compiler

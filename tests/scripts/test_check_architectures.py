@@ -8,15 +8,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from test_scripts import SCRIPTS, assert_refused
+from test_scripts import assert_refused
 
 from tasks.cli import run_main
-
-ROOT = SCRIPTS.parent
-PAGE, RESULTS = ROOT / "docs" / "architectures.md", ROOT / "results" / "architectures" / "summary.json"
 
 OWN = """
 import torch
@@ -83,34 +79,6 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         return Done(ended.value.code, *capsys.readouterr())
 
     return run
-
-
-def rows() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text())["architectures"]
-
-
-def test_the_results_are_of_every_architecture_and_all_are_proved() -> None:
-    pytest.importorskip("transformers")
-    from tasks.architectures import SPECIMENS
-
-    assert [row["architecture"] for row in rows()] == list(SPECIMENS)
-    assert len(SPECIMENS) >= 30
-    for row in rows():
-        name = row["architecture"]
-        assert row["failure"] == "", name
-        assert row["wired"] == row["trainable"] > 0, name
-        assert row["family"] == "traced", name
-        assert row["permutable"] > 0, name
-        assert row["largest error"] <= 1e-6, name
-        assert all(axis["reason"] for axis in row["not permutable"]), name
-
-
-def test_the_page_shows_the_results() -> None:
-    from check_architectures import table, with_table
-
-    page = PAGE.read_text()
-    assert with_table(page, table(rows())) == page
-    assert page.count("\n| ") == len(rows()) + 1
 
 
 def test_reasons_in_short() -> None:

@@ -161,9 +161,13 @@ def test_a_dry_run_counts_and_a_report_is_written(tmp_path, capsys):
             write_result(tmp_path / "out", PostCell(**told["cell"]), told)
     assert post_training.main([*common, "--report"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert {"title", "command", "commit", "table", "curves"} == set(summary)
+    assert {"title", "command", "commit", "table"} == set(summary)
+    assert summary["command"] == "python scripts/post_training.py --data DATA --cache CACHE --out OUT"
     assert "| arithmetic" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    elsewhere = [*common[:4], "--out", str(tmp_path / "other"), "--report"]
+    assert post_training.main([*elsewhere, "--known", str(tmp_path / "out" / "cells.jsonl")]) == 0
+    assert (tmp_path / "other" / "table.md").read_text() == (tmp_path / "out" / "table.md").read_text()
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -172,5 +176,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         post_training.main([*common, "--steps", "0"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: --steps must be positive")
+    with pytest.raises(NinoError, match="no file of results"):
+        post_training.main([*common, "--known", str(tmp_path / "none.jsonl")])
     with pytest.raises(NinoError, match="no books"):
         post_training.main([*common, "--tasks", "arithmetic"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ import dying
 import pytest
 import torch
 from dying import STEPS, WINDOW, Run
+from sessions import warnings_in
 from tiny import PERIOD, ScriptedNowcaster, assert_same, mlp, tiny_nowcaster, weights_of, wrapped
 from torch import Tensor, nn
 
@@ -113,11 +113,6 @@ def fill_up(folder: Path, free_bytes: int = 0) -> Path:
     filler.write_bytes(b"x" * room)
     assert shutil.disk_usage(folder).free == free_bytes
     return filler
-
-
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    records = [record for record in caplog.records if record.name.startswith("nino")]
-    return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
 
 
 def test_a_full_disk_under_the_history(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:

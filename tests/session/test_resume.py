@@ -49,6 +49,8 @@ SETTINGS: dict[str, Setting] = {
     "no rollback_window": ALWAYS,
     "kept": KEPT,
     "undone": UNDONE,
+    "averaged": replace(ALWAYS, attach={"average_over": 2}),
+    "ramping": replace(KEPT, calls=26, attach={"rollback_window": R, "ramp": 2}),
     "undone, SGD": replace(UNDONE, base=lambda model: SGD(model.parameters(), lr=1e-2, momentum=0.9)),
     "undone, Adafactor": replace(UNDONE, base=adafactor),
     "undone, a user's own": replace(UNDONE, base=chained),
@@ -58,7 +60,7 @@ SETTINGS: dict[str, Setting] = {
     "accumulation": replace(ALWAYS, accumulation=4),
     "LoRA": replace(ALWAYS, build=adapters_of_the_same_model, counts_tokens=True),
 }
-BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_WINDOW, AFTER_A_VERDICT = 4, 6, 9, 10, 12
+BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_WINDOW, AFTER_A_VERDICT = 5, 6, 9, 10, 12
 POINTS = (BETWEEN_SNAPSHOTS, AT_A_SNAPSHOT, AFTER_A_NOWCAST, IN_WINDOW, AFTER_A_VERDICT)
 INTEGRATIONS = {
     "plain": integrations.plain,
@@ -69,12 +71,12 @@ INTEGRATIONS = {
 
 
 def cells() -> Iterator[tuple[str, str, int]]:
-    """All points of the first three settings through every integration, and the hardest one of the others."""
+    """All points of the first five settings through every integration, and the hardest one of the others."""
     for number, name in enumerate(SETTINGS):
         for integration in INTEGRATIONS:
             if integration == "trainer-optimizers" and "rollback_window" in SETTINGS[name].attach:
                 continue  # nobody tells the wrapper a loss there, so that nothing is ever in its rollback window
-            for point in POINTS if number < 3 else (IN_WINDOW,):
+            for point in POINTS if number < 5 else (IN_WINDOW,):
                 yield name, integration, point
 
 
@@ -105,7 +107,8 @@ def test_resume_is_exact(name: str, integration: str, point: int, whole: Any) ->
     assert resumed.session.monitor.backoff == expected.session.monitor.backoff
     assert resumed.nowcasts == expected.nowcasts[-len(resumed.nowcasts) :]
     assert resumed.losses == pytest.approx(expected.losses[-len(resumed.losses) :], nan_ok=True)
-    assert len(resumed.nowcasts) == 1 if point > AFTER_A_NOWCAST + R * ("rollback_window" in setting.attach) else 2
+    complete = AFTER_A_NOWCAST + setting.attach.get("ramp", 0) + setting.attach.get("rollback_window", 1)
+    assert len(resumed.nowcasts) == (1 if point >= complete else 2)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -8,11 +8,13 @@ the frozen model only, which is left out: a nowcast of adapters costs what the a
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
 from nino.graph import per_parameter
 from nino.graph.builder import GraphBuilder
+from nino.graph.ir import NeuralGraph
 
 BASE_LAYER = ".base_layer."
 """In the names of a layer's own parameters once adapters are beside it."""
@@ -27,6 +29,24 @@ def has_adapters(builder: GraphBuilder) -> bool:
 def wire(model: nn.Module, builder: GraphBuilder) -> None:
     """Wire the pairs of A and B, and every other trained parameter alone; if nothing is trained, all parameters."""
     leave_out_frozen(model, builder)
+    _wire_what_is_left(builder)
+
+
+def graph_of_saved(shapes: Mapping[str, tuple[int, ...]]) -> NeuralGraph:
+    """The graph of adapters that were saved without the model under them.
+
+    Args:
+        shapes: of the saved tensors, by name.
+
+    Raises:
+        GraphError: if they cannot be wired.
+    """
+    builder = GraphBuilder(shapes)
+    _wire_what_is_left(builder)
+    return builder.finish("adapters", "exact")
+
+
+def _wire_what_is_left(builder: GraphBuilder) -> None:
     alone = dict(builder.shapes)
     for name in builder.shapes:
         match = LORA_A.fullmatch(name)

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -27,31 +27,50 @@ inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 inline Vector all(float value) { return Vector{} + value; }
 
-// exp(x) to 2 units in the last place: 2^n times a polynomial of the rest; below -87 and above 88 it is held there.
-inline Vector exponential(Vector x) {
-    x = x < -87.0f ? all(-87.0f) : x;
-    x = x > 88.0f ? all(88.0f) : x;
-    const Vector scaled = x * 1.44269504088896341f;
-    const Vector shifted = scaled + 12582912.0f;  // 1.5 * 2^23: the last bits of the sum are the nearest integer
-    const Vector whole = shifted - 12582912.0f;
-    Vector rest = x - whole * 0.693359375f;
-    rest = rest + whole * 2.12194440e-4f;
+// A polynomial for exp(x) between -ln(2) / 2 and ln(2) / 2, to the last place of float32.
+inline Vector exponential_near_zero(Vector x) {
     Vector sum = all(1.9875691500e-4f);
-    sum = sum * rest + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
-    sum = sum * rest * rest + rest + 1.0f;
+    sum = sum * x + 1.3981999507e-3f;
+    sum = sum * x + 8.3334519073e-3f;
+    sum = sum * x + 4.1665795894e-2f;
+    sum = sum * x + 1.6666665459e-1f;
+    sum = sum * x + 5.0000001201e-1f;
+    return sum * (x * x) + (x + 1.0f);
+}
+
+constexpr float PER_OCTAVE = 1.44269504088896341f, OCTAVE = 0.693359375f, OCTAVE_REST = -2.12194440e-4f;
+
+#if defined(__AVX512F__)
+
+// x / (1 + exp(-x)), with exp(y) = 2^n exp(y - n ln 2); beyond 87 it is held. The inverse is estimated, then improved.
+inline Vector silu(Vector x) {
+    const Vector power = (Vector)_mm512_min_ps((__m512)all(87.0f), (__m512)-x);  // NaN if x is
+    const Vector whole = (Vector)_mm512_roundscale_ps((__m512)(power * PER_OCTAVE), 8);
+    const Vector rest = power - whole * OCTAVE - whole * OCTAVE_REST;
+    const Vector sum = 1.0f + (Vector)_mm512_scalef_ps((__m512)exponential_near_zero(rest), (__m512)whole);
+    const Vector near = (Vector)_mm512_rcp14_ps((__m512)sum);
+    return x * (near + near * (1.0f - sum * near));
+}
+
+#else
+
+// x / (1 + exp(-x)); beyond 87 the exponential is held, where it does not matter any more.
+inline Vector silu(Vector x) {
+    Vector power = -x;
+    power = power < -87.0f ? all(-87.0f) : power;
+    power = power > 87.0f ? all(87.0f) : power;
+    const Vector shifted = power * PER_OCTAVE + 12582912.0f;  // 1.5 * 2^23: its last bits are the nearest integer
+    const Vector whole = shifted - 12582912.0f;
     Integers bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     bits = (bits << 23) + (127 << 23);  // what of the shift is beyond 8 bits is pushed out
-    Vector power;
-    std::memcpy(&power, &bits, sizeof power);
-    return sum * power;
+    Vector scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    const Vector rest = power - whole * OCTAVE - whole * OCTAVE_REST;
+    return x / (1.0f + scale * exponential_near_zero(rest));
 }
 
-inline Vector silu(Vector x) { return x / (1.0f + exponential(-x)); }
+#endif
 
 #if BF16
 typedef uint16_t Stored;

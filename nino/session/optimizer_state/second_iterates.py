@@ -1,8 +1,8 @@
 """Copies of the weights that lag behind or run ahead: they have to move along, else they take a jump back.
 
-Lookahead keeps slow weights, schedule-free optimizers a base iterate, MADGRAD the point where it began. Each of them
-writes the weights anew from that copy, so a jump of the weights alone is gone within a few steps. What counts is not how
-they are called but that, over all parameters, they lie near the weights: unlike moments, which have another scale.
+Lookahead keeps slow weights, schedule-free optimizers a base iterate, MADGRAD the point where it began. Each writes the
+weights anew from that copy, so a jump of the weights alone is gone within a few steps. What counts is not how they are
+called but that, over all parameters, they lie near the weights: unlike moments, which have another scale.
 """
 
 from __future__ import annotations

@@ -433,44 +433,6 @@ def test_a_good_jump_is_kept() -> None:
     assert all(math.isfinite(r.loss_after) for r in optimizer.reports)
 
 
-def test_without_losses_there_is_no_rollback_window() -> None:
-    model = mlp()
-    optimizer = _optimizer(model, add(3))
-    for _ in range(PERIOD + R):
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-
-    assert [(r.has_moved, (r.outcome == "rolled back")) for r in optimizer.reports] == [(True, False)]
-
-
-@pytest.mark.parametrize("answer", [add(3), good], ids=["undone", "kept"])
-@pytest.mark.parametrize("stop", [PERIOD, PERIOD + 4, PERIOD + R])
-def test_resuming_in_a_rollback_window_is_as_if_nothing_had_happened(answer: Any, stop: int) -> None:
-    straight = mlp()
-    whole = _optimizer(straight, answer)
-    _train(straight, whole, 0, 2 * PERIOD + R)
-
-    model = mlp()
-    first = _optimizer(model, answer)
-    _train(model, first, 0, stop)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed_model = mlp(seed=1)
-    second = _optimizer(resumed_model, answer)
-    resumed_model.load_state_dict(saved["model"])
-    second.load_state_dict(copy.deepcopy(saved["optimizer"]))
-    _train(resumed_model, second, stop, 2 * PERIOD + R)
-
-    assert_same(weights_of(resumed_model), weights_of(straight))
-    assert [(r.outcome == "rolled back") for r in second.reports][-1:] == [
-        (r.outcome == "rolled back") for r in whole.reports
-    ][-1:]
-    assert second.session.monitor.backoff == whole.session.monitor.backoff
-
-
 @pytest.mark.parametrize(("period", "expected"), [(1002, 100), (30, 3), (9, 0)])
 def test_by_default_a_rollback_window_takes_a_tenth_of_the_period(period: int, expected: int) -> None:
     model = mlp()

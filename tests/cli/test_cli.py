@@ -1,0 +1,142 @@
+"""The command ``nino``, as a person types it: right, and wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nino.cli import main
+from nino.data import Trajectory
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit code, output and errors of a command line."""
+
+    def typed(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nino", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return typed
+
+
+class Lines:
+    """A task as a person writes one: a line through four numbers."""
+
+    def model(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randn(8, 4, generator=generator)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def held_out(self, model: nn.Module) -> float:
+        return float(self.loss(model, next(self.batches(99))))
+
+
+def build() -> tuple[nn.Module, Tensor]:
+    return Lines().model(0), torch.randn(3, 4)
+
+
+def wrong() -> nn.Module:
+    return Lines().model(0)
+
+
+def raising() -> None:
+    raise RuntimeError("no such\nfile")
+
+
+HERE = Path(__file__).stem
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def test_a_wiring_is_proved(run: Run) -> None:
+    code, out, _ = run("check", f"{HERE}:build")
+    assert code == 0 and "wiring: ok" in out
+
+
+def test_a_graph_is_drawn(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("graph", f"{HERE}:build", "--out", tmp_path / "graph")
+    assert code == 0 and "37 weights" in out
+    assert {file.name for file in (tmp_path / "graph").iterdir()} == {"layers.png", "adjacency.png", "graph.json"}
+    assert json.loads((tmp_path / "graph" / "graph.json").read_text())
+
+
+def test_costs_are_estimated(run: Run) -> None:
+    code, out, _ = run("estimate", f"{HERE}:build", "--max-steps", 5000, "--device", "cpu")
+    assert code == 0 and "37 weights" in out and "rollback copy" in out
+
+
+def test_shipped_nowcasters_are_listed(run: Run) -> None:
+    code, out, _ = run("weights")
+    assert code == 0 and "nino-base" in out
+
+
+def test_a_task_is_recorded(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("record", f"{HERE}:Lines", "--out", tmp_path / "run", "--steps", 20, "--interval", 5)
+    assert code == 0 and "20 steps are recorded" in out
+    assert len(Trajectory(tmp_path / "run").steps) == 5
+
+
+def test_a_task_is_compared_and_goes_on(run: Run, tmp_path: Path) -> None:
+    words = ["compare", f"{HERE}:Lines", "--steps", 40, "--seeds", 2, "--out", tmp_path, "--method", "adam"]
+    code, out, _ = run(*words, "--method", "linear")
+    assert code == 0 and "linear" in out
+    assert {"results.json", "table.md", "curves.png"} <= {file.name for file in tmp_path.iterdir()}
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cells").iterdir()}
+    assert len(before) == 4, sorted(file.name for file in before)
+    run(*words, "--method", "linear")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cells").iterdir()} == before, "nothing twice"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["check", "nowhere"], "'nowhere' names nothing: expected package.module:name"),
+        (["check", "no_such_module:build"], "no_such_module cannot be imported: ModuleNotFoundError"),
+        (["check", f"{HERE}:missing"], f"{HERE} has no missing"),
+        (["check", f"{HERE}:wrong"], "returned a model alone; expected a tuple (model, example_inputs)"),
+        (["check", f"{HERE}:raising"], "raising raised RuntimeError: no such"),
+        (["graph", "no.json"], "no file 'no.json', and no package.module:function"),
+        (["graph", f"{HERE}:build", "--out", __file__], "cannot be made a folder"),
+        (["estimate", f"{HERE}:build", "--period", "7"], "period=7 must be a multiple of context=5"),
+        (["compare", f"{HERE}:Lines", "--steps", "40", "--method", "magic"], "magic"),
+        (["compare", f"{HERE}:Lines"], "Missing option '--steps'"),
+        (["nowcast", "nowhere", "--out", "x"], "expected 5 checkpoints"),
+        (["plot", "nowhere.json"], "nowhere.json cannot be read"),
+        (["pretrain", "nowhere", "--out", "x"], "nowhere"),
+        (["demo", "--steps", "many"], "Invalid value for '--steps'"),
+        (["dmeo"], "No such command 'dmeo'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(
+    run: Run, words: list[Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*words)
+    assert code == 2 and out == ""
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not any((tmp_path / name).exists() for name in ("x", "runs/graph"))

@@ -1,0 +1,101 @@
+"""Confirmed extrapolation: its formula, block by block, by several processes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+import torch
+from models import gpt2
+from partitions import NUMBER, OwnRows, Summing
+from walks import moved_model
+
+from nino import NeuralGraph, NinoError, SnapshotError, load_predictor
+from nino.predict.confirmed import ConfirmedExtrapolator, minmod
+
+
+def in_words(one: float, other: float) -> float:
+    """The rule, number by number."""
+    if one > 0 and other > 0:
+        return min(one, other)
+    if one < 0 and other < 0:
+        return max(one, other)
+    return 0.0
+
+
+def test_the_smaller_of_two_that_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 200, generator=generator, dtype=torch.float64)
+    one[:3], other[1:5] = 0.0, 0.0
+    expected = [in_words(a, b) for a, b in zip(one.tolist(), other.tolist(), strict=True)]
+    assert minmod(one, other).tolist() == expected
+    assert torch.equal(minmod(one, other), minmod(other, one))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_block_by_block_is_as_the_formula_over_whole_tensors(dtype: torch.dtype) -> None:
+    _, graph, snapshots = walk(dtype)
+    movement = ConfirmedExtrapolator().predict_movement(snapshots, 2, graph)
+    for name, found in movement.tensors.items():
+        first, second, third = (snapshot[name].to(found) for snapshot in snapshots)
+        torch.testing.assert_close(found, 2 * minmod(second - first, third - second))
+    length = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in movement.tensors.values()))
+    assert movement.distance == pytest.approx(length, rel=1e-4)
+    moving = torch.cat([tensor.flatten() != 0 for tensor in movement.tensors.values()]).double().mean()
+    assert 0.1 < moving < 0.9
+
+
+def walk(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, NeuralGraph, list[dict[str, torch.Tensor]]]:
+    """Weights of which some turn back and some go on."""
+    model, graph, snapshots = moved_model(gpt2, dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in snapshots[-1].items():
+        tensor += (0.2 * torch.randn(tensor.shape, generator=generator)).to(dtype)
+        snapshots[-1][name] = tensor
+    return model, graph, snapshots
+
+
+def test_matrices_keep_their_norms() -> None:
+    _, graph, snapshots = walk()
+    movement = ConfirmedExtrapolator().predict_movement(snapshots, 2, graph, preserve_norms=True)
+    for name, shape in graph.shapes.items():
+        if len(shape) > 1:
+            last = snapshots[-1][name]
+            torch.testing.assert_close((last + movement.tensors[name]).norm(), last.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_several_processes_come_to_what_one_does() -> None:
+    _, graph, snapshots = walk(torch.float64)
+    expected, sums, found = ConfirmedExtrapolator().predict_movement(snapshots, 2, graph), Summing(NUMBER), {}
+
+    def work(rank: int) -> None:
+        partition = OwnRows(sums, rank, graph)
+        rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
+        own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
+        found[rank] = ConfirmedExtrapolator().predict_movement(own, 2, graph, partition=partition)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(NUMBER)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, way in expected.tensors.items():
+        torch.testing.assert_close(torch.cat([found[rank].tensors[name] for rank in range(NUMBER)]), way)
+    for movement in found.values():
+        assert (movement.distance, movement.norm) == pytest.approx((expected.distance, expected.norm))
+
+
+def test_what_it_refuses() -> None:
+    _, graph, snapshots = walk()
+    with pytest.raises(NinoError, match="horizon"):
+        ConfirmedExtrapolator().predict_movement(snapshots, 3, graph)
+    with pytest.raises(SnapshotError, match="reads 3 snapshots"):
+        ConfirmedExtrapolator().predict_movement(snapshots[:2], 2, graph)
+    next(iter(snapshots[1].values())).view(-1)[0] = math.nan
+    with pytest.raises(SnapshotError, match="NaN"):
+        ConfirmedExtrapolator().predict_movement(snapshots, 2, graph)
+
+
+def test_it_has_a_name() -> None:
+    assert isinstance(load_predictor("confirmed"), ConfirmedExtrapolator)
