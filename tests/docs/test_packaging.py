@@ -20,6 +20,7 @@ from nino.predict.model.networks import build_network
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE_FOLDERS = {"nino": "nino", "callbacks": "nino/callbacks", "pretrained": "nino/pretrained"}
 OPTIONAL = ["accelerate", "datasets", "matplotlib", "sklearn", "torch_scatter", "torchvision", "transformers", "wandb"]
+EXTRAS = {"trainer", "scatter", "wandb", "plots", "eval", "demo", "metanet", "scripts", "docs", "dev"}
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub", "typer"}
 SAMPLE = "packaging-sample"
 
@@ -88,8 +89,7 @@ def test_wheel_requires_only_the_core_packages(wheel: Path) -> None:
     required = [line for line in message.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.split(">=")[0].strip() for line in required} == CORE
     assert message["Version"] == nino.__version__
-    extras = {"trainer", "scatter", "wandb", "plots", "eval", "demo", "metanet", "scripts", "docs", "dev"}
-    assert set(message.get_all("Provides-Extra", [])) == extras
+    assert set(message.get_all("Provides-Extra", [])) == EXTRAS
 
 
 def test_installed_wheel_works_on_its_own(installed: Path, tmp_path: Path) -> None:
