@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from publish_results import head_commit
 from tqdm import tqdm
 
 from nino.errors import NinoError
@@ -146,7 +147,11 @@ def report(cells: Sequence[FairCell], out: Path) -> None:
         print("no row is complete yet: each needs its base at two budgets and a method on top of it")
         return
     totals = aggregates(rows)
-    summary = {"rows": [row.as_record() for row in rows], "aggregates": totals, "machine": describe_machine()}
+    methods = dict.fromkeys(row.method for row in rows)
+    command = f"python scripts/fair_table.py --data DATA --methods {' '.join(methods)}"
+    about = {"title": "Steps saved at equal final held-out loss", "command": command, "commit": head_commit()}
+    records = [row.as_record() for row in rows]
+    summary = {**about, "rows": records, "aggregates": totals, "machine": describe_machine()}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     shown = [row.as_record() for row in sorted(rows, key=lambda row: (row.base, row.task, row.method))]
     parts = ["# Steps saved at equal final held-out loss", format_markdown(totals), format_markdown(shown)]
