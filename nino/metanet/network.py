@@ -22,6 +22,8 @@ from nino.metanet.saving import load_network, save_network
 from nino.metanet.scale import Scale
 
 ENCODERS: dict[str, type[Encoder]] = {"mpnn": Mpnn, "ng-gnn": NgGnn, "ng-t": NgT, "scale": Scale, "probe": Probe}
+SMALLEST_SPREAD = 1e-4
+"""Of pooled edges; what varies less in all models says nothing."""
 FIRST_STEP = 0.01
 """How much of what it gives out an untrained equivariant head adds to a weight."""
 
@@ -51,9 +53,10 @@ class GraphMetanetwork(nn.Module):
         if self.config.variant != "probe" or self.config.probe_numbers is not None:
             self.encoder = ENCODERS[self.config.variant](self.config)
         if self.config.head == "invariant":
-            self.head: nn.Module = mlp(
-                (3 if self.config.variant == "probe" else 2) * hidden, hidden, self.config.outputs
-            )
+            pooled = (4 if self.config.variant == "probe" else 3) * hidden
+            self.head: nn.Module = mlp(pooled, hidden, self.config.outputs)
+            self.register_buffer("usual", torch.zeros(pooled))
+            self.register_buffer("spread", torch.ones(pooled))
         elif self.config.head == "per-neuron":
             self.head = mlp(hidden, hidden, self.config.outputs)
         else:
@@ -107,7 +110,8 @@ class GraphMetanetwork(nn.Module):
         assert self.encoder is not None  # noqa: S101
         encoded: Encoded = self.encoder(inputs)
         if self.config.head == "invariant":
-            out = self.head(self._pooled(encoded, inputs))
+            pooled = (self._pooled(encoded, inputs) - self.get_buffer("usual")) / self.get_buffer("spread")
+            out = self.head(pooled)
             return out.sigmoid() if self.config.output == "sigmoid" else out
         if self.config.head == "per-neuron":
             out = self.head(encoded.nodes)
@@ -115,13 +119,29 @@ class GraphMetanetwork(nn.Module):
             return list(out.split(torch.bincount(inputs.node_owner, minlength=inputs.num_models).tolist()))
         return self._edited(encoded, inputs)
 
+    @torch.no_grad()
+    def look_at(self, inputs: Sequence[GraphInputs]) -> None:
+        """Note how pooled edges usually are in the models to be trained on, before training.
+
+        They are means of many edges, alike in all models; only what differs tells the models apart. That is divided by
+        the root of its deviation: by the deviation itself, noise would be as large as what matters.
+        """
+        assert self.encoder is not None  # noqa: S101
+        if self.config.head == "invariant" and len(inputs) > 1:
+            pooled = torch.cat([self._pooled(self.encoder(one), one) for one in inputs])
+            self.get_buffer("usual").copy_(pooled.mean(0))
+            self.get_buffer("spread").copy_(pooled.std(0).clamp_min(SMALLEST_SPREAD).sqrt())
+
     def _pooled(self, encoded: Encoded, inputs: GraphInputs) -> Tensor:
-        """Means of what is known of edges: over all of a model's, and over its parameters, whatever their size."""
+        """Means of what is known of edges, over all of a model's and over its parameters; deviations within these."""
         edges = encoded.edges[inputs.carriers]
         of_parameters = segment_mean(edges, inputs.parameter, len(inputs.owner))
+        squares = segment_mean(edges.square(), inputs.parameter, len(inputs.owner))
+        spread = (squares - of_parameters.square()).clamp_min(0).add(SMALLEST_SPREAD**2).sqrt()
         pooled = [
             segment_mean(edges, inputs.owner[inputs.parameter], inputs.num_models),
             segment_mean(of_parameters, inputs.owner, inputs.num_models),
+            segment_mean(spread, inputs.owner, inputs.num_models),
         ]
         return torch.cat(pooled if encoded.whole is None else [*pooled, encoded.whole], dim=-1)
 
