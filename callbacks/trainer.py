@@ -23,7 +23,7 @@ from nino.errors import CheckpointError, NinoError
 from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
 from nino.parallel.collectives import PeerFailureError
-from nino.plan import NowcastPlan, plan_of
+from nino.plan import NowcastPlan, Run, plan_of
 from nino.predict.predictor import Predictor
 from nino.predict.registry import load_predictor
 from nino.predict.work_partition import fingerprint
@@ -83,7 +83,7 @@ class NowcastCallback(TrainerCallback):
     ) -> None:
         self.nowcaster = load_predictor(nowcaster)
         self.plan = plan_of(plan, period, others)
-        self.plan.check_fits(self.nowcaster.context)
+        self.plan.check_fits(Run.of(self.nowcaster, None).snapshots)
         self.graph = graph
         self.resume_from = resume_from
         self.session: NowcastSession | None = None

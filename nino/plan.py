@@ -25,6 +25,8 @@ LEAST_DECAY = 0.1
 """Horizons stay as they are almost to the end; with less, powers of them are too large for a float."""
 LONGEST_PERIOD, USUAL_NOWCASTS = 1000, 10
 """Chosen periods: a tenth of the run, at most the published 1,000 steps."""
+SHORTEST_PERIOD = 20
+"""Steps of the shortest period that is chosen: over fewer, momentum alone makes a path look straight."""
 SHORT_PERIOD = 100
 """Periods of fewer steps are too short for averages and ramps: they jump as published."""
 PART_AVERAGED, PART_RAMPED, PART_OF_RUN, USUAL_DECAY = 0.6, 0.1, 0.8, 0.5
@@ -328,6 +330,8 @@ def _choose_period(run: Run) -> int:
     if run.max_steps is None:
         return LONGEST_PERIOD // run.context * run.context
     tenth = min(run.max_steps // USUAL_NOWCASTS, LONGEST_PERIOD)
+    if run.max_steps >= 3 * SHORTEST_PERIOD:
+        tenth = max(tenth, SHORTEST_PERIOD)
     return max(tenth // run.context, 1) * run.context
 
 
@@ -362,10 +366,11 @@ def describe(plan: NowcastPlan, run: Run, num_nowcasts: int | None, num_bytes: i
         parts.append(f"none after step {plan.stop_after:,}")
     averages = " and one average" if (plan.average_over or 1) > 1 else ""
     place = {"cpu": "on the host", "device": "on the device", "disk": "on disk"}[plan.snapshots_on]
-    return f"{', '.join(parts)}; {run.context} snapshots{averages}, {_size(num_bytes)} {place}"
+    return f"{', '.join(parts)}; {run.context} snapshots{averages}, {size_of(num_bytes)} {place}"
 
 
-def _size(num_bytes: int) -> str:
+def size_of(num_bytes: int) -> str:
+    """A number of bytes for people: 61 MB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:,.3g} {unit}"

@@ -84,6 +84,7 @@ def examine(animal: Animal) -> dict[str, Any]:
         "permutable": len(permutable_axes(graph)),
         "axes": len({axis for group in graph.groups for axis in group.axes}),
         "seconds": round(seconds, 3),
+        "gaps": list(GAPS),
     }
     if graph.wiring != "exact":
         return {**row, "outcome": "not wired", "reason": MESSAGES[-1] if MESSAGES else "no reason was given"}
@@ -109,12 +110,16 @@ def prove(model: torch.nn.Module, inputs: Any, graph: NeuralGraph) -> dict[str, 
 
 
 MESSAGES: list[str] = []
+GAPS: list[str] = []
+"""Operations that the tracing does not know: what they touch is not permutable, which is right, but tells less."""
 
 
 class _Keep(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
             MESSAGES.append(record.getMessage())
+        elif " no rule for " in record.getMessage() or "could not be followed" in record.getMessage():
+            GAPS.append(record.getMessage().partition(": ")[2])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -153,8 +158,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     wrong = sum(row["outcome"] == "WRONG" for row in run)
     share = 100 * len(proved) / max(len(run), 1)
     return (
-        f"{len(proved)} of {len(run)} models that run here are wired whole and proved ({share:.1f}%), {wrong} are wired "
-        f"wrong; {len(rows) - len(run)} were skipped."
+        f"{len(proved)} of {len(run)} models that run here are wired whole and proved ({share:.1f}%), {wrong} are "
+        f"wired wrong; {len(rows) - len(run)} were skipped."
     )
 
 
@@ -181,6 +186,7 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("nino").addHandler(_Keep())
+    logging.getLogger("nino").setLevel(logging.INFO)
     logging.getLogger("nino").propagate = False
     check_output_folder("--out", args.out)
     check_output_file("--page", args.page)
@@ -199,6 +205,7 @@ def main(argv: list[str]) -> int:
         row = done.get(key) if not args.only else None
         if row is None:
             MESSAGES.clear()
+            GAPS.clear()
             row = examine(animal)
             gc.collect()
             said = f"{row['error']:.0e}, {row['seconds']} s" if row["outcome"] == "proved" else row["reason"]

@@ -163,7 +163,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--purpose", choices=list(SEEDS), default="report", help="on which tasks and seeds")
     add("--tasks", nargs="+", choices=list(FAIR_TASKS), metavar="TASK", help=", ".join(FAIR_TASKS))
     add("--bases", nargs="+", choices=BASES, default=list(BASES), help="optimizers")
-    add("--methods", nargs="+", default=["nino-base"], metavar="METHOD", help=", ".join(fair_methods("FILE")))
+    add("--methods", nargs="+", default=["default"], metavar="METHOD", help=", ".join(fair_methods("FILE")))
     add("--seeds", type=int, nargs="+", help="by default those of the purpose")
     add("--budgets", type=float, nargs="+", choices=BUDGETS, default=list(BUDGETS), help="of the base")
     add(

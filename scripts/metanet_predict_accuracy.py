@@ -26,7 +26,7 @@ from tasks.zoo import TASKS, Member, Split, images, load_zoo, split
 
 GRAPH_METHODS = ("mpnn", "ng-gnn", "ng-t", "scale", "probe")
 METHODS = ("statistics", "deepsets", "dmc", "probe", "mpnn", "ng-gnn", "ng-t")
-RATES = (5e-3, 1.5e-2)
+RATES = (3e-3, 9e-3)
 Predict = Callable[[Sequence[Member]], Tensor]
 
 

@@ -128,6 +128,10 @@ def test_what_is_chosen_for_five_thousand_steps() -> None:
     assert choose(NowcastPlan(ramp=0, period=400), Run(max_steps=5000)).ramp == 0, "what is given stays"
 
 
+def test_no_chosen_period_is_shorter_than_the_memory_of_the_optimizer() -> None:
+    assert [choose(NowcastPlan(), Run(max_steps=steps)).period for steps in (40, 60, 150, 300)] == [5, 20, 20, 30]
+
+
 def test_short_periods_jump_as_published() -> None:
     chosen = choose(NowcastPlan(period=PERIOD), Run(context=3, max_horizon=4, max_steps=20))
     assert (chosen.ramp, chosen.average_over, chosen.preserve_norms, chosen.horizon_decay) == (0, 1, False, 2.0)

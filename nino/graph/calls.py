@@ -67,6 +67,23 @@ class Calls:
             each.append(Call(args, kwargs, one.module))
         return Calls(tuple(each))
 
+    def rows(self) -> int | None:
+        """How many examples lie along the first dimension; ``None`` if tensors do not agree on it."""
+        sizes = set[int]()
+
+        def look(tensor: Tensor) -> Tensor:
+            if tensor.dim() > 0:
+                sizes.add(tensor.shape[0])
+            return tensor
+
+        self.map(look)
+        sizes -= {1}  # what all examples share may have a dimension of 1
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def cut(self, rows: int) -> Calls:
+        """The same calls with the first examples of each tensor alone."""
+        return self.map(lambda tensor: tensor[:rows] if tensor.dim() > 0 else tensor)
+
     def run(self, model: nn.Module) -> list[Any]:
         """Make the calls; what each returned."""
         return [_part(model, one.module)(*one.args, **one.kwargs) for one in self.each]

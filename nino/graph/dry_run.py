@@ -40,6 +40,10 @@ NOISE = {
 """Operations that draw every element alike and for itself, and what stands for what is drawn: nothing is dropped."""
 
 
+class TooLargeError(Exception):
+    """To follow the neurons of so many values would take too much memory."""
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a DTensor, of which each process holds a part."""
     module = sys.modules.get("torch.distributed.tensor")  # where there is one, it was imported

@@ -11,6 +11,7 @@ That is exact for a linear decay, close for a cosine, and short for an exponenti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -64,7 +65,8 @@ def horizon_by_mass(horizon: int, rates: Iterable[float], step: int, config: Sch
 
     Returns:
         Snapshot intervals at the pace of the snapshots that hold the same learning-rate mass as the next ``horizon``
-        intervals will; 0 if that is less than half of one.
+        intervals will, rounded; 0 if that is less than half of one. Of whole periods, as predictors that read across
+        jumps count in, a part counts as one.
 
     Example:
         Linear decay over 10,000 steps, seen at steps 200, 400, .. 1000. The rates of the history average 0.94, so
@@ -86,4 +88,5 @@ def horizon_by_mass(horizon: int, rates: Iterable[float], step: int, config: Sch
         steps_to_zero = min(steps_to_zero, max(config.max_steps - step, 0))
     steps = min(horizon * config.interval, steps_to_zero)
     mass = now * steps * (1 - steps / (2 * steps_to_zero)) if steps_to_zero else 0.0
-    return min(round(mass / (pace * config.interval)), horizon)
+    intervals = mass / (pace * config.interval)
+    return min(math.ceil(intervals) if config.across_jumps else round(intervals), horizon)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 from torch import Tensor
 
 from nino.parallel.collectives import is_main_process
 from nino.parallel.shards import local_tensor
-from nino.plan import NowcastPlan, Run, describe
-from nino.session.report import NowcastReport
+from nino.plan import NowcastPlan, Run, describe, size_of
+from nino.session.report import NowcastReport, Outcome
 from nino.session.schedule import Schedule, num_nowcasts
 
 logger = logging.getLogger("nino.session")
 
 PERIODS_OF_PATIENCE = 3
-"""After so many periods in which the learning rate rises, that is said."""
+"""After so many times the steps to a first nowcast in which the learning rate rises, that is said."""
 
 
 class Sayings:
@@ -30,7 +32,7 @@ class Sayings:
 
     def __init__(self, plan: NowcastPlan, run: Run, schedule: Schedule) -> None:
         self.plan, self.run, self.schedule = plan, run, schedule
-        self._said_rising = False
+        self._said_rising = self._said_the_end = False
 
     def before_it_starts(self) -> None:
         """Warn of a run in which nothing will be nowcast."""
@@ -41,6 +43,7 @@ class Sayings:
     def when_it_starts(self, parameters: Iterable[Tensor]) -> None:
         """Say what was chosen."""
         if is_main_process():
+            _show_info()
             logger.info("%s", self.line(parameters))
 
     def line(self, parameters: Iterable[Tensor]) -> str:
@@ -52,6 +55,17 @@ class Sayings:
         one = sum(local_tensor(parameter).nbytes for parameter in parameters)
         copies = self.run.context + (self.plan.average_over != 1)
         return describe(self.plan, self.run, num_nowcasts(self.schedule), one * copies)
+
+    def at_the_end(self, reports: Sequence[NowcastReport]) -> None:
+        """Sum up the run in one line, once."""
+        if self._said_the_end or not reports or not is_main_process():
+            return
+        self._said_the_end = True
+        counts = Counter(report.outcome for report in reports)
+        kinds = ", ".join(f"{counts[kind]} {kind}" for kind in get_args(Outcome) if counts[kind])
+        held = max(report.snapshot_bytes + report.rollback_bytes for report in reports)
+        seconds = sum(report.seconds for report in reports)
+        logger.info("nowcasting is over: %s; %.1f s in all, at most %s of copies", kinds, seconds, size_of(held))
 
     def after_step(self, step: int) -> None:
         """Say once that the run goes on where nothing was planned."""
@@ -66,8 +80,19 @@ class Sayings:
             reports: of all nowcasts so far.
         """
         rising = step - max((report.step for report in reports), default=0)
-        is_long = rising >= PERIODS_OF_PATIENCE * self.schedule.period
+        is_long = rising >= PERIODS_OF_PATIENCE * self.schedule.first
         if is_long and not self._said_rising and is_main_process():
             self._said_rising = True
             message = "the learning rate has kept rising for %d steps: nothing is nowcast before it stops (period=%d)"
             logger.warning(message, rising, self.schedule.period)
+
+
+def _show_info() -> None:
+    """Have lines shown on standard error where nobody has said what becomes of log records."""
+    ours = logging.getLogger("nino")
+    if ours.handlers or logging.getLogger().handlers or ours.level != logging.NOTSET:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)

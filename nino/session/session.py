@@ -172,6 +172,8 @@ class NowcastSession:
     def _go_on(self, learning_rate: float | None) -> None:
         """What is due after a step, once the last nowcast is judged."""
         self._sayings.after_step(self.step)
+        if self.step == self.run.max_steps:
+            self._sayings.at_the_end(self.reports)
         due = self.clock.due(self.step)
         self.jumps.move_on(self.step)
         self.jumps.batch_norm.after_step()
@@ -279,6 +281,7 @@ class NowcastSession:
         if self.jumps.ramp.is_on:
             self.jumps.ramp.give_up("the run is over")
         nowcast = self.monitor.open
+        self._sayings.at_the_end(self.reports)
         if nowcast is None:
             return None
         self.monitor.close(nowcast.with_losses())

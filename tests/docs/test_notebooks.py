@@ -12,6 +12,7 @@ from snippets import ROOT
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 NEEDED = ("matplotlib", "sklearn", "accelerate")
+OPTIONAL = ("datasets", "trl")
 
 
 def cells_of(notebook: Path) -> list[str]:
@@ -24,8 +25,8 @@ def read(notebook: Path) -> dict:
 
 
 def marks_of(notebook: Path) -> list[pytest.MarkDecorator]:
-    """What takes longer says so: ``"nino": {"slow": true}`` in the metadata of the notebook."""
-    return [pytest.mark.slow] if read(notebook)["metadata"].get("nino", {}).get("slow") else []
+    """What takes seconds says so: ``"nino": {"fast": true}`` in the metadata of the notebook."""
+    return [] if read(notebook)["metadata"].get("nino", {}).get("fast") else [pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,12 @@ def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     variables = {"__name__": "__main__"}
     for number, code in enumerate(cells_of(notebook), start=1):
-        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), variables)
+        try:
+            exec(compile(code, f"{notebook.name}, cell {number}", "exec"), variables)
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
+            pytest.skip(f"{error.name} is not installed")
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)

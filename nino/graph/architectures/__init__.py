@@ -20,10 +20,16 @@ from nino.errors import GraphError, NinoError
 from nino.graph import per_parameter
 from nino.graph.architectures import adapters, chain, gpt2, llama, published
 from nino.graph.builder import GraphBuilder
-from nino.graph.dry_run import is_sharded, left_as_it_was, without_weights
+from nino.graph.calls import Calls
+from nino.graph.dry_run import TooLargeError, is_sharded, left_as_it_was, without_weights
 from nino.graph.ir import NeuralGraph
 
 logger = logging.getLogger(__name__)
+
+CUTS = (2, 3)
+"""Examples of a batch that is too large to be traced whole."""
+MOST_REAL_ROWS = 8
+"""Examples on which a model is run with its own weights at once."""
 
 Wire = Callable[[nn.Module, GraphBuilder], None]
 
@@ -91,12 +97,52 @@ def wire_each_alone(model: nn.Module, family: str = "per_parameter") -> NeuralGr
 
 
 def _wire_by_tracing(model: nn.Module, example_inputs: Any) -> NeuralGraph:
+    calls = Calls.of(example_inputs)
     with left_as_it_was(model):
         try:
-            with without_weights(model) as real:
-                return _trace(model, example_inputs, real)
+            return _trace_without_weights(model, calls)
+        except TooLargeError as error:
+            graph = _of_two_cuts(model, calls, str(error), _trace_without_weights)
+            if graph is None:
+                raise
+            return graph
         except Exception:  # it looks at values, or has an operation that the meta device does not
-            return _trace(model, example_inputs)
+            rows = calls.rows()
+            if rows is not None and rows > MOST_REAL_ROWS:  # all of it is computed now
+                graph = _of_two_cuts(model, calls, "it looks at its own numbers", _trace)
+                if graph is not None:
+                    return graph
+            return _trace(model, calls)
+
+
+def _trace_without_weights(model: nn.Module, calls: Calls) -> NeuralGraph:
+    with without_weights(model) as real:
+        return _trace(model, calls, real)
+
+
+def _of_two_cuts(
+    model: nn.Module, calls: Calls, reason: str, trace: Callable[[nn.Module, Calls], NeuralGraph]
+) -> NeuralGraph | None:
+    """The graph of some examples of a batch, if it is that of some more as well; else nothing."""
+    rows = calls.rows()
+    if rows is None or rows <= max(CUTS):
+        return None
+    try:
+        graphs = [trace(model, calls.cut(cut)) for cut in CUTS]
+    except Exception:  # it does not take fewer
+        return None
+    if any(graph != graphs[0] for graph in graphs):
+        return None
+    logger.info(
+        "%s is traced on %d of the %d examples along dimension 0 of its inputs, since %s; on %d of them its graph is "
+        "the same",
+        type(model).__name__,
+        CUTS[0],
+        rows,
+        reason,
+        CUTS[1],
+    )
+    return graphs[0]
 
 
 def _trace(model: nn.Module, example_inputs: Any, real: Mapping[int, Sequence[str]] | None = None) -> NeuralGraph:
@@ -108,7 +154,7 @@ def _trace(model: nn.Module, example_inputs: Any, real: Mapping[int, Sequence[st
     try:
         tracing.wire(model, builder, example_inputs, real)
         return builder.finish("traced", "exact")
-    except NinoError:
+    except (NinoError, TooLargeError):
         raise
     except Exception as error:  # a defect of the tracing's must not end a training
         raise GraphError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nino.graph.dry_run import TooLargeError
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.axes import Axes
 from nino.graph.tracing.indices import Index, find, is_pinned
@@ -45,12 +46,36 @@ def small(labels: Labels, *but: int) -> Labels:
 
 
 def reshaped(labels: Labels, shape: Sequence[int]) -> Labels:
-    """Reshape labels; those of a batch that are alike stay so."""
-    if labels.dim() > 1 and len(shape) > 1 and labels.shape[0] == shape[0] > 1 and labels.stride(0) == 0:
-        return reshaped(labels[0], shape[1:]).expand(tuple(shape))
-    return labels.reshape(tuple(shape))
+    """Reshape labels; runs of dimensions along which they do not change stay so."""
+    if 0 in labels.shape:
+        return labels.reshape(tuple(shape))
+    before, after = list(small(labels).shape), list(shape)
+    given: list[int] = []
+    wanted: list[int] = []
+    for old, new in _runs(labels.shape, shape):
+        is_constant = all(before[dim] == 1 for dim in old)
+        given += [1 if is_constant else labels.shape[dim] for dim in old]
+        wanted += [1 if is_constant else after[dim] for dim in new]
+    return small(labels).expand(given).reshape(wanted).expand(tuple(shape))
 
 
+def _runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of dimensions that hold the same elements before and after; by their places."""
+    runs, left, right = [], 0, 0
+    while left < len(before) or right < len(after):
+        first, second = left, right
+        had, has = 1, 1
+        while (left == first and right == second) or had != has:
+            if (had <= has and left < len(before)) or right == len(after):
+                had, left = had * before[left], left + 1
+            else:
+                has, right = has * after[right], right + 1
+        runs.append((list(range(first, left)), list(range(second, right))))
+    return runs
+
+
+MOST_LABELS = 2**29
+"""Labels that are kept: 2 GB."""
 MOST_REACHING = 2**20
 """Edges by which neurons reach others with which they share no axis; more would cost more than they tell."""
 
@@ -83,6 +108,7 @@ class Board:
         self.dims = {name: axes.of(value) for name, value in trace.parameters.items()}
         self.pieces = {name: pieces_of(name, dims) for name, dims in self.dims.items()}
         self._labels: dict[Value, Labels] = {}
+        self._num_labels = 0
         self._written = {value.memory for call in trace.calls for value in call.written}
         self.views: dict[Value, dict[str, Tensor]] = {
             value: {name: torch.empty(value.shape, device="meta")} for name, value in trace.parameters.items()
@@ -150,6 +176,14 @@ class Board:
         for value, of_value in zip(call.outputs, labels, strict=False):
             is_written = value.memory in self._written and small(of_value).shape != of_value.shape
             self._labels[value] = of_value.clone(memory_format=torch.contiguous_format) if is_written else of_value
+            self._count(self._labels[value])
+
+    def _count(self, labels: Labels) -> None:
+        """Labels are kept until the end, so there must not be too many."""
+        if 0 not in labels.shape and labels._base is None:
+            self._num_labels += small(labels).numel()
+        if self._num_labels > MOST_LABELS:
+            raise TooLargeError(f"it would take more than {MOST_LABELS:,} numbers to follow its neurons")
 
     def current(self, labels: Labels) -> Labels:
         """The same labels after groups were joined."""

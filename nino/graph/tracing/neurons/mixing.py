@@ -55,15 +55,13 @@ def _reduced(board: Board, call: Call, output: Value) -> Labels:
     lost = torch.full((), -float(board.groups_at(labels)[0].number) if board.groups_at(labels) else 0.0).expand(shape)
     if len(before) == len(after):
         changed = [dim for dim in range(len(shape)) if find(before[dim]) is not find(after[dim])]
-        less = small(labels, *(dim for dim in range(len(shape)) if dim not in changed))
-        left = less.amax(changed, keepdim=True) if changed and labels.numel() else labels
+        left = small(labels).amax(changed, keepdim=True) if changed and labels.numel() else small(labels)
         if not broadcasts(left.shape, output.shape):
             return lost
     else:
         changed = _dims_used_up(before, after)
-        less = small(labels, *(dim for dim in range(len(before)) if dim not in changed))
-        left = less.amax(changed) if changed and labels.numel() else labels
-        if left.shape != output.shape:
+        left = small(labels).amax(changed) if changed and labels.numel() else small(labels)
+        if left.dim() != len(shape) or not broadcasts(left.shape, output.shape):
             return lost
     used = set(axes_of([before[dim] for dim in changed])) - set(axes_of(after))
     for number in distinct(left):

@@ -40,6 +40,13 @@ def _moved(board: Board, call: Call) -> list[Labels]:
     if of_first.numel() and small(of_first).numel() == 1 and not call.written:  # the same everywhere, and so it stays
         return [small(of_first).reshape(()).expand(output.shape) for output in call.outputs]
 
+    if call.name == "aten.index_select":
+        dim = call.arguments["dim"] % max(of_first.dim(), 1)
+        positions = call.arguments["index"].tensor
+        if of_first.dim() and not positions.is_meta:
+            read = small(of_first, dim).index_select(dim, positions.cpu().reshape(-1))
+            return [read.expand(call.outputs[0].shape)]
+
     def label(leaf: Any) -> Any:
         if not isinstance(leaf, Value):
             return leaf

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nino.graph.dry_run import TooLargeError
 from nino.graph.ir import EdgeType
 from nino.graph.tracing.axes import Axes
 from nino.graph.tracing.neurons.board import Board
@@ -66,6 +67,8 @@ def _apply_safely(board: Board, call: Call) -> None:
     """Where an operation cannot be followed, what reads its result reads neurons of its own: symmetries stay right."""
     try:
         _apply(board, call)
+    except TooLargeError:
+        raise
     except Exception as error:  # a defect here must cost one connection and not the graph
         board.neurons.not_followed.setdefault(call.name, f"{call.where} ({type(error).__name__}: {error})")
         for output in call.outputs:

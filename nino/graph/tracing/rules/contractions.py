@@ -92,7 +92,7 @@ def _grouped_mm(axes: Axes, call: Call) -> list[Dims]:
     return [[axes.of(rows)[0], axes.of(experts)[2]]]
 
 
-@rule("_cdist_forward cdist")
+@rule("_cdist_forward cdist _euclidean_dist")
 def _cdist(axes: Axes, call: Call) -> list[Dims]:
     a, b = axes.of(call.inputs[0]), axes.of(call.inputs[1])
     unify(a[-1], b[-1])
