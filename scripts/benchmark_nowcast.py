@@ -287,7 +287,8 @@ def side_by_side(args: argparse.Namespace) -> int:
             )
         print(format_table(rows[-len(args.dtypes) :]), flush=True)
         args.out.mkdir(parents=True, exist_ok=True)
-        settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "device")}
+        settings = {key: value for key, value in vars(args).items() if key in ("models", "dtypes", "repeats")}
+        settings["nowcaster"] = Path(args.nowcaster).name
         result = {"machine": describe_machine(), "arguments": settings, "summary": rows, "runs": runs}
         (args.out / "results.json").write_text(json.dumps(result, indent=1))
     return 0
