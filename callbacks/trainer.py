@@ -23,7 +23,7 @@ from nino.errors import CheckpointError, NinoError
 from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
 from nino.parallel.collectives import PeerFailureError
-from nino.plan import NowcastPlan, plan_of
+from nino.plan import NowcastPlan, Run, plan_of
 from nino.predict.predictor import Predictor
 from nino.predict.registry import load_predictor
 from nino.predict.work_partition import fingerprint
@@ -73,7 +73,7 @@ class NowcastCallback(TrainerCallback):
 
     def __init__(
         self,
-        nowcaster: Predictor | str | Path = "nino-base",
+        nowcaster: Predictor | str | Path = "confirmed",
         period: int | None = None,
         *,
         plan: NowcastPlan | None = None,
@@ -83,7 +83,7 @@ class NowcastCallback(TrainerCallback):
     ) -> None:
         self.nowcaster = load_predictor(nowcaster)
         self.plan = plan_of(plan, period, others)
-        self.plan.check_fits(self.nowcaster.context)
+        self.plan.check_fits(Run.of(self.nowcaster, None).snapshots)
         self.graph = graph
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
@@ -248,7 +248,7 @@ def _fingerprint(model: nn.Module) -> int:
 
 def attach(
     trainer: Trainer,
-    nowcaster: Predictor | str | Path = "nino-base",
+    nowcaster: Predictor | str | Path = "confirmed",
     period: int | None = None,
     *,
     plan: NowcastPlan | None = None,

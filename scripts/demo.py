@@ -115,7 +115,7 @@ def train(job: tuple[str, str], report: Report, *, args: argparse.Namespace) -> 
         def on_evaluate(
             self, arguments: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
         ) -> None:
-            report(EVALUATE_EVERY, f"update {state.global_step}, validation loss {metrics['eval_loss']:.3f}")
+            report(EVALUATE_EVERY, f"step {state.global_step}, validation loss {metrics['eval_loss']:.3f}")
 
     nowcast = NowcastCallback(args.nowcaster, period=PERIOD)
     callbacks = [Progress(), nowcast] if method == "nowcast" else [Progress()]
@@ -205,7 +205,7 @@ def run_all(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
     """Run every task with every method, several at once, and show how far each is."""
     jobs = [(task, method) for task in TASKS for method in METHODS]
     runs: dict[tuple[str, str], dict[str, Any]] = {}
-    with tqdm(total=len(jobs) * args.steps, unit="update", mininterval=1, dynamic_ncols=True) as bar:
+    with tqdm(total=len(jobs) * args.steps, unit="step", mininterval=1, dynamic_ncols=True) as bar:
         for event in do_all(jobs, partial(train, args=args), args.jobs):
             name = " ".join(event.job)
             if event.kind == "failed":

@@ -8,7 +8,8 @@ writes summary.json, table.md and curves.png of all trainings in --out.
 
     authors      MiniLM (22.7M weights) learns from which of twelve books a passage is
     sft          a Llama of 1M weights that has read books learns to answer questions (TRL's SFTTrainer)
-    arithmetic   a Llama of 0.16M weights that makes mistakes is rewarded for right sums (GRPO)
+    arithmetic   a Llama of 0.16M weights that makes mistakes is rewarded for right sums (GRPO, a plain loop)
+    larger       a Llama of 0.05M weights is rewarded for the larger of two numbers (TRL's GRPOTrainer)
     preferences  the Llama that answers questions learns to prefer right answers (TRL's DPOTrainer)
 """
 
@@ -58,6 +59,7 @@ STUDIES = {
     "authors": Study((2e-5, 1e-4), 120, 0.21),
     "sft": Study((2e-5, 1e-4, 1e-3), 100, 0.15),
     "arithmetic": Study((1e-5, 3e-5, 1e-4, 1e-3), 100, 0.06),
+    "larger": Study((1e-4, 1e-3), 80, 0.06),
     "preferences": Study((2e-5, 1e-4), 60, 0.19),
 }
 
@@ -72,6 +74,10 @@ def workload_of(task: str, data: Path, cache: Path) -> Workload:
         from tasks.post_arithmetic import Arithmetic
 
         return Arithmetic(data, cache)
+    if task == "larger":
+        from tasks.post_larger import Larger
+
+        return Larger(data, cache)
     from tasks.post_trl import PreferencesThroughTrl, SftThroughTrl
 
     return (SftThroughTrl if task == "sft" else PreferencesThroughTrl)(data, cache)

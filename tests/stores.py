@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,6 @@ def tensors_in(store: SnapshotStore) -> list[weakref.ref[Tensor]]:
 
 def are_held(tensors: list[weakref.ref[Tensor]]) -> bool:
     """Whether their memory is still held by somebody, be it for coming ones."""
-    gc.collect()
     return any(tensor() is not None for tensor in tensors)
 
 

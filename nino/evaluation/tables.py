@@ -321,7 +321,7 @@ def sentence_on(runs: Runs, method: str, reference: str, goal: Goal) -> str:
     }
     text = f"{reference}'s best, there after {spread(needed)} steps, {method} reached "
     if None in reached or not reached:
-        count = sum(update is not None for update in reached)
+        count = sum(step is not None for step in reached)
         text += "never" if not count else f"with {count} of {len(reached)} seeds, after {spread(reached)}"
     else:
         share = fmean(100 * own / other for own, other in zip(reached, needed, strict=True) if own and other)

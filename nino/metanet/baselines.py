@@ -93,7 +93,7 @@ def fit_flat(
     seed: int = 0,
     *,
     batch: int = 16,
-    lr: float = 3e-3,
+    lr: float = 2e-3,
     weight_decay: float = 1e-2,
 ) -> Callable[[Sequence[Model]], Tensor]:
     """Train a network on flat vectors as :func:`nino.metanet.fit` trains, with ``"bce"``; returns what predicts.

@@ -13,7 +13,7 @@ from nino.errors import NinoError
 from nino.graph.ir import MAX_FEATURES, NeuralGraph
 from nino.metanet.config import MetanetConfig
 from nino.metanet.inputs import GraphInputs, Model, read, union
-from nino.metanet.layers import Encoded, Encoder, mlp, segment_mean
+from nino.metanet.layers import Encoded, Encoder, mlp, segment_max, segment_mean
 from nino.metanet.mpnn import Mpnn
 from nino.metanet.ng_gnn import NgGnn
 from nino.metanet.ng_t import NgT
@@ -22,6 +22,10 @@ from nino.metanet.saving import load_network, save_network
 from nino.metanet.scale import Scale
 
 ENCODERS: dict[str, type[Encoder]] = {"mpnn": Mpnn, "ng-gnn": NgGnn, "ng-t": NgT, "scale": Scale, "probe": Probe}
+SMALLEST_SPREAD = 1e-4
+"""Of pooled edges; what varies less in all models says nothing."""
+TOLD = 10
+"""Numbers about the parameters of a model that the invariant head reads besides."""
 FIRST_STEP = 0.01
 """How much of what it gives out an untrained equivariant head adds to a weight."""
 
@@ -51,9 +55,10 @@ class GraphMetanetwork(nn.Module):
         if self.config.variant != "probe" or self.config.probe_numbers is not None:
             self.encoder = ENCODERS[self.config.variant](self.config)
         if self.config.head == "invariant":
-            self.head: nn.Module = mlp(
-                (3 if self.config.variant == "probe" else 2) * hidden, hidden, self.config.outputs
-            )
+            pooled = (4 if self.config.variant == "probe" else 3) * hidden + TOLD * (self.config.inputs != "raw")
+            self.head: nn.Module = mlp(pooled, hidden, self.config.outputs)
+            self.register_buffer("usual", torch.zeros(pooled))
+            self.register_buffer("spread", torch.ones(pooled))
         elif self.config.head == "per-neuron":
             self.head = mlp(hidden, hidden, self.config.outputs)
         else:
@@ -107,7 +112,8 @@ class GraphMetanetwork(nn.Module):
         assert self.encoder is not None  # noqa: S101
         encoded: Encoded = self.encoder(inputs)
         if self.config.head == "invariant":
-            out = self.head(self._pooled(encoded, inputs))
+            pooled = (self._pooled(encoded, inputs) - self.get_buffer("usual")) / self.get_buffer("spread")
+            out = self.head(pooled)
             return out.sigmoid() if self.config.output == "sigmoid" else out
         if self.config.head == "per-neuron":
             out = self.head(encoded.nodes)
@@ -115,15 +121,35 @@ class GraphMetanetwork(nn.Module):
             return list(out.split(torch.bincount(inputs.node_owner, minlength=inputs.num_models).tolist()))
         return self._edited(encoded, inputs)
 
+    @torch.no_grad()
+    def look_at(self, inputs: Sequence[GraphInputs]) -> None:
+        """Note how pooled edges usually are in the models to be trained on, before training.
+
+        They are means of many edges, alike in all models; only what differs tells the models apart. That is divided by
+        the root of its deviation: by the deviation itself, noise would be as large as what matters.
+        """
+        assert self.encoder is not None  # noqa: S101
+        if self.config.head == "invariant" and len(inputs) > 1:
+            pooled = torch.cat([self._pooled(self.encoder(one), one) for one in inputs])
+            self.get_buffer("usual").copy_(pooled.mean(0))
+            self.get_buffer("spread").copy_(pooled.std(0).clamp_min(SMALLEST_SPREAD).sqrt())
+
     def _pooled(self, encoded: Encoded, inputs: GraphInputs) -> Tensor:
-        """Means of what is known of edges: over all of a model's, and over its parameters, whatever their size."""
+        """Means of what is known of edges, over all of a model's and over its parameters; deviations within these."""
         edges = encoded.edges[inputs.carriers]
         of_parameters = segment_mean(edges, inputs.parameter, len(inputs.owner))
+        squares = segment_mean(edges.square(), inputs.parameter, len(inputs.owner))
+        spread = (squares - of_parameters.square()).clamp_min(0).add(SMALLEST_SPREAD**2).sqrt()
         pooled = [
             segment_mean(edges, inputs.owner[inputs.parameter], inputs.num_models),
             segment_mean(of_parameters, inputs.owner, inputs.num_models),
+            segment_mean(spread, inputs.owner, inputs.num_models),
         ]
-        return torch.cat(pooled if encoded.whole is None else [*pooled, encoded.whole], dim=-1)
+        if encoded.whole is not None:
+            pooled.append(encoded.whole)
+        if self.config.inputs != "raw":
+            pooled.append(_told(inputs))
+        return torch.cat(pooled, dim=-1)
 
     def _edited(self, encoded: Encoded, inputs: GraphInputs) -> list[dict[str, Tensor]]:
         """New values of all weights: the old ones and a step, in units of the parameter's size where it is known."""
@@ -150,6 +176,17 @@ class GraphMetanetwork(nn.Module):
             CheckpointError: if it is missing, damaged or foreign.
         """
         return load_network(lambda saved: cls(MetanetConfig.from_dict(saved)), name)
+
+
+def _told(inputs: GraphInputs) -> Tensor:
+    """What is told of whole parameters, over those of each model: mean, deviation, largest, smallest; their number."""
+    told = segment_mean(inputs.features[inputs.carriers, -2:], inputs.parameter, len(inputs.owner))
+    number, owner = inputs.num_models, inputs.owner
+    mean = segment_mean(told, owner, number)
+    deviation = (segment_mean((told - mean[owner]).square(), owner, number) + SMALLEST_SPREAD**2).sqrt()
+    largest, smallest = segment_max(told, owner, number), -segment_max(-told, owner, number)
+    sizes = [torch.bincount(index, minlength=number)[:, None] for index in (owner, owner[inputs.parameter])]
+    return torch.cat([mean, deviation, largest, smallest, torch.cat(sizes, dim=1).to(told).log()], dim=-1)
 
 
 def graphs_for(models: Sequence[Any], graph: NeuralGraph | Sequence[NeuralGraph] | None) -> list[NeuralGraph]:

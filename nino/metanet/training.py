@@ -23,6 +23,8 @@ LOSSES = ("bce", "mse", "cross-entropy")
 WARMUP = 0.05
 """Of the steps, in which the rate rises; it falls along half a cosine afterwards."""
 MOST_GRADIENT = 1.0
+MOST_LOOKED_AT = 64
+"""Models by which pooled edges are scaled before training."""
 
 
 @dataclass
@@ -43,7 +45,7 @@ def fit(
     seed: int = 0,
     *,
     batch: int = 16,
-    lr: float = 3e-3,
+    lr: float = 2e-3,
     weight_decay: float = 1e-2,
     example_inputs: Any = None,
     progress: Callable[[int, float], None] | None = None,
@@ -87,6 +89,7 @@ def fit(
         read = [
             _read(net, index, model, graph) for index, (model, graph) in enumerate(zip(models, graphs, strict=True))
         ]
+        net.look_at(read[:: max(1, len(read) // MOST_LOOKED_AT)])
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
     prepared, optimizer = accelerator.prepare(net, optimizer)
     report, costs = FitReport(), [inputs.num_edges for inputs in read]

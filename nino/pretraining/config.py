@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from nino.errors import NinoError
+from nino.plan import is_whole
 from nino.pretraining.objective import LOSSES, Loss
 from nino.pretraining.sampling import Sampling
 
@@ -45,9 +46,9 @@ class PretrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "evaluate_every", "validation_windows"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise NinoError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not isinstance(self.workers, int) or self.workers < 0:
+        if not is_whole(self.workers) or self.workers < 0:
             raise NinoError(f"workers must be a whole number, 0 for none; got {self.workers!r}")
         for name in ("lr", "weight_decay"):
             if not 0 <= getattr(self, name) < inf:

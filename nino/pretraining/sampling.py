@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from nino.errors import NinoError
 from nino.graph.edge_list import EdgeList
+from nino.plan import is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("max_outputs", "max_words", "max_horizons"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
+            if not is_whole(value) or value < 0:
                 raise NinoError(f"{name} must be a whole number, 0 for all; got {value!r}")
 
     def outputs(self, edges: EdgeList, kept: Tensor | None, generator: Generator) -> Tensor:

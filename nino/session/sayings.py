@@ -18,7 +18,7 @@ from nino.session.schedule import Schedule, num_nowcasts
 logger = logging.getLogger("nino.session")
 
 PERIODS_OF_PATIENCE = 3
-"""After so many periods in which the learning rate rises, that is said."""
+"""After so many times the steps to a first nowcast in which the learning rate rises, that is said."""
 
 
 class Sayings:
@@ -80,7 +80,7 @@ class Sayings:
             reports: of all nowcasts so far.
         """
         rising = step - max((report.step for report in reports), default=0)
-        is_long = rising >= PERIODS_OF_PATIENCE * self.schedule.period
+        is_long = rising >= PERIODS_OF_PATIENCE * self.schedule.first
         if is_long and not self._said_rising and is_main_process():
             self._said_rising = True
             message = "the learning rate has kept rising for %d steps: nothing is nowcast before it stops (period=%d)"

@@ -16,18 +16,25 @@ from transformers import TrainerCallback
 from tasks.post_questions import BETA, Preferences, Questions, Sft, stories
 
 BATCH = 16
-OnStep = Callable[[int, float, Any], None]
-"""Told of every step: its number, its loss (NaN where that is not known) and the optimizer."""
+OnStep = Callable[[int, float, Any, int], None]
+"""Told of every step: its number, its loss (NaN where that is not known), the optimizer, and tokens it generated."""
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Hands the Trainer's steps on."""
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Hands the Trainer's steps on.
 
-    def __init__(self, on_step: OnStep) -> None:
-        self.on_step = on_step
+    Args:
+        on_step: is told of every step.
+        asked: tokens of a step's questions, if answers are generated.
+    """
+
+    def __init__(self, on_step: OnStep, asked: int = 0) -> None:
+        self.on_step, self.asked, self._seen = on_step, asked, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_step(state.global_step, float("nan"), kwargs["optimizer"])
+        seen = int(state.num_input_tokens_seen) if self.asked else 0
+        self.on_step(state.global_step, float("nan"), kwargs["optimizer"], max(seen - self._seen - self.asked, 0))
+        self._seen = seen
 
 
 def trainer_of(
@@ -48,7 +55,7 @@ def trainer_of(
 
     is_preferences = isinstance(workload, Preferences)
     batch = BATCH // 2 if is_preferences else BATCH
-    told, callbacks = stories(batch * steps, seed), [_Watch(on_step)]
+    told, callbacks = stories(batch * steps, seed), [Watch(on_step)]
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="nino-post-training-"),
         "per_device_train_batch_size": batch,

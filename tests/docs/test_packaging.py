@@ -20,7 +20,8 @@ from nino.predict.model.networks import build_network
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE_FOLDERS = {"nino": "nino", "callbacks": "nino/callbacks", "pretrained": "nino/pretrained"}
 OPTIONAL = ["accelerate", "datasets", "matplotlib", "sklearn", "torch_scatter", "torchvision", "transformers", "wandb"]
-CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
+EXTRAS = {"trainer", "scatter", "wandb", "plots", "eval", "demo", "metanet", "scripts", "docs", "dev"}
+CORE = {"torch", "numpy", "safetensors", "huggingface_hub", "typer"}
 SAMPLE = "packaging-sample"
 
 
@@ -70,7 +71,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_module_and_every_shipped_nowcaster(wheel: Path) -> None:
-    expected = {"nino/py.typed"}
+    expected = {"nino/py.typed", "nino/predict/engine/kernels.cpp"}
     for folder, package in PACKAGE_FOLDERS.items():
         expected |= {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
     names = [path.parent.name for path in (ROOT / "pretrained").glob("*/config.json")]
@@ -88,15 +89,7 @@ def test_wheel_requires_only_the_core_packages(wheel: Path) -> None:
     required = [line for line in message.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.split(">=")[0].strip() for line in required} == CORE
     assert message["Version"] == nino.__version__
-    assert set(message.get_all("Provides-Extra", [])) == {
-        "trainer",
-        "scatter",
-        "wandb",
-        "plots",
-        "scripts",
-        "docs",
-        "dev",
-    }
+    assert set(message.get_all("Provides-Extra", [])) == EXTRAS
 
 
 def test_installed_wheel_works_on_its_own(installed: Path, tmp_path: Path) -> None:

@@ -173,3 +173,9 @@ def test_the_site_understands_fences(page: Path) -> None:
     fences = re.findall(r"^```.*$", page.read_text(), re.M)
     assert len(fences) % 2 == 0
     assert all(re.fullmatch(r"```\w*", fence) for fence in fences)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if NOTES not in page.parents], ids=name_of)
+def test_what_is_installed_is_this_package(page: Path) -> None:
+    """``nino`` on PyPI is another project."""
+    assert not re.search(r"pip install ['\"]?nino\b|nino\[", page.read_text())

@@ -32,13 +32,14 @@ def result(method: str, values: list[float | None], seed: int = 0, **settings: A
     cell = {"task": "t", "method": method, "seed": seed, "learning_rate": 0.1, "schedule": "constant", "steps": 40}
     curve = [{"step": 10 * (i + 1), "eval_accuracy": v, "eval_loss": v} for i, v in enumerate(values)]
     diverged = settings.pop("diverged", False)
-    nowcasts = [{"nowcast/outcome": "applied", "nowcast/seconds": seconds} for seconds in (0.5, 0.25)]
+    nowcasts = [{"nowcast/outcome": "applied", "nowcast/step": 9, "nowcast/seconds": s} for s in (0.5, 0.25)]
     return {
         "cell": {**cell, **settings},
         "curve": curve,
         "diverged": diverged,
         "seconds": 9.0,
         "cpu_seconds": 8.0,
+        "training_losses": [],
         "nowcasts": nowcasts if ":" in method else [],
     }
 

@@ -555,7 +555,7 @@ def test_a_bad_run_among_good_ones_is_one_line(
     assert words in line
 
 
-def test_runs_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from nino.data.split import find_runs
 
     for family, count in (("mlp", 7), ("other", 2)):
@@ -565,7 +565,7 @@ def test_runs_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.Capture
     header.write_text(json.dumps(json.loads(header.read_text()) | {"complete": False}))  # as a killed recording is
     split = find_runs(tmp_path)
     assert [Path(run).name for run in split.held_out] == ["mlp-6"] and len(split.train) == 7
-    said = capsys.readouterr().err.splitlines()
+    said = caplog.messages
     assert said[0] == "left out, since their recording is not finished: mlp-3"
     assert said[1] == "no run is held out of other: fewer than 6 runs, no validation"
     header.unlink()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nino.errors import NinoError
 from tasks.post_arithmetic import LONGEST, PAD, answers_of, encode, log_probabilities, prompts_of, sample, with_mistake
 from tasks.post_cells import PostCell, rate_factor, read_result, train, write_result
+from tasks.post_larger import Larger, is_right
 from tasks.post_methods import parse_method
 from tasks.post_models import llama
 from tasks.post_numbers import compare, p_value, reached_at
@@ -116,6 +117,22 @@ def test_stories_are_answered_by_what_they_tell():
         assert told.wrong.strip() in text
         assert question.endswith("Answer:")
     assert stories(5, 1) == stories(5, 1) != stories(5, 2)
+
+
+def test_the_larger_number_is_held_out_and_rewarded(tmp_path):
+    workload = Larger(tmp_path, tmp_path)
+    asked = {tuple(pair) for pair in workload.pairs.tolist()}
+    texts = [workload.tokenizer.decode(row).replace(" ", "") for row in workload.held_out[:20]]
+    for text in texts:
+        question, answer = text.removesuffix("<end>").split("=")
+        a, b = map(int, question.split(","))
+        assert int(answer) == max(a, b)
+        assert (a, b) not in asked
+    assert is_right(["4 8", "37"], ["48", "48"]) == [1.0, 0.0]
+    torch.manual_seed(0)
+    model = workload._fresh()
+    told = workload.evaluate(model)
+    assert 0 < told["reward"] < 0.01  # two letters and the end, of 14 each
 
 
 class Parabola:

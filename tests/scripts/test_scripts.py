@@ -309,8 +309,8 @@ def test_demo_runs_end_to_end(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "demo" / "results.json").read_text())
     nowcast_runs = [r for r in content["runs"] if r["method"] == "nowcast"]
-    assert all([report["nowcast/step"] for report in r["nowcasts"]] == [500, 1000] for r in nowcast_runs)
-    assert all(report["nowcast/accepted"] for r in nowcast_runs for report in r["nowcasts"])
+    assert all([report["nowcast/step"] for report in r["nowcasts"]] == [500] for r in nowcast_runs)
+    assert all(report["nowcast/applied"] for r in nowcast_runs for report in r["nowcasts"])
     assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
 
 
@@ -330,8 +330,9 @@ def test_benchmark_of_a_nowcast(tmp_path: Path) -> None:
     [
         (("--memory-budget", "1KB"), ("memory budget of 1,000 bytes is too small",)),
         (("--nowcaster", "nino-tin"), ("no nowcaster 'nino-tin'",)),
+        (("--published", "/"), ("--published: / does not hold the published code", "optim/nino.py")),
     ],
-    ids=["too small a budget", "unknown nowcaster"],
+    ids=["too small a budget", "unknown nowcaster", "no published code"],
 )
 def test_the_benchmark_ends_after_bad_input(arguments: tuple[str, str], words: tuple[str], tmp_path: Path) -> None:
     out = tmp_path / "out"

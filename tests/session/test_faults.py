@@ -694,8 +694,8 @@ def test_a_full_disk_under_a_checkpoint(small_disk: Path, whole: Any, caplog: py
     run.train()
 
     assert_same(weights_of(run.model), whole[0])
-    saved = {path.parent.name: path.name for path in (small_disk / "out").rglob("nowcast*")}
-    assert saved == {f"checkpoint-{step}": "nowcast.pt" for step in (3, 9, 12, 14)}
+    saved = {path.parent.name for path in (small_disk / "out").rglob("nowcast.pt*")}
+    assert saved == {f"checkpoint-{step}" for step in (3, 9, 12, 14)}
     messages = [message for message in warnings_in(caplog) if "nowcast.pt" in message]
     assert len(messages) == 1
     assert messages[0].endswith(

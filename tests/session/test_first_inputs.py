@@ -175,8 +175,14 @@ class Compiler:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("when", ["before", "after", "in place before", "in place after", "in parts"])
+@pytest.mark.parametrize(
+    ("when", "whole"),
+    [
+        pytest.param(when, whole, marks=pytest.mark.slow if whole is when.startswith("in place") else ())
+        for when in ("before", "after", "in place before", "in place after", "in parts")
+        for whole in (True, False)
+    ],
+)
 def test_a_compiled_model_is_traced_and_stays_compiled(when: str, whole: bool) -> None:
     torch._dynamo.reset()
     compiler, model = Compiler(), branched()

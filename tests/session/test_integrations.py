@@ -444,7 +444,6 @@ def test_what_another_callback_left_behind_is_no_mistake(tmp_path: Path) -> None
     first = NowcastCallback(tiny_nowcaster(), PERIOD)
     with pytest.raises(KeyboardInterrupt):
         integrations.trainer(setting, tmp_path, model, callbacks=[first, Interrupt()]).train()
-    assert hooks_of(model) == 1
 
     second = NowcastCallback(tiny_nowcaster(), PERIOD)
     integrations.trainer(setting, tmp_path, model, callbacks=[second]).train()

@@ -1,0 +1,140 @@
+"""Reinforcement learning through TRL's ``GRPOTrainer``: which of two numbers is the larger?
+
+A Llama of 0.05M weights reads pairs such as ``37,48=`` with right answers, and then with answers of which six in ten
+are the smaller number. It knows the task and does not do it: what rewards are for. The held-out reward is exact, as in
+:mod:`tasks.post_arithmetic`; the pairs that it is computed on are in no training.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tasks.post_models import llama, pretrained
+from tasks.post_trl import OnStep, Watch
+from tasks.task import evaluation_mode, logits_of
+
+END, PAD = "<end>", "<pad>"
+LETTERS = "0123456789,="
+ASKED = 6
+"""Letters of a question; two of an answer and the end follow."""
+MISTAKES = 0.6
+PRETRAINING, MISLEADING = 500, 150
+"""Steps with right answers, and with mistakes."""
+QUESTIONS, ANSWERS = 16, 8
+"""Of one step."""
+HELD_OUT = 1000
+
+
+def tokenizer() -> Any:
+    """A token for every letter, as transformers takes it."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate([*LETTERS, END, PAD])}
+    made = Tokenizer(WordLevel(words, unk_token=PAD))
+    made.pre_tokenizer = Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=PAD)
+
+
+def is_right(completions: list[str], answer: list[str], **others: Any) -> list[float]:
+    """The reward: 1 for the larger number, 0 else."""
+    return [float(said.replace(" ", "") == wanted) for said, wanted in zip(completions, answer, strict=True)]
+
+
+class Larger:
+    """The task, as :class:`tasks.post_cells.TrainerWorkload` describes it."""
+
+    metric, higher_is_better = "reward", True
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, data: Path, cache: Path, say: Any = print) -> None:
+        del data  # numbers are made here
+        self.tokenizer, self.cache, self.say = tokenizer(), cache, say
+        pairs = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10, 100))
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))]
+        self.pairs = pairs[HELD_OUT:]
+        self.held_out = self.rows(pairs[:HELD_OUT], pairs[:HELD_OUT].amax(1))
+
+    def rows(self, pairs: Tensor, answers: Tensor) -> Tensor:
+        """Tokens of questions with answers: int64 ``[n, 9]``."""
+        texts = [f"{a},{b}={c}" for (a, b), c in zip(pairs.tolist(), answers.tolist(), strict=True)]
+        tokens = torch.tensor(self.tokenizer(texts).input_ids)
+        return F.pad(tokens, (0, 1), value=self.tokenizer.eos_token_id)
+
+    def build(self, seed: int) -> nn.Module:
+        """The model that was misled, the same for every seed."""
+        knowing = self._read("larger", self._fresh, 0.0, PRETRAINING, 3e-3).state_dict()
+
+        def start() -> nn.Module:
+            model = self._fresh()
+            model.load_state_dict(knowing)
+            return model
+
+        return self._read("larger-misled", start, MISTAKES, MISLEADING, 1e-3)
+
+    def _fresh(self) -> nn.Module:
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return llama(len(LETTERS) + 2, width=48, layers=2, heads=4, length=32, pad=pad, end=end)
+
+    def _read(self, name: str, start: Any, mistakes: float, steps: int, rate: float) -> nn.Module:
+        def batches(generator: torch.Generator) -> Tensor:
+            pairs = self.pairs[torch.randint(len(self.pairs), (128,), generator=generator)]
+            is_wrong = torch.rand(len(pairs), generator=generator) < mistakes
+            return self.rows(pairs, torch.where(is_wrong, pairs.amin(1), pairs.amax(1)))
+
+        return pretrained(name, start, batches, steps=steps, rate=rate, cache=self.cache, say=self.say)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The exact held-out reward at temperature 1, and the accuracy at 0."""
+        wanted = self.held_out[:, ASKED:]
+        with evaluation_mode(model):
+            logits = logits_of(model(input_ids=self.held_out[:, :-1]))[:, ASKED - 1 :].float()
+        said = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+        return {
+            "reward": said.sum(1).exp().mean().item(),
+            "accuracy": (logits.argmax(-1) == wanted).all(1).float().mean().item(),
+        }
+
+    def trainer(self, model: nn.Module, *, rate: float, steps: int, warmup: int, seed: int, on_step: OnStep) -> Any:
+        """TRL's trainer; see :func:`tasks.post_trl.trainer_of`."""
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+
+        drawn = torch.randint(len(self.pairs), (QUESTIONS * steps,), generator=torch.Generator().manual_seed(seed))
+        rows = [{"prompt": f"{a},{b}=", "answer": str(max(a, b))} for a, b in self.pairs[drawn].tolist()]
+        arguments = GRPOConfig(
+            tempfile.mkdtemp(prefix="nino-post-training-"),
+            max_steps=steps,
+            learning_rate=rate,
+            lr_scheduler_type="linear",
+            warmup_steps=warmup,
+            per_device_train_batch_size=QUESTIONS * ANSWERS,
+            num_generations=ANSWERS,
+            max_completion_length=3,
+            beta=0.0,
+            seed=seed,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+        )
+        return GRPOTrainer(
+            model,
+            reward_funcs=is_right,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=self.tokenizer,
+            callbacks=[Watch(on_step, asked=QUESTIONS * ANSWERS * ASKED)],
+        )
