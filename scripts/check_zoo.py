@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -163,13 +164,15 @@ def summary(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def write_page(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the counts and the table between the marks of a page."""
+def write_page(page: Path, rows: list[dict[str, Any]], missing: Sequence[str] = ()) -> None:
+    """Put the counts, the table and the names of what was not examined yet between the marks of a page."""
     text = page.read_text() if page.exists() else f"# Zoo\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise NinoError(f"--page {page}: expected a page with the lines {BEGIN} and {END}")
     before, rest = text.split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{summary(rows)}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}")
+    more = f"\n\nNot examined yet ({len(missing)}): {', '.join(missing)}." if missing else ""
+    counts = summary(rows) + (f" {len(missing)} more have not been examined yet." if missing else "")
+    page.write_text(f"{before}{BEGIN}\n\n{counts}\n\n{table(rows)}{more}\n\n{END}{rest.split(END)[1]}")
 
 
 def found_in(file: Path) -> dict[str, dict[str, Any]]:
@@ -206,7 +209,8 @@ def main(argv: list[str]) -> int:
         file.unlink(missing_ok=True)
     done = found_in(file)
     if args.table:
-        write_page(args.page, list(done.values()))
+        missing = [f"{one.library} {one.name}" for one in animals() if f"{one.library}:{one.name}" not in done]
+        write_page(args.page, list(done.values()), missing)
         return 0
     rows: list[dict[str, Any]] = []
     for number, animal in enumerate(animals()):
