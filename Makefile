@@ -25,7 +25,7 @@ SCATTER_STAMP := $(VENV)/.stamp-scatter
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check docs build clean demo-env check-env docs-env test-env
+.PHONY: help demo test test-slow test-zoo check docs build clean demo-env check-env docs-env test-env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,10 @@ test: test-env ## all tests but the slow ones (PYTEST_ARGS: more options for pyt
 
 test-slow: test-env ## the slow tests
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-zoo: test-env ## wire and prove every architecture of transformers, timm and peft that is here (an hour or two)
+	@$(PY) -c 'import timm' 2>/dev/null || $(INSTALL) --no-deps timm || true
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(PY) scripts/check_zoo.py
 
 check: check-env ## formatting, lint, types and imports in circles
 	$(PY) -m ruff format --check .

@@ -73,7 +73,7 @@ class NowcastCallback(TrainerCallback):
 
     def __init__(
         self,
-        nowcaster: Predictor | str | Path = "nino-base",
+        nowcaster: Predictor | str | Path = "confirmed",
         period: int | None = None,
         *,
         plan: NowcastPlan | None = None,
@@ -248,7 +248,7 @@ def _fingerprint(model: nn.Module) -> int:
 
 def attach(
     trainer: Trainer,
-    nowcaster: Predictor | str | Path = "nino-base",
+    nowcaster: Predictor | str | Path = "confirmed",
     period: int | None = None,
     *,
     plan: NowcastPlan | None = None,

@@ -1,4 +1,4 @@
-"""Docstrings name other objects as Sphinx does (``:class:`Nowcaster```); the site shows them as code."""
+"""The site shows the roles of docstrings (``:class:`Nowcaster```) and their examples as code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`~?(?P<name>[^`]+)`")
 
+EXAMPLE = re.compile(r"^( *)Example:$", re.M)
+"""A section of one example; Google's style knows it in the plural only."""
+
 
 class Roles(griffe.Extension):
     """Turns roles into code spans."""
@@ -16,4 +19,5 @@ class Roles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of one object."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(lambda found: f"`{found['name'].rsplit('.', 1)[-1]}`", obj.docstring.value)
+            text = ROLE.sub(lambda found: f"`{found['name'].rsplit('.', 1)[-1]}`", obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub(r"\1Examples:", text)

@@ -42,7 +42,8 @@ class NowcastOptimizer(Optimizer):
     Args:
         optimizer: built on parameters of ``model``; or several, each for parameters of its own (Muon and AdamW).
         model: the model in training.
-        nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
+        nowcaster: a predictor or its name: ``"confirmed"`` (:class:`nino.predict.confirmed.ConfirmedExtrapolator`,
+            which needs no network), ``"nino-base"``, or as in :meth:`nino.Nowcaster.from_pretrained`.
         period: optimizer steps between nowcasts; goes before the plan's. By default it is chosen for the run.
         max_steps: optimizer steps of the whole run; horizons shrink towards its end. ``None`` if unknown.
         plan: all other settings, see :class:`nino.NowcastPlan`; what it leaves open is chosen for the run.
@@ -73,7 +74,7 @@ class NowcastOptimizer(Optimizer):
         self,
         optimizer: Optimizer | Sequence[Optimizer],
         model: nn.Module,
-        nowcaster: Predictor | str | Path = "nino-base",
+        nowcaster: Predictor | str | Path = "confirmed",
         *,
         period: int | None = None,
         max_steps: int | None = None,

@@ -326,7 +326,10 @@ def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> Nowc
 
 def _choose_period(run: Run) -> int:
     if run.across_jumps:
-        return USUAL_ACROSS if run.max_steps is None else max(min(run.max_steps // NOWCASTS_ACROSS, LONGEST_ACROSS), 1)
+        if run.max_steps is None:
+            return USUAL_ACROSS
+        shortest = SHORTEST_PERIOD if run.max_steps >= 3 * SHORTEST_PERIOD else 1
+        return max(min(run.max_steps // NOWCASTS_ACROSS, LONGEST_ACROSS), shortest)
     if run.max_steps is None:
         return LONGEST_PERIOD // run.context * run.context
     tenth = min(run.max_steps // USUAL_NOWCASTS, LONGEST_PERIOD)

@@ -139,9 +139,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         for dtype in args.dtypes:
             bar_format = "{desc}: {percentage:3.0f}% in {elapsed}, {remaining} to go"
             with tqdm(total=1.0, desc=f"{name} {dtype}", bar_format=bar_format, mininterval=1, leave=False) as bar:
-                began = time.process_time()
+                cpu_before = time.process_time()
                 seconds[dtype].append(timed(lambda d=dtype, b=bar: nowcast(DTYPES[d], b), device))  # type: ignore[misc]
-                cpu_seconds[dtype].append(time.process_time() - began)
+                cpu_seconds[dtype].append(time.process_time() - cpu_before)
         if num_weights <= args.edges_up_to:
             edges.append(timed(define, device))
     return {
@@ -181,7 +181,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "weights": run["weights"],
                     "dtype": dtype,
                     "seconds": spent,
-                    "CPU s": min(run["blockwise cpu seconds"][dtype]),
+                    "CPU seconds": min(run["blockwise cpu seconds"][dtype]),
                     "us/weight": 1e6 * spent / run["weights"],
                     "x edges": edges / spent if edges else None,
                     "% products": 100 * limit["products seconds"] / spent,
@@ -287,7 +287,8 @@ def side_by_side(args: argparse.Namespace) -> int:
             )
         print(format_table(rows[-len(args.dtypes) :]), flush=True)
         args.out.mkdir(parents=True, exist_ok=True)
-        settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "device")}
+        settings = {key: value for key, value in vars(args).items() if key in ("models", "dtypes", "repeats")}
+        settings["nowcaster"] = Path(args.nowcaster).name
         result = {"machine": describe_machine(), "arguments": settings, "summary": rows, "runs": runs}
         (args.out / "results.json").write_text(json.dumps(result, indent=1))
     return 0

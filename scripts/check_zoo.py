@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,17 @@ def summary(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def write_page(page: Path, rows: list[dict[str, Any]], missing: Sequence[str] = ()) -> None:
+    """Put the counts, the table and the names of what was not examined yet between the marks of a page."""
+    text = page.read_text() if page.exists() else f"# Zoo\n\n{BEGIN}\n{END}\n"
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise NinoError(f"--page {page}: expected a page with the lines {BEGIN} and {END}")
+    before, rest = text.split(BEGIN)
+    more = f"\n\nNot examined yet ({len(missing)}): {', '.join(missing)}." if missing else ""
+    counts = summary(rows) + (f" {len(missing)} more have not been examined yet." if missing else "")
+    page.write_text(f"{before}{BEGIN}\n\n{counts}\n\n{table(rows)}{more}\n\n{END}{rest.split(END)[1]}")
+
+
 def found_in(file: Path) -> dict[str, dict[str, Any]]:
     """The newest row of each model."""
     lines = file.read_text().splitlines() if file.exists() else []
@@ -175,6 +187,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="LIBRARY[:NAME]", help="some libraries or models, once more")
     parser.add_argument("--part", nargs=2, type=int, metavar=("K", "N"), help="the K-th of N parts of the zoo")
+    parser.add_argument("--table", action="store_true", help="write the table of what was found so far, and no more")
     parser.add_argument("--again", action="store_true", help="forget what was found before")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "zoo", help="folder of rows.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md", help="that holds the table")
@@ -195,6 +208,10 @@ def main(argv: list[str]) -> int:
     if args.again:
         file.unlink(missing_ok=True)
     done = found_in(file)
+    if args.table:
+        missing = [f"{one.library} {one.name}" for one in animals() if f"{one.library}:{one.name}" not in done]
+        write_page(args.page, list(done.values()), missing)
+        return 0
     rows: list[dict[str, Any]] = []
     for number, animal in enumerate(animals()):
         key = f"{animal.library}:{animal.name}"
@@ -215,10 +232,7 @@ def main(argv: list[str]) -> int:
         rows.append(row)
     print(summary(rows))
     if not args.only and not args.part:
-        page = args.page.read_text() if args.page.exists() else f"# Zoo\n\n{BEGIN}\n{END}\n"
-        before, rest = page.split(BEGIN)
-        after = rest.split(END)[1]
-        args.page.write_text(f"{before}{BEGIN}\n\n{summary(rows)}\n\n{table(rows)}\n\n{END}{after}")
+        write_page(args.page, rows)
     run = [row for row in rows if row["outcome"] != "skipped"]
     proved = sum(row["outcome"] == "proved" and row["wired"] >= WHOLE for row in run)
     return 1 if any(row["outcome"] == "WRONG" for row in run) or proved < LEAST_PROVED * len(run) else 0

@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 from tqdm import tqdm
 
-from nino.evaluation.compare import cells_of, train_all
+from nino.evaluation.comparison import cells_of, train_all
 from nino.evaluation.training import SCHEDULES, Cell, read_result
 from nino.evaluation.workers import Event
 from tasks.cli import (

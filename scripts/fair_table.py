@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from publish_results import head_commit
 from tqdm import tqdm
 
 from nino.errors import NinoError
@@ -146,7 +147,11 @@ def report(cells: Sequence[FairCell], out: Path) -> None:
         print("no row is complete yet: each needs its base at two budgets and a method on top of it")
         return
     totals = aggregates(rows)
-    summary = {"rows": [row.as_record() for row in rows], "aggregates": totals, "machine": describe_machine()}
+    methods = dict.fromkeys(row.method for row in rows)
+    command = f"python scripts/fair_table.py --data DATA --methods {' '.join(methods)}"
+    about = {"title": "Steps saved at equal final held-out loss", "command": command, "commit": head_commit()}
+    records = [row.as_record() for row in rows]
+    summary = {**about, "rows": records, "aggregates": totals, "machine": describe_machine()}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     shown = [row.as_record() for row in sorted(rows, key=lambda row: (row.base, row.task, row.method))]
     parts = ["# Steps saved at equal final held-out loss", format_markdown(totals), format_markdown(shown)]
@@ -163,7 +168,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--purpose", choices=list(SEEDS), default="report", help="on which tasks and seeds")
     add("--tasks", nargs="+", choices=list(FAIR_TASKS), metavar="TASK", help=", ".join(FAIR_TASKS))
     add("--bases", nargs="+", choices=BASES, default=list(BASES), help="optimizers")
-    add("--methods", nargs="+", default=["nino-base"], metavar="METHOD", help=", ".join(fair_methods("FILE")))
+    add("--methods", nargs="+", default=["default"], metavar="METHOD", help=", ".join(fair_methods("FILE")))
     add("--seeds", type=int, nargs="+", help="by default those of the purpose")
     add("--budgets", type=float, nargs="+", choices=BUDGETS, default=list(BUDGETS), help="of the base")
     add(

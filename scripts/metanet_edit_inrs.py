@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -152,8 +153,9 @@ def summarise(cells: Path, a: argparse.Namespace, images: Tensor, drawn: Tensor,
     fits = float((drawn[cut:] - images.flatten(1)[cut:]).square().mean())
     settings = {key: value for key, value in vars(a).items() if key not in ("data", "cache", "out")}
     a.out.mkdir(parents=True, exist_ok=True)
+    about = {"title": "Networks of digits, edited", "command": "python " + " ".join(sys.argv)}
     summary = {"settings": settings, "mse of the fits": fits, "mse of doing nothing": nothing, "cells": records}
-    (a.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (a.out / "summary.json").write_text(json.dumps(about | summary, indent=1) + "\n")
     lines = ["MSE x 100 of pictures from 0 to 1, mean and deviation over seeds", ""]
     lines += ["| variant | " + " | ".join(TRANSFORMS) + " |", "|---|---|---|"]
     lines.append("| nothing changed | " + " | ".join(f"{100 * nothing[name]:.2f}" for name in TRANSFORMS) + " |")

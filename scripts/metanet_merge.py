@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,9 @@ def summarise(a: argparse.Namespace) -> None:
     records = [json.loads(path.read_text()) for path in sorted(a.cache.glob("*.json"))]
     a.out.mkdir(parents=True, exist_ok=True)
     rounded = json.loads(json.dumps(records), parse_float=lambda text: round(float(text), 4))
-    (a.out / "summary.json").write_text(json.dumps(rounded) + "\n")
+    curves = {f"{record['pair']}, seed {record['seed']}": record["methods"] for record in rounded}
+    about = {"title": "Barriers between networks of different seeds", "command": "python " + " ".join(sys.argv)}
+    (a.out / "summary.json").write_text(json.dumps(about | {"curves": curves}) + "\n")
     lines = [
         "| pair | method | loss barrier | accuracy in the middle | of the ends | seeds |",
         "|---|---|---|---|---|---|",

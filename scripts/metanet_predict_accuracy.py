@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,6 +129,8 @@ def summarise(cells: Path, zoo: list[Member], arguments: argparse.Namespace) -> 
     arguments.out.mkdir(parents=True, exist_ok=True)
     accuracies = torch.tensor([member.accuracy for member in zoo])
     summary = {
+        "title": "Accuracies of image classifiers predicted from their weights",
+        "command": "python " + " ".join(sys.argv),
         "zoo": {"networks": len(zoo), "mean accuracy": float(accuracies.mean()), "deviation": float(accuracies.std())},
         "settings": {"steps": arguments.steps, "hidden": arguments.hidden, "rates": RATES},
         "cells": records,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -165,13 +166,14 @@ def summarise(cells: Path, a: argparse.Namespace, fitted: float, wanted: Tensor,
     mean = float((wanted[cut:] - wanted[:cut].mean(0)).square().mean())
     settings = {key: value for key, value in vars(a).items() if key not in ("cache", "out")}
     a.out.mkdir(parents=True, exist_ok=True)
+    about = {"title": "Networks of sines, embedded", "command": "python " + " ".join(sys.argv)}
     summary = {
         "settings": settings,
         "mean squared error of the fits": fitted,
         "mse of the mean": mean,
         "cells": records,
     }
-    (a.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (a.out / "summary.json").write_text(json.dumps(about | summary, indent=1) + "\n")
     lines = ["| embedding | MSE of (a, b) | of a | of b | seeds |", "|---|---|---|---|---|"]
     for method, rows in sorted(by_method.items(), key=lambda item: np.mean([row["mse"] for row in item[1]])):
         mse = np.array([row["mse"] for row in rows])

@@ -13,7 +13,7 @@ from nino.errors import NinoError
 from nino.graph.ir import MAX_FEATURES, NeuralGraph
 from nino.metanet.config import MetanetConfig
 from nino.metanet.inputs import GraphInputs, Model, read, union
-from nino.metanet.layers import Encoded, Encoder, mlp, segment_mean
+from nino.metanet.layers import Encoded, Encoder, mlp, segment_max, segment_mean
 from nino.metanet.mpnn import Mpnn
 from nino.metanet.ng_gnn import NgGnn
 from nino.metanet.ng_t import NgT
@@ -24,6 +24,8 @@ from nino.metanet.scale import Scale
 ENCODERS: dict[str, type[Encoder]] = {"mpnn": Mpnn, "ng-gnn": NgGnn, "ng-t": NgT, "scale": Scale, "probe": Probe}
 SMALLEST_SPREAD = 1e-4
 """Of pooled edges; what varies less in all models says nothing."""
+TOLD = 10
+"""Numbers about the parameters of a model that the invariant head reads besides."""
 FIRST_STEP = 0.01
 """How much of what it gives out an untrained equivariant head adds to a weight."""
 
@@ -53,7 +55,7 @@ class GraphMetanetwork(nn.Module):
         if self.config.variant != "probe" or self.config.probe_numbers is not None:
             self.encoder = ENCODERS[self.config.variant](self.config)
         if self.config.head == "invariant":
-            pooled = (4 if self.config.variant == "probe" else 3) * hidden
+            pooled = (4 if self.config.variant == "probe" else 3) * hidden + TOLD * (self.config.inputs != "raw")
             self.head: nn.Module = mlp(pooled, hidden, self.config.outputs)
             self.register_buffer("usual", torch.zeros(pooled))
             self.register_buffer("spread", torch.ones(pooled))
@@ -143,7 +145,11 @@ class GraphMetanetwork(nn.Module):
             segment_mean(of_parameters, inputs.owner, inputs.num_models),
             segment_mean(spread, inputs.owner, inputs.num_models),
         ]
-        return torch.cat(pooled if encoded.whole is None else [*pooled, encoded.whole], dim=-1)
+        if encoded.whole is not None:
+            pooled.append(encoded.whole)
+        if self.config.inputs != "raw":
+            pooled.append(_told(inputs))
+        return torch.cat(pooled, dim=-1)
 
     def _edited(self, encoded: Encoded, inputs: GraphInputs) -> list[dict[str, Tensor]]:
         """New values of all weights: the old ones and a step, in units of the parameter's size where it is known."""
@@ -170,6 +176,17 @@ class GraphMetanetwork(nn.Module):
             CheckpointError: if it is missing, damaged or foreign.
         """
         return load_network(lambda saved: cls(MetanetConfig.from_dict(saved)), name)
+
+
+def _told(inputs: GraphInputs) -> Tensor:
+    """What is told of whole parameters, over those of each model: mean, deviation, largest, smallest; their number."""
+    told = segment_mean(inputs.features[inputs.carriers, -2:], inputs.parameter, len(inputs.owner))
+    number, owner = inputs.num_models, inputs.owner
+    mean = segment_mean(told, owner, number)
+    deviation = (segment_mean((told - mean[owner]).square(), owner, number) + SMALLEST_SPREAD**2).sqrt()
+    largest, smallest = segment_max(told, owner, number), -segment_max(-told, owner, number)
+    sizes = [torch.bincount(index, minlength=number)[:, None] for index in (owner, owner[inputs.parameter])]
+    return torch.cat([mean, deviation, largest, smallest, torch.cat(sizes, dim=1).to(told).log()], dim=-1)
 
 
 def graphs_for(models: Sequence[Any], graph: NeuralGraph | Sequence[NeuralGraph] | None) -> list[NeuralGraph]:

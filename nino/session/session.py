@@ -62,7 +62,7 @@ class NowcastSession:
     def __init__(
         self,
         model: nn.Module,
-        nowcaster: Predictor | str | Path = "nino-base",
+        nowcaster: Predictor | str | Path = "confirmed",
         *,
         period: int | None = None,
         max_steps: int | None = None,

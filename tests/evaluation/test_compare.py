@@ -118,7 +118,7 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], expected: str, tmp_
 
 
 def test_missing_packages_are_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nino.evaluation.compare.find_spec", lambda name: None)
+    monkeypatch.setattr("nino.evaluation.comparison.find_spec", lambda name: None)
     with pytest.raises(NinoError, match=r"needs matplotlib and scipy: pip install 'nowcaster\[eval\]'"):
         compare(Line(), ["adam"], budgets=[40], folder=tmp_path / "out")
     assert not (tmp_path / "out").exists()

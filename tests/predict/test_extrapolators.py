@@ -154,7 +154,7 @@ def test_predictors_are_loaded_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lineal", ["no nowcaster 'lineal'", "nino-tiny", "extrapolation: linear, reduced-rank"]),
+        ("lineal", ["no nowcaster 'lineal'", "nino-tiny", "extrapolation: ", "linear, reduced-rank"]),
         ("missing.pt", ["missing.pt"]),
         (3, ["got int"]),
         (nn.Linear(2, 2), ["got Linear"]),

@@ -330,8 +330,9 @@ def test_benchmark_of_a_nowcast(tmp_path: Path) -> None:
     [
         (("--memory-budget", "1KB"), ("memory budget of 1,000 bytes is too small",)),
         (("--nowcaster", "nino-tin"), ("no nowcaster 'nino-tin'",)),
+        (("--published", "/"), ("--published: / does not hold the published code", "optim/nino.py")),
     ],
-    ids=["too small a budget", "unknown nowcaster"],
+    ids=["too small a budget", "unknown nowcaster", "no published code"],
 )
 def test_the_benchmark_ends_after_bad_input(arguments: tuple[str, str], words: tuple[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
