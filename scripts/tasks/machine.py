@@ -21,7 +21,7 @@ def describe_machine() -> dict[str, Any]:
         "system": platform.platform(),
         "torch threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "safetensors", "nino")},
+        **{package: version(package) for package in ("torch", "transformers", "safetensors", "nowcaster")},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,8 +70,15 @@ HERE = Path(__file__).stem
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command finds this file, and what it does to logging is gone afterwards."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    ours, everything = logging.getLogger("nino"), logging.getLogger()
+    levels, handlers = (ours.level, everything.level), list(everything.handlers)
+    yield
+    ours.setLevel(levels[0])
+    everything.setLevel(levels[1])
+    everything.handlers[:] = handlers
 
 
 def test_a_wiring_is_proved(run: Run) -> None:
