@@ -247,9 +247,10 @@ def test_a_run_that_ends_in_a_rollback_window_is_reported_when_it_is_finished(ca
     report = optimizer.session.finish()
 
     assert report is not None and report == optimizer.reports[0] and report.loss_at == 2
-    assert len(records_of(caplog)) == 1
+    said = [record.getMessage().split(":")[0] for record in records_of(caplog)]
+    assert said == ["nowcasting is over", "nowcast after step 6"]
     assert optimizer.session.finish() is None
-    assert len(records_of(caplog)) == 1
+    assert len(records_of(caplog)) == 2
 
 
 def test_a_session_reports_the_jump_by_kind() -> None:
