@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,17 @@ def quick_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """What a command under test does to logging is gone afterwards."""
+    ours, everything = logging.getLogger("nino"), logging.getLogger()
+    before = ours.level, everything.level, ours.propagate, list(ours.handlers)
+    yield
+    ours.setLevel(before[0])
+    everything.setLevel(before[1])
+    ours.propagate, ours.handlers[:] = before[2:]
 
 
 @pytest.fixture(scope="session")

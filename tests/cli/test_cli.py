@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,14 +69,9 @@ HERE = Path(__file__).stem
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command finds this file, and what it does to logging is gone afterwards."""
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command finds this file."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    ours, everything = logging.getLogger("nino"), logging.getLogger()
-    levels = ours.level, everything.level
-    yield
-    ours.setLevel(levels[0])
-    everything.setLevel(levels[1])
 
 
 def test_a_wiring_is_proved(run: Run) -> None:
