@@ -160,5 +160,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    for name in (None, "nino", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     run_main(main, sys.argv[1:], resumes=True)
