@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
-from nino import Nowcaster
 from nino.data import build_model
 from nino.evaluation.report import draw_curves, format_table, steps_to_reach
 from nino.evaluation.workers import Report, do_all
+from nino.predict.registry import load_predictor
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, settings_of
 from tasks.images import convnet, load_digits, shift_randomly
 from tasks.text import fixed_windows, llama, tokenize
@@ -187,7 +187,9 @@ def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--nowcaster", default="nino-base", help="shipped name, folder or hub id")
+    parser.add_argument(
+        "--nowcaster", default="nino-base", help='shipped name, "confirmed" (the default elsewhere), folder or hub id'
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=positive_int, default=3000, help="optimizer steps of each training")
@@ -234,7 +236,7 @@ def decisions(rows: list[dict[str, Any]], steps: int) -> list[str]:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    Nowcaster.from_pretrained(args.nowcaster)  # fail before training, not after
+    load_predictor(args.nowcaster)  # fail before training, not after
     make_output_folder("--out", args.out)
     began = time.perf_counter()
     runs = run_all(args)

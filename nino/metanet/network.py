@@ -108,9 +108,13 @@ class GraphMetanetwork(nn.Module):
             like = next(self.head.parameters())
             self.encoder = Probe(self.config).to(like.device, like.dtype)
 
+    def _ready_encoder(self) -> Encoder:
+        if self.encoder is None:
+            raise NinoError("the size of probes is not known yet: call prepare(model) of this metanetwork first")
+        return self.encoder
+
     def _read_out(self, inputs: GraphInputs) -> Any:
-        assert self.encoder is not None  # noqa: S101
-        encoded: Encoded = self.encoder(inputs)
+        encoded: Encoded = self._ready_encoder()(inputs)
         if self.config.head == "invariant":
             pooled = (self._pooled(encoded, inputs) - self.get_buffer("usual")) / self.get_buffer("spread")
             out = self.head(pooled)
@@ -128,9 +132,9 @@ class GraphMetanetwork(nn.Module):
         They are means of many edges, alike in all models; only what differs tells the models apart. That is divided by
         the root of its deviation: by the deviation itself, noise would be as large as what matters.
         """
-        assert self.encoder is not None  # noqa: S101
+        encoder = self._ready_encoder()
         if self.config.head == "invariant" and len(inputs) > 1:
-            pooled = torch.cat([self._pooled(self.encoder(one), one) for one in inputs])
+            pooled = torch.cat([self._pooled(encoder(one), one) for one in inputs])
             self.get_buffer("usual").copy_(pooled.mean(0))
             self.get_buffer("spread").copy_(pooled.std(0).clamp_min(SMALLEST_SPREAD).sqrt())
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nino.errors import NinoError
+from nino.evaluation.training import Clock, finite
 from tasks.post_methods import BASE, Driver, driver_of, parse_method
 
 VERSION = 1
@@ -111,42 +109,6 @@ def with_adapters(model: nn.Module, targets: tuple[str, ...], seed: int) -> nn.M
     )
     adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
     return adapted
-
-
-def finite(value: float) -> float | None:
-    """JSON knows neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
-
-
-class Clock:
-    """Seconds of training without evaluations: on the wall, and of this process's processor time.
-
-    The latter hardly depends on what else the machine does.
-    """
-
-    def __init__(self) -> None:
-        self.away = (0.0, 0.0)
-        self._start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count what happens within."""
-        before = self._now()
-        yield
-        after = self._now()
-        self.away = (self.away[0] + after[0] - before[0], self.away[1] + after[1] - before[1])
-
-    def spent(self) -> dict[str, float]:
-        """Since the beginning."""
-        wall, processor = self._now()
-        return {
-            "seconds": round(wall - self._start[0] - self.away[0], 3),
-            "cpu_seconds": round(processor - self._start[1] - self.away[1], 3),
-        }
 
 
 class Watch:
