@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -378,11 +378,6 @@ def size_of(num_bytes: int) -> str:
         if num_bytes >= factor:
             return f"{num_bytes / factor:,.3g} {unit}"
     return f"{num_bytes / 1e3:,.3g} kB"
-
-
-def settings_of(plan: NowcastPlan) -> dict[str, Any]:
-    """All settings by name."""
-    return asdict(plan)
 
 
 def is_whole(value: object) -> bool:

@@ -1,13 +1,11 @@
-"""Prove that models of many architectures are wired right, or your own: trace each, relabel its neurons, compare.
+"""Prove that models of many architectures are wired right: trace each, relabel its neurons, compare.
 
     python scripts/check_architectures.py
     python scripts/check_architectures.py --only Llama "U-Net"
-    python scripts/check_architectures.py --model my_project.models:build
 
 Without options every architecture of scripts/tasks/architectures.py is checked; the table goes into
-``docs/architectures.md``, all that was found into ``results/architectures/summary.json``. ``--model`` names a function
-of yours that returns ``(model, example_inputs)``, and prints the report; nothing is written. The exit code is 1 if a
-model is not wired completely or fails the proof.
+``docs/architectures.md``, all that was found into ``results/architectures/summary.json``. The exit code is 1 if a
+model is not wired completely or fails the proof. For a model of your own there is ``nino check``.
 """
 
 from __future__ import annotations
@@ -35,7 +33,6 @@ from nino.graph.check import WiringReport
 from tasks.architectures import SPECIMENS
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, fail, make_output_folder, run_main
 from tasks.machine import describe_machine
-from tasks.own_model import load_own_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: by scripts/check_architectures.py -->", "<!-- end of the table -->"
@@ -126,20 +123,6 @@ def with_table(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
 
 
-def check_own(name: str) -> int:
-    """Print the report of a person's own model."""
-    model, inputs = load_own_model(name)
-    graph, report, found = check(model, inputs)
-    print(
-        f"{type(model).__name__}: {found['parameters']:,} parameters in {found['groups']} groups and {found['blocks']} "
-        f"blocks, wiring {graph.wiring} ({graph.family}), traced in {found['seconds of tracing']:.2f} s"
-    )
-    print(report)
-    if found["failure"] and report.ok:
-        print(found["failure"])
-    return 1 if found["failure"] else 0
-
-
 def check_specimens(names: list[str]) -> list[dict[str, Any]]:
     """Check them one after another, with a line for each."""
     import transformers
@@ -157,9 +140,7 @@ def check_specimens(names: list[str]) -> list[dict[str, Any]]:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--only", nargs="+", metavar="NAME", help="check these and write nothing")
-    what.add_argument("--model", metavar="MODULE:FUNCTION", help="a function that returns (model, example_inputs)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="check these and write nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "architectures", help="folder of summary.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "architectures.md", help="that holds the table")
     return parser.parse_args(argv)
@@ -167,8 +148,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    if args.model is not None:
-        return check_own(args.model)
     unknown = [name for name in args.only or () if name not in SPECIMENS]
     if unknown:
         fail(f"--only: no architecture {unknown[0]!r}; expected some of {', '.join(SPECIMENS)}")

@@ -19,6 +19,7 @@ from typing import Any, get_args
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nino import Nowcaster, NowcasterConfig
+from nino.cli.loading import load_shape
 from nino.data import ResampledRun, Trajectory, read_memmap
 from nino.data.split import LEAST_RUNS, find_runs, held_out
 from nino.data.trajectory import RecordedStates
@@ -29,7 +30,6 @@ from nino.pretraining.objective import LOSSES
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.windows import WindowSource
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, show_log, whole_number
-from tasks.own_model import graph_of
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default=[],
         metavar=("FILE", "MODEL", "STATES", "INTERVAL"),
         help="also a bare matrix of float16 [runs, STATES, parameters], as the published trajectories are, with "
-        "INTERVAL steps from state to state; MODEL as of plot_graph.py; may be repeated",
+        "INTERVAL steps from state to state; MODEL as of `nino graph`; may be repeated",
     )
     add("--out", type=Path, required=True, help="folder for the nowcaster")
     add("--start-from", metavar="NOWCASTER", help="train this one further: a name or a folder; it sets the next three")
@@ -102,7 +102,7 @@ def read_runs(args: argparse.Namespace) -> tuple[list[RecordedStates], list[Reco
         train += map(Trajectory, split.train)
         held += map(Trajectory, split.held_out)
     for file, model, states, interval in args.memmap:
-        graph, about = graph_of(model)[1], {"family": Path(file).stem}
+        graph, about = load_shape(model)[2], {"family": Path(file).stem}
         runs = read_memmap(file, graph, num_states=states, interval=interval, training=about)
         train += [run for index, run in enumerate(runs) if not held_out(index)]
         held += [run for index, run in enumerate(runs) if held_out(index)]

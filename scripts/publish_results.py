@@ -20,10 +20,12 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from nino import NowcastPlan
 from tasks.cli import ArgumentParser, fail, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,8 @@ HEAVY = ("cells", "runs", "curves", "jumps", "single", "verdicts", "decisions", 
 """What is left out: single trainings, of which the tables are means."""
 UNWANTED = ("wall s", "CPU s", "nowcasting s")
 """Columns that belong to the hour and the machine."""
+PLAN_PREFIXES = ("", "jump-")
+"""Of options that scripts make of the settings of a plan."""
 Row = Mapping[str, Any]
 
 
@@ -160,6 +164,31 @@ def pages_that_quote(name: str) -> list[Path]:
     return sorted(page for page, pattern in patterns.items() if pattern.search(page.read_text()))
 
 
+def commands_of(text: str) -> list[tuple[str, list[str]]]:
+    """Scripts that commands in a text run, each with its options; a backslash joins lines.
+
+    Example:
+        >>> commands_of("python scripts/a.py x --b \\\n  --c=1 # --d")
+        [('scripts/a.py', ['--b', '--c'])]
+    """
+    commands = re.findall(r"(scripts/\w+\.py)([^\n#`]*)", text.replace("\\\n", " "))
+    return [(script, re.findall(r"(?<![\w-])--[\w-]+", rest)) for script, rest in commands]
+
+
+def gone_since(text: str) -> list[str]:
+    """Scripts, and options of scripts, that commands in a text name and that are no longer there."""
+    settings = [field.name.replace("_", "-") for field in fields(NowcastPlan)]
+    plan = {f"--{prefix}{name}" for name in settings for prefix in PLAN_PREFIXES}
+    gone: list[str] = []
+    for script, options in commands_of(text):
+        if not (ROOT / script).is_file():
+            gone.append(script)
+            continue
+        known = set(re.findall(r"\"(--[\w-]+)\"", (ROOT / script).read_text()))
+        gone += [f"{option} of {script}" for option in options if option not in known | plan]
+    return gone
+
+
 def write_pages() -> int:
     """Write the index and the page of all tables."""
     index = ["# Results", "", "Made by `python scripts/publish_results.py`: what pages quote and tests read.", ""]
@@ -169,8 +198,9 @@ def write_pages() -> int:
         summary = json.loads((RESULTS / name / "summary.json").read_text())
         title, command, commit = (summary.get(key, "") for key in ("title", "command", "commit"))
         quoted = ", ".join(f"[{p.relative_to(ROOT)}](../{p.relative_to(ROOT)})" for p in pages_that_quote(name))
-        index.append(f"| [{name}]({name}/table.md) | {title} | `{command}` | {commit} | {quoted} |")
-        page += [f"## {name}", "", f"{title}. Commit {commit}:", "", f"```\n{command}\n```", ""]
+        gone = f", since then without {', '.join(gone_since(command))}" if gone_since(command) else ""
+        index.append(f"| [{name}]({name}/table.md) | {title} | `{command}` | {commit}{gone} | {quoted} |")
+        page += [f"## {name}", "", f"{title}. Commit {commit}{gone}:", "", f"```\n{command}\n```", ""]
         if (IMAGES / f"{name}.png").exists():
             page += [f"![{title}](images/{name}.png)", ""]
         page.append(format_tables(summary, 4))

@@ -37,14 +37,13 @@ class Term:
         """The same with the second model's neurons in another order; see :class:`Permutations`."""
         b = self.b
         axes = [axis for axis in dict.fromkeys(self.axes) if axis in orders]
-        inner = [axis for axis in axes if axis.within in self.axes]
+        inner = {axis: axis.within for axis in axes if axis.within is not None and axis.within in self.axes}
         for axis in axes:
             if axis not in inner:
                 for dim in self.places(axis):
                     b = b.index_select(dim, orders[axis][0])
-        for axis in inner:  # after the outer ones, whose indices as they are now say which row counts
-            assert axis.within is not None  # noqa: S101
-            b = _in_order_within(b, self.places(axis), self.places(axis.within)[0], orders[axis])
+        for axis, outer in inner.items():  # after the outer ones, whose indices as they are now say which row counts
+            b = _in_order_within(b, self.places(axis), self.places(outer)[0], orders[axis])
         return replace(self, b=b)
 
     def select(self, axis: Axis, i: int, j: int) -> Term:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from nino.checkpoints.reading import CONFIG_FILE, one_line
-from nino.data.architecture import refuse_sizes
+from nino.data.architecture import LAYER_COUNTS, refuse_sizes
 from nino.errors import CheckpointError, NinoError, SnapshotError
 
 PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 """What the wrappers of data parallelism and ``torch.compile`` put before every name."""
 
 
-def model_from_config(source: str | Path) -> nn.Module:
+def model_from_config(source: str | Path, layers: int | None = None) -> nn.Module:
     """Build the transformers model of a ``config.json`` on the meta device; no code that comes with it is run.
 
     Args:
         source: the file, or the folder that it is in.
+        layers: only so many of them; by default as many as the config says.
 
     Raises:
         CheckpointError: if transformers cannot build it.
@@ -37,6 +39,8 @@ def model_from_config(source: str | Path) -> nn.Module:
     try:
         refuse_sizes(json.loads(path.read_text()))
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        if layers is not None:
+            _leave_layers(config, layers)
         name = next(iter(config.architectures or []), "")
         make = getattr(transformers, name, None) or transformers.AutoModelForCausalLM.from_config
         with torch.device("meta"):
@@ -47,11 +51,23 @@ def model_from_config(source: str | Path) -> nn.Module:
         ) from error
 
 
+def _leave_layers(config: Any, layers: int) -> None:
+    """The same config with that many layers, and as many entries in what has one for each."""
+    name = next((name for name in LAYER_COUNTS if hasattr(config, name)), None)
+    if name is None:
+        raise ValueError(f"it has none of {', '.join(LAYER_COUNTS)}, so its layers cannot be counted")
+    before = getattr(config, name)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, key, value[:layers])
+    setattr(config, name, layers)
+
+
 def model_from_factory(make: Callable[[], object], name: str) -> nn.Module:
     """Call a function that returns the model: on the meta device, or with memory if it does not work there.
 
     Args:
-        make: takes no arguments.
+        make: takes no arguments; may return a tuple ``(model, example_inputs)``.
         name: of the function, for errors.
 
     Raises:
@@ -65,6 +81,8 @@ def model_from_factory(make: Callable[[], object], name: str) -> nn.Module:
             model = make()
     except Exception as error:  # code of the user
         raise NinoError(f"{name}() failed: {type(error).__name__}: {one_line(error)}") from error
+    if isinstance(model, tuple) and len(model) == 2:
+        model = model[0]
     if not isinstance(model, nn.Module):
         raise NinoError(f"{name}() must return the model, a torch.nn.Module, got a {type(model).__name__}")
     return model

@@ -52,6 +52,14 @@ class CheckpointNowcast:
     seconds: float
     """Wall-clock time of everything."""
 
+    def __str__(self) -> str:
+        ahead = f"{self.horizon} intervals ahead"
+        if self.steps is not None:
+            ahead = f"step {self.steps[-1]}, {self.horizon} intervals of {self.steps[1] - self.steps[0]} steps ahead"
+        frozen = f", {self.unchanged} were frozen" if self.unchanged else ""
+        moved = f"{self.parameters} tensors moved by {self.relative_jump:.3g} of their norm"
+        return f"{ahead}: {moved}{frozen}, {self.seconds:.1f} s"
+
 
 def nowcast_checkpoints(
     paths: Sequence[str | Path],
@@ -107,6 +115,55 @@ def nowcast_checkpoints(
     steps = check_series(checkpoints)
     _warn_at_the_end(steps, last.trainer_state)
     horizon = horizon or default_horizon(steps, last.trainer_state, nowcaster)
+    weights = _read_weights(checkpoints, model, graph, nowcaster)
+    entries = {name: weights.entries[name] for name in weights.moving}
+    try:
+        with NewCheckpoint(last, out) as new:
+            moved = nowcaster.predict_into(
+                {name: new.tensors[first] for name, (first, *_) in entries.items()},
+                weights.snapshots,
+                horizon,
+                weights.graph,
+                dtype=dtype,
+                device=device,
+                memory_budget=memory_budget,
+                preserve_norms=preserve_norms,
+                progress=progress,
+            )
+            _write_ties(new.tensors, entries)
+            result = CheckpointNowcast(
+                checkpoints=[str(checkpoint.path) for checkpoint in checkpoints],
+                steps=steps,
+                horizon=horizon,
+                relative_jump=moved.relative,
+                relative_jump_by_kind={kind: part.relative for kind, part in moved.by_kind.items()},
+                parameters=len(entries),
+                unchanged=len(weights.graph.shapes) - len(entries),
+                seconds=time.perf_counter() - began,
+            )
+            new.commit(asdict(result), _log_entry(result))
+    except OSError as error:
+        raise NinoError(f"{out} could not be written, and nothing was: {one_line(error)}") from error
+    return result
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of a series of checkpoints, by the names of the model's parameters."""
+
+    graph: NeuralGraph
+    entries: Mapping[str, list[str]]
+    """Under which names checkpoints hold each; those after the first are tied to it."""
+    snapshots: list[Snapshot]
+    moving: list[str]
+    """The parameters that training changes; the others are frozen."""
+
+
+def _read_weights(
+    checkpoints: Sequence[Checkpoint], model: nn.Module | None, graph: NeuralGraph | None, nowcaster: Nowcaster
+) -> _Weights:
+    """Find the model's parameters in all checkpoints; refused if they are of another, or not healthy."""
+    last = checkpoints[-1]
     _check_adapters(checkpoints)
     if graph is None and model is None:
         graph = _graph_of_adapters(last) if last.is_adapter else _saved_graph(last)
@@ -121,38 +178,10 @@ def nowcast_checkpoints(
         entries = _with_copies(entries, checkpoints)
     snapshots = [_snapshot(checkpoint, entries, graph.shapes) for checkpoint in checkpoints]
     _check_ties(last, entries)
-    moving = _moving(snapshots)
+    weights = _Weights(graph, entries, snapshots, _moving(snapshots))
     if model is not None:
         _refuse_strangers(checkpoints, entries, model)
-    try:
-        with NewCheckpoint(last, out) as new:
-            parameters = {name: new.tensors[entries[name][0]] for name in moving}
-            moved = nowcaster.predict_into(
-                parameters,
-                snapshots,
-                horizon,
-                graph,
-                dtype=dtype,
-                device=device,
-                memory_budget=memory_budget,
-                preserve_norms=preserve_norms,
-                progress=progress,
-            )
-            _write_ties(new.tensors, {name: entries[name] for name in moving})
-            result = CheckpointNowcast(
-                checkpoints=[str(checkpoint.path) for checkpoint in checkpoints],
-                steps=steps,
-                horizon=horizon,
-                relative_jump=moved.relative,
-                relative_jump_by_kind={kind: part.relative for kind, part in moved.by_kind.items()},
-                parameters=len(moving),
-                unchanged=len(graph.shapes) - len(moving),
-                seconds=time.perf_counter() - began,
-            )
-            new.commit(asdict(result), _log_entry(result))
-    except OSError as error:
-        raise NinoError(f"{out} could not be written, and nothing was: {one_line(error)}") from error
-    return result
+    return weights
 
 
 def default_horizon(steps: Sequence[int] | None, trainer_state: Mapping[str, Any], nowcaster: Nowcaster) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
+from nino.predict.nowcaster import Nowcaster
 
 
 def is_own(name: str) -> bool:
@@ -69,26 +70,79 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
     made = call(name)
     if isinstance(made, nn.Module):
         raise NinoError(f"{name} returned a model alone; expected a tuple (model, example_inputs)")
+    return _model_and_inputs(made, name)
+
+
+def _model_and_inputs(made: Any, name: str) -> tuple[nn.Module, Any]:
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise NinoError(f"{name} returned a {type(made).__name__}; expected a tuple (model, example_inputs)")
     return made
 
 
-def load_shape(name: str) -> tuple[str, nn.Module, NeuralGraph]:
+def load_shape(name: str, layers: int | None = None) -> tuple[str, nn.Module, NeuralGraph]:
     """A model of which only the shape matters, what to call it, and its graph.
 
     Args:
-        name: ``package.module:function``, or a config.json of transformers or its folder.
+        name: ``package.module:function``, which may return the model alone if it is of a family that is wired without
+            example inputs; or a config.json of transformers, or its folder.
+        layers: of a config: only so many.
+
+    Raises:
+        NinoError: if there is no such model, or its layers cannot be counted.
     """
     if is_own(name):
-        model, inputs = load_model(name)
+        if layers is not None:
+            raise NinoError("--layers is for models that a config describes; build yours with as many")
+        made = call(name)
+        model, inputs = (made, None) if isinstance(made, nn.Module) else _model_and_inputs(made, name)
         return type(model).__name__, model, NeuralGraph.from_model(model, example_inputs=inputs)
     if not Path(name).exists():
         raise NinoError(f"no file {name!r}, and no package.module:function; give a config.json, its folder, or a name")
     from nino.checkpoints import model_from_config
 
-    model = model_from_config(name)
-    return type(model).__name__, model, NeuralGraph.from_model(model)
+    model = model_from_config(name, layers)
+    title = type(model).__name__ + ("" if layers is None else f", {layers} layer{'s' if layers > 1 else ''}")
+    return title, model, NeuralGraph.from_model(model)
+
+
+def load_network(name: str | None, config: Path | None) -> nn.Module | None:
+    """A model of which names and shapes matter, if one is given.
+
+    Args:
+        name: of a function that returns it, with or without example inputs; called without memory if that works.
+        config: folder of a config.json of transformers.
+
+    Raises:
+        NinoError: if both are given, or neither is a model.
+    """
+    from nino.checkpoints import model_from_config, model_from_factory
+
+    if name is not None and config is not None:
+        raise NinoError("--model and --config exclude each other: both say what model it is")
+    if config is not None:
+        return model_from_config(config)
+    return None if name is None else model_from_factory(load_object(name), name)
+
+
+def load_nowcaster(name: str) -> Nowcaster:
+    """A nowcaster: a shipped name, a folder, a published .pt file or a hub id.
+
+    Raises:
+        NinoError: if there is none.
+    """
+    return Nowcaster.from_official(name) if name.endswith(".pt") else Nowcaster.from_pretrained(name)
+
+
+def read_graph(path: Path) -> NeuralGraph:
+    """The graph of a recorded run or of a checkpoint.
+
+    Raises:
+        NinoError: if the file holds none.
+    """
+    try:
+        return NeuralGraph.from_json(path.read_text())
+    except (NinoError, UnicodeDecodeError) as error:
+        raise NinoError(f"{path}: {error}") from error
 
 
 def _first_line(error: BaseException) -> str:

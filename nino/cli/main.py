@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,6 +14,8 @@ import typer
 
 from nino.errors import NinoError
 
+INTERRUPTED = 130
+"""Exit status."""
 app = typer.Typer(
     help="Nowcast the weights of a training neural network: train in fewer steps.",
     no_args_is_help=True,
@@ -47,12 +52,16 @@ def check(model: Own) -> None:
 
 
 @app.command(epilog="Example: nino graph my_project.models:build --out pictures")
-def graph(model: Shape, out: Folder = Path("runs/graph")) -> None:
-    """Draw the graph of a model, and write it as JSON."""
+def graph(
+    model: Shape,
+    out: Folder = Path("runs/graph"),
+    layers: Annotated[int | None, typer.Option(min=1, help="Of a config, whose layers are alike: so many.")] = None,
+) -> None:
+    """Draw the graph of a model, and write it as JSON; no weights are made, so any size works."""
     from nino.cli.loading import load_shape
     from nino.graph.pictures import draw_adjacency, draw_layers, title_of
 
-    name, _, wired = load_shape(model)
+    name, _, wired = load_shape(model, layers)
     title = title_of(name, wired)
     _make(out)
     draw_layers(wired, out / "layers.png", title)
@@ -66,20 +75,35 @@ def nowcast(
     checkpoints: Annotated[list[Path], typer.Argument(help="Oldest first, or one output folder of the Trainer.")],
     out: Annotated[Path, typer.Option(help="The new checkpoint; must not exist.")],
     nowcaster: Nowcaster = "nino-base",
-    horizon: Annotated[int | None, typer.Option(help="Intervals between checkpoints ahead.")] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Intervals between checkpoints ahead.")] = None,
     model: Annotated[str | None, typer.Option(help="MODULE:FUNCTION, where there is no config.json.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Folder of the config.json, if it lies elsewhere.")] = None,
+    graph: Annotated[Path | None, typer.Option(help="graph.json of this model, such as of a recorded run.")] = None,
     preserve_norms: Annotated[bool, typer.Option(help="Matrices keep their norms.")] = False,
+    dtype: Annotated[str, typer.Option(help="In which the nowcaster computes: float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where it computes: cpu or cuda.")] = "cpu",
+    memory_budget: Annotated[str | None, typer.Option(help="What computing may take, such as 2GB.")] = None,
 ) -> None:
     """Nowcast the checkpoints of a run: writes one from which training goes on."""
     from nino.checkpoints import nowcast_checkpoints
-    from nino.cli.loading import call
-    from nino.predict.nowcaster import Nowcaster as Loaded
+    from nino.cli.loading import load_network, load_nowcaster, read_graph
+    from nino.cli.values import read_bytes, read_device, read_dtype
 
-    built = None if model is None else call(model)
-    built = built[0] if isinstance(built, tuple) else built
-    loaded = Loaded.from_official(nowcaster) if nowcaster.endswith(".pt") else Loaded.from_pretrained(nowcaster)
-    result = nowcast_checkpoints(checkpoints, out, loaded, horizon, model=built, preserve_norms=preserve_norms)
-    typer.echo(f"{out}: {result.horizon} intervals ahead, weights moved by {result.relative_jump:.3g} of their norm")
+    with _ended_by_an_interrupt(f"{out} was not written"), _bar() as progress:
+        result = nowcast_checkpoints(
+            checkpoints,
+            out,
+            load_nowcaster(nowcaster),
+            horizon,
+            model=load_network(model, config),
+            graph=None if graph is None else read_graph(graph),
+            dtype=read_dtype(dtype),
+            device=read_device(device),
+            memory_budget=None if memory_budget is None else read_bytes(memory_budget),
+            preserve_norms=preserve_norms,
+            progress=progress,
+        )
+    typer.echo(f"{result}\n{out} is the new checkpoint; resume training from it")
 
 
 @app.command(epilog="Example: nino record my_project.task:MyTask --out trajectories/first --steps 5000")
@@ -158,35 +182,43 @@ def compare(
     _compare(call(task), method or [], steps, seeds, learning_rate, out)
 
 
-@app.command(epilog="Example: nino estimate config.json --period 500")
+@app.command(epilog="Example: nino estimate config.json --period 500 --set snapshots_on=disk")
 def estimate(
     model: Shape,
     nowcaster: Nowcaster = "nino-base",
     period: Annotated[int | None, typer.Option(help="Steps between nowcasts.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Steps of the run.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Of the plan: ramp=20; may be repeated.")] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     fsdp: Annotated[bool, typer.Option(help="Parameters are sharded with FSDP2.")] = False,
     device: Annotated[str, typer.Option(help="That trains: cpu or cuda.")] = "cuda",
+    dtype: Annotated[str | None, typer.Option(help="Of the parameters in training; by default the model's.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Width of a nowcaster of your own, not of a name.")] = None,
 ) -> None:
-    """Say how much memory nowcasting takes in a run."""
-    from nino.cli.loading import load_shape
+    """Say how much memory nowcasting takes in a run, per process, of the one that holds the most."""
+    from nino.cli.estimates import lines_of
+    from nino.cli.loading import load_nowcaster, load_shape
+    from nino.cli.values import read_dtype, read_plan
     from nino.costs import estimate_costs
+    from nino.plan import Run, choose
+    from nino.predict.model import NowcasterConfig
 
     name, built, wired = load_shape(model)
+    config = load_nowcaster(nowcaster).config if hidden is None else NowcasterConfig(hidden=hidden)
+    plan = choose(read_plan(settings or [], period), Run.of(config, max_steps))
     costs = estimate_costs(
         built,
-        nowcaster,
-        period=period,
+        config,
+        plan=plan,
         max_steps=max_steps,
         world_size=world_size,
         sharding="fsdp2" if fsdp else "none",
         device=device,  # type: ignore[arg-type]
+        dtype=None if dtype is None else read_dtype(dtype),
         graph=wired,
     )
-    typer.echo(f"{name}: {costs.weights:,} weights, {costs.nodes:,} neurons; bytes of one process:")
-    for what, number in costs.as_dict().items():
-        if what not in ("weights", "nodes") and number:
-            typer.echo(f"  {what.replace('_', ' '):<16}{number / 1e6:>12,.3f} MB")
+    typer.echo(f"{name}: {costs.weights:,} weights, {costs.nodes:,} neurons; a nowcast every {plan.period:,} steps")
+    typer.echo("\n".join(lines_of(costs, plan)))
 
 
 @app.command(epilog="Example: nino plot output/checkpoint-5000/trainer_state.json --out run.png")
@@ -225,13 +257,41 @@ def main() -> NoReturn:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        _fail("interrupted; what was done is kept", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
-        if not hasattr(error, "format_message"):  # click's own: a wrong option, a missing argument
+        if not hasattr(error, "format_message"):  # a wrong option, a missing argument
             raise
         _fail(error.format_message())
+    if code == INTERRUPTED:
+        _fail("interrupted; what was done is kept", INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _ended_by_an_interrupt(consequence: str) -> Iterator[None]:
+    """Leave by an exception, so that what is half written is removed, also when asked to end."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise NinoError(f"interrupted; {consequence}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None] | None]:
+    """Shows a person how far something is, when called with the work done and the total."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with typer.progressbar(length=100, file=sys.stderr) as bar:
+        yield lambda done, total: bar.update(100 * done // total - bar.pos)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

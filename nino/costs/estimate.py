@@ -168,16 +168,20 @@ def estimate_costs(
     )
     graph = NeuralGraph.from_model(model) if graph is None else graph
     check_graph(graph, model)
-    most = max((shape[0] for shape in graph.shapes.values() if shape), default=1)
-    if sharding == "fsdp2" and world_size > most:
-        raise NinoError(
-            f"world_size={world_size:,} is more than the model can be sharded over: FSDP2 deals out rows, and no "
-            f"parameter has more than {most:,}"
-        )
+    _check_rows(graph, run)
     trained = {n for n, p in model.named_parameters() if n in graph.shapes and p.requires_grad}
     if not trained:
         raise NinoError("no parameter of the model is trained: there is nothing to nowcast")
     return _add_up(model, graph, trained, run, config)
+
+
+def _check_rows(graph: NeuralGraph, run: _Run) -> None:
+    most = max((shape[0] for shape in graph.shapes.values() if shape), default=1)
+    if run.sharding == "fsdp2" and run.world_size > most:
+        raise NinoError(
+            f"world_size={run.world_size:,} is more than the model can be sharded over: FSDP2 deals out rows, and no "
+            f"parameter has more than {most:,}"
+        )
 
 
 def _add_up(

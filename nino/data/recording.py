@@ -86,14 +86,8 @@ def record(
     optimizer, own_session = _look_through(optimizer)
     names = {} if optimizer is None else {"optimizer": type(optimizer).__name__}
     notes = {**names, "seed": torch.initial_seed(), **(training or {})}
-    writer = None
-    if num_processes() == 1 or dist.get_rank() == 0:
-        try:
-            writer = _open(Path(folder), shapes, notes, training or {}, dtype, step)
-            if graph is not None:
-                writer.write_graph(graph)
-        except OSError as error:
-            raise TrajectoryError(f"{folder} cannot be recorded to: {error.strerror or error}") from error
+    is_first = num_processes() == 1 or dist.get_rank() == 0
+    writer = _open(Path(folder), shapes, notes, training or {}, dtype, step, graph) if is_first else None
     recorder = Recorder(model, writer, list(shapes), interval, optimizer, session or own_session, step)
     if writer is not None and not writer.has_graph:
         recorder.watch(called)
@@ -226,6 +220,24 @@ class Recorder:
 
 
 def _open(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    notes: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    dtype: StateDtype,
+    step: int,
+    graph: NeuralGraph | None,
+) -> TrajectoryWriter:
+    try:
+        writer = _writer_of(folder, shapes, notes, changed, dtype, step)
+        if graph is not None:
+            writer.write_graph(graph)
+    except OSError as error:
+        raise TrajectoryError(f"{folder} cannot be recorded to: {error.strerror or error}") from error
+    return writer
+
+
+def _writer_of(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     notes: Mapping[str, Any],

@@ -106,12 +106,6 @@ def combine(tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
     return moved
 
 
-def line_movement(snapshots: Snapshots, times: Sequence[float], ahead: float) -> dict[str, Tensor]:
-    """The straight line's movement, by parameter name."""
-    numbers = line_coefficients(times, ahead)
-    return {name: combine([snapshot[name] for snapshot in snapshots], numbers) for name in snapshots[-1]}
-
-
 def fit_movement(snapshots: Snapshots, times: Sequence[float], ahead: float, rank: int = 0) -> dict[str, Tensor]:
     """The fit's movement, by parameter name; every parameter has directions of its own.
 

@@ -8,7 +8,6 @@ training leads from its inputs.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import EdgeInputs
 from nino.predict.standardise import Standardiser
 from nino.pretraining.sampling import EVERYTHING, Sampling
-
-logger = logging.getLogger(__name__)
 
 CONV_DIMS = 4
 """Of the weight of a convolution of images."""

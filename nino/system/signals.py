@@ -1,11 +1,4 @@
-"""Interrupts that wait: Ctrl-C, or a scheduler's signal, must not leave weights half written.
-
-A nowcast may be interrupted at any point; the weights are then put back. What puts them back must not be interrupted in
-its turn, by the second Ctrl-C of someone in a hurry, nor may there be a moment between the first interrupt and the
-putting back in which a second one ends it. So a gate stands in for the handlers of signals while weights are at stake:
-the first interrupt closes it by itself, and what comes while it is closed is noted and handled as ever when all is
-done. That takes as long as copying the weights.
-"""
+"""Interrupts that wait: Ctrl-C, or a scheduler's signal, must not leave weights half written."""
 
 from __future__ import annotations
 
@@ -14,16 +7,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
-
-T = TypeVar("T")
-R = TypeVar("R")
+from typing import Any
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Hold back the signals that Python functions handle; afterwards the handlers run, and may raise."""
-    gate = _Gate(is_closed=True)
+    """Hold back the signals that Python functions handle; afterwards the handlers run, and may raise.
+
+    That takes as long as copying the weights. In other threads than the main one no handlers run, so nothing is done.
+    """
+    gate = _Gate()
     try:
         gate.stand_in()
         yield
@@ -31,44 +24,10 @@ def defer_signals() -> Iterator[None]:
         gate.leave()
 
 
-def or_undone(action: Callable[[], T], undo: Callable[[], None], then: Callable[[T], R]) -> R:
-    """Do something and note that it is done, or undo it, whatever fails and however many interrupts come.
-
-    Args:
-        action: may be interrupted.
-        undo: is called if the action fails or is interrupted; interrupts wait until it is done.
-        then: is called with what the action returned; interrupts wait until it is done. If it fails nothing is undone.
-
-    Returns:
-        What ``then`` returned.
-    """
-    is_done = False
-    gate = _Gate(is_closed=False)
-    try:
-        try:
-            gate.stand_in()
-            result = action()
-        finally:
-            gate.is_closed = True  # an interrupt right before this closes it as well
-        is_done = True
-        return then(result)
-    finally:
-        try:
-            if not is_done:
-                undo()
-        finally:
-            gate.leave()
-
-
 class _Gate:
-    """Stands in for the functions that handle signals, in the main thread; elsewhere no handlers run.
+    """Stands in for the functions that handle signals, and notes what comes."""
 
-    Args:
-        is_closed: whether it notes all signals; else it lets them through until one of them raises.
-    """
-
-    def __init__(self, is_closed: bool) -> None:
-        self.is_closed = is_closed
+    def __init__(self) -> None:
         self._is_over = False
         self._came: list[int] = []
         self._handlers = _handlers() if threading.current_thread() is threading.main_thread() else {}
@@ -80,7 +39,7 @@ class _Gate:
 
     def leave(self) -> None:
         """Put the handlers back, and handle what was held back."""
-        self._is_over, self.is_closed = True, False  # if an interrupt ends the next lines, what is left only passes on
+        self._is_over = True  # if an interrupt ends the next lines, what is left only passes on
         try:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
@@ -88,14 +47,10 @@ class _Gate:
             _deliver([*dict.fromkeys(self._came)])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_closed:
+        if self._is_over:
+            self._handlers[number](number, frame)
+        else:
             self._came.append(number)
-            return
-        self.is_closed = not self._is_over  # before the handler raises: there is no moment in between
-        self._handlers[number](number, frame)
-        self.is_closed = False
-        came, self._came = self._came, []
-        _deliver(came)
 
 
 def _deliver(numbers: list[int]) -> None:

@@ -7,20 +7,19 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from nino.cli.values import read_bytes, read_device
 from nino.errors import NinoError
 from nino.evaluation.settings import plan_settings, read_setting
 from nino.plan import NowcastPlan
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+T = TypeVar("T")
 
 
 def fail(message: str) -> NoReturn:
@@ -113,11 +112,19 @@ def positive_float(text: str) -> float:
 
 def memory_size(text: str) -> int:
     """An argparse type for numbers of bytes: 500MB, 2GB, 1.5GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", text.strip().upper())
-    value = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}")
-    return value
+    return _read(read_bytes, text)
+
+
+def torch_device(text: str) -> torch.device:
+    """An argparse type for devices that are there."""
+    return _read(read_device, text)
+
+
+def _read(read: Callable[[str], T], text: str) -> T:
+    try:
+        return read(text)
+    except NinoError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def check_output_file(option: str, path: Path) -> None:
@@ -143,16 +150,6 @@ def make_output_folder(option: str, path: Path) -> None:
     """Make a folder for results, after :func:`check_output_folder`."""
     check_output_folder(option, path)
     path.mkdir(parents=True, exist_ok=True)
-
-
-def torch_device(text: str) -> torch.device:
-    """An argparse type for devices that are there."""
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except Exception as error:  # torch raises whatever the backend does
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine; use cpu or cuda") from error
-    return device
 
 
 INTERRUPTED = 130

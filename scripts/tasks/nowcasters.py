@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nino import Nowcaster, NowcasterConfig
+from nino.cli.loading import load_nowcaster as load_by_name
 from nino.predict.model import build_network
 
 
@@ -13,9 +14,4 @@ def load_nowcaster(name: str) -> Nowcaster:
     if name.startswith("hidden-") and name[7:].isdigit():
         torch.manual_seed(0)
         return Nowcaster(build_network(NowcasterConfig(hidden=int(name[7:]))))
-    return load_weights(name)
-
-
-def load_weights(name: str) -> Nowcaster:
-    """A nowcaster by name, or from a published ``.pt`` file."""
-    return Nowcaster.from_official(name) if name.endswith(".pt") else Nowcaster.from_pretrained(name)
+    return load_by_name(name)

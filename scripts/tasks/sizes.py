@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nino.data import build_model
 from nino.data.architecture import describe_transformers
 from tasks.images import convnet
 from tasks.text import gpt2, llama
@@ -43,13 +45,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Small enough to measure."""
 
-PLANNED: dict[str, Architecture] = {
-    **ARCHITECTURES,
-    "llama-8b": llama_3(4096, 14_336, layers=32, heads=32, head_dim=128),
-    "llama-70b": llama_3(8192, 28_672, layers=80, heads=64, head_dim=128),
-    "llama-405b": llama_3(16_384, 53_248, layers=126, heads=128, head_dim=128),
-}
-"""Those too of which only shapes are needed."""
+llama_8b = partial(build_model, llama_3(4096, 14_336, layers=32, heads=32, head_dim=128), "meta")
+llama_70b = partial(build_model, llama_3(8192, 28_672, layers=80, heads=64, head_dim=128), "meta")
+llama_405b = partial(build_model, llama_3(16_384, 53_248, layers=126, heads=128, head_dim=128), "meta")
+"""Without memory: of these only shapes are needed."""
 
 
 def random_snapshots(

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from nino.cli import main
 from nino.data import Trajectory
+from nino.graph import NeuralGraph
+from nino.graph.ir import EdgeType
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -57,8 +59,12 @@ def build() -> tuple[nn.Module, Tensor]:
     return Lines().model(0), torch.randn(3, 4)
 
 
-def wrong() -> nn.Module:
+def alone() -> nn.Module:
     return Lines().model(0)
+
+
+def text() -> str:
+    return "a model"
 
 
 def raising() -> None:
@@ -86,9 +92,64 @@ def test_a_graph_is_drawn(run: Run, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "graph" / "graph.json").read_text())
 
 
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def config_file(folder: Path, config: Any = LLAMA) -> Path:
+    path = folder / "config.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return path
+
+
+def test_some_layers_of_a_config_are_drawn(run: Run, tmp_path: Path) -> None:
+    sizes = {"num_key_value_heads": 2, "head_dim": 16, "layer_types": 2 * ["full_attention"]}
+    config_file(tmp_path, {**LLAMA, "model_type": "qwen3", "architectures": None, **sizes})
+    code, out, _ = run("graph", tmp_path, "--layers", 1, "--out", tmp_path / "graph")
+    assert code == 0 and out.startswith("Qwen3ForCausalLM, 1 layer: ")
+    graph = NeuralGraph.from_json((tmp_path / "graph" / "graph.json").read_text())
+    queries = [block.parameter for block in graph.blocks if block.type is EdgeType.QUERY and block.parameter]
+    assert queries == ["model.layers.0.self_attn.q_proj.weight"]
+
+
 def test_costs_are_estimated(run: Run) -> None:
     code, out, _ = run("estimate", f"{HERE}:build", "--max-steps", 5000, "--device", "cpu")
     assert code == 0 and "37 weights" in out and "rollback copy" in out
+
+
+def test_costs_of_a_config_file_and_of_its_folder(run: Run, tmp_path: Path) -> None:
+    options = ["--world-size", 4, "--fsdp", "--set", "ramp=20", "--set", "average_over=1", "--dtype", "bfloat16"]
+    said = [run("estimate", source, *options) for source in (config_file(tmp_path), tmp_path)]
+    assert said[0] == said[1] and said[0][0] == 0
+    weights = 2 * 100 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
+    out = said[0][1]
+    assert f"{weights:,} weights" in out
+    assert f"{5 * weights / 2e3:.3g} kB   each {weights / 2e3:.3g} kB" in out, "two bytes, a quarter of the rows"
+    assert "rest of a jump" in out and "for 20 steps" in out and "mean of weights" not in out
+
+
+def test_costs_on_disk_and_of_a_wider_network(run: Run, tmp_path: Path) -> None:
+    narrow, wide = (run("estimate", f"{HERE}:alone", "--set", "snapshots_on=disk", "--hidden", h)[1] for h in (8, 64))
+    assert "on its way to the disk" in narrow
+    assert [line for line in narrow.splitlines() if "nowcast" not in line] == [
+        line for line in wide.splitlines() if "nowcast" not in line
+    ]
+    assert narrow != wide
+
+
+def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nino.predict.files.shipped_nowcasters", interrupt)
+    assert run("weights") == (130, "", "error: interrupted; what was done is kept\n")
 
 
 def test_shipped_nowcasters_are_listed(run: Run) -> None:
@@ -119,11 +180,17 @@ def test_a_task_is_compared_and_goes_on(run: Run, tmp_path: Path) -> None:
         (["check", "nowhere"], "'nowhere' names nothing: expected package.module:name"),
         (["check", "no_such_module:build"], "no_such_module cannot be imported: ModuleNotFoundError"),
         (["check", f"{HERE}:missing"], f"{HERE} has no missing"),
-        (["check", f"{HERE}:wrong"], "returned a model alone; expected a tuple (model, example_inputs)"),
+        (["check", f"{HERE}:alone"], "returned a model alone; expected a tuple (model, example_inputs)"),
         (["check", f"{HERE}:raising"], "raising raised RuntimeError: no such"),
+        (["graph", f"{HERE}:text"], "text returned a str; expected a tuple (model, example_inputs)"),
+        (["graph", f"{HERE}:build", "--layers", "1"], "--layers is for models that a config describes"),
         (["graph", "no.json"], "no file 'no.json', and no package.module:function"),
         (["graph", f"{HERE}:build", "--out", __file__], "cannot be made a folder"),
         (["estimate", f"{HERE}:build", "--period", "7"], "period=7 must be a multiple of context=5"),
+        (["estimate", f"{HERE}:build", "--set", "speed=7"], "setting 'speed' is none of period, "),
+        (["estimate", f"{HERE}:build", "--set", "ramp"], "ramp expects a whole number, got ''"),
+        (["estimate", f"{HERE}:build", "--dtype", "int8"], "expected one of float32, bfloat16, float16, got 'int8'"),
+        (["estimate", f"{HERE}:build", "--world-size", "7", "--fsdp"], "world_size=7 is more than the model can be"),
         (["compare", f"{HERE}:Lines", "--steps", "40", "--method", "magic"], "magic"),
         (["compare", f"{HERE}:Lines"], "Missing option '--steps'"),
         (["nowcast", "nowhere", "--out", "x"], "expected 5 checkpoints"),
@@ -141,3 +208,21 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     assert code == 2 and out == ""
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
     assert not any((tmp_path / name).exists() for name in ("x", "runs/graph"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "is of no model that transformers can build"),
+        ([], "is of no model that transformers can build"),
+        ({"model_type": "bicycle"}, "is of no model that transformers can build"),
+        ({**LLAMA, "num_hidden_layers": 0}, "sets num_hidden_layers=0, expected a whole number of at least 1"),
+        ({**LLAMA, "vocab_size": -1}, "sets vocab_size=-1, expected a whole number of at least 1"),
+        ({"model_type": "clip"}, "so its layers cannot be counted"),
+    ],
+)
+def test_a_config_of_no_model_is_one_line(run: Run, config: Any, message: str, tmp_path: Path) -> None:
+    config_file(tmp_path, config)
+    code, out, err = run("graph", tmp_path, "--layers", 1, "--out", tmp_path / "graph")
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+    assert not (tmp_path / "graph").exists()

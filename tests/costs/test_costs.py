@@ -17,8 +17,7 @@ from walks import WIDE, moved_model, peak_bytes
 import nino
 from nino import NeuralGraph, NinoError, NowcastPlan
 from nino.costs import estimate_costs
-from nino.data import build_model
-from tasks.sizes import PLANNED
+from tasks.sizes import llama_405b
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {"llama": llama_gqa, "gpt2": gpt2, "cnn": flat_cnn}
 
@@ -127,7 +126,7 @@ def test_the_fullest_rank_holds_what_fsdp2_deals_to_it() -> None:
 
 def test_the_largest_model_is_planned_without_memory() -> None:
     before = psutil.Process().memory_info().rss
-    costs = estimate_costs(build_model(PLANNED["llama-405b"], "meta"), world_size=4096, sharding="fsdp2")
+    costs = estimate_costs(llama_405b(), world_size=4096, sharding="fsdp2")
     assert costs.weights == 405_853_388_800
     assert psutil.Process().memory_info().rss - before < 300e6
     json.dumps(costs.as_dict())

@@ -67,7 +67,7 @@ def test_published_files_are_trained_on_from_the_command_line(
         ([], "give --runs FOLDER, or --memmap FILE MODEL STATES INTERVAL, or both"),
         (["--memmap", "few.dat", "published:cnn", "12", "25"], "none of 5 runs is held out: at least 6"),
         (["--memmap", "few.dat", "published:cnn", "12", "often"], "whole number of at least 1, got 'often'"),
-        (["--memmap", "few.dat", "no-model", "12", "25"], "'no-model' is neither a file nor one of"),
+        (["--memmap", "few.dat", "no-model", "12", "25"], "no file 'no-model', and no package.module:function"),
         (["--memmap", "few.dat", "published:cnn", "11", "25"], "not whole runs of 11 states"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import publish_results
 import pytest
+import typer.main
 from snippets import ROOT
 
 import nino
+from nino.cli.main import app
 
 NOTES = ROOT / "docs" / "lab-notes"
 RESULTS = ROOT / "results"
@@ -23,11 +25,8 @@ PAGES = [
 ]
 OF_TODAY = [page for page in PAGES if page.name != "results.md" and not {NOTES, RESULTS} & set(page.parents)]
 """Without history: notes and commands of old results name files of their day."""
+NINO = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 FOLDERS = ("nino", "callbacks", "scripts", "tests", "docs", "pretrained", "results")
-
-
-PREFIXES = ("", "jump-")
-"""Of options that scripts make of the settings of a plan."""
 
 
 def name_of(page: Path) -> str:
@@ -51,10 +50,10 @@ def spans_of(text: str) -> list[str]:
     return spans + re.findall(r"(?:python|launch|torchrun)[^\n]* (scripts/\w+\.py)", text)
 
 
-def commands_of(text: str) -> list[tuple[str, list[str]]]:
-    """Scripts that commands run, each with its options; a backslash joins lines."""
-    commands = re.findall(r"(scripts/\w+\.py)([^\n#`]*)", text.replace("\\\n", " "))
-    return [(script, re.findall(r"(?<![\w-])--[\w-]+", rest)) for script, rest in commands]
+def nino_commands_of(text: str) -> list[tuple[str, list[str]]]:
+    """Commands of ``nino``, each with its options."""
+    commands = re.findall(r"(?:^|`|PYTHONPATH=\S+ )nino ([a-z]+)\b([^\n#`]*)", text.replace("\\\n", " "), re.M)
+    return [(name, re.findall(r"(?<![\w-])--[\w-]+", rest)) for name, rest in commands]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -85,18 +84,22 @@ def test_files_and_scripts_that_a_page_names_are_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", OF_TODAY, ids=name_of)
 def test_options_of_commands_exist(page: Path) -> None:
-    for script, options in commands_of(page.read_text()):
-        known = set(re.findall(r"\"(--[\w-]+)\"", (ROOT / script).read_text()))
-        plan = {
-            f"--{prefix}{field.name.replace('_', '-')}" for field in fields(nino.NowcastPlan) for prefix in PREFIXES
-        }
-        assert set(options) <= known | plan, f"{script}: {sorted(set(options) - known - plan)}"
+    assert not publish_results.gone_since(page.read_text())
+    for name, options in nino_commands_of(page.read_text()):
+        assert name in NINO, f"nino {name}"
+        assert set(options) <= {option for parameter in NINO[name].params for option in parameter.opts}, f"nino {name}"
 
 
 def test_what_is_looked_for_is_found() -> None:
     text = "See `nino/none.py` and\n```\npython scripts/none.py --help\n```\n[x](gone.md), [y](#gone)."
     assert spans_of(text) == ["nino/none.py", "scripts/none.py"]
-    assert commands_of("python scripts/a.py x --b \\\n  --c=1 # --d") == [("scripts/a.py", ["--b", "--c"])]
+    assert publish_results.gone_since(
+        "python scripts/none.py\npython scripts/demo.py --steps 3 \\\n --none 1 # --x"
+    ) == [
+        "scripts/none.py",
+        "--none of scripts/demo.py",
+    ]
+    assert nino_commands_of("`nino a --b`, nino c\nnino d x --e=1") == [("a", ["--b"]), ("d", ["--e"])]
     assert "[x]" in without_code(text) and "none" not in without_code(text)
 
 
@@ -134,6 +137,13 @@ def test_every_setting_has_a_row() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "settings.md").read_text(), re.M)
     settings = [field.name for field in fields(nino.NowcastPlan)]
     assert rows[: len(settings)] == settings
+
+
+def test_every_environment_variable_has_a_row() -> None:
+    sources = [*(ROOT / "nino").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", path.read_text())}
+    rows = set(re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs" / "settings.md").read_text(), re.M))
+    assert "NINO_CACHE" in read and rows == read
 
 
 def test_a_study_is_kept_without_its_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

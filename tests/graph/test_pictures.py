@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nino.checkpoints import model_from_config
 from nino.data import build_model
 from nino.graph import NeuralGraph
 from nino.graph.ir import EdgeType
@@ -18,14 +19,11 @@ from nino.graph.ir import EdgeType
 if any(importlib.util.find_spec(package) is None for package in ("matplotlib", "transformers")):  # optional packages
     pytest.skip("matplotlib or transformers is not installed", allow_module_level=True)
 
-import plot_graph
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from nino.graph import pictures
 from nino.graph.pictures import COLOURS, Scale, draw_adjacency, edges_by_type, lay_out, short_name
-from tasks.cli import run_main
-from tasks.own_model import architecture_of
 from tasks.sizes import ARCHITECTURES
 
 SMALL = {
@@ -37,20 +35,16 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"architectures": ["LlamaForCausalLM"], **SMALL},
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL},
     "qwen3": {"model_type": "qwen3", **SMALL, "head_dim": 8, "layer_types": ["full_attention", "full_attention"]},
 }
 
 
-def config_file(folder: Path, config: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(config if isinstance(config, str) else json.dumps(config))
-    return path
-
-
 def small_graph(name: str, folder: Path) -> NeuralGraph:
-    architecture = ARCHITECTURES.get(name) or architecture_of(str(config_file(folder, CONFIGS[name])))
-    return NeuralGraph.from_model(build_model(architecture, "meta"))
+    if name in ARCHITECTURES:
+        return NeuralGraph.from_model(build_model(ARCHITECTURES[name], "meta"))
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    return NeuralGraph.from_model(model_from_config(folder))
 
 
 @pytest.mark.parametrize("name", ["cnn-14k", "gpt2-3m", "llama", "qwen3"])
@@ -119,37 +113,3 @@ def test_no_picture_takes_more_than_its_area(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(pictures, "MAX_AREA", 80_000)
     pictures._save(Figure(figsize=(4, 2)), tmp_path / "small.png", 1200)
     assert imread(tmp_path / "small.png").shape[:2] == (200, 400)
-
-
-def test_the_script_draws_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, out = config_file(tmp_path, CONFIGS["qwen3"]), tmp_path / "out"
-    assert plot_graph.main(["--model", str(path), "--layers", "1", "--dpi", "40", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("Qwen3ForCausalLM, 1 layer: ")
-    for picture in ("adjacency.png", "layers.png"):
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    graph = NeuralGraph.from_json((out / "graph.json").read_text())
-    assert [graph.shapes[b.parameter] for b in graph.blocks if b.type is EdgeType.QUERY and b.parameter] == [(32, 16)]
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "message"),
-    [
-        ("{", [], "config.json is not JSON"),
-        ([], [], "is no config of a transformers model"),
-        ({"model_type": "bicycle"}, [], "names no model: expected 'architectures' or a 'model_type'"),
-        ({"architectures": ["Trainer"]}, [], "has no PreTrainedModel class 'Trainer'"),
-        ({**CONFIGS["llama"], "num_hidden_layers": -1}, [], "sets num_hidden_layers=-1, expected"),
-        ({**CONFIGS["llama"], "attn_implementation": "a/b"}, [], "may fetch code from a hub"),
-        (CONFIGS["llama"], ["--model", "cnn-14k", "--layers", "2"], "has none of num_hidden_layers, "),
-        (CONFIGS["llama"], ["--out", __file__], "test_pictures.py is a file"),
-        (CONFIGS["llama"], ["--dpi", "0"], "at least 1"),
-    ],
-)
-def test_what_cannot_be_drawn_is_one_line(
-    config: Any, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config_file(tmp_path, config)
-    with pytest.raises(SystemExit, match="2"):
-        run_main(plot_graph.main, ["--model", str(tmp_path), "--out", str(tmp_path / "out"), *options])
-    error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The scripts that say what nowcasting costs a run: measured, and estimated."""
+"""The script that measures what nowcasting costs a run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import benchmark_training
-import estimate_costs
 import psutil
 import pytest
 from test_scripts import SCRIPTS, run
 
-from tasks.cli import memory_size, run_main
+from tasks.cli import run_main
 from tasks.overhead import Costs, Step
 
 
@@ -104,60 +102,25 @@ def test_processes_end_when_the_one_that_started_them_is_killed(call: str, tmp_p
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_costs_of_a_config_file_and_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 4, **sizes}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "other.json").write_text(json.dumps(config))
-    costs = []
-    for number, source in enumerate((tmp_path, tmp_path / "other.json")):
-        out = tmp_path / f"costs-{number}"
-        options = ["--world-size", "4", "--sharding", "fsdp2", "--ramp", "20", "--average-over", "1"]
-        assert estimate_costs.main([str(source), *options, "--out", str(out)]) == 0
-        costs.append(json.loads((out / "costs.json").read_text()))
-    assert costs[0].pop("model") == str(tmp_path) and costs[1].pop("model") == str(tmp_path / "other.json")
-    assert costs[0] == costs[1]
-    weights = 2 * 100 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
-    assert costs[0]["weights"] == weights
-    assert costs[0]["snapshot"] == weights  # four bytes, a quarter of the rows
-    printed = capsys.readouterr().out
-    for part in ("FSDP2", f"{5 * weights / 1e3:.3g} kB   each {weights / 1e3:.3g} kB", "on a host of 4"):
-        assert part in printed
-    assert "rest of a jump" in printed and "mean of weights" not in printed
-
-
 @pytest.mark.parametrize(
-    ("main", "arguments", "expected"),
+    ("arguments", "expected"),
     [
-        (estimate_costs.main, ["llama-9b"], ["no model 'llama-9b'", "llama-8b", "config.json"]),
-        (estimate_costs.main, ["llama-25m", "--world-size", "0"], ["world_size", "at least 1; got 0"]),
-        (estimate_costs.main, ["llama-25m", "--period", "1001"], ["period=1001 must be a multiple of context=5"]),
-        (estimate_costs.main, ["llama-25m", "--out", __file__], ["--out", "cannot be made a folder", "is a file"]),
-        (estimate_costs.main, ["llama-25m", "--period", "99"], ["period=99 must be a multiple of context=5"]),
-        (benchmark_training.main, ["--out", __file__], ["--out", "cannot be made a folder:", "is a file"]),
-        (estimate_costs.main, [str(SCRIPTS)], ["config.json does not exist"]),
+        (["--out", __file__], ["--out", "cannot be made a folder:", "is a file"]),
         (
-            benchmark_training.main,
             ["--average-over", "201"],
             ["--average-over: average_over must be 1 to 200"],
         ),
-        (benchmark_training.main, ["--short-period", "13"], ["--short-period 13 is no multiple of the context 5"]),
-        (benchmark_training.main, ["--short-period", "5"], ["no step without a snapshot; give at least 10"]),
-        (benchmark_training.main, ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
-        (benchmark_training.main, ["--snapshot-folder", "nowhere"], ["--snapshot-folder nowhere is not a folder"]),
+        (["--short-period", "13"], ["--short-period 13 is no multiple of the context 5"]),
+        (["--short-period", "5"], ["no step without a snapshot; give at least 10"]),
+        (["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
+        (["--snapshot-folder", "nowhere"], ["--snapshot-folder nowhere is not a folder"]),
     ],
 )
-def test_bad_input_is_one_line(
-    main: Callable[[list[str]], int], arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_main(main, arguments)
+        run_main(benchmark_training.main, arguments)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == 2 and all(part in said for part in expected), said
-
-
-def test_amounts_are_read_with_their_units() -> None:
-    assert [memory_size(text) for text in ("500MB", "1.5TB", "2 TiB")] == [5 * 10**8, 15 * 10**11, 2**41]
 
 
 @pytest.mark.parametrize("error", [FileExistsError(17, "File exists", "x.json"), OSError("first\nsecond")])
@@ -170,18 +133,3 @@ def test_files_that_cannot_be_used_are_one_line(error: OSError, capsys: pytest.C
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said in ("error: x.json: File exists\n", "error: first second\n")
-
-
-@pytest.mark.parametrize("size", ["num_hidden_layers", "num_attention_heads", "vocab_size"])
-@pytest.mark.parametrize("number", [0, -1])
-def test_models_of_no_size_are_refused(
-    size: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, size: number}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit) as ended:
-        run_main(estimate_costs.main, [str(tmp_path)])
-    said = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and "\n" not in said
-    assert f"sets {size}={number}, expected a whole number of at least 1" in said

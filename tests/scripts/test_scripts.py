@@ -51,7 +51,6 @@ def test_help_says_what_it_does(script: str) -> None:
         ),
         ("demo.py", ["--steps", "3"], ["--steps", "at least 100"]),
         ("demo.py", ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
-        ("plot_graph.py", ["--model", "llama-2t"], ["'llama-2t' is neither a file nor one of cnn-14k, "]),
     ],
 )
 def test_bad_input_is_one_line(script: str, arguments: list[str], expected: list[str], tmp_path: Path) -> None:

@@ -81,11 +81,6 @@ def find(index: Index) -> Index:
     return index
 
 
-def same(a: Index, b: Index) -> bool:
-    """Whether two indices are known to be the same."""
-    return find(a) is find(b)
-
-
 def product(parts: Sequence[Index]) -> Index:
     """The product of indices, the outermost first; those of size 1 count nothing."""
     parts = [part for part in parts if part.size != 1]
