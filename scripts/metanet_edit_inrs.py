@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nino import NeuralGraph
 from nino.metanet import GraphMetanetwork, fit
-from tasks.images import load_parquet_images
+from tasks.images import load_images
 from tasks.sirens import Siren, fit_sirens, render
 
 SIZES = (2, 32, 32, 1)
@@ -79,7 +79,7 @@ def coordinates() -> Tensor:
 
 def digits(data: Path, cache: Path, number: int) -> Tensor:
     """The first images of MNIST, from 0 to 1: ``[number, 28, 28]``."""
-    loaded = load_parquet_images("mnist", data, cache).train_images[:number, 0]
+    loaded = load_images("mnist", data, "validation", cache=cache).train_images[:number, 0]
     low, high = loaded.amin(), loaded.amax()
     return (loaded - low) / (high - low)
 

@@ -38,7 +38,7 @@ def logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny data folder in the form that collect_trajectories reads."""
+    """A few images and words, in the files that scripts read."""
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
     from PIL import Image
@@ -52,11 +52,12 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {"bytes": buffer.getvalue(), "path": None}
 
     for name, column, shape in (("cifar10", "img", (32, 32, 3)), ("mnist", "image", (28, 28))):
-        labels = rng.integers(0, 10, 60)
-        rows = [encoded(shape) for _ in labels]
-        parquet.write_table(pyarrow.table({column: rows, "label": labels}), folder / f"{name}-train.parquet")
+        for part, count in (("train", 60), ("test", 8)):
+            rows, labels = [encoded(shape) for _ in range(count)], rng.integers(0, 10, count)
+            parquet.write_table(pyarrow.table({column: rows, "label": labels}), folder / f"{name}-{part}.parquet")
     (folder / "text" / "gutenberg").mkdir(parents=True)
     words = rng.choice(["the", "cat", "sat", "on", "a", "mat", "and", "slept"], 4000)
-    for name in ("tinyshakespeare.txt", "gutenberg/a.txt", "gutenberg/b.txt", "gutenberg/c.txt"):
+    texts = ["tinyshakespeare", "gutenberg/a", "gutenberg/b", "gutenberg/c", "wikitext2-valid", "wikitext2-test"]
+    for name in (f"{text}.txt" for text in texts):
         (folder / "text" / name).write_text(" ".join(words))
     return folder

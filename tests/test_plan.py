@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,13 @@ import torch
 from tiny import PERIOD, mlp, tiny_nowcaster
 
 import nino
+import nino.cli.values
+import nino.evaluation.settings
+import tasks.cli
 from nino import NinoError, NowcastPlan
 from nino.callbacks import NowcastCallback
+from nino.cli.values import read_plan
+from nino.evaluation.settings import plan_settings
 from nino.plan import Run, choose, describe, plan_of
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -58,6 +65,32 @@ def test_a_bad_setting_is_refused_in_one_line_when_the_plan_is_made(settings: di
 
 def test_every_setting_has_a_row_above() -> None:
     assert {name for settings, _ in BAD for name in settings} == {field.name for field in fields(NowcastPlan)}
+
+
+def test_the_next_setting_is_a_field_and_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a field more, scripts, method names, the command line, JSON and integrations know it already."""
+    before = "    recalibrate_batch_norm: bool = True\n"
+    source = Path(nino.plan.__file__).read_text()
+    assert source.count(before) == 1
+    field = '    patience: int | None = None\n    """Steps to wait."""\n'
+    (tmp_path / "plan_with_patience.py").write_text(source.replace(before, field + before))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    more: Any = importlib.import_module("plan_with_patience").NowcastPlan
+    for module in (nino.plan, nino.evaluation.settings, nino.cli.values, tasks.cli):
+        monkeypatch.setattr(module, "NowcastPlan", more)
+    monkeypatch.setattr(nino.evaluation.settings, "plan_settings", plan_settings.__wrapped__)
+    monkeypatch.setattr(tasks.cli, "plan_settings", plan_settings.__wrapped__)
+
+    parser = tasks.cli.ArgumentParser(None)
+    tasks.cli.add_plan_options(parser)
+    plan = tasks.cli.plan_from(parser.parse_args(["--patience", "3", "--period", "6"]))
+    assert plan.patience == 3 and "Steps to wait." in parser.format_help()
+    assert read_plan(["patience=3"], 6) == plan and nino.evaluation.settings.read_setting("patience", "3") == 3
+    assert more.from_json(plan.to_json()) == plan
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = nino.NowcastOptimizer(optimizer, model, tiny_nowcaster(), max_steps=20, plan=plan)
+    assert attached.session.plan.patience == 3  # type: ignore[attr-defined]
 
 
 def test_a_plan_is_frozen_and_takes_names_only() -> None:

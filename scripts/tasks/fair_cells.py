@@ -17,6 +17,7 @@ import torch
 from nino.errors import NinoError
 from nino.evaluation.methods import Setup, parse_method
 from nino.evaluation.training import Clock, finite, has_diverged, learning_rate_factor
+from nino.system.files import written_whole
 from tasks.fair_methods import fair_methods, method_text
 from tasks.fair_tasks import FAIR_TASKS, WARMUP, Base
 from tasks.images import HeldOut
@@ -151,9 +152,8 @@ def gather(out: Path) -> None:
     for path in sorted((out / CELLS).glob("*.json")):
         found[path.name] = json.loads(path.read_text())
     lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(found.items())]
-    temporary = out / f"{CELLS}.part"
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    temporary.replace(out / f"{CELLS}.json")
+    with written_whole(out / f"{CELLS}.json", forced=False) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def train_and_write(cell: FairCell, progress: Progress, *, data: Path, cache: Path, published: str, out: Path) -> None:
@@ -162,6 +162,5 @@ def train_and_write(cell: FairCell, progress: Progress, *, data: Path, cache: Pa
     result = train(cell, data, cache, published, progress)
     path = out / CELLS / cell.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(result, allow_nan=False))
-    temporary.replace(path)
+    with written_whole(path, forced=False) as temporary:
+        temporary.write_text(json.dumps(result, allow_nan=False))

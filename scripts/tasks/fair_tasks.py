@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nino.data import build_model
@@ -21,7 +20,7 @@ from nino.data.architecture import Architecture, describe_transformers
 from nino.errors import NinoError
 from tasks.fair_models import GruLanguageModel, Mixer, ResNet
 from tasks.fair_texts import Corpus, load_corpus, text_files
-from tasks.images import HeldOut, ImageData, convnet, convnext, load_parquet_images
+from tasks.images import HeldOut, ImageData, convnet, convnext, load_images
 from tasks.modules import UNet
 from tasks.task import Batch, DenoisingTask, ImageTask, Task, TextTask
 from tasks.text import gpt2, llama
@@ -95,30 +94,7 @@ class FlippedImages(ImageTask):
 
 @lru_cache(maxsize=1)
 def _pixels(name: str, size: int, data: Path, cache: Path, held_out: HeldOut) -> ImageData:
-    """Train on eleven twelfths of the training file; hold out the rest, or the test file."""
-    images = load_parquet_images(name, data, cache, size)
-    if held_out == "validation":
-        return images
-    return _with_test_images(images, name, size, data)
-
-
-def _with_test_images(images: ImageData, name: str, size: int, data: Path) -> ImageData:
-    """The same training images, and the test file's on their scale."""
-    from tasks.images import _read_parquet
-
-    raw_test, labels = _read_parquet(data / f"{name}-test.parquet")
-    raw_train, _ = _read_parquet(data / f"{name}-train.parquet")
-    train, test = (
-        F.interpolate(torch.from_numpy(raw).float() / 255, (size, size), mode="area")
-        for raw in (raw_train[: len(images.train_images)], raw_test)
-    )
-    mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
-    return ImageData(
-        train_images=images.train_images,
-        train_labels=images.train_labels,
-        eval_images=(test - mean) / std,
-        eval_labels=torch.from_numpy(labels),
-    )
+    return load_images(name, data, held_out, cache=cache, size=size)
 
 
 def _images(name: str, size: int, flip: bool, data: Path, cache: Path, held_out: HeldOut) -> Task:

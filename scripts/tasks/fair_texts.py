@@ -6,7 +6,6 @@ learned on a part of the training text and kept in a cache.
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Literal
 import torch
 
 from nino.errors import NinoError
-from tasks.text import TextData
+from nino.system.files import written_whole
+from tasks.text import TextData, byte_level_bpe
 
 Corpus = Literal["books", "articles", "python"]
 BOOKS = ("text/gutenberg", "text/tinyshakespeare.txt")
@@ -52,9 +52,8 @@ def load_corpus(corpus: Corpus, vocab_size: int, data: Path, cache: Path) -> Tex
         return TextData(**torch.load(cached, weights_only=True))
     tokens = _encode(train, held_out, vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.part")  # several processes may do the same at once
-    torch.save(vars(tokens), temporary)
-    temporary.replace(cached)
+    with written_whole(cached, forced=False, shared=True) as temporary:
+        torch.save(vars(tokens), temporary)
     return tokens
 
 
@@ -103,17 +102,8 @@ def _digest(path: Path) -> str:
 
 
 def _encode(train: str, held_out: str, vocab_size: int) -> TextData:
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
-    from tokenizers.trainers import BpeTrainer
-
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
     step = max(len(train) // LEARNED_BYTES, 1)
-    pieces = [train[start : start + 10_000] for start in range(0, len(train), 10_000 * step)]
-    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer = byte_level_bpe((train[at : at + 10_000] for at in range(0, len(train), 10_000 * step)), vocab_size)
     encoded = [
         [token for part in tokenizer.encode_batch(_cut(text)) for token in part.ids] for text in (train, held_out)
     ]

@@ -81,36 +81,27 @@ def convnext(channels: int, hidden: tuple[int, ...], depths: tuple[int, ...], nu
     return describe_transformers("ConvNextForImageClassification", config)
 
 
-def load_parquet_images(name: str, folder: Path, cache: Path, size: int | None = None) -> ImageData:
-    """Read ``<name>-train.parquet`` (``cifar10`` or ``mnist``); its last twelfth becomes the validation set.
+def load_images(
+    name: str, folder: Path, held_out: HeldOut, *, cache: Path | None = None, size: int | None = None
+) -> ImageData:
+    """Eleven twelfths of a training file to train on, and others to evaluate on.
 
     Args:
-        name: ``"cifar10"`` or ``"mnist"``.
-        folder: where the parquet file lies.
+        name: ``"cifar10"`` or ``"mnist"``; ``<name>-train.parquet`` is read, and for a test ``<name>-test.parquet``.
+        folder: where they lie.
+        held_out: whether to evaluate on the test file or on the rest of the training file.
         cache: decoded images are kept here as ``.npz``.
         size: average-pool the images to ``size`` x ``size`` pixels.
     """
     images, labels = _decode_parquet(folder / f"{name}-train.parquet", cache)
+    split = train_images(labels)
+    if held_out == "test":
+        test_images, test_labels = _decode_parquet(folder / f"{name}-test.parquet", cache)
+        images, labels = np.concatenate([images[:split], test_images]), np.concatenate([labels[:split], test_labels])
     pixels = torch.from_numpy(images).float().div_(255)
     if size is not None:
         pixels = torch.nn.functional.interpolate(pixels, size=(size, size), mode="area")
-    return _standardised(pixels, torch.from_numpy(labels), train_images(labels))
-
-
-def load_images(name: str, folder: Path, held_out: HeldOut) -> ImageData:
-    """The training images that :func:`load_parquet_images` trains on, and others to evaluate on.
-
-    Args:
-        name: ``"cifar10"`` or ``"mnist"``; ``<name>-train.parquet`` and ``<name>-test.parquet`` are read.
-        folder: where they lie.
-        held_out: whether to evaluate on the test set or on the validation set.
-    """
-    images, labels = _read_parquet(folder / f"{name}-train.parquet")
-    split = train_images(labels)
-    if held_out == "test":
-        test_images, test_labels = _read_parquet(folder / f"{name}-test.parquet")
-        images, labels = np.concatenate([images[:split], test_images]), np.concatenate([labels[:split], test_labels])
-    return _standardised(torch.from_numpy(images).float().div_(255), torch.from_numpy(labels), split)
+    return _standardised(pixels, torch.from_numpy(labels), split)
 
 
 def train_images(labels: np.ndarray) -> int:
@@ -140,7 +131,9 @@ def _standardised(pixels: Tensor, labels: Tensor, split: int) -> ImageData:
     )
 
 
-def _decode_parquet(path: Path, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+def _decode_parquet(path: Path, cache: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    if cache is None:
+        return _read_parquet(path)
     cached = cache / f"{path.stem}-{version_of([path])}.npz"
     if cached.exists():
         with np.load(cached) as arrays:

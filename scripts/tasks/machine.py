@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+import nino
+
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, load, GPU, system and versions."""
@@ -21,7 +23,8 @@ def describe_machine() -> dict[str, Any]:
         "system": platform.platform(),
         "torch threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "safetensors", "nowcaster")},
+        **{package: version(package) for package in ("torch", "transformers", "safetensors")},
+        "nowcaster": nino.__version__,
     }
 
 

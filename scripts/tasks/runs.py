@@ -16,7 +16,7 @@ from torch import nn
 
 from nino import NowcastPlan
 from nino.data import build_model
-from tasks.images import convnet, load_parquet_images
+from tasks.images import convnet, load_images
 from tasks.task import ImageTask, TextTask
 from tasks.text import gpt2, llama, load_text_files
 
@@ -136,7 +136,7 @@ def language_run(
 def _load_task(data: str, image_size: int, vocab_size: int, folder: Path, cache: Path) -> ImageTask | TextTask:
     if vocab_size:
         return TextTask(load_text_files([folder / "text" / name for name in data.split(",")], vocab_size, cache))
-    return ImageTask(load_parquet_images(data, folder, cache, size=image_size))
+    return ImageTask(load_images(data, folder, "validation", cache=cache, size=image_size))
 
 
 def load_task(run: RunToRecord, data: Path, out: Path) -> ImageTask | TextTask:

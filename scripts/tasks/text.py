@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,18 +62,24 @@ def gpt2(layers: int, width: int, heads: int, vocab_size: int, num_positions: in
     return describe_transformers("GPT2LMHeadModel", config)
 
 
-def tokenize(text: str, vocab_size: int) -> TextData:
-    """Train a byte-level BPE on the first 90% of ``text`` and encode it; the rest is the validation text."""
+def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Any:
+    """A tokenizer of whole bytes, learned from texts."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
-    split = int(len(text) * (1 - EVAL_FRACTION))
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator([text[:split]], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenize(text: str, vocab_size: int) -> TextData:
+    """Train a byte-level BPE on the first 90% of ``text`` and encode it; the rest is the validation text."""
+    split = int(len(text) * (1 - EVAL_FRACTION))
+    tokenizer = byte_level_bpe([text[:split]], vocab_size)
     train, evaluation = (torch.tensor(tokenizer.encode(part).ids) for part in (text[:split], text[split:]))
     return TextData(train_tokens=train, eval_tokens=evaluation, vocab_size=tokenizer.get_vocab_size())
 

@@ -677,6 +677,15 @@ def edit(name: str, **values: Any) -> Callable[[Path], None]:
     return change
 
 
+def test_settings_that_only_another_version_of_transformers_names_are_none_of_the_model(
+    tmp_path: Path, run_folder: Path
+) -> None:
+    paths = copy_run(run_folder, tmp_path)
+    edit("config.json", transformers_version="0.0", of_its_time=True)(paths[2])
+    nowcast_checkpoints(paths, tmp_path / "new", nowcaster(), 3)
+    assert_same(read(tmp_path / "new"), expected(paths, llama()))
+
+
 def adapter(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
 
@@ -700,6 +709,7 @@ def escape(checkpoint: Path) -> None:
     ("spoil", "parts"),
     [
         (edit("config.json", hidden_act="gelu"), ["checkpoint-6", "['hidden_act'] of their config.json differ"]),
+        (edit("config.json", a_new_layer=True), ["checkpoint-6", "['a_new_layer'] of their config.json differ"]),
         (edit("trainer_state.json", global_step="six"), ["global_step", "'six'"]),
         (edit("trainer_state.json", global_step=7), ["evenly spaced", "[2, 4, 7, 8, 10]"]),
         (lambda checkpoint: truncate(checkpoint / "model.safetensors"), ["model.safetensors is truncated"]),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lines import Line
 from torch import Tensor, nn
 
 from nino.cli import main
@@ -35,32 +36,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return typed
 
 
-class Lines:
-    """A task as a person writes one: a line through four numbers."""
-
-    def model(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
-
-    def batches(self, seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield torch.randn(8, 4, generator=generator)
-
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
-
-    def held_out(self, model: nn.Module) -> float:
-        return float(self.loss(model, next(self.batches(99))))
-
-
 def build() -> tuple[nn.Module, Tensor]:
-    return Lines().model(0), torch.randn(3, 4)
+    return Line().model(0), torch.randn(3, 2)
 
 
 def alone() -> nn.Module:
-    return Lines().model(0)
+    return Line().model(0)
 
 
 def text() -> str:
@@ -87,7 +68,7 @@ def test_a_wiring_is_proved(run: Run) -> None:
 
 def test_a_graph_is_drawn(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("graph", f"{HERE}:build", "--out", tmp_path / "graph")
-    assert code == 0 and "37 weights" in out
+    assert code == 0 and "33 weights" in out
     assert {file.name for file in (tmp_path / "graph").iterdir()} == {"layers.png", "adjacency.png", "graph.json"}
     assert json.loads((tmp_path / "graph" / "graph.json").read_text())
 
@@ -121,7 +102,7 @@ def test_some_layers_of_a_config_are_drawn(run: Run, tmp_path: Path) -> None:
 
 def test_costs_are_estimated(run: Run) -> None:
     code, out, _ = run("estimate", f"{HERE}:build", "--max-steps", 5000, "--device", "cpu")
-    assert code == 0 and "37 weights" in out and "rollback copy" in out
+    assert code == 0 and "33 weights" in out and "rollback copy" in out
 
 
 def test_costs_of_a_config_file_and_of_its_folder(run: Run, tmp_path: Path) -> None:
@@ -158,13 +139,13 @@ def test_shipped_nowcasters_are_listed(run: Run) -> None:
 
 
 def test_a_task_is_recorded(run: Run, tmp_path: Path) -> None:
-    code, out, _ = run("record", f"{HERE}:Lines", "--out", tmp_path / "run", "--steps", 20, "--interval", 5)
+    code, out, _ = run("record", "lines:Line", "--out", tmp_path / "run", "--steps", 20, "--interval", 5)
     assert code == 0 and "20 steps are recorded" in out
     assert len(Trajectory(tmp_path / "run").steps) == 5
 
 
 def test_a_task_is_compared_and_goes_on(run: Run, tmp_path: Path) -> None:
-    words = ["compare", f"{HERE}:Lines", "--steps", 40, "--seeds", 2, "--out", tmp_path, "--method", "adam"]
+    words = ["compare", "lines:Line", "--steps", 40, "--seeds", 2, "--out", tmp_path, "--method", "adam"]
     code, out, _ = run(*words, "--method", "linear")
     assert code == 0 and "linear" in out
     assert {"results.json", "table.md", "curves.png"} <= {file.name for file in tmp_path.iterdir()}
@@ -190,9 +171,9 @@ def test_a_task_is_compared_and_goes_on(run: Run, tmp_path: Path) -> None:
         (["estimate", f"{HERE}:build", "--set", "speed=7"], "setting 'speed' is none of period, "),
         (["estimate", f"{HERE}:build", "--set", "ramp"], "ramp expects a whole number, got ''"),
         (["estimate", f"{HERE}:build", "--dtype", "int8"], "expected one of float32, bfloat16, float16, got 'int8'"),
-        (["estimate", f"{HERE}:build", "--world-size", "7", "--fsdp"], "world_size=7 is more than the model can be"),
-        (["compare", f"{HERE}:Lines", "--steps", "40", "--method", "magic"], "magic"),
-        (["compare", f"{HERE}:Lines"], "Missing option '--steps'"),
+        (["estimate", f"{HERE}:build", "--world-size", "9", "--fsdp"], "world_size=9 is more than the model can be"),
+        (["compare", "lines:Line", "--steps", "40", "--method", "magic"], "magic"),
+        (["compare", "lines:Line"], "Missing option '--steps'"),
         (["nowcast", "nowhere", "--out", "x"], "expected 5 checkpoints"),
         (["plot", "nowhere.json"], "nowhere.json cannot be read"),
         (["pretrain", "nowhere", "--out", "x"], "nowhere"),

@@ -17,6 +17,7 @@ from walks import WIDE, moved_model, peak_bytes
 import nino
 from nino import NeuralGraph, NinoError, NowcastPlan
 from nino.costs import estimate_costs
+from nino.predict.model import build_network
 from tasks.sizes import llama_405b
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {"llama": llama_gqa, "gpt2": gpt2, "cnn": flat_cnn}
@@ -66,6 +67,7 @@ def test_memory_is_what_a_run_takes(family: str, rollback_window: int, snapshot_
     assert max(saved) == costs.checkpoint
     assert costs.trained == sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert costs.parameters == sum(p.nbytes for p in model.parameters())
+    assert costs.movement == 4 * costs.weights and costs.ramp == 0  # float32, until it is added to the weights
     assert costs.backup == (costs.trained if snapshot_dtype and not rollback_window else 0)
 
 
@@ -88,7 +90,7 @@ def test_memory_of_jumps_that_are_dealt_out(ramp: int, rollback_window: int) -> 
     model = _freeze_some(FAMILIES["cnn"]())
     plan = NowcastPlan(period=12, rollback_window=rollback_window, ramp=ramp)
     costs = estimate_costs(model, tiny_config(), device="cpu", plan=plan)
-    assert costs.ramp == costs.trained
+    assert costs.ramp == costs.trained and costs.movement == 0  # the ramp holds it
     saved = _train(model, 26, plan)[1]
     on_the_way = saved[12 + ramp - 2]
     assert on_the_way == costs.ramp + costs.rollback_copy + (ramp == 6) * costs.snapshot
@@ -172,3 +174,9 @@ def test_bad_models_are_refused() -> None:
         estimate_costs("llama-8b")
     with pytest.raises(NinoError, match="no parameter of the model is trained"):
         estimate_costs(nn.Linear(10, 10).requires_grad_(False))
+
+
+def test_a_gpu_holds_the_network_as_well() -> None:
+    config = tiny_config(hidden=16)
+    on_cpu, on_gpu = (estimate_costs(nn.Linear(10, 10), config, device=device).nowcast for device in ("cpu", "cuda"))
+    assert on_gpu - on_cpu == sum(parameter.nbytes for parameter in build_network(config).parameters())

@@ -351,12 +351,6 @@ def test_a_live_loss_is_a_metric(tmp_path: Path) -> None:
     assert not recorder.problem and Trajectory(tmp_path).metrics == [{"loss": 6.0}]
 
 
-class Local(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2))
-
-
 # The Trainer
 
 

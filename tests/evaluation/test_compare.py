@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from digits import cell_of, run_cell
+from lines import Line
 from torch import Tensor, nn
 
 from nino import NinoError, NowcastPlan
@@ -19,31 +19,6 @@ from nino.evaluation import Task, compare
 from nino.evaluation.training import Clock, learning_rate_factor, read_result, train_and_write
 from nino.evaluation.workers import do_all
 from tasks.speedup import TASKS
-
-
-class Line:
-    """A task of one's own: a small network learns a line."""
-
-    targets = (0.5,)
-
-    def model(self, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
-
-    def batches(self, seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield torch.randn(16, 2, generator=generator)
-
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
-
-    def held_out(self, model: nn.Module) -> float:
-        with torch.no_grad():
-            return self.loss(model, torch.linspace(-1, 1, 20).view(10, 2)).item()
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=0.05)
 
 
 class Named(Line):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from torch import nn
 
 from nino import NinoError
 from nino.evaluation.methods import Setup, parse_method
-from tasks.images import load_parquet_images
+from tasks.images import load_images
 from tasks.speedup import TASKS
 from tasks.task import DenoisingTask, TextTask
 from tasks.text import TextData
@@ -201,29 +200,6 @@ def test_targets_of_the_command_line() -> None:
 # Tasks.
 
 
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few images and words in the files that the tasks read."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-    from PIL import Image
-
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name, column, shape in (("cifar10", "img", (32, 32, 3)), ("mnist", "image", (28, 28))):
-        for part, count in (("train", 20), ("test", 8)):
-            rows = []
-            for _ in range(count):
-                buffer = io.BytesIO()
-                Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(buffer, format="PNG")
-                rows.append({"bytes": buffer.getvalue(), "path": None})
-            table = pyarrow.table({column: rows, "label": rng.integers(0, 10, count)})
-            parquet.write_table(table, folder / f"{name}-{part}.parquet")
-    (folder / "text").mkdir()
-    for file in TASKS["gpt2-2-32"].files:
-        (folder / file).write_text(" ".join(rng.choice(["the", "cat", "sat", "on", "a", "mat"], 3000)))
-    return folder
-
-
 @pytest.mark.parametrize("task", [name for name in TASKS if not name.startswith("digits")])
 def test_tasks_train(task: str, data_folder: Path) -> None:
     replace(TASKS[task], folder=data_folder).check_data()
@@ -240,13 +216,13 @@ def test_published_networks() -> None:
 
 def test_batches_are_epochs(data_folder: Path) -> None:
     task = TASKS["c10-16"].read(data_folder, "test")
-    assert len(task.data.train_images) == 19 and len(task.data.eval_images) == 8  # type: ignore[attr-defined]
+    assert len(task.data.train_images) == 55 and len(task.data.eval_images) == 8  # type: ignore[attr-defined]
     choosing = TASKS["c10-16"].read(data_folder, "validation")
     assert torch.equal(choosing.data.train_images, task.data.train_images)  # type: ignore[attr-defined]
-    assert len(choosing.data.eval_images) == 1  # type: ignore[attr-defined]
-    stream = task.batches(8, torch.Generator().manual_seed(0))
+    assert len(choosing.data.eval_images) == 5  # type: ignore[attr-defined]
+    stream = task.batches(24, torch.Generator().manual_seed(0))
     epoch = [next(stream)[0] for _ in range(3)]
-    assert [len(images) for images in epoch] == [8, 8, 3]
+    assert [len(images) for images in epoch] == [24, 24, 7]
     sums = torch.cat(epoch).sum((1, 2, 3)).sort().values
     assert torch.allclose(sums, task.data.train_images.sum((1, 2, 3)).sort().values)  # type: ignore[attr-defined]
 
@@ -316,7 +292,7 @@ def test_foreign_data_are_one_line(content: str | None, tmp_path: Path) -> None:
     else:
         path.write_text(content)
     with pytest.raises(NinoError, match=r"mnist-train.parquet cannot be read: expected JPEG or PNG bytes") as error:
-        load_parquet_images("mnist", tmp_path, tmp_path)
+        load_images("mnist", tmp_path, "validation")
     assert "\n" not in str(error.value)
 
 

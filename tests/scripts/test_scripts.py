@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_an_interrupt_is_one_line(
 
 
 def test_files_that_change_are_read_anew(data_folder: Path, tmp_path: Path) -> None:
-    from tasks.images import load_parquet_images
+    from tasks.images import load_images
     from tasks.text import load_text_files
 
     shutil.copytree(data_folder, tmp_path / "data")
@@ -97,9 +98,10 @@ def test_files_that_change_are_read_anew(data_folder: Path, tmp_path: Path) -> N
     load_text_files([text], 300, cache)
     assert len(list(cache.iterdir())) == 2  # what has not changed is kept
 
-    images = load_parquet_images("mnist", tmp_path / "data", cache)
+    read = partial(load_images, "mnist", tmp_path / "data", "validation", cache=cache)
+    shape = read().train_images.shape
     shutil.copy(data_folder / "cifar10-train.parquet", tmp_path / "data" / "mnist-train.parquet")
-    assert load_parquet_images("mnist", tmp_path / "data", cache).train_images.shape != images.train_images.shape
+    assert read().train_images.shape != shape
 
 
 def test_a_collection_of_few_texts(data_folder: Path, tmp_path: Path) -> None:
