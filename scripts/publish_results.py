@@ -168,7 +168,7 @@ def commands_of(text: str) -> list[tuple[str, list[str]]]:
     """Scripts that commands in a text run, each with its options; a backslash joins lines.
 
     Example:
-        >>> commands_of("python scripts/a.py x --b \\\n  --c=1 # --d")
+        >>> commands_of("python scripts/a.py x --b 1 --c=1 # --d")
         [('scripts/a.py', ['--b', '--c'])]
     """
     commands = re.findall(r"(scripts/\w+\.py)([^\n#`]*)", text.replace("\\\n", " "))
