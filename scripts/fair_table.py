@@ -41,15 +41,43 @@ Rates = Mapping[str, Mapping[str, float]]
 """Task -> base -> learning rate."""
 
 
+MORE_RATES = 3
+"""Doublings or halvings of a rate that are tried beyond a task's own three, while the best lies at the edge."""
+
+
 def plan_rates(args: argparse.Namespace) -> list[FairCell]:
     """The base at every rate of every task, on validation data."""
     return [
         rate_cell(task, base, seed, rate)
         for task in args.tasks
         for base in args.bases
+        for rate in rates_to_try(args.out, task, base)
         for seed in RATE_SEEDS
-        for rate in FAIR_TASKS[task].rates[base]
     ]
+
+
+def rates_to_try(out: Path, task: str, base: Base) -> list[float]:
+    """A task's rates; once those are known and the best lies at the edge, with the next beyond it."""
+    own = FAIR_TASKS[task].rates[base]
+    rates, least, most = sorted(own), min(own) / 2**MORE_RATES, max(own) * 2**MORE_RATES
+    while True:
+        losses = {rate: _rate_loss(out, task, base, rate) for rate in rates}
+        known = {rate: loss for rate, loss in losses.items() if loss is not None}
+        if len(known) < len(rates):
+            return rates
+        best = min(known, key=lambda rate: known[rate])
+        if best == rates[0] and best > least:
+            rates = [best / 2, *rates]
+        elif best == rates[-1] and best < most:
+            rates = [*rates, best * 2]
+        else:
+            return rates
+
+
+def plan(args: argparse.Namespace) -> tuple[list[FairCell], list[FairCell]]:
+    """All trainings that are asked for, and those that are not finished."""
+    cells = plan_rates(args) if args.rates else plan_table(args, read_rates(args.out, args.tasks, args.bases))
+    return cells, [cell for cell in cells if read_result(args.out, cell) is None]
 
 
 def plan_table(args: argparse.Namespace, rates: Rates) -> list[FairCell]:
@@ -77,9 +105,9 @@ def plan_table(args: argparse.Namespace, rates: Rates) -> list[FairCell]:
 def best_rates(out: Path) -> dict[str, dict[str, float]]:
     """The rate at which the base ended best, of every task and base that was tried at all its rates."""
     found: dict[str, dict[str, float]] = {}
-    for name, task in FAIR_TASKS.items():
+    for name in FAIR_TASKS:
         for base in BASES:
-            losses = {rate: _rate_loss(out, name, base, rate) for rate in task.rates[base]}
+            losses = {rate: _rate_loss(out, name, base, rate) for rate in rates_to_try(out, name, base)}
             known = {rate: loss for rate, loss in losses.items() if loss is not None}
             if len(known) == len(losses):
                 found.setdefault(name, {})[base] = min(known, key=lambda rate: known[rate])
@@ -195,14 +223,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    cells = plan_rates(args) if args.rates else plan_table(args, read_rates(args.out, args.tasks, args.bases))
-    todo = [cell for cell in cells if read_result(args.out, cell) is None]
+    cells, todo = plan(args)
     print(f"{len(cells)} trainings planned, {len(cells) - len(todo)} already finished")
     if args.dry_run:
         list_cells(cells, set(todo), args.jobs)
         return 0
     make_output_folder("--out", args.out)
-    failed = train_all(todo, args) if todo else {}
+    failed: dict[FairCell, str] = {}
+    while todo and not failed:
+        failed = train_all(todo, args)
+        cells, todo = plan(args)  # a rate at the edge asks for the next
     gather(args.out)
     if args.rates:
         rates = json.dumps(best_rates(args.out), indent=1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import run_here
+from fair_table import MORE_RATES, best_rates, rate_cell, rates_to_try
 from torch import Tensor, nn
 
 from nino import NeuralGraph
@@ -246,3 +247,24 @@ def test_a_dry_run_lists_and_trains_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "6 trainings planned, 0 already finished" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rate_is_never_the_best_for_want_of_a_higher_one(tmp_path: Path) -> None:
+    def finish(losses: dict[float, float]) -> None:
+        for rate, loss in losses.items():
+            cell = rate_cell("llama", "muon", 10, rate)
+            (tmp_path / "cells").mkdir(exist_ok=True)
+            (tmp_path / "cells" / cell.file_name).write_text(json.dumps({"final": {"eval_loss": loss}}))
+
+    own = [0.002, 0.004, 0.008]
+    assert rates_to_try(tmp_path, "llama", "muon") == own
+    assert best_rates(tmp_path) == {}
+    finish({0.002: 3.0, 0.004: 2.9, 0.008: 2.8})
+    assert rates_to_try(tmp_path, "llama", "muon") == [*own, 0.016]
+    assert best_rates(tmp_path) == {}
+    finish({0.016: 2.85})
+    assert rates_to_try(tmp_path, "llama", "muon") == [*own, 0.016]
+    assert best_rates(tmp_path) == {"llama": {"muon": 0.008}}
+    finish({0.002: 2.0, 0.001: 1.9, 0.0005: 1.8, 0.00025: 1.7})
+    assert len(rates_to_try(tmp_path, "llama", "muon")) == 3 + MORE_RATES
+    assert best_rates(tmp_path) == {"llama": {"muon": 0.00025}}
