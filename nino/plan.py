@@ -35,6 +35,9 @@ the run in which weights are nowcast, and how fast horizons shrink (docs/lab-not
 NOWCASTS_ACROSS, LONGEST_ACROSS, USUAL_ACROSS = 20, 500, 100
 """Chosen periods of predictors that read across jumps: a twentieth of the run, at most 500 steps; 100 if the length of
 the run is unknown (docs/lab-notes, 2026-11-30)."""
+LONGEST_ORTHOGONAL = 1
+"""Periods that they look ahead at most if the optimizer orthogonalises its steps, as Muon does: with two, a Llama lost
+(docs/lab-notes, 2026-11-30)."""
 PART_AVERAGED_ACROSS = 0.12
 """Part of their periods that a snapshot averages."""
 PART_JUDGED = 10
@@ -225,15 +228,18 @@ class Run:
     """Optimizer steps of the whole run, if known."""
     across_jumps: bool = False
     """Whether a nowcast is due after every snapshot, and reads those from before the last jump."""
+    orthogonal: bool = False
+    """Whether the optimizer orthogonalises the steps of matrices, as Muon does."""
 
     @staticmethod
-    def of(predictor: Any, max_steps: int | None) -> Run:
-        """What a predictor makes of a run of so many steps."""
+    def of(predictor: Any, max_steps: int | None, orthogonal: bool = False) -> Run:
+        """What a predictor and an optimizer make of a run of so many steps."""
         return Run(
             context=predictor.context,
             max_horizon=predictor.max_horizon,
             max_steps=max_steps,
             across_jumps=bool(getattr(predictor, "reads_across_jumps", False)),
+            orthogonal=orthogonal,
         )
 
     @property
@@ -306,7 +312,7 @@ def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> Nowc
     part_averaged = PART_AVERAGED_ACROSS if run.across_jumps else PART_AVERAGED
     usual: dict[str, Any] = {
         "stop_after": PART_OF_RUN if is_long and run.max_steps is not None else None if run.max_steps is None else 1.0,
-        "max_horizon_steps": run.max_horizon * interval,
+        "max_horizon_steps": interval * _choose_horizon(run),
         "horizon_decay": USUAL_DECAY if is_long else 2.0,
         "average_over": max(round(part_averaged * interval), 1) if is_long else 1,
         "ramp": round(PART_RAMPED * period) if is_long else 0,
@@ -322,6 +328,12 @@ def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> Nowc
             f"{run.max_horizon * interval} steps with period={period}"
         )
     return chosen
+
+
+def _choose_horizon(run: Run) -> int:
+    """Snapshot intervals that the first nowcast looks ahead."""
+    is_short = run.across_jumps and run.orthogonal
+    return min(run.max_horizon, LONGEST_ORTHOGONAL) if is_short else run.max_horizon
 
 
 def _choose_period(run: Run) -> int:

@@ -100,7 +100,7 @@ class Method:
         run = Run(max_steps=steps)
         if self.jump is not None:
             predictor = load_jump(self.jump)
-            run = Run.of(predictor, steps)
+            run = Run.of(predictor, steps, orthogonal=self.optimizer.kind == "muon")
         try:
             return choose(self.plan, run)
         except NinoError as error:

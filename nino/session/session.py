@@ -28,6 +28,7 @@ from nino.session.horizon import horizon_by_mass, learning_rate_of
 from nino.session.judge.monitor import Monitor
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.jump import Jumps
+from nino.session.optimizer_state.orthogonal import orthogonalises
 from nino.session.report import NowcastReport
 from nino.session.resume import load_state, state_of
 from nino.session.sayings import Sayings
@@ -74,7 +75,7 @@ class NowcastSession:
         if on_report is not None and not callable(on_report):
             raise NinoError(f"on_report must be a function that takes a report, got {type(on_report).__name__}")
         self.optimizer, self.nowcaster = optimizer, load_predictor(nowcaster)
-        self.run = Run.of(self.nowcaster, max_steps)
+        self.run = Run.of(self.nowcaster, max_steps, orthogonalises(optimizer))
         self.plan = choose(plan_of(plan, period), self.run)
         self.schedule = Schedule.of(self.plan, self.run)
         self.clock = Clock(self.schedule, self.plan.average_over or 1)
