@@ -18,6 +18,7 @@ from nino.ensemble.training import Ensemble
 from nino.errors import NinoError
 from nino.predict.model import build_network
 from nino.predict.registry import load_predictor
+from nino.session.jump.batch_norm import RENEWAL_STEPS
 from tasks.images import convnet
 from tasks.task import ImageTask, TextTask
 from tasks.text import TextData, gpt2, llama
@@ -250,6 +251,20 @@ def test_an_ensemble_is_nowcast_as_each_model_alone(predictor: str, name: str, p
         for parameter_name, parameter in model.named_parameters():
             found = ensemble.parameters[parameter_name][index]
             torch.testing.assert_close(found, parameter, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("max_steps", "last"), [(20 + 3 + RENEWAL_STEPS - 1, 13), (20 + 3 + RENEWAL_STEPS, 23)])
+def test_a_jump_that_could_not_arrive_is_left_out(max_steps: int, last: int) -> None:
+    ensemble = Ensemble(models_of("cnn"), a_task("cnn").loss, CPU, lr=0.0)
+    plan = NowcastPlan(period=10, rollback_window=0, ramp=3, average_over=1, stop_after=1.0)
+    graph = NeuralGraph.from_model(models_of("cnn")[0])
+    jumps = EnsembleJumps(ensemble, load_predictor("linear"), plan, max_steps, graph)
+    moved = [0]
+    for step in range(1, 26):
+        ensemble.move_to({name: value + 1e-3 for name, value in ensemble.parameters.items()})
+        jumps.after_step(step)
+        moved += [step] if jumps.moved.any() else []
+    assert moved[-1] == last
 
 
 def test_a_model_that_cannot_be_nowcast_stays() -> None:

@@ -86,6 +86,8 @@ def test_own_best_rates() -> None:
         result("adam", [1.0, 0.1], learning_rate=0.9, diverged=True),
         result("nino:x", [2.0, 0.9], learning_rate=0.1),
         result("nino:x", [2.0, 1.2], learning_rate=0.3),
+        result("nino:x", [2.0, 0.1], learning_rate=0.9),
+        result("nino:x", [None, None], seed=1, learning_rate=0.9, diverged=True),
     ]
     rows = {row["method"]: row for row in map_numbers(at_best_rates(by_setting(results), {"t": LOSS}), str)}
     assert rows["adam"]["best lr"] == 0.3 and rows["nino:x"]["best lr"] == 0.1
@@ -123,7 +125,7 @@ def test_by_how_much_a_jump_lifts_the_training_loss() -> None:
         {"nowcast/step": 60, "nowcast/outcome": "rolled back"},
         {"nowcast/step": 300, "nowcast/outcome": "applied"},
     ]
-    run["training_losses"] = [9.0] * 10 + [2.0] * 40 + [3.0, 4.0, 4.0, 4.0, 4.0, 4.0, 3.0] + [2.0] * 113 + [8.0] * 133
+    run["training_losses"] = [9.0] * 10 + [2.0] * 40 + [4.0, 4.0, 4.0, 4.0, 4.0, 3.0, 3.0] + [2.0] * 113 + [8.0] * 133
     assert loss_rise(run) == 2.0  # of the first; after the third comes too little, and what comes late is not its doing
     run["training_losses"][55] = None
     assert loss_rise(run) is None
