@@ -109,7 +109,8 @@ def load_network(name: str | None, config: Path | None) -> nn.Module | None:
     """A model of which names and shapes matter, if one is given.
 
     Args:
-        name: of a function that returns it, with or without example inputs; called without memory if that works.
+        name: of it, or of a function that returns it, with or without example inputs; called without memory if that
+            works.
         config: folder of a config.json of transformers.
 
     Raises:
@@ -121,7 +122,10 @@ def load_network(name: str | None, config: Path | None) -> nn.Module | None:
         raise NinoError("--model and --config exclude each other: both say what model it is")
     if config is not None:
         return model_from_config(config)
-    return None if name is None else model_from_factory(load_object(name), name)
+    if name is None:
+        return None
+    found = load_object(name)
+    return found if isinstance(found, nn.Module) else model_from_factory(found, name)
 
 
 def load_nowcaster(name: str) -> Nowcaster:

@@ -7,7 +7,7 @@ the best is taken (``scripts/fair_table.py --rates``). Sizes are such that a tra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -49,7 +49,7 @@ class FairTask:
 
     kind: str
     """Of model."""
-    purpose: Purpose
+    purpose: Purpose = "report"
     build: Callable[[], nn.Module]
     """Makes a freshly initialised model."""
     read: Callable[[Path, Path, HeldOut], Task]
@@ -130,7 +130,6 @@ def vit(width: int, layers: int, size: int, patch: int) -> Architecture:
 
 def _vision(
     kind: str,
-    purpose: Purpose,
     build: Callable[[], nn.Module],
     schedule: str,
     steps: int,
@@ -141,18 +140,16 @@ def _vision(
     flip: bool = True,
     name: str = "cifar10",
     noisy: bool = False,
-    muon: tuple[float, ...] | None = None,
 ) -> FairTask:
     return FairTask(
         kind=kind,
-        purpose=purpose,
         build=build,
         read=partial(_noisy, name, size) if noisy else partial(_images, name, size, flip),
         files=CIFAR if name == "cifar10" else MNIST,
         schedule=schedule,
         steps=steps,
         batch_size=16 if noisy else 64,
-        rates={"adam": rates, "muon": rates if muon is None else muon},
+        rates=dict.fromkeys(BASES, rates),
         weight_decay=0.0 if noisy else 1e-2,
         seconds_per_step=seconds,
     )
@@ -160,7 +157,6 @@ def _vision(
 
 def _language(
     kind: str,
-    purpose: Purpose,
     build: Callable[[], nn.Module],
     corpus: Corpus,
     vocab_size: int,
@@ -168,134 +164,48 @@ def _language(
     steps: int,
     seconds: float,
     rates: tuple[float, ...],
-    muon: tuple[float, ...] | None = None,
 ) -> FairTask:
     return FairTask(
         kind=kind,
-        purpose=purpose,
         build=build,
         read=partial(_text, corpus, vocab_size),
         files=text_files(corpus),
         schedule=schedule,
         steps=steps,
         batch_size=8,
-        rates={"adam": rates, "muon": rates if muon is None else muon},
+        rates=dict.fromkeys(BASES, rates),
         weight_decay=1e-2,
         seconds_per_step=seconds,
     )
 
 
-_CHOOSE: dict[str, FairTask] = {
-    "cnn-16px": _vision(
-        "CNN",
-        "choose",
-        partial(build_model, convnet(3, (16, 32, 32))),
-        "cosine",
-        2_000,
-        0.004,
-        (5e-3, 1e-2, 2e-2),
-        size=16,
-    ),
-    "resnet-16px": _vision("ResNet", "choose", partial(ResNet, 3, 8), "wsd", 1_500, 0.005, (5e-3, 1e-2, 2e-2), size=16),
-    "vit-16px": _vision(
-        "ViT", "choose", partial(build_model, vit(48, 2, 16, 4)), "cosine", 2_000, 0.009, (1e-3, 2e-3, 4e-3), size=16
-    ),
-    "llama-64": _language(
-        "Llama",
-        "choose",
-        partial(build_model, llama(2, 64, 4, 2, 512)),
-        "books",
-        512,
-        "linear",
-        2_000,
-        0.010,
-        (2e-3, 4e-3, 8e-3),
-    ),
-    "gru-64": _language(
-        "GRU",
-        "choose",
-        partial(GruLanguageModel, 512, 64, 1),
-        "articles",
-        512,
-        "cosine",
-        1_500,
-        0.010,
-        (5e-3, 1e-2, 2e-2),
-    ),
-    "unet-16px": _vision(
-        "U-Net", "choose", partial(UNet, 3, 8), "linear", 1_500, 0.006, (5e-3, 1e-2, 2e-2), size=16, noisy=True
-    ),
+def _built(architecture: Architecture) -> Callable[[], nn.Module]:
+    return partial(build_model, architecture)
+
+
+FAST, MEDIUM, SLOW = (5e-3, 1e-2, 2e-2), (2e-3, 4e-3, 8e-3), (1e-3, 2e-3, 4e-3)
+"""Learning rates to choose from."""
+UNET, CONVNEXT = partial(UNet, 3, 8), _built(convnext(3, (16, 32, 64), (1, 1, 1)))
+CNN, CNN_MNIST = _built(convnet(3, (16, 32, 32))), _built(convnet(1, (8, 16, 16)))
+GPT2 = _built(gpt2(3, 64, 4, 1024, WINDOW))
+_CHOOSE = {
+    "cnn-16px": _vision("CNN", CNN, "cosine", 2_000, 0.004, FAST, size=16),
+    "resnet-16px": _vision("ResNet", partial(ResNet, 3, 8), "wsd", 1_500, 0.005, FAST, size=16),
+    "vit-16px": _vision("ViT", _built(vit(48, 2, 16, 4)), "cosine", 2_000, 0.009, SLOW, size=16),
+    "llama-64": _language("Llama", _built(llama(2, 64, 4, 2, 512)), "books", 512, "linear", 2_000, 0.010, MEDIUM),
+    "gru-64": _language("GRU", partial(GruLanguageModel, 512, 64, 1), "articles", 512, "cosine", 1_500, 0.010, FAST),
+    "unet-16px": _vision("U-Net", UNET, "linear", 1_500, 0.006, FAST, size=16, noisy=True),
 }
-_REPORT: dict[str, FairTask] = {
-    "cnn": _vision(
-        "CNN",
-        "report",
-        partial(build_model, convnet(3, (16, 32, 32))),
-        "cosine",
-        3_000,
-        0.017,
-        (5e-3, 1e-2, 2e-2),
-        flip=False,
-    ),
-    "cnn-mnist": _vision(
-        "CNN",
-        "report",
-        partial(build_model, convnet(1, (8, 16, 16))),
-        "linear",
-        2_000,
-        0.006,
-        (5e-3, 1e-2, 2e-2),
-        flip=False,
-        name="mnist",
-        size=28,
-    ),
-    "resnet": _vision("ResNet", "report", partial(ResNet, 3, 12), "linear", 3_000, 0.013, (5e-3, 1e-2, 2e-2)),
-    "vit": _vision(
-        "ViT", "report", partial(build_model, vit(64, 3, 32, 8)), "cosine", 3_000, 0.016, (1e-3, 2e-3, 4e-3)
-    ),
-    "mixer": _vision("MLP-Mixer", "report", partial(Mixer, 32, 8, 64, 3), "wsd", 3_000, 0.012, (2e-3, 4e-3, 8e-3)),
-    "convnext": _vision(
-        "ConvNeXt",
-        "report",
-        partial(build_model, convnext(3, (16, 32, 64), (1, 1, 1))),
-        "linear",
-        3_000,
-        0.009,
-        (2e-3, 4e-3, 8e-3),
-    ),
-    "unet": _vision("U-Net", "report", partial(UNet, 3, 8), "wsd", 2_000, 0.015, (5e-3, 1e-2, 2e-2), noisy=True),
-    "llama": _language(
-        "Llama",
-        "report",
-        partial(build_model, llama(3, 80, 4, 1, 1024)),
-        "python",
-        1024,
-        "cosine",
-        3_000,
-        0.021,
-        (2e-3, 4e-3, 8e-3),
-    ),
-    "gpt2": _language(
-        "GPT-2",
-        "report",
-        partial(build_model, gpt2(3, 64, 4, 1024, WINDOW)),
-        "books",
-        1024,
-        "wsd",
-        3_000,
-        0.017,
-        (2e-3, 4e-3, 8e-3),
-    ),
-    "gru": _language(
-        "GRU",
-        "report",
-        partial(GruLanguageModel, 1024, 96, 2),
-        "python",
-        1024,
-        "linear",
-        2_500,
-        0.020,
-        (5e-3, 1e-2, 2e-2),
-    ),
+_REPORT = {
+    "cnn": _vision("CNN", CNN, "cosine", 3_000, 0.017, FAST, flip=False),
+    "cnn-mnist": _vision("CNN", CNN_MNIST, "linear", 2_000, 0.006, FAST, flip=False, name="mnist", size=28),
+    "resnet": _vision("ResNet", partial(ResNet, 3, 12), "linear", 3_000, 0.013, FAST),
+    "vit": _vision("ViT", _built(vit(64, 3, 32, 8)), "cosine", 3_000, 0.016, SLOW),
+    "mixer": _vision("MLP-Mixer", partial(Mixer, 32, 8, 64, 3), "wsd", 3_000, 0.012, MEDIUM),
+    "convnext": _vision("ConvNeXt", CONVNEXT, "linear", 3_000, 0.009, MEDIUM),
+    "unet": _vision("U-Net", UNET, "wsd", 2_000, 0.015, FAST, noisy=True),
+    "llama": _language("Llama", _built(llama(3, 80, 4, 1, 1024)), "python", 1024, "cosine", 3_000, 0.021, MEDIUM),
+    "gpt2": _language("GPT-2", GPT2, "books", 1024, "wsd", 3_000, 0.017, MEDIUM),
+    "gru": _language("GRU", partial(GruLanguageModel, 1024, 96, 2), "python", 1024, "linear", 2_500, 0.020, FAST),
 }
-FAIR_TASKS: dict[str, FairTask] = _CHOOSE | _REPORT
+FAIR_TASKS = {name: replace(task, purpose="choose") for name, task in _CHOOSE.items()} | _REPORT

@@ -14,6 +14,7 @@ from lines import Line
 from torch import Tensor, nn
 
 from nino.cli import main
+from nino.cli.loading import load_network
 from nino.data import Trajectory
 from nino.graph import NeuralGraph
 from nino.graph.ir import EdgeType
@@ -42,6 +43,9 @@ def build() -> tuple[nn.Module, Tensor]:
 
 def alone() -> nn.Module:
     return Line().model(0)
+
+
+MODEL = alone()
 
 
 def text() -> str:
@@ -123,6 +127,13 @@ def test_costs_on_disk_and_of_a_wider_network(run: Run, tmp_path: Path) -> None:
         line for line in wide.splitlines() if "nowcast" not in line
     ]
     assert narrow != wide
+
+
+@pytest.mark.parametrize("name", ["build", "alone", "MODEL"])
+def test_a_network_is_found_however_it_is_named(name: str) -> None:
+    network = load_network(f"{HERE}:{name}", None)
+    assert isinstance(network, nn.Sequential) and network[0].in_features == 2
+    assert {p.device.type for p in network.parameters()} == {"cpu" if name == "MODEL" else "meta"}
 
 
 def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
