@@ -101,7 +101,7 @@ METHODS = ("adam", "nowcast")
 def train(job: tuple[str, str], report: Report, *, args: argparse.Namespace) -> dict[str, Any]:
     """Train the model of a task with the Trainer and a method, ``adam`` or ``nowcast``; evaluations are reported."""
     task, method = job
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
     from transformers.utils import logging as transformers_logging
 
     from nino.callbacks import NowcastCallback
@@ -118,42 +118,20 @@ def train(job: tuple[str, str], report: Report, *, args: argparse.Namespace) -> 
             report(EVALUATE_EVERY, f"step {state.global_step}, validation loss {metrics['eval_loss']:.3f}")
 
     nowcast = NowcastCallback(args.nowcaster, period=PERIOD)
-    callbacks = [Progress(), nowcast] if method == "nowcast" else [Progress()]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=args.steps,
-            per_device_train_batch_size=BATCH_SIZE[task],
-            per_device_eval_batch_size=128,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            eval_strategy="steps",
-            eval_steps=EVALUATE_EVERY,
-            prediction_loss_only=True,
-            logging_steps=EVALUATE_EVERY,
-            save_strategy="no",
-            report_to="none",
-            seed=args.seed,
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            log_level="error",
-        )
         trainer = Trainer(
             model,
-            arguments,
+            training_arguments(folder, task, args),
             train_dataset=train_rows,
             eval_dataset=held_out,
-            callbacks=callbacks,
+            callbacks=[Progress(), nowcast] if method == "nowcast" else [Progress()],
             data_collator=COLLATORS[task],
         )
         trainer.remove_callback(PrinterCallback)
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
-    history = trainer.state.log_history
-    reports = nowcast.reports
+    history, reports = trainer.state.log_history, nowcast.reports
     return {
         "task": task,
         "method": method,
@@ -162,6 +140,32 @@ def train(job: tuple[str, str], report: Report, *, args: argparse.Namespace) -> 
         "nowcast_seconds": sum(report.seconds for report in reports),
         "nowcasts": [report.as_log() for report in reports],
     }
+
+
+def training_arguments(folder: str, task: str, args: argparse.Namespace) -> Any:
+    """What both methods share."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=args.steps,
+        per_device_train_batch_size=BATCH_SIZE[task],
+        per_device_eval_batch_size=128,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        eval_strategy="steps",
+        eval_steps=EVALUATE_EVERY,
+        prediction_loss_only=True,
+        logging_steps=EVALUATE_EVERY,
+        save_strategy="no",
+        report_to="none",
+        seed=args.seed,
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        log_level="error",
+    )
 
 
 def summarise(runs: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
