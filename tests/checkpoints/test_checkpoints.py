@@ -903,6 +903,7 @@ def test_command_refuses_in_one_line(
         (["--model", "mine:missing"], "mine has no missing"),
         (["--model", "mine:broken"], "mine:broken() failed: RuntimeError: of its own"),
         (["--model", "mine:nothing"], "must return the model, a torch.nn.Module, got a NoneType"),
+        (["--graph", "mine.py"], "mine.py: "),
         (["--config", "nowhere"], "nowhere/config.json does not exist"),
         (["--config", str(run_folder / "checkpoint-2")], "the checkpoints are not of LlamaForCausalLM: they lack"),
         (["--config", "nowhere", "--model", "mine:build"], "--model and --config exclude each other"),

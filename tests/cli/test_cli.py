@@ -6,13 +6,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lines import Line
+from recordings import record_collection
 from torch import Tensor, nn
 
+from nino import Nowcaster
 from nino.cli import main
 from nino.cli.loading import load_network
 from nino.data import Trajectory
@@ -48,6 +51,11 @@ def alone() -> nn.Module:
 MODEL = alone()
 
 
+class Breaks(Line):
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        raise RuntimeError("out of\nmemory")
+
+
 def text() -> str:
     return "a model"
 
@@ -68,6 +76,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wiring_is_proved(run: Run) -> None:
     code, out, _ = run("check", f"{HERE}:build")
     assert code == 0 and "wiring: ok" in out
+
+
+def test_a_wiring_that_fails_the_proof_is_exit_code_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nino.graph.check.check_wiring", lambda *_: SimpleNamespace(ok=False))
+    assert run("check", f"{HERE}:build")[0] == 1
 
 
 def test_a_graph_is_drawn(run: Run, tmp_path: Path) -> None:
@@ -152,7 +165,8 @@ def test_shipped_nowcasters_are_listed(run: Run) -> None:
 def test_a_task_is_recorded(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("record", "lines:Line", "--out", tmp_path / "run", "--steps", 20, "--interval", 5)
     assert code == 0 and "20 steps are recorded" in out
-    assert len(Trajectory(tmp_path / "run").steps) == 5
+    recorded = Trajectory(tmp_path / "run")
+    assert len(recorded.steps) == 5 and recorded.complete
 
 
 def test_a_task_is_compared_and_goes_on(run: Run, tmp_path: Path) -> None:
@@ -164,6 +178,22 @@ def test_a_task_is_compared_and_goes_on(run: Run, tmp_path: Path) -> None:
     assert len(before) == 4, sorted(file.name for file in before)
     run(*words, "--method", "linear")
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cells").iterdir()} == before, "nothing twice"
+
+
+def test_a_task_that_fails_is_exit_code_one(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("compare", f"{HERE}:Breaks", "--steps", 20, "--seeds", 1, "--out", tmp_path, "--method", "adam")
+    assert code == 1 and "Breaks adam seed 0 lr 0.001 cosine 20 failed: RuntimeError: out of memory" in err
+
+
+def test_a_nowcaster_is_trained_on_recordings_and_further(run: Run, tmp_path: Path) -> None:
+    runs, first, further = (tmp_path / name for name in ("runs", "first", "further"))
+    record_collection(runs)
+    assert run("pretrain", runs, "--out", first, "--steps", 2, "--hidden", 8)[0] == 0
+    assert run("pretrain", runs, "--out", further, "--steps", 1, "--start-from", first)[0] == 0
+    one, other = (Nowcaster.from_pretrained(out) for out in (first, further))
+    assert one.config == other.config and one.config.hidden == 8
+    for name, value in one.network.state_dict().items():
+        torch.testing.assert_close(other.network.state_dict()[name], value, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,24 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["weights"].count_nonzero() == 1  # torch does not look
     with pytest.raises(CheckpointError, match=r"^its part .*data/0 is damaged$"):
         load_whole(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be opened")
+def test_content_is_on_disk_before_its_name_and_the_name_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append("folder on disk" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file on disk")
+        fsync(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        done.append("renamed")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    save_whole({"step": 1}, tmp_path / "state.pt")
+    assert done == ["file on disk", "renamed", "folder on disk"]
