@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -66,7 +67,18 @@ def test_what_a_step_names_is_where_it_says(what: str, where: str) -> None:
 
 
 def test_the_page_names_every_file_of_the_session_that_a_jump_runs_through() -> None:
-    ran, named = files_of_a_period(), {str(f.relative_to(ROOT)) for path in PATH.findall(PAGE) for f in files_of(path)}
+    text = PAGE.partition("## The folders")[0]
+    ran, named = files_of_a_period(), {str(f.relative_to(ROOT)) for path in PATH.findall(text) for f in files_of(path)}
     assert not {file for file in ran if file.startswith("nino/session/")} - named
     (said,) = map(int, re.findall(r"runs through (\d+) files", PAGE))
     assert abs(len(ran) - said) <= 3, f"{len(ran)} files: {sorted(ran)}"
+
+
+def test_every_folder_has_a_row_with_its_own_words() -> None:
+    rows = dict(re.findall(r"^\| `([\w/]+)/` \| (.+) \|$", PAGE, re.M))
+    packages = [*sorted((ROOT / "nino").glob("*/__init__.py")), ROOT / "callbacks" / "__init__.py"]
+    own = {path.parent: ast.get_docstring(ast.parse(path.read_text())) or "" for path in packages}
+    assert rows == {
+        str(folder.relative_to(ROOT)): text.splitlines()[0].rstrip(".").replace("``", "`")
+        for folder, text in own.items()
+    }
