@@ -158,6 +158,8 @@ def test_what_is_chosen_for_five_thousand_steps() -> None:
         rollback_window=50,
     )
     assert NowcastPlan.for_decaying_rate(5000) == chosen
+    short = choose(NowcastPlan(period=100, stop_after=0.5), Run(max_steps=150))
+    assert short.stop_after == 101, "a part of the run that ends before the first jump still has that"
     assert choose(NowcastPlan(ramp=0, period=400), Run(max_steps=5000)).ramp == 0, "what is given stays"
 
 

@@ -149,6 +149,20 @@ def test_a_network_is_found_however_it_is_named(name: str) -> None:
     assert {p.device.type for p in network.parameters()} == {"cpu" if name == "MODEL" else "meta"}
 
 
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [("matplotlib", ["graph", f"{HERE}:build"]), ("accelerate", ["pretrain", "runs", "--out", "new"])],
+)
+def test_a_package_that_is_missing_is_one_line(
+    run: Run, package: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_collection(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = run(*words)
+    assert code == 2 and err == f"error: this command needs a package that is not installed: pip install {package}\n"
+
+
 def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
