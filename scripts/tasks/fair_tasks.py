@@ -25,14 +25,14 @@ from tasks.modules import UNet
 from tasks.task import Batch, DenoisingTask, ImageTask, Task, TextTask
 from tasks.text import gpt2, llama
 
-Purpose = Literal["choose", "report"]
+Purpose = Literal["choose", "report", "larger"]
 Base = Literal["adam", "muon"]
 BASES: tuple[Base, ...] = ("adam", "muon")
 WARMUP = 100
 """Steps over which the rate rises, in every task."""
 BUDGETS = (1.0, 0.8, 0.6)
 """Parts of a task's steps, between which steps saved are read off."""
-SEEDS: dict[Purpose, tuple[int, ...]] = {"choose": (10, 11, 12, 13), "report": (0, 1, 2)}
+SEEDS: dict[Purpose, tuple[int, ...]] = {"choose": (10, 11, 12, 13), "report": (0, 1, 2), "larger": (0,)}
 RATE_SEEDS = (10,)
 """With which rates are found, on validation data, of report tasks as well."""
 RATE_BUDGET = 0.6
@@ -183,7 +183,7 @@ def _built(architecture: Architecture) -> Callable[[], nn.Module]:
     return partial(build_model, architecture)
 
 
-FAST, MEDIUM, SLOW = (5e-3, 1e-2, 2e-2), (2e-3, 4e-3, 8e-3), (1e-3, 2e-3, 4e-3)
+FAST, MEDIUM, SLOW, LARGE = (5e-3, 1e-2, 2e-2), (2e-3, 4e-3, 8e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)
 """Learning rates to choose from."""
 UNET, CONVNEXT = partial(UNet, 3, 8), _built(convnext(3, (16, 32, 64), (1, 1, 1)))
 CNN, CNN_MNIST = _built(convnet(3, (16, 32, 32))), _built(convnet(1, (8, 16, 16)))
@@ -208,4 +208,10 @@ _REPORT = {
     "gpt2": _language("GPT-2", GPT2, "books", 1024, "wsd", 3_000, 0.017, MEDIUM),
     "gru": _language("GRU", partial(GruLanguageModel, 1024, 96, 2), "python", 1024, "linear", 2_500, 0.020, FAST),
 }
-FAIR_TASKS = {name: replace(task, purpose="choose") for name, task in _CHOOSE.items()} | _REPORT
+_LARGER = {
+    "llama-3m": _language("Llama", _built(llama(3, 256, 4, 1, 1024)), "python", 1024, "cosine", 1_500, 0.16, LARGE),
+}
+_TASKS: dict[Purpose, dict[str, FairTask]] = {"choose": _CHOOSE, "report": _REPORT, "larger": _LARGER}
+FAIR_TASKS = {
+    name: replace(task, purpose=purpose) for purpose, tasks in _TASKS.items() for name, task in tasks.items()
+}
