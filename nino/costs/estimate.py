@@ -25,6 +25,7 @@ from nino.errors import NinoError
 from nino.graph.builder import check_graph
 from nino.graph.ir import NeuralGraph
 from nino.plan import NowcastPlan, Run, choose, is_whole, plan_of
+from nino.predict.engine.listed import bytes_needed as listed_bytes
 from nino.predict.engine.tiling import Sizes
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import build_network
@@ -227,7 +228,8 @@ def _nowcast_bytes(graph: NeuralGraph, config: NowcasterConfig, device: torch.de
         with torch.device("meta"):
             network = sum(p.numel() for p in build_network(config).parameters()) * torch.float32.itemsize
     sizes = Sizes.within(None, graph, config, torch.float32, device)
-    return sizes.bytes_needed(graph, config, torch.float32, device, network)
+    listed = listed_bytes(graph, config) if device.type == "cpu" else 0
+    return max(sizes.bytes_needed(graph, config, torch.float32, device, network), listed)
 
 
 def _checkpoint_bytes(snapshot: int, rollback_copy: int, ramp: int, run: _Run) -> int:

@@ -44,13 +44,13 @@ class EdgeList:
             rank[order] = torch.arange(num_edges)
             for block, places in zip(blocks, rank.split([b.num_edges for b in blocks]), strict=True):
                 self._places.append((block, places + total))
-            indices.append(torch.cat([_block_index(block, first) for block in blocks], dim=1)[:, order])
+            indices.append(torch.cat([block_index(block, first) for block in blocks], dim=1)[:, order])
             types.append(torch.cat([torch.full((b.num_edges,), int(b.type)) for b in blocks])[order])
             self.slices[str(name)] = slice(total, total + num_edges)
             total += num_edges
         self.num_parameter_edges = total
         for block in auxiliary:
-            indices.append(_block_index(block, first))
+            indices.append(block_index(block, first))
             types.append(torch.full((block.num_edges,), int(block.type)))
         nodes = torch.arange(self.num_nodes)
         self.index = torch.cat([*indices, torch.stack([nodes, nodes])], dim=1)
@@ -112,7 +112,13 @@ class EdgeList:
         return out
 
 
-def _block_index(block: EdgeBlock, first: Mapping[NeuronGroup, int]) -> Tensor:
+def block_index(block: EdgeBlock, first: Mapping[NeuronGroup, int]) -> Tensor:
+    """Source and target node of a block's edges, int64 ``[2, E]``, in the order of what :meth:`EdgeBlock.view` views.
+
+    Args:
+        block: of a graph.
+        first: the number of the first node of each group.
+    """
     source = block.source.local_index() + first[block.source.group]
     target = block.target.local_index() + first[block.target.group]
     if block.kind is BlockKind.DENSE:

@@ -19,7 +19,7 @@ from nino.errors import CheckpointError, NinoError
 from nino.graph.ir import NeuralGraph
 from nino.predict.engine import predict_blockwise, predict_edgewise
 from nino.predict.engine.blockwise import MESSAGE_VECTORS
-from nino.predict.engine.hardware import product_dtype
+from nino.predict.engine.listed import predict_listed
 from nino.predict.engine.reader import SnapshotReader
 from nino.predict.engine.tiling import Sizes
 from nino.predict.engine.views import SnapshotViews, bytes_of_copies
@@ -315,25 +315,26 @@ class Nowcaster:
         writes_weights: bool,
     ) -> MovementSize:
         device, partition = how.device_of(snapshots), how.partition
-        exact = torch.promote_types(how.dtype, torch.float32)
+        exact = how.exact_dtype
         network = self._network(device, how.dtype if how.engine == "edges" else exact)
         held = 0
         if how.memory_budget is not None:
             held = bytes_of_copies(graph, *snapshots, tensors, partition=partition) + self._bytes_of_copy(network)
             held += partition.extra_bytes(graph.groups, MESSAGE_VECTORS * self.config.hidden, exact.itemsize)
         sizes = Sizes.within(how.memory_budget, graph, self.config, exact, device, held)
-        scalers = measure_snapshots(snapshots, graph.shapes, device, partition, self.config.inputs)
         facts = self._remembered.facts(graph)
         positions = facts.positions_of(graph, self.config.num_positions) if positions is None else positions
         layouts = facts.layouts if partition is WHOLE else None
         views = SnapshotViews(graph, snapshots, partition, layouts)
-        reader = SnapshotReader(views, scalers, device, exact)
         writer = MovementWriter(graph, tensors, views, device, partition, how.preserve_norms, writes_weights, layouts)
+        if predict_listed(network, graph, snapshots, writer, positions, horizon, how, facts.engine):
+            return writer.finish()
+        scalers = measure_snapshots(snapshots, graph.shapes, device, partition, self.config.inputs)
+        reader = SnapshotReader(views, scalers, device, exact)
         with full_precision(device):
             if how.engine == "edges":
                 predict_edgewise(network, graph, reader, writer, positions, horizon)
             else:
-                products = product_dtype(how.dtype, device)
                 predict_blockwise(
                     network,
                     graph,
@@ -342,7 +343,7 @@ class Nowcaster:
                     positions,
                     horizon,
                     sizes,
-                    product_dtype=products,
+                    product_dtype=how.product_dtype(device),
                     progress=how.progress,
                     partition=partition,
                     remembered=facts.engine if how.memory_budget is None else None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nino.errors import NinoError
 from nino.graph.ir import NeuralGraph
+from nino.predict.engine.hardware import product_dtype
 from nino.predict.movement import UNCHANGED
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.predictor import Progress
@@ -45,6 +46,15 @@ class Computation:
             raise NinoError(f"engine must be 'blockwise' or 'edges', got {self.engine!r}")
         if self.memory_budget is not None and not isinstance(self.memory_budget, int):
             raise NinoError(f"memory_budget must be a whole number of bytes, got {self.memory_budget!r}")
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """In which all but the large products are computed."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def product_dtype(self, device: torch.device) -> torch.dtype:
+        """In which the blockwise engine computes its large products."""
+        return product_dtype(self.dtype, device)
 
     def device_of(self, snapshots: Sequence[Mapping[str, Tensor]]) -> torch.device:
         """Where to compute."""

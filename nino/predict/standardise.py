@@ -91,8 +91,8 @@ class Standardiser:
 class SnapshotStatistics:
     """What is known of snapshots; several models' statistics may be stacked along first dimensions."""
 
-    number: int
-    """How many numbers they hold."""
+    number: int | Tensor
+    """How many numbers they hold; of stacked statistics one for all, or float64."""
     mean: Tensor
     """float64, as are the sums."""
     squares: Tensor
@@ -131,11 +131,12 @@ class SnapshotStatistics:
 
     def standardiser(self, inputs: Inputs = "weights") -> Standardiser:
         """The mean and the unbiased deviation; and the unit, which is never 0, if movements are read."""
-        std = (self.squares / max(self.number - 1, 1)).sqrt()
+        number = torch.as_tensor(self.number, dtype=self.squares.dtype, device=self.squares.device)
+        std = (self.squares / (number - 1).clamp(min=1)).sqrt()
         mean, deviation = self.mean.to(self.dtype), std.to(self.dtype)
         if inputs != "movements":
             return Standardiser(mean, deviation)
-        means = self.moves / max(self.number, 1)  # over all snapshots; the last one does not move
+        means = self.moves / number.clamp(min=1)[..., None, None]  # over all snapshots; the last one does not move
         unit = means.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() + EPSILON * (std + EPSILON)
         products = (means.shape[-1] + 1) * means / unit.square()[..., None, None]
         return Standardiser(mean, deviation, unit.to(self.dtype), products.to(self.dtype))

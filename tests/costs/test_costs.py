@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from walks import WIDE, moved_model, peak_bytes
 import nino
 from nino import NeuralGraph, NinoError, NowcastPlan
 from nino.costs import estimate_costs
+from nino.predict.engine import listed
 from nino.predict.model import build_network
 from tasks.sizes import llama_405b
 
@@ -107,6 +109,17 @@ def test_memory_of_a_nowcast_is_bounded(family: str, monkeypatch: pytest.MonkeyP
     used = peak_bytes(lambda: nowcaster.predict_into(dict(model.named_parameters()), snapshots, 3, graph))
     assert used <= costs
     assert family not in ("square", "language model") or costs < 6 * used
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("family", WIDE)
+def test_memory_of_a_nowcast_with_all_edges_listed_is_bounded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NINO_NATIVE", raising=False)
+    model, graph, snapshots = moved_model(WIDE[family], torch.float32, "contiguous", context=5)
+    nowcaster = tiny_nowcaster(hidden=64, context=5)
+    used = peak_bytes(lambda: nowcaster.predict_into(dict(model.named_parameters()), snapshots, 3, graph))
+    bound = listed.bytes_needed(graph, nowcaster.config)
+    assert used <= bound < 4 * used and bound <= estimate_costs(model, nowcaster, device="cpu").nowcast
 
 
 def test_a_snapshot_on_its_way_to_the_disk_takes_host_memory() -> None:

@@ -15,7 +15,7 @@ from models import CASES, Case
 from torch import Tensor
 
 from nino import NeuralGraph, Nowcaster, NowcasterConfig
-from nino.predict.engine import hardware, kernels, native
+from nino.predict.engine import hardware, kernels, listed, native
 from nino.predict.model import build_network
 
 CPU = torch.device("cpu")
@@ -154,12 +154,15 @@ def test_the_number_of_threads_changes_no_bit(paired: bool, monkeypatch: pytest.
 
 
 @compiler
+@pytest.mark.parametrize("how", ["listed", "block by block"])
 @pytest.mark.parametrize("settings", [{}, {"inputs": "movements", "trend": True}])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_nowcasts_are_those_of_the_definition(
-    case: Case, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    case: Case, settings: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
+    if how != "listed":
+        monkeypatch.setattr(listed, "MOST_EDGES", 0)
     config = NowcasterConfig(**{"hidden": 16, "context": 3, "max_horizon": 4, **settings})
     nowcaster = Nowcaster(build_network(config))
     graph = NeuralGraph.from_model(case.build())
@@ -170,9 +173,9 @@ def test_nowcasts_are_those_of_the_definition(
         for snapshot in snapshots[:-1]:
             snapshot[name][: len(value) // 2] = value[: len(value) // 2]  # half of the rows stay
     calls = []
-    plain = native.NativeKernels.movements
+    plain = native.NativeKernels._movements
     monkeypatch.setattr(
-        native.NativeKernels, "movements", lambda self, *a: calls.append(a[0].numel()) or plain(self, *a)
+        native.NativeKernels, "_movements", lambda self, *a: calls.append(a[1].numel()) or plain(self, *a)
     )
     found = nowcaster.predict_movement(snapshots, 3, graph).tensors
     assert calls and sum(calls) < 0.9 * 3 * sum(value.numel() for value in start.values())  # what stays is left out

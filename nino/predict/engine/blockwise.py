@@ -18,15 +18,15 @@ one neuron group, one tile. What depends on nodes is computed for a strip at a t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nino.graph.ir import EdgeBlock, NeuralGraph
 from nino.predict.engine import kernels
+from nino.predict.engine.folds import Fold, FoldedNetwork
 from nino.predict.engine.native import native_kernels
 from nino.predict.engine.reader import SnapshotReader
 from nino.predict.engine.tiling import Blocks, Sizes, Strip, constant_of
@@ -39,37 +39,6 @@ Ends = tuple[Tensor, Tensor]
 """What depends on the sources and on the targets of a strip's edges."""
 MESSAGE_VECTORS = 2
 """Hidden vectors per neuron that are summed over its edges, in the round that has most."""
-
-
-@dataclass(frozen=True)
-class Fold:
-    """``weight @ v + constant[type]``: several linear layers, applied one after another, as one."""
-
-    weight: Tensor
-    constant: Tensor
-    """``[num_types, H]`` if it depends on the edge type, else ``[H]``."""
-
-    @staticmethod
-    def of(layer: nn.Linear) -> Fold:
-        """A single layer."""
-        return Fold(layer.weight, layer.bias)
-
-    def then(self, layer: nn.Linear) -> Fold:
-        """Follow this map by a linear layer."""
-        return Fold(layer.weight @ self.weight, F.linear(self.constant, layer.weight, layer.bias))
-
-    def halves(self) -> tuple[Fold, Fold]:
-        """Split the output channels in two (an edge encoder's scale and shift)."""
-        weights, constants = self.weight.chunk(2), self.constant.chunk(2, dim=-1)
-        return Fold(weights[0], constants[0]), Fold(weights[1], constants[1])
-
-    def transposed(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as the right factor of a product, ``[inputs, outputs]``."""
-        return self.weight.t().to(dtype or self.weight.dtype).contiguous()
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """Apply to vectors ``[..., inputs]``."""
-        return F.linear(vectors, self.weight, self.constant)
 
 
 @torch.no_grad()
@@ -212,11 +181,7 @@ class _Run:
         self.product_dtype = product_dtype
         self.native = native_kernels(network.config.hidden, reader.dtype, product_dtype, reader.device)
         self.progress = progress
-        (self.conv, self.update), (self.last_conv, self.last_update) = network.rounds()
-        self.raw = Fold(network.edge_proj.weight, network.edge_proj.bias + network.type_embed.weight)
-        self.first = self.raw.then(self.update.from_edge)
-        self.first_weight = self.first.transposed()
-        self.hidden = Fold.of(self.update.lin)
+        self.folded = FoldedNetwork(network)
 
     def predict(self, writer: MovementWriter, positions: Tensor, horizon: int) -> None:
         """Predict the weights that the writer wants: two rounds of messages, then movements edge by edge."""
@@ -229,24 +194,23 @@ class _Run:
 
     def _round_on_values(self, nodes: Tensor) -> Tensor:
         """Round 1: edges are still linear in the snapshots, so no H-vector per edge is formed."""
-        scale, shift = self.raw.then(self.conv.edge_encoder).halves()
+        conv, (scale, shift) = self.folded.conv, self.folded.of_values()
 
         def messages(strip: Strip) -> Tensor:
             tile_edges = self.blocks.sizes.tile_edges
-            return _messages_on_values(self._values(strip), strip, nodes, self.conv, scale, shift, tile_edges)
+            return _messages_on_values(self._values(strip), strip, nodes, conv, scale, shift, tile_edges)
 
-        return self._round(self.conv, nodes, messages, nodes.shape[1], lambda old, mean: mean)
+        return self._round(conv, nodes, messages, nodes.shape[1], lambda old, mean: mean)
 
     def _round_on_hidden(self, nodes: Tensor) -> Tensor:
         """Round 2: one H x H product per edge for the scale; the shift is applied to the summed hidden vectors."""
-        conv = self.last_conv
-        scale, shift = self.hidden.then(conv.edge_encoder).halves()
+        conv, (scale, shift) = self.folded.last_conv, self.folded.of_hidden()
         weight = self._right_factor(scale)
 
         def messages(strip: Strip) -> Tensor:
             values, (from_source, from_target) = self._values(strip), self._first_ends(strip, nodes)
             as_source = strip.at_source(conv.as_source(nodes[strip.source]))
-            first = self.first_weight[: len(values)]  # unused kernel positions are zero and drop out
+            first = self.folded.first_weight[: len(values)]  # unused kernel positions are zero and drop out
             if self.native is not None:
                 sums = self.native.message_sums(values, from_source, from_target, as_source, first, weight)
             else:
@@ -302,15 +266,14 @@ class _Run:
 
     def _write_movements(self, writer: MovementWriter, after_first: Tensor, nodes: Tensor, horizon: int) -> None:
         """The last edge update and the head."""
-        second = self.hidden.then(self.last_update.from_edge)
-        third = Fold.of(self.last_update.lin).then(self.network.head_hidden)
+        second, third = self.folded.second, self.folded.third
         second_weight, third_weight = self._right_factor(second), self._right_factor(third)
         head, head_bias = self.network.head_rows(horizon)
         for block in filter(writer.wants, self.blocks.graph.parameter_blocks):
             num_features = block.num_features
             factors = _trend_factors(self.network, self.reader, block, horizon)
             weights = kernels.MovementWeights(
-                first=self.first_weight[: num_features * self.reader.context],
+                first=self.folded.first_weight[: num_features * self.reader.context],
                 second=second_weight,
                 third=third_weight,
                 third_bias=third.constant,
@@ -319,7 +282,10 @@ class _Run:
             )
 
             def movements(strip: Strip, values: Tensor, weights: kernels.MovementWeights = weights) -> Tensor:
-                ends = self._first_ends(strip, after_first), _ends(strip, self.last_update, nodes, second.constant)
+                ends = (
+                    self._first_ends(strip, after_first),
+                    _ends(strip, self.folded.last_update, nodes, second.constant),
+                )
                 return self._movements(strip, values, ends, weights)
 
             for strip in self.blocks.strips(block):
@@ -353,7 +319,7 @@ class _Run:
         return torch.full(shape, constant_of(strip.block), device=self.reader.device, dtype=self.reader.dtype)
 
     def _first_ends(self, strip: Strip, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        return _ends(strip, self.update, nodes, self.first.constant[strip.block.type])
+        return _ends(strip, self.folded.update, nodes, self.folded.first.constant[strip.block.type])
 
 
 def _ends(strip: Strip, update: EdgeUpdate, nodes: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:

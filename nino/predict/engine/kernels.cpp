@@ -1,7 +1,8 @@
 // The arithmetic on edges, with a few edges' hidden vectors kept in registers and in the first level of cache.
 //
 // What kernels.py computes tile by tile, computed edge by edge: HIDDEN is the width of the hidden vectors, a multiple
-// of 16. Edges of a strip are counted row by row, e = i * sources + j. With PAIRED an edge has a source of its own.
+// of 16. Edges of a strip are counted row by row, e = i * sources + j; paired ones have a source of their own. Or the ends
+// of every edge are listed.
 // Sums are in float32, as are non-linearities; with BF16 the factors of H x H products are rounded to bfloat16.
 
 #include <cstdint>
@@ -90,6 +91,7 @@ struct Strip {
     const float* first;      // [Q, HIDDEN]
     int64_t num_values, num_edges, num_sources;
     int64_t is_paired;
+    const int32_t *source, *target;  // of every edge; null if they are counted
 };
 
 // The first hidden vectors of N edges.
@@ -146,6 +148,10 @@ inline void product(const Stored* hidden, const Stored* weight, Vector (&sum)[N]
 
 template <int N>
 inline void ends_of(const Strip& strip, int64_t edge, int64_t* source, int64_t* target) {
+    if (strip.target) {
+        for (int n = 0; n < N; n++) source[n] = strip.source[edge + n], target[n] = strip.target[edge + n];
+        return;
+    }
     int64_t i = edge / strip.num_sources, j = edge % strip.num_sources;
     for (int n = 0; n < N; n++) {
         target[n] = i;
@@ -156,14 +162,16 @@ inline void ends_of(const Strip& strip, int64_t edge, int64_t* source, int64_t* 
 
 template <int N>
 inline void messages_of(const Strip& strip, int64_t edge, const float* as_source, const Stored* scale,
-                        float* hidden_sums, float* scaled_sums) {
+                        const float* bias, float* hidden_sums, float* scaled_sums) {
     int64_t source[N], target[N];
     float hidden[N * HIDDEN];
     Stored stored[N * HIDDEN];
     ends_of<N>(strip, edge, source, target);
     first_hidden<N>(strip, edge, source, target, hidden, stored);
     for (int start = 0; start < VECTORS; start += COLUMNS) {
-        Vector sum[N][COLUMNS] = {};
+        Vector sum[N][COLUMNS];
+        for (int n = 0; n < N; n++)
+            for (int v = 0; v < COLUMNS; v++) sum[n][v] = load(bias + (start + v) * LANES);
         product<N>(stored, scale + start * LANES * HIDDEN, sum);
         for (int n = 0; n < N; n++)
             for (int v = 0; v < COLUMNS; v++) {
@@ -222,17 +230,87 @@ inline void movements_of(const Strip& strip, int64_t edge, const Head& head, flo
         }
 }
 
+typedef double Doubles __attribute__((vector_size(64), aligned(8)));
+constexpr int DOUBLES = 8, MOST_SNAPSHOTS = 8;
+
+inline double sum_of(Doubles value) {
+    double sum = 0.0;
+    for (int lane = 0; lane < DOUBLES; lane++) sum += value[lane];
+    return sum;
+}
+
+// Some elements of a snapshot, the rest filled up; differences are rounded to float32, as the plain form does.
+inline void differences(const float* from, int64_t count, const float* to, float otherwise, Doubles* found) {
+    for (int lane = 0; lane < DOUBLES; lane++)
+        (*found)[lane] = lane < count ? double(from[lane] - (to ? to[lane] : otherwise)) : 0.0;
+}
+
 }  // namespace
 
 extern "C" {
 
-// Adds to the sums [targets, HIDDEN] what the edges first to last send to their targets.
+// Adds to the sums [targets, HIDDEN] what the edges first to last send to their targets; bias is added to every scale.
 void message_sums(const Strip* strip, int64_t first, int64_t last, const float* as_source, const Stored* scale,
-                  float* hidden_sums, float* scaled_sums) {
+                  const float* bias, float* hidden_sums, float* scaled_sums) {
     int64_t edge = first;
     for (; edge + EDGES <= last; edge += EDGES)
-        messages_of<EDGES>(*strip, edge, as_source, scale, hidden_sums, scaled_sums);
-    for (; edge < last; edge++) messages_of<1>(*strip, edge, as_source, scale, hidden_sums, scaled_sums);
+        messages_of<EDGES>(*strip, edge, as_source, scale, bias, hidden_sums, scaled_sums);
+    for (; edge < last; edge++) messages_of<1>(*strip, edge, as_source, scale, bias, hidden_sums, scaled_sums);
+}
+
+// The same of edges that are linear in their values: adds to scaled_sums [targets, HIDDEN] the sources' vectors, each
+// scaled by what `first` makes of the edge's values, and to value_sums [targets, Q] the values. Ends are listed.
+void linear_sums(const Strip* strip, int64_t first, int64_t last, const float* as_source, float* scaled_sums,
+                 float* value_sums) {
+    for (int64_t edge = first; edge < last; edge++) {
+        const int64_t source = strip->source[edge], target = strip->target[edge];
+        for (int64_t q = 0; q < strip->num_values; q++)
+            value_sums[target * strip->num_values + q] += strip->values[q * strip->num_edges + edge];
+        for (int start = 0; start < VECTORS; start += COLUMNS) {
+            Vector sum[COLUMNS];
+            for (int v = 0; v < COLUMNS; v++) sum[v] = load(strip->at_target + target * HIDDEN + (start + v) * LANES);
+            const float* weight = strip->first + start * LANES;
+            for (int64_t q = 0; q < strip->num_values; q++, weight += HIDDEN)
+                for (int v = 0; v < COLUMNS; v++)
+                    sum[v] += strip->values[q * strip->num_edges + edge] * load(weight + v * LANES);
+            for (int v = 0; v < COLUMNS; v++) {
+                const int64_t at = (start + v) * LANES;
+                float* to = scaled_sums + target * HIDDEN + at;
+                store(to, load(to) + sum[v] * load(as_source + source * HIDDEN + at));
+            }
+        }
+    }
+}
+
+// Of some snapshots [C, total] the elements start to stop: a centre, sums of the differences from it and of their
+// squares, then [C - 1, C - 1] sums of products of the differences of the earlier snapshots from the last one.
+void measure(const float* snapshots, int64_t num_snapshots, int64_t total, int64_t start, int64_t stop, double* found) {
+    const float* last = snapshots + (num_snapshots - 1) * total;
+    Doubles sum = {}, squares = {}, products[MOST_SNAPSHOTS][MOST_SNAPSHOTS] = {}, moves[MOST_SNAPSHOTS];
+    for (int64_t at = start; at < stop; at += DOUBLES) {
+        Doubles away;
+        differences(snapshots + at, stop - at, nullptr, snapshots[start], &away);
+        sum += away;
+    }
+    const float centre = float(double(snapshots[start]) + sum_of(sum) / double(stop - start));
+    sum = Doubles{};
+    for (int64_t at = start; at < stop; at += DOUBLES) {
+        for (int64_t c = 0; c < num_snapshots; c++) {
+            Doubles away;
+            differences(snapshots + c * total + at, stop - at, nullptr, centre, &away);
+            sum += away;
+            squares += away * away;
+        }
+        for (int64_t a = 0; a + 1 < num_snapshots; a++) {
+            differences(snapshots + a * total + at, stop - at, last + at, 0.0f, &moves[a]);
+            for (int64_t b = 0; b <= a; b++) products[a][b] += moves[a] * moves[b];
+        }
+    }
+    *found++ = centre;
+    *found++ = sum_of(sum);
+    *found++ = sum_of(squares);
+    for (int64_t a = 0; a + 1 < num_snapshots; a++)
+        for (int64_t b = 0; b + 1 < num_snapshots; b++) *found++ = sum_of(products[a > b ? a : b][a > b ? b : a]);
 }
 
 // Writes the movements [F, edges] of the edges first to last.

@@ -16,8 +16,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -38,12 +39,15 @@ WIDEST = 512
 EDGES_PER_THREAD = 2**11
 """With fewer, starting another thread costs more than it saves."""
 COMPILER_SECONDS = 120
+MOST_SNAPSHOTS = 8
+"""That are measured together."""
 
 
 class _Strip(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("values", "at_source", "at_target", "first")),
         *((name, ctypes.c_int64) for name in ("num_values", "num_edges", "num_sources", "is_paired")),
+        *((name, ctypes.c_void_p) for name in ("source", "target")),
     )
 
 
@@ -52,6 +56,25 @@ class _Head(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in ("at_source", "at_target", "second", "third", "third_bias", "weight", "bias")),
         ("num_features", ctypes.c_int64),
     )
+
+
+@dataclass(frozen=True)
+class ListedEnds:
+    """The ends of edges that are in the order of their targets."""
+
+    source: Tensor
+    """int32 ``[E]``."""
+    target: Tensor
+    """int32 ``[E]``, ascending."""
+
+    def cuts(self) -> Sequence[int]:
+        """Where the edges of each thread begin, and the end: no target has edges in two of them."""
+        number = len(self.target)
+        threads = _threads(number)
+        if threads == 1:
+            return 0, number
+        near = self.target[[number * part // threads for part in range(1, threads)]]
+        return [0, *torch.searchsorted(self.target, near).tolist(), number]
 
 
 class NativeKernels:
@@ -80,15 +103,15 @@ class NativeKernels:
     ) -> Tensor:
         """As :func:`nino.predict.engine.kernels.message_sums`, of a whole strip, ``[2, t, H]``; ``scale`` is packed."""
         kept = [tensor.contiguous() for tensor in (values, from_source, from_target, first, as_source, scale)]
-        strip = _strip(*kept[:4])
+        strip, bias = _strip(*kept[:4]), first.new_zeros(first.shape[1])
         sums = from_target.new_zeros(2, values.shape[1], first.shape[1])
 
         def compute(start: int, stop: int) -> None:
             self._library.message_sums(
-                ctypes.byref(strip), ctypes.c_int64(start), ctypes.c_int64(stop), *map(_at, (*kept[4:], *sums))
+                ctypes.byref(strip), ctypes.c_int64(start), ctypes.c_int64(stop), *map(_at, (*kept[4:], bias, *sums))
             )
 
-        _by_rows(compute, values.shape[1], values.shape[2])
+        _in_threads(compute, _cuts_by_row(values.shape[1], values.shape[2]))
         return sums
 
     def movements(
@@ -99,29 +122,125 @@ class NativeKernels:
         weights: MovementWeights,
     ) -> Tensor:
         """As :func:`nino.predict.engine.kernels.movements`, of a whole strip; H x H weights are packed."""
-        num_features = len(weights.head)
         kept = [tensor.contiguous() for tensor in (values, *first_ends, weights.first)]
-        head_kept = [
-            tensor.contiguous()
-            for tensor in (
-                *second_ends,
-                weights.second,
-                weights.third,
-                weights.third_bias,
-                weights.head,
-                weights.head_bias,
-            )
-        ]
-        strip, head = _strip(*kept), _Head(*(tensor.data_ptr() for tensor in head_kept), num_features)
-        movement = values.new_empty(num_features, *values.shape[1:])
+        cuts = _cuts_by_row(values.shape[1], values.shape[2])
+        return self._movements(_strip(*kept), values, second_ends, weights, cuts)
+
+    def _movements(
+        self,
+        strip: _Strip,
+        values: Tensor,
+        second_ends: tuple[Tensor, Tensor],
+        weights: MovementWeights,
+        cuts: Sequence[int],
+    ) -> Tensor:
+        bias, rows, row_bias = weights.third_bias, weights.head, weights.head_bias
+        kept = [t.contiguous() for t in (*second_ends, weights.second, weights.third, bias, rows, row_bias)]
+        head = _Head(*(tensor.data_ptr() for tensor in kept), len(weights.head))
+        movement = values.new_empty(len(weights.head), *values.shape[1:])
 
         def compute(start: int, stop: int) -> None:
             self._library.movements(
                 ctypes.byref(strip), ctypes.c_int64(start), ctypes.c_int64(stop), ctypes.byref(head), _at(movement)
             )
 
-        _by_rows(compute, values.shape[1], values.shape[2])
+        _in_threads(compute, cuts)
         return movement
+
+    def listed_linear_sums(
+        self, values: Tensor, ends: ListedEnds, at_target: Tensor, as_source: Tensor, first: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sum what edges send that are linear in their values.
+
+        Args:
+            values: ``[Q, E]``.
+            ends: of the edges.
+            at_target: is added to what ``first`` makes of an edge's values, ``[T, H]``.
+            as_source: is scaled by that, ``[S, H]``.
+            first: ``[Q, H]``.
+
+        Returns:
+            Over the edges of each target, the sums ``[T, H]`` and those of the values ``[T, Q]``.
+        """
+        kept = [tensor.contiguous() for tensor in (values, at_target, first, as_source)]
+        strip = _listed(kept[0], None, kept[1], kept[2], ends)
+        scaled, value_sums = torch.zeros_like(kept[1]), values.new_zeros(len(at_target), len(values))
+
+        def compute(start: int, stop: int) -> None:
+            self._library.linear_sums(
+                ctypes.byref(strip),
+                ctypes.c_int64(start),
+                ctypes.c_int64(stop),
+                *map(_at, (kept[3], scaled, value_sums)),
+            )
+
+        _in_threads(compute, ends.cuts())
+        return scaled, value_sums
+
+    def listed_message_sums(
+        self,
+        values: Tensor,
+        ends: ListedEnds,
+        at_ends: tuple[Tensor, Tensor],
+        as_source: Tensor,
+        first: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """As :meth:`message_sums`, of listed edges, ``[2, T, H]``; a bias ``[H]`` is added to every scale.
+
+        Args:
+            values: ``[Q, E]``.
+            ends: of the edges.
+            at_ends: the sources' part of the first hidden vector ``[S, H]``, and the targets' ``[T, H]``.
+            as_source: ``[S, H]``.
+            first: ``[Q, H]``.
+            scale: packed.
+            bias: ``[H]``.
+        """
+        kept = [tensor.contiguous() for tensor in (values, *at_ends, first, as_source, scale, bias)]
+        strip = _listed(*kept[:4], ends)
+        sums = values.new_zeros(2, *kept[2].shape)
+
+        def compute(start: int, stop: int) -> None:
+            self._library.message_sums(
+                ctypes.byref(strip), ctypes.c_int64(start), ctypes.c_int64(stop), *map(_at, (*kept[4:], *sums))
+            )
+
+        _in_threads(compute, ends.cuts())
+        return sums
+
+    def listed_movements(
+        self,
+        values: Tensor,
+        ends: ListedEnds,
+        first_ends: tuple[Tensor, Tensor],
+        second_ends: tuple[Tensor, Tensor],
+        weights: MovementWeights,
+    ) -> Tensor:
+        """As :meth:`movements`, of listed edges: ``[F, E]``; what depends on ends is ``[S, H]`` and ``[T, H]``."""
+        kept = [tensor.contiguous() for tensor in (values, *first_ends, weights.first)]
+        return self._movements(_listed(*kept, ends), values, second_ends, weights, ends.cuts())
+
+    def measure(self, snapshots: Tensor, parts: Sequence[slice]) -> Tensor:
+        """Measure parameters that lie side by side.
+
+        Args:
+            snapshots: ``[C, total]`` contiguous; C at most :data:`MOST_SNAPSHOTS`.
+            parts: where each parameter lies; none is empty.
+
+        Returns:
+            float64 ``[parameters, 3 + (C - 1)^2]``: a number near the mean, sums of differences from it and of their
+            squares, sums of products of the differences from the last snapshot.
+        """
+        context, total = snapshots.shape
+        found = torch.empty(len(parts), 3 + (context - 1) ** 2, dtype=torch.float64)
+        sizes = (ctypes.c_int64(context), ctypes.c_int64(total))
+        for part, row in zip(parts, found, strict=True):
+            self._library.measure(
+                _at(snapshots), *sizes, ctypes.c_int64(part.start), ctypes.c_int64(part.stop), _at(row)
+            )
+        return found
 
 
 def native_kernels(
@@ -147,21 +266,34 @@ def _strip(values: Tensor, from_source: Tensor, from_target: Tensor, first: Tens
     num_values, targets, sources = values.shape
     is_paired = from_source.shape[0] == targets and from_source.shape[1] == 1 and sources == 1
     pointers = (tensor.data_ptr() for tensor in (values, from_source, from_target, first))
-    return _Strip(*pointers, num_values, targets * sources, sources, int(is_paired))
+    return _Strip(*pointers, num_values, targets * sources, sources, int(is_paired), None, None)
+
+
+def _listed(values: Tensor, at_source: Tensor | None, at_target: Tensor, first: Tensor, ends: ListedEnds) -> _Strip:
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (values, at_source, at_target, first))
+    return _Strip(*pointers, *values.shape, 1, 0, ends.source.data_ptr(), ends.target.data_ptr())
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _by_rows(compute: Callable[[int, int], None], targets: int, sources: int) -> None:
-    """Compute the edges of some targets in each thread: no two write to one place, and sums have one order."""
-    threads = max(min(torch.get_num_threads(), targets, targets * sources // EDGES_PER_THREAD), 1)
-    if threads == 1:
-        compute(0, targets * sources)
-        return
-    cuts = [targets * part // threads * sources for part in range(threads + 1)]
-    list(_pool(threads).map(compute, cuts[:-1], cuts[1:]))
+def _threads(edges: int) -> int:
+    return max(min(torch.get_num_threads(), edges // EDGES_PER_THREAD), 1)
+
+
+def _cuts_by_row(targets: int, sources: int) -> Sequence[int]:
+    """Cut edges between targets, a part for each thread: no two write to one place, and sums have one order."""
+    threads = min(_threads(targets * sources), max(targets, 1))
+    return [targets * part // threads * sources for part in range(threads + 1)]
+
+
+def _in_threads(compute: Callable[[int, int], None], cuts: Sequence[int]) -> None:
+    """Compute the edges between cuts, each part in a thread of its own."""
+    if len(cuts) == 2:
+        compute(*cuts)
+    else:
+        list(_pool(len(cuts) - 1).map(compute, cuts[:-1], cuts[1:]))
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +84,37 @@ class MovementWriter:
         if is_narrow(pieces[-1].dtype):
             sums[0] = sums[0].where(torch.isfinite((last + movement).to(pieces[-1].dtype)).all(), torch.nan)
         self._add(name, block.type, torch.stack(sums).double())
+
+    def write_all(
+        self,
+        parts: Mapping[str, slice],
+        kinds: Sequence[tuple[str, EdgeType]],
+        kind: Tensor,
+        snapshots: Tensor,
+        change: Tensor,
+    ) -> None:
+        """Write all weights at once, which lie side by side.
+
+        Args:
+            parts: where each parameter lies.
+            kinds: parameters and the types of their edges.
+            kind: int64 ``[W]``: which of these a weight is of.
+            snapshots: float32 ``[C, W]``.
+            change: how far each weight moves from the last snapshot, ``[W]``; is overwritten.
+        """
+        unchanged, last = unchanged_mask(snapshots), snapshots[-1]
+        movement = without(change, unchanged)
+        new = last + movement
+        written = new if self._writes_weights else movement
+        for name, tensor in self._views.tensors.items():
+            tensor.copy_(written[parts[name]].view(tensor.shape))
+        measured = [movement, last]
+        if self._kept:
+            measured += [new, last] if unchanged is None else [v.masked_fill(unchanged, 0) for v in (new, last)]
+        sums = [torch.bincount(kind, values.double().square_(), len(kinds)) for values in measured]
+        for key, of_kind in zip(kinds, torch.stack(sums, 1), strict=True):
+            if key[0] in self.tensors:
+                self._add(*key, of_kind if key[0] in self._kept else of_kind[:2])
 
     def _add(self, name: str, edge_type: EdgeType, sums: Tensor) -> None:
         """Add up squares of the movement and the last weights; and for norms of moving weights, new and last."""
