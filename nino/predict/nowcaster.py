@@ -19,6 +19,7 @@ from nino.errors import CheckpointError, NinoError
 from nino.graph.ir import NeuralGraph
 from nino.predict.engine import predict_blockwise, predict_edgewise
 from nino.predict.engine.blockwise import MESSAGE_VECTORS
+from nino.predict.engine.hardware import product_dtype
 from nino.predict.engine.listed import predict_listed
 from nino.predict.engine.reader import SnapshotReader
 from nino.predict.engine.tiling import Sizes
@@ -343,7 +344,7 @@ class Nowcaster:
                     positions,
                     horizon,
                     sizes,
-                    product_dtype=how.product_dtype(device),
+                    product_dtype=product_dtype(how.dtype, device),
                     progress=how.progress,
                     partition=partition,
                     remembered=facts.engine if how.memory_budget is None else None,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nino.errors import NinoError
 from nino.graph.ir import NeuralGraph
-from nino.predict.engine.hardware import product_dtype
 from nino.predict.movement import UNCHANGED
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.predictor import Progress
@@ -51,10 +50,6 @@ class Computation:
     def exact_dtype(self) -> torch.dtype:
         """In which all but the large products are computed."""
         return torch.promote_types(self.dtype, torch.float32)
-
-    def product_dtype(self, device: torch.device) -> torch.dtype:
-        """In which the blockwise engine computes its large products."""
-        return product_dtype(self.dtype, device)
 
     def device_of(self, snapshots: Sequence[Mapping[str, Tensor]]) -> torch.device:
         """Where to compute."""

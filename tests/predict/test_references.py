@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,8 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nino import NeuralGraph, Nowcaster
-from nino.predict import nowcaster as nowcasting
-from nino.predict.standardise import Standardiser
+from nino.predict.standardise import SnapshotStatistics, Standardiser
 
 TOLERANCE = 2e-5
 """Of a movement, relative: what another processor and another release of torch may round otherwise."""
@@ -53,15 +51,14 @@ def test_every_reference_is_written_down(written: dict[str, Tensor]) -> None:
 # What these numbers find out
 
 
-def restandardised(change: Callable[[Standardiser, int], Standardiser]) -> Callable[[pytest.MonkeyPatch], None]:
+def restandardised(change: Callable[[Standardiser, Any], Standardiser]) -> Callable[[pytest.MonkeyPatch], None]:
     """A fault in all that measures snapshots; ``change`` is given how many numbers were measured."""
-    measure = nowcasting.measure_snapshots
+    standardiser = SnapshotStatistics.standardiser
 
-    def measured(snapshots: Any, shapes: Any, *more: Any, **settings: Any) -> dict[str, Standardiser]:
-        scalers = measure(snapshots, shapes, *more, **settings)
-        return {name: change(each, len(snapshots) * math.prod(shapes[name])) for name, each in scalers.items()}
+    def changed(self: SnapshotStatistics, *given: Any) -> Standardiser:
+        return change(standardiser(self, *given), self.number)
 
-    return lambda patch: patch.setattr(nowcasting, "measure_snapshots", measured)
+    return lambda patch: patch.setattr(SnapshotStatistics, "standardiser", changed)
 
 
 def repositioned(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -83,7 +80,7 @@ def trend_times(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 FAULTS = {
-    "a biased deviation": restandardised(lambda s, n: replace(s, std=s.std * (1 - 1 / n) ** 0.5)),
+    "a biased deviation": restandardised(lambda s, n: replace(s, std=(s.std * (1 - 1 / n) ** 0.5).float())),
     "no mean": restandardised(lambda s, n: replace(s, mean=0 * s.mean)),
     "another unit": restandardised(lambda s, n: replace(s, unit=None if s.unit is None else 1.01 * s.unit)),
     "positions in another order": repositioned(lambda positions: positions.roll(1, dims=1)),

@@ -20,6 +20,7 @@ from torch import Tensor
 from nino.graph.edge_list import AUXILIARY_VALUE, SELF_LOOP_VALUE, block_index
 from nino.graph.ir import NUM_EDGE_TYPES, EdgeBlock, EdgeType, NeuralGraph
 from nino.predict.engine.folds import FoldedNetwork
+from nino.predict.engine.hardware import product_dtype
 from nino.predict.engine.kernels import MovementWeights
 from nino.predict.engine.native import MOST_SNAPSHOTS, ListedEnds, NativeKernels, native_kernels
 from nino.predict.engine.writer import MovementWriter
@@ -200,7 +201,7 @@ def predict_listed(
         Whether it was done. Not if it must be computed block by block, or the snapshots hold what cannot be measured.
     """
     kernels = _kernels(network, graph, snapshots, how)
-    if kernels is None:
+    if kernels is None or not isinstance(network, NiNo):
         return False
     if "listed" not in remembered:
         remembered["listed"] = ListedGraph.of(graph)
@@ -223,7 +224,7 @@ def _kernels(
     tensors = (snapshot[name] for snapshot in snapshots for name in graph.shapes)
     if any(tensor.dtype not in DTYPES or tensor.device != device for tensor in tensors):
         return None
-    return native_kernels(network.config.hidden, how.exact_dtype, how.product_dtype(device), device)
+    return native_kernels(network.config.hidden, how.exact_dtype, product_dtype(how.dtype, device), device)
 
 
 def _predict(
@@ -241,16 +242,15 @@ def _predict(
     scalers = _scalers(kernels.measure(flat, parts), parts, len(flat), network.config.inputs)
     if not bool(torch.isfinite(scalers.std).all()):
         return False
-    scaler = Standardiser(
-        *(None if x is None else x[listed.parameter] for x in (scalers.mean, scalers.std, scalers.unit))
-    )  # type: ignore[arg-type]
+    unit = None if scalers.unit is None else scalers.unit[listed.parameter]
+    scaler = Standardiser(scalers.mean[listed.parameter], scalers.std[listed.parameter], unit)
     still = unchanged_mask(flat)
     read = torch.cat([scaler.encode_(flat.clone()), torch.tensor([CONSTANTS]).expand(len(flat), -1)], dim=1)
     wanted = torch.tensor([name in writer.tensors for name in listed.parts])[listed.parameter]
     run = _Run(network, listed, kernels, read, progress)
     movement = run.movements(positions, horizon, wanted if still is None else wanted & ~still)
     values = read[:, : flat.shape[1]]
-    if network.trend is not None:
+    if network.trend is not None and scalers.products is not None:
         *of_values, of_movement = network.trend.coefficients(scalers.products, horizon).t()
         movement *= of_movement[listed.parameter]
         for series, factors in zip(values, of_values, strict=False):

@@ -163,7 +163,7 @@ class NativeKernels:
             Over the edges of each target, the sums ``[T, H]`` and those of the values ``[T, Q]``.
         """
         kept = [tensor.contiguous() for tensor in (values, at_target, first, as_source)]
-        strip = _listed(kept[0], None, kept[1], kept[2], ends)
+        strip = _listed(ends, kept[0], None, kept[1], kept[2])
         scaled, value_sums = torch.zeros_like(kept[1]), values.new_zeros(len(at_target), len(values))
 
         def compute(start: int, stop: int) -> None:
@@ -199,7 +199,7 @@ class NativeKernels:
             bias: ``[H]``.
         """
         kept = [tensor.contiguous() for tensor in (values, *at_ends, first, as_source, scale, bias)]
-        strip = _listed(*kept[:4], ends)
+        strip = _listed(ends, *kept[:4])
         sums = values.new_zeros(2, *kept[2].shape)
 
         def compute(start: int, stop: int) -> None:
@@ -220,7 +220,7 @@ class NativeKernels:
     ) -> Tensor:
         """As :meth:`movements`, of listed edges: ``[F, E]``; what depends on ends is ``[S, H]`` and ``[T, H]``."""
         kept = [tensor.contiguous() for tensor in (values, *first_ends, weights.first)]
-        return self._movements(_listed(*kept, ends), values, second_ends, weights, ends.cuts())
+        return self._movements(_listed(ends, *kept), values, second_ends, weights, ends.cuts())
 
     def measure(self, snapshots: Tensor, parts: Sequence[slice]) -> Tensor:
         """Measure parameters that lie side by side.
@@ -269,7 +269,7 @@ def _strip(values: Tensor, from_source: Tensor, from_target: Tensor, first: Tens
     return _Strip(*pointers, num_values, targets * sources, sources, int(is_paired), None, None)
 
 
-def _listed(values: Tensor, at_source: Tensor | None, at_target: Tensor, first: Tensor, ends: ListedEnds) -> _Strip:
+def _listed(ends: ListedEnds, values: Tensor, at_source: Tensor | None, at_target: Tensor, first: Tensor) -> _Strip:
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (values, at_source, at_target, first))
     return _Strip(*pointers, *values.shape, 1, 0, ends.source.data_ptr(), ends.target.data_ptr())
 
