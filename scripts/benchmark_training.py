@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -35,15 +36,16 @@ from nino.errors import NinoError
 from nino.evaluation.report import format_table
 from nino.evaluation.workers import in_fresh_process
 from nino.plan import PART_JUDGED, Place
-from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, torch_device
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main, torch_device, whole_number
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
 from tasks.overhead import Costs, Step, Stopwatch, as_lists
-from tasks.sizes import ARCHITECTURES
-from tasks.trainings import Training, adamw, classifying, predicting_tokens
+from tasks.sizes import ARCHITECTURES, MINILM
+from tasks.trainings import Training, adamw, classifying, embedding_texts, predicting_tokens
 
-MODELS = ("cnn-14k", "llama-25m", "llama-100m")
+ENCODER = "minilm-23m"
+MODELS = {**{name: ARCHITECTURES[name] for name in ("cnn-14k", "llama-25m", "llama-100m")}, ENCODER: MINILM}
 PLACES = ("cpu", "device", "disk")
 PLAIN = "plain"
 IMAGE = (3, 32, 32)
@@ -54,12 +56,15 @@ MAX_STEPS = 1_000_000
 def start(name: str, kind: str, args: argparse.Namespace, period: int, folder: Path) -> Training:
     """A training of one kind: plain, or with snapshots in a place."""
     torch.manual_seed(0)
-    model = build_model(ARCHITECTURES[name], args.device)
+    model = build_model(MODELS[name], args.device)
+    optimizer = adamw(model)
     if name == "cnn-14k":
         loss = classifying(model, (args.images, *IMAGE), args.device)
+    elif name == ENCODER:
+        loss = embedding_texts(model, args.sequences, args.tokens, args.words, args.device)
+        optimizer = adamw(model, weight_decay=0.0)  # as fine-tunings have it
     else:
         loss = predicting_tokens(model, args.sequences, args.tokens, args.device)
-    optimizer = adamw(model)
     if kind != PLAIN:
         nowcaster = load_nowcaster(args.nowcaster)
         plan = NowcastPlan(
@@ -97,7 +102,8 @@ def measure_time(name: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.snapshot_folder) as folder:
         kinds = (PLAIN, *args.places)
         trainings = {kind: start(name, kind, args, args.short_period, Path(folder)) for kind in kinds}
-        watches = {kind: Stopwatch(wait) for kind in trainings}
+        clock = time.process_time if args.cpu_seconds else time.perf_counter
+        watches = {kind: Stopwatch(wait, clock) for kind in trainings}
         for kind, training in trainings.items():
             training.loss().backward()  # starts threads and libraries
             if isinstance(training.optimizer, NowcastOptimizer):
@@ -111,7 +117,7 @@ def measure_time(name: str, args: argparse.Namespace) -> dict[str, Any]:
     steps = {kind: watch.steps for kind, watch in watches.items()}
     return {
         "model": name,
-        "parameters": sum(p.numel() for p in build_model(ARCHITECTURES[name], "meta").parameters()),
+        "parameters": sum(p.numel() for p in build_model(MODELS[name], "meta").parameters()),
         "busy percent before": busy,
         "short periods": {kind: as_lists(of_kind) for kind, of_kind in steps.items()},
         "kinds": [summarise(kind, steps[PLAIN], steps[kind], args) for kind in args.places],
@@ -191,10 +197,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--average-over", type=positive_int, default=1, help="steps that a snapshot is a mean of")
     add("--short-period", type=positive_int, default=10, help="in which the parts are timed")
     add("--short-periods", type=positive_int, default=3, help="how many of them")
-    add("--memory-repeats", type=positive_int, default=2, help="processes per kind; medians count")
+    add(
+        "--memory-repeats",
+        type=whole_number,
+        default=2,
+        help="processes per kind; medians count; 0 to leave memory out",
+    )
     add("--images", type=positive_int, default=128, help="of 3x32x32 in a batch of the CNN")
-    add("--sequences", type=positive_int, default=8, help="in a batch of the language models")
+    add("--sequences", type=positive_int, default=8, help="in a batch of texts")
     add("--tokens", type=positive_int, default=256, help="in each sequence")
+    add("--words", type=positive_int, default=6_000, help="of the encoder's vocabulary that occur")
+    add("--cpu-seconds", action="store_true", help="count CPU seconds, not those of the clock: others use the machine")
     add("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
     add("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--snapshot-folder", type=Path, help="for snapshots on disk; by default a temporary one")
@@ -228,7 +241,7 @@ def main(argv: list[str]) -> int:
             if run["busy percent before"] > BUSY_PERCENT:
                 busy = run["busy percent before"]
                 print(f"warning: before {name} other programs used {busy:.0f}% of the cores", file=sys.stderr)
-            for kind in (PLAIN, *args.places):
+            for kind in (PLAIN, *args.places) if args.memory_repeats else ():
                 repeats = range(args.memory_repeats)
                 run["memory"][kind] = [in_fresh_process(measure_memory, name, kind, args) for _ in repeats]
         except BrokenProcessPool:

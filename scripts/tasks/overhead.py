@@ -42,9 +42,11 @@ class Stopwatch:
     Args:
         wait: returns when the device has done all its work: on a device that works beside the host it keeps snapshots
             from overlapping with training, so what is counted is an upper bound.
+        clock: in seconds.
     """
 
     wait: Callable[[], object] = lambda: None
+    clock: Callable[[], float] = time.perf_counter
     steps: list[Step] = field(default_factory=list)
 
     def watch(self, optimizer: NowcastOptimizer) -> None:
@@ -63,19 +65,19 @@ class Stopwatch:
     def step(self, action: Callable[[], object]) -> None:
         """Do one step and take its time."""
         self.steps.append(Step())
-        began = time.perf_counter()
+        began = self.clock()
         action()
         self.wait()
-        self.steps[-1].seconds = time.perf_counter() - began
+        self.steps[-1].seconds = self.clock() - began
 
     def _timed(self, action: Callable[..., Any], what: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             self.wait()
-            began = time.perf_counter()
+            began = self.clock()
             result = action(*args, **kwargs)
             self.wait()
             now = self.steps[-1]
-            setattr(now, what, getattr(now, what) + time.perf_counter() - began)
+            setattr(now, what, getattr(now, what) + self.clock() - began)
             return result
 
         return run

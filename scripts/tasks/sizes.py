@@ -45,6 +45,18 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Small enough to measure."""
 
+MINILM = describe_transformers(
+    "BertModel",
+    {
+        "vocab_size": 30_522,
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+)
+"""The shape of an encoder that is often fine-tuned; more than half of its weights are word embeddings."""
+
 llama_8b = partial(build_model, llama_3(4096, 14_336, layers=32, heads=32, head_dim=128), "meta")
 llama_70b = partial(build_model, llama_3(8192, 28_672, layers=80, heads=64, head_dim=128), "meta")
 llama_405b = partial(build_model, llama_3(16_384, 53_248, layers=126, heads=128, head_dim=128), "meta")

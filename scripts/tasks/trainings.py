@@ -32,9 +32,9 @@ class Training:
         self.optimizer.step()
 
 
-def adamw(model: nn.Module) -> Optimizer:
+def adamw(model: nn.Module, weight_decay: float = 1e-2) -> Optimizer:
     """The optimizer of all benchmarks."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4)
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=weight_decay)
 
 
 def classifying(model: nn.Module, shape: tuple[int, int, int, int], device: torch.device) -> Callable[[], Tensor]:
@@ -58,5 +58,27 @@ def predicting_tokens(model: nn.Module, sequences: int, tokens: int, device: tor
         ids = torch.randint(vocab_size, (sequences, tokens), device=device, generator=generator)
         result: Tensor = model(input_ids=ids, labels=ids).loss
         return result
+
+    return loss
+
+
+def embedding_texts(
+    model: nn.Module, sequences: int, tokens: int, words: int, device: torch.device
+) -> Callable[[], Tensor]:
+    """The loss of a transformers encoder whose mean outputs should tell random texts apart.
+
+    Args:
+        model: without a head.
+        sequences: in a batch, which is drawn anew at every call.
+        tokens: in each of them.
+        words: how many words of the vocabulary occur; the others never move, if weights do not decay.
+        device: of the model.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def loss() -> Tensor:
+        ids = torch.randint(words, (sequences, tokens), device=device, generator=generator)
+        means = nn.functional.normalize(model(input_ids=ids).last_hidden_state.mean(1), dim=-1)
+        return nn.functional.cross_entropy(20 * means @ means.t(), torch.arange(sequences, device=device))
 
     return loss

@@ -11,10 +11,13 @@ from pathlib import Path
 import benchmark_training
 import psutil
 import pytest
+import torch
 from test_scripts import SCRIPTS, run
 
+from nino.data import build_model
 from tasks.cli import run_main
 from tasks.overhead import Costs, Step
+from tasks.sizes import MINILM
 
 
 def test_costs_of_a_period_by_hand() -> None:
@@ -64,6 +67,29 @@ def test_training_is_measured_in_all_its_parts(tmp_path: Path, monkeypatch: pyte
     assert [step for step, seconds in enumerate(steps["rollback_copy"], 1) if seconds] == [10, 20]
     assert [step for step, seconds in enumerate(steps["prediction"], 1) if seconds] == [10, 20]
     assert not any(measured["short periods"]["plain"]["nowcasting"])
+
+
+def test_an_encoder_is_fine_tuned_and_words_that_do_not_occur_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(benchmark_training, "in_fresh_process", lambda function, *args: function(*args))
+    sizes = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    small = {**MINILM, "config": {**MINILM["config"], **sizes, "num_attention_heads": 2}}
+    monkeypatch.setitem(benchmark_training.MODELS, benchmark_training.ENCODER, small)
+    trained = []
+    start = benchmark_training.start
+    monkeypatch.setattr(benchmark_training, "start", lambda *given: trained.append(start(*given)) or trained[-1])
+    options = "--models minilm-23m --places cpu --nowcaster hidden-8 --period 10 --short-periods 1 --sequences 4"
+    more = f"--tokens 6 --words 9 --memory-repeats 0 --cpu-seconds --device cpu --out {tmp_path / 'out'}"
+    assert benchmark_training.main([*options.split(), *more.split()]) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]
+    assert row["% at 10"] > 0 and row["plain peak MB"] is None
+    torch.manual_seed(0)
+    before = build_model(small).embeddings.word_embeddings.weight
+    for training in trained:
+        after = training.model.embeddings.word_embeddings.weight
+        assert torch.equal(after[9:], before[9:]) and not torch.equal(after[:9], before[:9])
 
 
 @pytest.mark.slow
