@@ -658,6 +658,18 @@ def test_kernels_are_turned_alike(tmp_path: Path) -> None:
     assert len(convolutions) == 2 and len(ways) == 8 and all(sorted(way) == list(range(9)) for way in ways)
 
 
+def test_signs_of_positions_are_drawn_axis_by_axis(sources: tuple[WindowSource, WindowSource]) -> None:
+    """Eigenvectors have no sign of their own."""
+    place, ways = WindowPlace(run=0, first=0, stride=1), set()
+    plain = sources[0].load(place).inputs.positions
+    for seed in range(30):
+        drawn = sources[0].load(place, torch.Generator().manual_seed(seed), Sampling(max_outputs=4)).inputs.positions
+        signs = torch.where((drawn == plain).all(0), 1, -1)
+        assert torch.equal(drawn, signs * plain)
+        ways.add(tuple(signs.tolist()))
+    assert len(ways) > 10
+
+
 def test_few_words_pass_messages_and_parameters_are_balanced() -> None:
     graph = NeuralGraph.from_model(llama())
     edges, words = EdgeList(graph), graph.words()
