@@ -7,7 +7,8 @@ error before the first step, and whatever fails after that is one warning, and t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,12 @@ def record(
     optimizer, own_session = _look_through(optimizer)
     names = {} if optimizer is None else {"optimizer": type(optimizer).__name__}
     notes = {**names, "seed": torch.initial_seed(), **(training or {})}
-    is_first = num_processes() == 1 or dist.get_rank() == 0
-    writer = _open(Path(folder), shapes, notes, training or {}, dtype, step, graph) if is_first else None
+    writer = None
+    if num_processes() == 1 or dist.get_rank() == 0:
+        with _told_in_a_line(folder):
+            writer = _open(Path(folder), shapes, notes, training or {}, dtype, step)
+            if graph is not None:
+                writer.write_graph(graph)
     recorder = Recorder(model, writer, list(shapes), interval, optimizer, session or own_session, step)
     if writer is not None and not writer.has_graph:
         recorder.watch(called)
@@ -219,25 +224,15 @@ class Recorder:
         self._writer = None
 
 
-def _open(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    notes: Mapping[str, Any],
-    changed: Mapping[str, Any],
-    dtype: StateDtype,
-    step: int,
-    graph: NeuralGraph | None,
-) -> TrajectoryWriter:
+@contextmanager
+def _told_in_a_line(folder: str | Path) -> Iterator[None]:
     try:
-        writer = _writer_of(folder, shapes, notes, changed, dtype, step)
-        if graph is not None:
-            writer.write_graph(graph)
+        yield
     except OSError as error:
         raise TrajectoryError(f"{folder} cannot be recorded to: {error.strerror or error}") from error
-    return writer
 
 
-def _writer_of(
+def _open(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     notes: Mapping[str, Any],

@@ -18,6 +18,7 @@ from models import llama
 from recordings import CNN, FAR, MLP, record_collection, record_walk
 from torch import Tensor, nn
 
+import tasks.text
 from nino import CheckpointError, NinoError, Nowcaster, NowcasterConfig, TrajectoryError
 from nino.data import ResampledRun, Trajectory, build_model, describe_sequential
 from nino.graph import NeuralGraph
@@ -690,6 +691,19 @@ def test_few_words_pass_messages_and_parameters_are_balanced() -> None:
     assert "model.embed_tokens.weight" in times and len(times) >= 5
     assert max(times.values()) < 1.5 * min(times.values())
     assert Sampling().keep(edges, words, torch.Generator()) is None
+
+
+def test_targets_are_those_of_the_edges_that_are_asked_for_when_words_are_left_out(tmp_path: Path) -> None:
+    walk = record_walk(tmp_path / "run", tasks.text.llama(1, 8, 2, 1, vocab_size=40), "llama", num_states=8)
+    source, place = WindowSource([str(walk)], CONFIG), WindowPlace(run=0, first=0, stride=1)
+    whole = source.load(place)
+    some = source.load(place, torch.Generator().manual_seed(0), Sampling(max_outputs=50, max_words=5))
+    assert len(some.targets) == 50 and len(some.inputs.features) < len(whole.inputs.features)
+    assert some.inputs.chosen is not None
+    for target, place_of_edge in zip(some.targets, some.inputs.chosen.tolist(), strict=True):
+        (edge,) = (whole.targets == target).all((1, 2)).nonzero()[:, 0].tolist()
+        assert torch.equal(some.inputs.features[place_of_edge], whole.inputs.features[edge])
+        assert some.inputs.type[place_of_edge] == whole.inputs.type[edge]
 
 
 def test_runs_of_the_same_name_are_told_apart_in_the_log(tmp_path: Path) -> None:
