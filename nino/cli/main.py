@@ -59,14 +59,12 @@ def graph(
 ) -> None:
     """Draw the graph of a model, and write it as JSON; no weights are made, so any size works."""
     from nino.cli.loading import load_shape
-    from nino.graph.pictures import draw_adjacency, draw_layers, title_of
+    from nino.graph.pictures import draw_graph, title_of
 
     name, _, wired = load_shape(model, layers)
     title = title_of(name, wired)
     _make(out)
-    draw_layers(wired, out / "layers.png", title)
-    draw_adjacency(wired, out / "adjacency.png", title)
-    (out / "graph.json").write_text(wired.to_json())
+    draw_graph(wired, out, title)
     typer.echo(f"{title}\nlayers.png, adjacency.png and graph.json are in {out}/")
 
 

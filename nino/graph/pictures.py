@@ -352,6 +352,20 @@ def edges_by_type(graph: NeuralGraph) -> dict[EdgeType, int]:
     return dict(sorted(counts.items()))
 
 
+def draw_graph(graph: NeuralGraph, folder: Path, title: str, dpi: int = 110) -> None:
+    """Write both pictures, and the graph itself: ``layers.png``, ``adjacency.png`` and ``graph.json``.
+
+    Args:
+        graph: of any size.
+        folder: that exists.
+        title: above the pictures.
+        dpi: dots per inch.
+    """
+    draw_layers(graph, folder / "layers.png", title, dpi)
+    draw_adjacency(graph, folder / "adjacency.png", title, dpi)
+    (folder / "graph.json").write_text(graph.to_json())
+
+
 def title_of(name: str, graph: NeuralGraph) -> str:
     """A model's name and size."""
     return f"{name}: {sum(map(prod, graph.shapes.values())):,} weights, {graph.num_nodes:,} neurons"

@@ -212,6 +212,4 @@ _LARGER = {
     "llama-3m": _language("Llama", _built(llama(3, 256, 4, 1, 1024)), "python", 1024, "cosine", 1_500, 0.16, LARGE),
 }
 _TASKS: dict[Purpose, dict[str, FairTask]] = {"choose": _CHOOSE, "report": _REPORT, "larger": _LARGER}
-FAIR_TASKS = {
-    name: replace(task, purpose=purpose) for purpose, tasks in _TASKS.items() for name, task in tasks.items()
-}
+FAIR_TASKS = {name: replace(task, purpose=purpose) for purpose, tasks in _TASKS.items() for name, task in tasks.items()}

@@ -183,6 +183,27 @@ def test_deal_is_complete_and_balanced() -> None:
     assert max(loads) - min(loads) <= 2
 
 
+def test_small_graphs_come_often_but_not_without_end(tmp_path: Path) -> None:
+    large = describe_sequential([("Linear", {"in_features": 30, "out_features": 30})])
+    middle = describe_sequential([("Linear", {"in_features": 15, "out_features": 15})])
+    runs = [
+        str(record_walk(tmp_path / name, architecture, name, num_states=7))
+        for name, architecture in (("mlp", MLP), ("middle", middle), ("large", large))
+    ]
+    batches = Batches(WindowSource(runs, CONFIG), PretrainingConfig(batch=2), 0, 1)
+    assert batches.counts == {"large": 2, "middle": 2 * 4, "mlp": 2 * 8}
+
+
+def test_the_average_soon_forgets_where_training_began() -> None:
+    linear = nn.Linear(1, 1, bias=False)
+    average = averaged(linear, 0.9)  # type: ignore[arg-type]
+    for value in (1.0, 2.0, 4.0):
+        nn.init.constant_(linear.weight, value)
+        average.update_parameters(linear)
+    # The first weights; then decays of 2/11 and 3/12, which grow to 0.9.
+    assert average.module.weight.item() == pytest.approx(3 / 12 * (2 / 11 * 1 + 9 / 11 * 2) + 9 / 12 * 4)
+
+
 def test_learning_rate_warms_up_and_reaches_zero() -> None:
     assert learning_rate_factor(0, 1000) == pytest.approx(0.01)
     assert learning_rate_factor(500, 1000) == pytest.approx(0.5)
