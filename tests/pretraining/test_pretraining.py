@@ -31,7 +31,7 @@ from nino.pretraining.loop import _Pretraining, learning_rate_factor, pretrain
 from nino.pretraining.objective import baselines, errors_by_horizon, total_error
 from nino.pretraining.sampling import Sampling
 from nino.pretraining.throughput import flops_per_edge
-from nino.pretraining.validation import validate
+from nino.pretraining.validation import SAMPLING, validate
 from nino.pretraining.windows import WindowPlace, WindowSource
 
 CONFIG = NowcasterConfig(hidden=8)
@@ -626,6 +626,16 @@ def test_squared_error_is_one_for_every_parameter_that_stands_still(tmp_path: Pa
         torch.testing.assert_close(sums[:3], counts[:3].float())
     halves, counts = errors_by_horizon(window.targets * 0.5, window, "squared")
     assert halves.sum() / counts.sum() == pytest.approx(0.25)
+
+
+def test_errors_are_reported_horizon_by_horizon(tmp_path: Path) -> None:
+    source = WindowSource([str(record_walk(tmp_path / "run", MLP, "mlp", num_states=20))], CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    window = source.load(source.draw("mlp", generator), generator, SAMPLING)
+    errors, counts = errors_by_horizon(torch.zeros_like(window.targets), window)
+    found = validate(build_network(CONFIG), source, 1, torch.device("cpu"))
+    assert found["mlp/copy@5"] == pytest.approx(float(errors[4] / counts[4]))
+    assert found["mlp/copy"] == pytest.approx(float(errors.sum() / counts.sum())) != found["mlp/copy@5"]
 
 
 def test_levelled_errors_shrink_with_the_horizon(tmp_path: Path) -> None:

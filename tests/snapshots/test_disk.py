@@ -245,9 +245,15 @@ def test_a_process_that_ends_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("is_written", [False, True])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_leaves_its_parents_files_alone(slow_disk: threading.Event, tmp_path: Path) -> None:
+def test_a_forked_child_leaves_its_parents_files_alone(
+    is_written: bool, slow_disk: threading.Event, tmp_path: Path
+) -> None:
     store = fill(store_in("disk", tmp_path), 1)
+    if is_written:
+        slow_disk.set()
+        store.finish()
 
     child = os.fork()
     if child == 0:  # as a data loader's worker; if the file is on its way, that is its parent's business
