@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from nino.errors import CrookedPathError, SnapshotError
+from nino.errors import CrookedPathError, NinoError, SnapshotError
 from nino.parallel.collectives import Channel, LostProcessError, PeerFailureError
 from nino.parallel.shards import local_tensor
 from nino.plan import NowcastPlan
@@ -72,6 +73,8 @@ def predict_jump(
             if rollback_copy is not None:
                 rollback_copy.take(step, target.module, target.trained(), target.optimizer)
             movement = _predict(predictor, target, store, horizon, plan, averaged, channel)
+            if not math.isfinite(movement.distance):
+                raise NinoError("the predicted weights are NaN or infinite")
     except LostProcessError:  # the run cannot go on
         raise
     except Exception as error:  # whatever went wrong, the run goes on from the weights that it has

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from nino.errors import SnapshotError
 from nino.parallel.shards import as_sharded, local_tensor, local_tensors
 from nino.plan import Place
+from nino.session.optimizer_state.inner_tensors import flattened, outer_name
 from nino.session.optimizer_state.opaque_state import put_back_hidden_state, take_hidden_state
 from nino.snapshots import SnapshotStore
 from nino.system.signals import defer_signals
@@ -72,7 +73,7 @@ class RollbackCopy:
         outline, hidden = (None, []) if optimizer is None else take_hidden_state(optimizer)
         if hidden:
             self._numbers[HIDDEN] = outline
-            tensors |= local_tensors({f"{HIDDEN}/{number}": tensor for number, tensor in enumerate(hidden)})
+            tensors |= flattened(local_tensors({f"{HIDDEN}/{number}": tensor for number, tensor in enumerate(hidden)}))
         self._store.append(step, tensors)
 
     @torch.no_grad()
@@ -89,29 +90,44 @@ class RollbackCopy:
             for key in live.keys() - set(caches):
                 live[key].copy_(saved[key])
             entries = _entries_by_parameter(saved)
+            lost = []
             for name, parameter in parameters.items() if optimizer is not None else ():
                 state = optimizer.state.get(parameter, {})  # type: ignore[union-attr]
                 if state:
-                    self._restore_state(name, parameter, state, saved, entries[name])
+                    lost += self._restore_state(name, parameter, state, saved, entries[name])
             if optimizer is not None and HIDDEN in self._numbers:
                 hidden = {key.removeprefix(f"{HIDDEN}/"): tensor for key, tensor in saved.items()}
                 put_back_hidden_state(optimizer, self._numbers[HIDDEN], hidden)
         if caches:
             names = ", ".join(key.removeprefix(f"{BUFFER}/") for key in sorted(caches)[:3])
             logger.warning("buffers that cannot be written back stay as they are (%d): %s", len(caches), names)
+        if lost:
+            message = "optimizer states that have become others cannot be written back (%d): %s"
+            logger.warning(message, len(lost), ", ".join(lost[:3]))
 
     def _restore_state(
         self, name: str, parameter: Tensor, state: dict[str, Any], saved: Mapping[str, Tensor], entries: Iterable[str]
-    ) -> None:
-        """Write back the optimizer's state of one parameter, that is what is there now and the ``entries`` then."""
-        for entry in dict.fromkeys([*state, *entries]):
+    ) -> list[str]:
+        """Write back the optimizer's state of one parameter, that is what is there now and the ``entries`` then.
+
+        Returns:
+            Names of what cannot be written back.
+        """
+        lost = []
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for entry in entries:
+            parts[outer_name(entry)][entry] = saved[f"{OPTIMIZER}/{name}/{entry}"]
+        for entry in dict.fromkeys([*state, *parts]):
             key = f"{OPTIMIZER}/{name}/{entry}"
             if key in self._numbers:
                 state[entry] = deepcopy(self._numbers[key])
             elif key in saved:
                 _write_entry(state, entry, saved[key], parameter)
+            elif entry in parts:
+                lost += [] if _write_parts(state, entry, parts[entry]) else [f"{name}/{entry}"]
             else:
                 del state[entry]  # began after the jump
+        return lost
 
     def close(self) -> None:
         """Forget the copies and give back memory, files and hooks."""
@@ -165,7 +181,7 @@ def _live_tensors(model: nn.Module, parameters: Mapping[str, Tensor], optimizer:
     dense = {name: b for name, b in model.named_buffers() if b.layout == torch.strided and not b.is_quantized}
     buffers = {f"{BUFFER}/{name}": buffer for name, buffer in dense.items()}
     state = {key: value for key, value in _optimizer_state(parameters, optimizer).items() if isinstance(value, Tensor)}
-    return local_tensors({**weights, **buffers, **state})
+    return {**local_tensors(weights), **flattened(local_tensors({**buffers, **state}))}
 
 
 def _fits(live: Tensor, saved: Tensor) -> bool:
@@ -195,6 +211,16 @@ def _write_entry(state: dict[str, Any], entry: str, saved: Tensor, parameter: Te
     device = now.device if isinstance(now, Tensor) else parameter.device if saved.dim() else saved.device
     copy = saved.to(device, copy=True)
     state[entry] = as_sharded(copy, parameter) if saved.shape == local_tensor(parameter).shape else copy
+
+
+def _write_parts(state: Mapping[str, Any], entry: str, saved: Mapping[str, Tensor]) -> bool:
+    """Write the parts of a quantized state back in place; whether the state still is of that kind."""
+    now = flattened({entry: local_tensor(state[entry])}) if isinstance(state.get(entry), Tensor) else {}
+    if not all(part in now and _fits(now[part], tensor) for part, tensor in saved.items()):
+        return False
+    for part, tensor in saved.items():
+        now[part].copy_(tensor)
+    return True
 
 
 def _optimizer_state(parameters: Mapping[str, Tensor], optimizer: Optimizer | None) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nino.parallel.shards import as_sharded, is_dtensor
+from nino.parallel.shards import as_sharded, local_tensor
+from nino.session.optimizer_state.inner_tensors import flattened, rebuilt
 
 COPIED = "__copied__"
 """Marks a dict that stands for a tensor."""
@@ -40,7 +41,8 @@ def put_back_hidden_state(optimizer: Optimizer, outline: Any, tensors: Mapping[s
     Args:
         optimizer: whose state it was.
         outline: the state dict in which dicts stand for tensors.
-        tensors: copies of the tensors by their number, ``"0"``, ``"1"``, ...; they stay as they are.
+        tensors: copies of the tensors by their number, ``"0"``, ``"1"``, ..., or of their parts, as
+            :func:`nino.session.optimizer_state.inner_tensors.flattened` names them; they stay as they are.
     """
     optimizer.load_state_dict(_put_back(outline, optimizer.state_dict(), tensors))
 
@@ -59,7 +61,7 @@ def _take_out(value: Any, tensors: list[Tensor]) -> Any:
 def _put_back(value: Any, now: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse, beside what the optimizer says ``now`` in the same place."""
     if isinstance(value, Mapping) and COPIED in value:
-        return _like(now, tensors[value[COPIED]])
+        return _like(now, value[COPIED], tensors)
     if isinstance(value, Mapping):
         beside = now if isinstance(now, Mapping) else {}
         groups = {GROUPS: beside[GROUPS]} if GROUPS in beside else {}
@@ -70,7 +72,13 @@ def _put_back(value: Any, now: Any, tensors: Mapping[str, Tensor]) -> Any:
     return deepcopy(value)
 
 
-def _like(now: Any, saved: Tensor) -> Tensor:
-    """A copy where the tensor is that it replaces, sharded if that is."""
-    copy = saved.to(now.device if isinstance(now, Tensor) else saved.device, copy=True)
-    return as_sharded(copy, now) if isinstance(now, Tensor) and is_dtensor(now) else copy
+def _like(now: Any, number: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A copy where the tensor is that it replaces, sharded or quantized if that is; of another kind it stays."""
+    if not isinstance(now, Tensor):
+        return tensors[number].clone()
+    local = local_tensor(now)
+    parts = flattened({number: local})
+    if not parts.keys() <= tensors.keys():
+        return now
+    copies = {name: tensors[name].to(part.device, copy=True) for name, part in parts.items()}
+    return as_sharded(rebuilt(local, number, copies), now)
