@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nino import NeuralGraph
 from nino.metanet import GraphMetanetwork, fit
+from tasks.cli import ArgumentParser, run_main
 from tasks.images import load_images
 from tasks.sirens import Siren, fit_sirens, render
 
@@ -31,8 +32,8 @@ TRANSFORMS = ("dilate", "contrast")
 PICTURES = 8
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True, help="folder of the fitted networks")
     parser.add_argument("--out", type=Path, required=True)
@@ -43,13 +44,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=["mpnn", "scale", "ng-gnn", "probe"])
     parser.add_argument("--make-only", action="store_true")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     torch.set_num_threads(1)
     points, images = coordinates(), digits(a.data, a.cache, a.images)
     values = images.flatten(1)[..., None]
     states = fit_sirens(a.cache, "mnist", SIZES, points, values - 0.5, a.fit_steps, 2e-3, 0)
     if a.make_only:
-        return
+        return 0
     graph = NeuralGraph.from_model(Siren(SIZES), example_inputs=torch.zeros(2, 2))
     models = [with_state(state) for state in states]
     drawn = torch.stack([draw(state, points).detach() for state in states])
@@ -70,6 +71,7 @@ def main() -> None:
                     path.write_text(json.dumps(record))
                     print(json.dumps(record), flush=True)
                 summarise(cells, a, images, drawn, cut)
+    return 0
 
 
 def coordinates() -> Tensor:
@@ -195,4 +197,4 @@ def picture(cells: Path, out: Path, variant: str, before: Tensor, wanted: dict[s
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:], resumes=True)

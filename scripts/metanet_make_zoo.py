@@ -9,7 +9,7 @@ loss was not finite at the end are left out.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nino.system.files import save_whole
+from tasks.cli import ArgumentParser, run_main
 from tasks.images import load_images
 from tasks.stacked import Stacked, train_stacked
 from tasks.zoo_models import FAMILIES, Architecture, build, sample_architecture
@@ -32,13 +33,13 @@ LONGEST, SHORTEST = 900, 50
 RATES = (3e-4, 2e-2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10-train.parquet")
     parser.add_argument("--out", type=Path, required=True, help="folder of the zoo")
     parser.add_argument("--groups", type=int, default=126, help="of eight networks each")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     images = small_images(arguments.data, arguments.out)
     for index in range(arguments.groups):
@@ -50,6 +51,7 @@ def main() -> None:
         save_whole(group, path)
         accuracies = " ".join(f"{run['accuracy']:.2f}" for run in group["runs"])
         print(f"{path.name} {group['architecture']} {time.process_time() - begin:.0f} s: {accuracies}", flush=True)
+    return 0
 
 
 def small_images(data: Path, out: Path) -> dict[str, Tensor]:
@@ -116,4 +118,4 @@ def evaluate(architecture: Architecture, state: Stacked, images: dict[str, Tenso
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:], resumes=True)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nino.alignment import align, barrier_curve
+from tasks.cli import ArgumentParser, run_main
 from tasks.images import load_images
 
 POINTS = 11
@@ -72,14 +73,14 @@ PAIRS: dict[str, tuple[str, Any, int]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     torch.set_num_threads(1)
     a.cache.mkdir(parents=True, exist_ok=True)
     loaded: dict[str, Any] = {}
@@ -93,6 +94,7 @@ def main() -> None:
                 path.write_text(json.dumps(measure(name, seed, loaded[data])))
                 print(path.name, flush=True)
             summarise(a)
+    return 0
 
 
 def images_of(name: str, data: Path) -> dict[str, Tensor]:
@@ -191,4 +193,4 @@ def picture(out: Path, records: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:], resumes=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nino.metanet import GraphMetanetwork, fit
 from nino.metanet.baselines import DeepSets, Dmc, fit_flat, fit_statistics
+from tasks.cli import ArgumentParser, run_main
 from tasks.zoo import TASKS, Member, Split, images, load_zoo, split
 
 GRAPH_METHODS = ("mpnn", "ng-gnn", "ng-t", "scale", "probe")
@@ -31,8 +32,8 @@ RATES = (3e-3, 9e-3)
 Predict = Callable[[Sequence[Member]], Tensor]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--zoo", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cells", type=Path, help="folder of the cells; by default below the zoo")
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--hidden", type=int, default=16)
     parser.add_argument("--networks", type=int, help="only the first so many of the zoo")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     zoo = load_zoo(arguments.zoo)[: arguments.networks]
     cells = arguments.cells or arguments.zoo / f"cells-{len(zoo)}-{arguments.steps}-{arguments.hidden}"
@@ -52,6 +53,7 @@ def main() -> None:
             for method in arguments.methods:
                 cell(cells, zoo, task, method, seed, arguments)
                 summarise(cells, zoo, arguments)
+    return 0
 
 
 def cell(cells: Path, zoo: list[Member], task: str, method: str, seed: int, arguments: argparse.Namespace) -> None:
@@ -154,4 +156,4 @@ def _shown(records: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:], resumes=True)

@@ -27,6 +27,7 @@ from nino import NeuralGraph
 from nino.metanet import GraphMetanetwork, union
 from nino.metanet.baselines import statistics
 from nino.metanet.training import _batches, _rate
+from tasks.cli import ArgumentParser, run_main
 from tasks.sirens import Siren, fit_sirens
 
 SIZES = (1, 32, 32, 1)
@@ -35,8 +36,8 @@ NOISE, LEFT_OUT = 0.1, 0.1
 States = list[dict[str, Tensor]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="folder of the fitted networks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--networks", type=int, default=800, help="a quarter of them to test on")
@@ -50,14 +51,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=["mpnn", "ng-gnn", "scale"])
     parser.add_argument("--make-only", action="store_true")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     torch.set_num_threads(1)
     wanted = 10 * torch.rand(a.networks, 2, generator=torch.Generator().manual_seed(0))
     x = torch.linspace(-math.pi, math.pi, a.points)[:, None]
     signals = wanted[:, 0, None, None] * torch.sin(wanted[:, 1, None, None] * x)
     states = fit_sirens(a.cache, "sine", SIZES, x / math.pi, signals, a.fit_steps, 2e-3, 0)
     if a.make_only:
-        return
+        return 0
     with torch.no_grad():
         renders = [torch.func.functional_call(Siren(SIZES), state, (x / math.pi,)) for state in states]
         fitted = float((torch.stack(renders) - signals).square().mean())
@@ -79,6 +80,7 @@ def main() -> None:
                 cells, variant, seed, lambda v=variant, s=seed: embed(learn(v, s, states[:cut], a), states), wanted, cut
             )
             summarise(cells, a, fitted, wanted, cut)
+    return 0
 
 
 def graph() -> NeuralGraph:
@@ -185,4 +187,4 @@ def summarise(cells: Path, a: argparse.Namespace, fitted: float, wanted: Tensor,
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:], resumes=True)

@@ -28,7 +28,7 @@ from tasks.zoo_models import FAMILIES
 
 def run(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    main()
+    assert main(sys.argv[1:]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,19 @@ def test_images_are_edited(data_folder: Path, tmp_path: Path, monkeypatch: pytes
     run(metanet_edit_inrs.main, monkeypatch, *paths, *settings)
     assert len(json.loads((tmp_path / "summary.json").read_text())["cells"]) == 2
     assert (tmp_path / "pictures.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "script",
+    [metanet_edit_inrs, metanet_make_zoo, metanet_merge, metanet_predict_accuracy, metanet_sines],
+    ids=lambda script: script.__name__,
+)
+def test_missing_options_are_one_line(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script.main([])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == ""
+    assert said.err.startswith("error: the following arguments are required: --") and said.err.count("\n") == 1
 
 
 def test_barriers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
