@@ -219,18 +219,16 @@ def estimate(
     typer.echo("\n".join(lines_of(costs, plan)))
 
 
-@app.command(epilog="Example: nino plot output/checkpoint-5000/trainer_state.json --out run.png")
+@app.command(epilog="Example: nino plot output-without output-with --out both.png")
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="trainer_state.json of a Trainer, or results of a comparison.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of a Trainer, TensorBoard, wandb, a comparison.")],
     out: Annotated[Path, typer.Option(help="A picture.")] = Path("run.png"),
 ) -> None:
-    """Draw the training loss of runs, with their jumps marked."""
+    """Draw the training loss of a run, or of several in one picture, with their jumps marked."""
     from nino.plots import plot_run
 
-    for number, run in enumerate(runs):
-        picture = out if len(runs) == 1 else out.with_stem(f"{out.stem}-{number}")
-        plot_run(run, picture)
-        typer.echo(str(picture))
+    plot_run(runs, out)
+    typer.echo(str(out))
 
 
 @app.command()
@@ -252,6 +250,8 @@ def main() -> NoReturn:
     try:
         code = command.main(standalone_mode=False)
     except NinoError as error:
+        _fail(str(error))
+    except ImportError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}")

@@ -199,7 +199,7 @@ def _draw_nowcasts(axes: Axes, nowcasts: Sequence[Mapping[str, Any]]) -> None:
     if not 0 < len(horizons) <= MAX_HORIZONS_SHOWN:
         axes.set_xlabel("optimizer steps")
         return
-    axes.set_xlabel("optimizer steps (above: how many snapshot intervals a nowcast looked ahead)")
+    axes.set_xlabel("optimizer steps (above: how many of them a nowcast looked ahead)")
     for step, horizon in horizons.items():
         axes.annotate(
             f"+{int(horizon)}", (step, 1), (0, 7), place, "offset points", horizontalalignment="center", fontsize=8

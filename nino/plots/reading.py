@@ -94,7 +94,9 @@ def _newest_state(folder: Path) -> Path | None:
     """A Trainer's state: the final one, or that of its last checkpoint."""
     if (folder / STATE).is_file():
         return folder / STATE
-    steps = {int(m[1]): one for one in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", one.name))}
+    steps = {
+        int(m[1]): one for one in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", one.name))
+    }
     whole = [steps[step] / STATE for step in sorted(steps) if (steps[step] / STATE).is_file()]
     return whole[-1] if whole else None
 
