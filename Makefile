@@ -25,7 +25,7 @@ SCATTER_STAMP := $(VENV)/.stamp-scatter
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-zoo check docs build clean demo-env check-env docs-env test-env
+.PHONY: help demo test test-slow test-wheel test-zoo check docs build clean demo-env check-env docs-env test-env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ test: test-env ## all tests but the slow ones (PYTEST_ARGS: more options for pyt
 
 test-slow: test-env ## the slow tests
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-wheel: test-env ## build wheel and sdist, install them in a fresh environment, and try the commands there
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest -n 0 -m slow tests/docs/test_fresh_environment.py $(PYTEST_ARGS)
 
 test-zoo: test-env ## wire and prove every architecture of transformers, timm and peft that is here (an hour or two)
 	@$(PY) -c 'import timm' 2>/dev/null || $(INSTALL) --no-deps timm || true
@@ -53,10 +56,12 @@ docs: docs-env ## the documentation site into site/ (look at it: .venv/bin/pytho
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 	@echo "site/index.html"
 
-build: $(VENV_STAMP) ## build the wheel into dist/
+build: $(VENV_STAMP) ## build wheel and sdist into dist/
 	@rm -rf build
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
-	@rm -rf build
+	@$(INSTALL) setuptools wheel
+	$(PY) -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > /dev/null
+	@rm -rf build *.egg-info
 
 clean: ## remove build outputs and caches; the environment stays (rm -r .venv starts that afresh)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,18 +1,18 @@
 """A small training to try nowcasting on: a convolutional network reads scikit-learn's handwritten digits.
 
-It is a :class:`nino.evaluation.Task` as anybody would write one; ``nino demo`` compares plain AdamW with nowcasting on
-it, and ``nino compare my_project.task:MyTask`` does the same with yours.
+Without scikit-learn it reads made patterns. It is a :class:`nino.evaluation.Task` as anybody would write one;
+``nino demo`` compares plain AdamW with nowcasting on it, and ``nino compare my_project.task:MyTask`` does the same with
+yours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from nino.errors import NinoError
 
 HELD_OUT = 450
 """Of 1,797 digits; the last ones, by other writers."""
@@ -27,10 +27,8 @@ class Digits:
     name, metric = "digits", "held-out loss"
 
     def __init__(self) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise NinoError("the demo reads scikit-learn's digits: pip install 'nowcaster[demo]'") from error
+        from sklearn.datasets import load_digits
+
         digits = load_digits()
         self.images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
         self.labels = torch.tensor(digits.target)
@@ -66,3 +64,20 @@ class Digits:
         logits, labels = model(self.images[-HELD_OUT:]), self.labels[-HELD_OUT:]
         accuracy = (logits.argmax(1) == labels).float().mean()
         return {"held-out loss": F.cross_entropy(logits, labels).item(), "accuracy": accuracy.item()}
+
+
+class Patterns(Digits):
+    """As many pictures of ten made patterns under noise, where scikit-learn is not installed."""
+
+    name = "patterns"
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        kinds = F.avg_pool2d(torch.randn(10, 1, 10, 10, generator=generator), 3, stride=1)
+        self.labels = torch.randint(10, (1797,), generator=generator)
+        self.images = kinds[self.labels] + 0.5 * torch.randn(1797, 1, 8, 8, generator=generator)
+
+
+def demo_task() -> Digits:
+    """The digits, or what takes their place."""
+    return Digits() if find_spec("sklearn") else Patterns()

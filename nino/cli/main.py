@@ -35,9 +35,9 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each method.")] = 3,
 ) -> None:
     """Train a small network with and without nowcasting: a table and a picture, in a minute or two."""
-    from nino.demo import Digits
+    from nino.demo import demo_task
 
-    _compare(Digits(), [], steps, seeds, 1e-2, out)
+    _compare(demo_task(), [], steps, seeds, 1e-2, out)
 
 
 @app.command(epilog="Example: nino check my_project.models:build")
@@ -251,12 +251,12 @@ def main() -> NoReturn:
         code = command.main(standalone_mode=False)
     except NinoError as error:
         _fail(str(error))
-    except ImportError as error:
-        _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except ModuleNotFoundError as error:
         _fail(f"this command needs a package that is not installed: pip install {str(error.name).split('.')[0]}")
+    except ImportError as error:
+        _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
@@ -323,6 +323,9 @@ def _compare(task: Any, methods: list[str], steps: int, seeds: int, learning_rat
     )
     for cell, reason in result.failed.items():
         typer.echo(f"{cell.label} failed: {' '.join(reason.split())}", err=True)
-    typer.echo(f"{result}\n{out}/ holds results.json, table.md and curves.png")
+    kept = [name for name in ("results.json", "table.md", "curves.png") if (out / name).exists()]
+    typer.echo(f"{result}\n{out}/ holds {', '.join(kept)}")
+    if "curves.png" not in kept:
+        typer.echo("no curves were drawn: pip install 'nowcaster[eval]'", err=True)
     if result.failed:
         raise typer.Exit(1)

@@ -91,7 +91,7 @@ class Comparison:
         return "\n\n".join(_sections(self.tables, format_table, self.decisions))
 
     def write(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write ``results.json``, ``table.md`` and ``curves.png``.
+        """Write ``results.json``, ``table.md`` and, where matplotlib is installed, ``curves.png``.
 
         Args:
             folder: that holds the cells.
@@ -112,7 +112,7 @@ class Comparison:
         (folder / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False))
         (folder / "table.md").write_text("\n\n".join(_sections(tables, format_markdown, self.decisions)) + "\n")
         settings = by_setting(self.results.values())
-        if settings:
+        if settings and find_spec("matplotlib"):
             draw_panels(folder / "curves.png", [_panel(*item, goals[item[0].task]) for item in settings.items()])
 
 
@@ -228,7 +228,6 @@ def train_all(
     listen: Listener | None = None,
 ) -> Comparison:
     """Train the cells that have no result yet; one that fails costs only itself."""
-    check_packages()
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Cell, str] = {}
     todo = [cell for cell in cells if read_result(folder, cell) is None]
@@ -247,17 +246,6 @@ def train_all(
         do_here(todo, partial(train_and_write, tasks=tasks, folder=folder), hear)
     read = {cell: read_result(folder, cell) for cell in cells}
     return Comparison(tasks, {cell: result for cell, result in read.items() if result is not None}, failed)
-
-
-def check_packages() -> None:
-    """Refuse to train for what could not be shown afterwards.
-
-    Raises:
-        NinoError: with the command that installs what is missing.
-    """
-    missing = [name for name in ("matplotlib", "scipy") if find_spec(name) is None]
-    if missing:
-        raise NinoError(f"comparing needs {' and '.join(missing)}: pip install 'nowcaster[eval]'")
 
 
 def _on_one_thread(cell: Cell, progress: Progress, *, tasks: Mapping[str, Task], folder: Path) -> None:

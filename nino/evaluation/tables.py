@@ -334,14 +334,18 @@ def sentence_on(runs: Runs, method: str, reference: str, goal: Goal) -> str:
 
 
 def paired_p_value(pairs: Sequence[Sequence[float | None]]) -> float | None:
-    """How likely two methods are as far apart by chance: a two-sided paired t-test; ``None`` below three seeds.
+    """How likely two methods are as far apart by chance: a two-sided paired t-test.
+
+    ``None`` below three seeds, or without scipy.
 
     Example:
         >>> round(paired_p_value([[1.0, 2.0, 3.0], [1.1, 2.3, 3.2]]), 3)
         0.074
     """
-    from scipy.stats import ttest_rel
-
+    try:
+        from scipy.stats import ttest_rel
+    except ImportError:
+        return None
     one, other = pairs
     known = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     if len(known) < LEAST_SEEDS or len({a - b for a, b in known}) == 1:
