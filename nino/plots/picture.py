@@ -104,13 +104,15 @@ def _draw_together(axes: Axes, runs: Sequence[Run]) -> None:
     for run, name in zip(runs, names, strict=True):
         colour = f"C{groups.index(name) % 10}" if len(groups) <= 10 else _many(groups.index(name), len(groups))
         is_first = runs[names.index(name)] is run
-        style = {"color": colour, "linewidth": 1.6, "alpha": 0.85}
+        style: dict[str, Any] = {"color": colour, "linewidth": 1.6, "alpha": 0.85}
         label = f"{name} ({names.count(name)} runs)" if names.count(name) > 1 else name
         smoothed, _ = _smoothed(run)
         _draw_pieces(axes, run, smoothed, label if is_first and len(run.losses[0]) else None, **style)
         if len(run.held_out[0]):
             held_out = label if is_first and not len(run.losses[0]) else None
-            axes.plot(*run.held_out, linestyle="--", marker=".", markersize=4, label=held_out, **style)
+            axes.plot(
+                *run.held_out, linestyle="--", marker=".", markersize=4, label=held_out, **{**style, "linewidth": 0.8}
+            )
         _mark_on_curve(axes, run, smoothed, colour)
     if any(len(run.held_out[0]) and len(run.losses[0]) for run in runs):
         axes.plot([], [], color="black", linestyle="--", marker=".", markersize=4, label="held-out loss")
@@ -162,7 +164,15 @@ def _mark_on_curve(axes: Axes, run: Run, smoothed: np.ndarray, colour: Any) -> N
     for nowcast in run.nowcasts:
         at = int(np.searchsorted(curve[0], nowcast["nowcast/step"], side="right")) - 1
         marker = MARKS[outcome_of(nowcast)][2]
-        axes.plot(nowcast["nowcast/step"], curve[1][max(at, 0)], color=colour, marker=marker, markersize=5)
+        axes.plot(
+            nowcast["nowcast/step"],
+            curve[1][max(at, 0)],
+            color=colour,
+            marker=marker,
+            markersize=7,
+            markeredgecolor="black",
+            zorder=5,
+        )
 
 
 def _scale(axes: Axes, curves: Sequence[np.ndarray]) -> None:
