@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nino.callbacks.lightning import LightningNowcastCallback
     from nino.callbacks.recorder import TrajectoryRecorder
     from nino.callbacks.trainer import NowcastCallback, attach
 
-__all__ = ["NowcastCallback", "TrajectoryRecorder", "attach"]
+__all__ = ["LightningNowcastCallback", "NowcastCallback", "TrajectoryRecorder", "attach"]
 
 MODULES = {
+    "LightningNowcastCallback": "nino.callbacks.lightning",
     "NowcastCallback": "nino.callbacks.trainer",
     "TrajectoryRecorder": "nino.callbacks.recorder",
     "attach": "nino.callbacks.trainer",
@@ -24,4 +26,5 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(MODULES[name]), name)
     except ImportError as error:
-        raise ImportError(f"{name} needs transformers: pip install 'nowcaster[trainer]' ({error})") from error
+        package, extra = ("lightning",) * 2 if "lightning" in MODULES[name] else ("transformers", "trainer")
+        raise ImportError(f"{name} needs {package}: pip install 'nowcaster[{extra}]' ({error})") from error

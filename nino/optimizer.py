@@ -135,6 +135,7 @@ class NowcastOptimizer(Optimizer):
         def counted(*arguments: Any, **keywords: Any) -> Any:
             with self._stepping():
                 result = value(*arguments, **keywords)
+            self._steps += 1
             self.session.after_step()
             return result
 
@@ -161,8 +162,10 @@ class NowcastOptimizer(Optimizer):
             loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         if is_rehearsal:
             return loss
-        if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
-            self.observe(loss)
+        self._steps += 1
+        is_number = isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1)
+        if is_number and not self.session.has_observed:  # else it was told: with accumulation the closure knows a part
+            self.observe(loss)  # type: ignore[arg-type]
         self.session.after_step()
         return loss
 
@@ -179,7 +182,6 @@ class NowcastOptimizer(Optimizer):
             yield
         finally:
             self._is_stepping = False
-        self._steps += 1
 
     def _notice_step(self, *_: Any) -> None:
         if self._is_stepping or self._said_bare:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,9 +38,10 @@ def snippets_of(page: Path) -> list[Snippet]:
     return found
 
 
-def run_snippets(snippets: Sequence[Snippet], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run them one after another as one program, in a folder of its own."""
+def run_snippets(snippets: Sequence[Snippet], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run them one after another as one program, in a folder of its own; the names that it leaves."""
     monkeypatch.chdir(folder)
-    variables = {"__name__": "__main__"}
+    variables: dict[str, Any] = {"__name__": "__main__"}
     for snippet in snippets:
         exec(compile(snippet.code, snippet.section or "the beginning", "exec"), variables)
+    return variables

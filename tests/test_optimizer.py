@@ -247,6 +247,24 @@ def test_a_closure_counts_as_one_update_and_its_loss_is_observed(base: str) -> N
     assert wrapper.reports[0].loss_before == pytest.approx(sum(losses) / PERIOD)
 
 
+def test_a_loss_that_was_told_goes_before_that_of_the_closure() -> None:
+    """With accumulation in Lightning the closure returns a part of the last micro-batch's loss."""
+    model = mlp()
+    wrapper = NowcastOptimizer(BASES["adamw"](model), model, ScriptedNowcaster(lambda new: new), period=PERIOD)
+
+    def closure() -> float:
+        wrapper.zero_grad()
+        loss = F.mse_loss(model(batch(0)[0]), batch(0)[1])
+        (loss / 4).backward()
+        wrapper.observe(3.0)
+        wrapper.observe(5.0)
+        return float(loss / 4)
+
+    for _ in range(PERIOD):
+        wrapper.step(closure)
+    assert wrapper.reports[0].loss_before == 4.0
+
+
 def test_updates_that_the_grad_scaler_skips_are_not_counted() -> None:
     # Gradients overflow in the calls 2 and 5 of 8: six real steps, so the nowcast follows the eighth call.
     model = mlp()

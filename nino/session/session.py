@@ -111,6 +111,11 @@ class NowcastSession:
         """Whether the coming step is one after which a snapshot is taken."""
         return self.clock.due(self.step + 1).snapshot
 
+    @property
+    def has_observed(self) -> bool:
+        """Whether a loss of the coming step was told."""
+        return self.monitor.has_observed
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a nowcast may change, by name: in the graph, not frozen, and in the optimizer."""
         return self.target.trainable()

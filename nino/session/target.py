@@ -184,8 +184,9 @@ class TrainingTarget:
             self._wire_again(lambda: known)
             return
         logger.warning(
-            "%s was trained, but its forward was not called: each of its parameters is nowcast alone; wire it "
-            "with NeuralGraph.from_model(model, example_inputs=...) and pass graph=",
+            "%s was trained, but its forward was not called: each of its parameters is nowcast alone; pass the module "
+            "whose forward training calls, or wire it with NeuralGraph.from_model(model, example_inputs=...) and pass "
+            "graph=",
             family,
         )
 

@@ -260,7 +260,7 @@ class _StandIn(types.ModuleType):
         return _AnyName(name, (), {})
 
 
-def _import_timm() -> Any:
+def import_timm() -> Any:
     """timm's models need nothing of torchvision but names, so empty modules do where it is not installed."""
     if "timm" in sys.modules or importlib.util.find_spec("torchvision") is not None:
         return importlib.import_module("timm")
@@ -282,14 +282,14 @@ def of_timm() -> Iterator[Animal]:
     """The smallest model of each of timm's files."""
     if importlib.util.find_spec("timm") is None:
         return
-    timm = _import_timm()
+    timm = import_timm()
     for module in timm.list_modules():
         names = sorted(timm.list_models(module=module), key=len)
         yield Animal(module, "timm", partial(_timm, tuple(names)))
 
 
 def _timm(names: tuple[str, ...]) -> Made:
-    timm = _import_timm()
+    timm = import_timm()
     small = [name for name in names if re.search(r"test_|tiny|nano|pico|femto|atto|small|xxs|_xs|_s\b|050|18", name)]
     sizes = {}
     for name in dict.fromkeys([*small[:6], *names[:4]]):

@@ -19,8 +19,18 @@ from nino.predict.model.networks import build_network
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE_FOLDERS = {"nino": "nino", "callbacks": "nino/callbacks", "pretrained": "nino/pretrained"}
-OPTIONAL = ["accelerate", "datasets", "matplotlib", "sklearn", "torch_scatter", "torchvision", "transformers", "wandb"]
-EXTRAS = {"trainer", "scatter", "wandb", "plots", "eval", "demo", "metanet", "scripts", "docs", "dev"}
+OPTIONAL = [
+    "accelerate",
+    "datasets",
+    "lightning",
+    "matplotlib",
+    "sklearn",
+    "torch_scatter",
+    "torchvision",
+    "transformers",
+    "wandb",
+]
+EXTRAS = {"trainer", "lightning", "scatter", "wandb", "plots", "eval", "demo", "metanet", "scripts", "docs", "dev"}
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub", "typer"}
 SAMPLE = "packaging-sample"
 

@@ -76,6 +76,11 @@ class Monitor:
         """Whether a nowcast may still be undone."""
         return self.open is not None and self.open.is_monitored
 
+    @property
+    def has_observed(self) -> bool:
+        """Whether a loss of the coming step was told."""
+        return bool(self._observed)
+
     def observe(self, loss: Tensor | float) -> None:
         """Take a loss of the coming step; several are averaged. Never blocks.
 
