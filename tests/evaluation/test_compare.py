@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,22 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], expected: str, tmp_
     assert expected in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_missing_packages_are_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nino.evaluation.comparison.find_spec", lambda name: None)
-    with pytest.raises(NinoError, match=r"needs matplotlib and scipy: pip install 'nowcaster\[eval\]'"):
-        compare(Line(), ["adam"], budgets=[40], folder=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_without_optional_packages_there_is_no_picture_and_no_t_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results are all there; with the packages the same command adds the rest."""
+    settings: dict[str, Any] = {"seeds": [0, 1, 2], "budgets": [10], "folder": tmp_path}
+    with monkeypatch.context() as absent:
+        for name in ("matplotlib", "scipy", "scipy.stats"):
+            absent.setitem(sys.modules, name, None)
+        absent.setattr("nino.evaluation.comparison.find_spec", lambda name: None)
+        without = compare(Line(), ["adam", "linear"], plan=NowcastPlan(period=5), **settings)
+        assert "t-test" not in str(without) and not (tmp_path / "curves.png").exists()
+    again = compare(Line(), ["adam", "linear"], plan=NowcastPlan(period=5), **settings)
+    assert (tmp_path / "curves.png").exists() and "t-test" in str(again)
+    assert {cell: result["curve"] for cell, result in again.results.items()} == {
+        cell: result["curve"] for cell, result in without.results.items()
+    }
 
 
 @pytest.mark.parametrize(
