@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +99,44 @@ def test_tensors_are_taken_apart_and_put_together() -> None:
     parts = flattened({"a": codes, "b": torch.ones(2)})
     assert {*parts} == {"a::codes", "a::scale", "b"} and parts["a::codes"].data_ptr() == codes.codes.data_ptr()
     assert torch.equal(rebuilt(codes, "a", parts).values(), codes.values())
+
+
+def in_packages(package: str, name: str, model: nn.Module) -> Optimizer:
+    settings = {"min_8bit_size": 256} if package == "bitsandbytes" else {}
+    optimizer: Optimizer = getattr(importlib.import_module(f"{package}.optim"), name)(
+        model.parameters(), lr=1e-3, **settings
+    )
+    return optimizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("torchao", "AdamW8bit"), ("torchao", "AdamW4bit"), ("torchao", "AdamWFp8"), ("bitsandbytes", "AdamW8bit")],
+)
+def test_states_of_packages_come_back(package: str, name: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    states = []
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):  # torchao compiles its steps
+        warnings.simplefilter("ignore")
+        for is_jumping in (True, False):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+            optimizer = in_packages(package, name, model)
+            if is_jumping:
+                optimizer = wrapped(optimizer, model, ScriptedNowcaster(add(5)), rollback_window=WINDOW)
+            for step in range(PERIOD + WINDOW * is_jumping):
+                inputs = torch.randn(16, 64, generator=torch.Generator().manual_seed(step))
+                loss = (model(inputs) - inputs.sin()).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                if isinstance(optimizer, NowcastOptimizer):
+                    optimizer.observe(loss)
+                optimizer.step()
+            states.append(everything(model, getattr(optimizer, "optimizer", optimizer)))
+    assert len(states[0]) > 4 * 4
+    assert_same(*states)
 
 
 # What is refused
