@@ -258,7 +258,7 @@ def test_a_loss_that_was_told_goes_before_that_of_the_closure() -> None:
         (loss / 4).backward()
         wrapper.observe(3.0)
         wrapper.observe(5.0)
-        return float(loss / 4)
+        return (loss / 4).item()
 
     for _ in range(PERIOD):
         wrapper.step(closure)
