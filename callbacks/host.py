@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from nino.session.target import unwrap
 
 
 def find_trainer(callback: TrainerCallback) -> Trainer | None:
@@ -43,6 +45,17 @@ def saving_folder(trainer: Trainer | None, args: TrainingArguments) -> Path:
     """Where the training keeps its checkpoints: in a search of hyperparameters each trial has a folder of its own."""
     trial = getattr(trainer, "_trial", None)
     return Path(str(args.output_dir) if trainer is None else trainer._get_output_dir(trial=trial))
+
+
+def models_beside(trainer: Trainer | None, model: nn.Module) -> list[str]:
+    """Names under which a trainer holds other models than the one that it trains: ``ref_model``, ``value_model``."""
+    held = {} if trainer is None else {name: one for name, one in vars(trainer).items() if isinstance(one, nn.Module)}
+    return sorted(name for name, one in held.items() if name != "model_wrapped" and unwrap(one) is not model)
+
+
+def is_rewarded(trainer: Trainer | None) -> bool:
+    """Whether a trainer follows rewards (GRPO, RLOO, PPO), so that its loss says nothing of how good the model is."""
+    return any(getattr(trainer, name, None) is not None for name in ("reward_funcs", "reward_model"))
 
 
 def listen_to_losses(trainer: Trainer, tell: Callable[[Tensor], None]) -> Callable[[], None]:

@@ -17,12 +17,19 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from nino.callbacks.host import find_trainer, listen_to_losses, resumed_checkpoint, saving_folder
+from nino.callbacks.host import (
+    find_trainer,
+    is_rewarded,
+    listen_to_losses,
+    models_beside,
+    resumed_checkpoint,
+    saving_folder,
+)
 from nino.callbacks.reporting import log_report
 from nino.errors import CheckpointError, NinoError
 from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
-from nino.parallel.collectives import PeerFailureError
+from nino.parallel.collectives import PeerFailureError, is_main_process
 from nino.plan import NowcastPlan, Run, plan_of
 from nino.predict.predictor import Predictor
 from nino.predict.registry import load_predictor
@@ -43,18 +50,23 @@ from nino.session.saving import (
     save_session,
     with_own_numbers,
 )
+from nino.session.sayings import show_info
 from nino.system.files import load_whole, save_whole
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "fingerprint of the weights"
+SHORT_RUN = 200
+"""Steps below which runs are too short for ``"confirmed"``, which first jumps after three periods."""
 
 
 class NowcastCallback(TrainerCallback):
     """Nowcast the weights every ``period`` optimizer steps of a ``transformers.Trainer``.
 
     Args:
-        nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`.
+        nowcaster: a nowcaster or its name, as in :meth:`nino.Nowcaster.from_pretrained`. By default it is chosen when
+            training starts, and said in one line: ``"straight"`` in runs of fewer than 200 steps and where rewards are
+            followed (docs/post-training.md), else ``"confirmed"``.
         period: optimizer steps between nowcasts; goes before the plan's. By default it is chosen for the run.
         plan: all other settings, see :class:`nino.NowcastPlan`; what it leaves open is chosen when training starts.
         graph: of the model, if it was wired before (:meth:`nino.NeuralGraph.from_model`; needed for a model of no known
@@ -73,7 +85,7 @@ class NowcastCallback(TrainerCallback):
 
     def __init__(
         self,
-        nowcaster: Predictor | str | Path = "confirmed",
+        nowcaster: Predictor | str | Path | None = None,
         period: int | None = None,
         *,
         plan: NowcastPlan | None = None,
@@ -81,9 +93,10 @@ class NowcastCallback(TrainerCallback):
         resume_from: str | Path | None = None,
         **others: Any,
     ) -> None:
-        self.nowcaster = load_predictor(nowcaster)
+        self.nowcaster = None if nowcaster is None else load_predictor(nowcaster)
         self.plan = plan_of(plan, period, others)
-        self.plan.check_fits(Run.of(self.nowcaster, None).snapshots)
+        if self.nowcaster is not None:
+            self.plan.check_fits(Run.of(self.nowcaster, None).snapshots)
         self.graph = graph
         self.resume_from = resume_from
         self.session: NowcastSession | None = None
@@ -116,13 +129,14 @@ class NowcastCallback(TrainerCallback):
             )
         self.session = NowcastSession(
             model,
-            self.nowcaster,
+            self._choose(state) if self.nowcaster is None else self.nowcaster,
             max_steps=state.max_steps if state.max_steps > 0 else None,
             plan=self.plan,
             optimizer=optimizer,
             graph=self.graph,
             on_report=self._report,
         )
+        self._say_which_model(self.session)
         if state.global_step > 0:
             self._resume(args, state)
         if self.trainer is not None:
@@ -230,6 +244,34 @@ class NowcastCallback(TrainerCallback):
         if self.session is not None:
             self.session.step = state.global_step
 
+    def _choose(self, state: TrainerState) -> Predictor:
+        """The predictor of a training that was given none."""
+        name, why = "confirmed", ""
+        if is_rewarded(self.trainer):
+            name, why = "straight", "rewards are followed, and the loss does not tell a bad jump"
+        elif 0 < state.max_steps < SHORT_RUN:
+            name, why = "straight", f"{state.max_steps} steps are few"
+        predictor = load_predictor(name)
+        if why:
+            try:
+                self.plan.check_fits(Run.of(predictor, None).snapshots)
+            except NinoError:  # a period that goes with the other one only
+                return load_predictor("confirmed")
+            if is_main_process():
+                show_info()
+                logger.info('"%s" predicts: %s', name, why)
+        return predictor
+
+    def _say_which_model(self, session: NowcastSession) -> None:
+        """One line, where there is a choice: frozen parameters, or further models such as a reference."""
+        beside, parameters = models_beside(self.trainer, session.model), len(list(session.model.parameters()))
+        nowcast = len(session.trainable_parameters())
+        if is_main_process() and (beside or nowcast < parameters):
+            show_info()
+            stays = f"; {', '.join(beside)} stays as it is" if beside else ""
+            name = type(session.model).__name__
+            logger.info("%d of the %d parameters of %s are nowcast%s", nowcast, parameters, name, stays)
+
     def _report(self, report: NowcastReport) -> None:
         if self.trainer is not None:
             log_report(self.trainer, report)
@@ -248,7 +290,7 @@ def _fingerprint(model: nn.Module) -> int:
 
 def attach(
     trainer: Trainer,
-    nowcaster: Predictor | str | Path = "confirmed",
+    nowcaster: Predictor | str | Path | None = None,
     period: int | None = None,
     *,
     plan: NowcastPlan | None = None,

@@ -340,14 +340,11 @@ def _choose_period(run: Run) -> int:
     if run.across_jumps:
         if run.max_steps is None:
             return USUAL_ACROSS
-        shortest = SHORTEST_PERIOD if run.max_steps >= 3 * SHORTEST_PERIOD else 1
-        return max(min(run.max_steps // NOWCASTS_ACROSS, LONGEST_ACROSS), shortest)
+        return max(min(run.max_steps // NOWCASTS_ACROSS, LONGEST_ACROSS), SHORTEST_PERIOD)
     if run.max_steps is None:
         return LONGEST_PERIOD // run.context * run.context
-    tenth = min(run.max_steps // USUAL_NOWCASTS, LONGEST_PERIOD)
-    if run.max_steps >= 3 * SHORTEST_PERIOD:
-        tenth = max(tenth, SHORTEST_PERIOD)
-    return max(tenth // run.context, 1) * run.context
+    tenth = min(run.max_steps // USUAL_NOWCASTS, LONGEST_PERIOD) // run.context * run.context
+    return max(tenth, -(-SHORTEST_PERIOD // run.context) * run.context)
 
 
 def _steps_of(part: float, run: Run, period: int) -> int | None:

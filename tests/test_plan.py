@@ -164,7 +164,9 @@ def test_what_is_chosen_for_five_thousand_steps() -> None:
 
 
 def test_no_chosen_period_is_shorter_than_the_memory_of_the_optimizer() -> None:
-    assert [choose(NowcastPlan(), Run(max_steps=steps)).period for steps in (40, 60, 150, 300)] == [5, 20, 20, 30]
+    assert [choose(NowcastPlan(), Run(max_steps=steps)).period for steps in (10, 40, 150, 300)] == [20, 20, 20, 30]
+    across = [Run(context=3, max_horizon=2, max_steps=steps, across_jumps=True) for steps in (10, 59, 300, 1000)]
+    assert [choose(NowcastPlan(), run).period for run in across] == [20, 20, 20, 50]
 
 
 def test_short_periods_jump_as_published() -> None:

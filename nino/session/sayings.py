@@ -43,7 +43,7 @@ class Sayings:
     def when_it_starts(self, parameters: Iterable[Tensor]) -> None:
         """Say what was chosen."""
         if is_main_process():
-            _show_info()
+            show_info()
             logger.info("%s", self.line(parameters))
 
     def line(self, parameters: Iterable[Tensor]) -> str:
@@ -87,7 +87,7 @@ class Sayings:
             logger.warning(message, rising, self.schedule.period)
 
 
-def _show_info() -> None:
+def show_info() -> None:
     """Have lines shown on standard error where nobody has said what becomes of log records."""
     ours = logging.getLogger("nino")
     if ours.handlers or logging.getLogger().handlers or ours.level != logging.NOTSET:

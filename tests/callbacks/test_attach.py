@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import PERIOD, assert_same, tiny_nowcaster, weights_of
-from trainers import callback, trainer
+from trainers import callback, llama, trainer
 
 from nino import NinoError, NowcastPlan
 from nino.callbacks import NowcastCallback, attach
+from nino.predict.confirmed import ConfirmedExtrapolator
+from nino.predict.straight import StraightExtrapolator
 
 PLAN = NowcastPlan(rollback_window=2)
 
@@ -83,3 +87,63 @@ def test_a_trainer_is_left_as_it_was(tmp_path: Path) -> None:
     run.training_step = own  # type: ignore[method-assign]
     run.train()
     assert run.training_step is own and len(seen) == 14
+
+
+def begin(nowcasts: NowcastCallback, model: torch.nn.Module, max_steps: int) -> NowcastCallback:
+    """A training of so many steps begins; 0: it does not know."""
+    state = SimpleNamespace(max_steps=max_steps, global_step=0)
+    nowcasts.on_train_begin(SimpleNamespace(n_gpu=1), state, None, model=model)  # type: ignore[arg-type]
+    return nowcasts
+
+
+@pytest.mark.parametrize(
+    ("steps", "period", "expected"),
+    [
+        (100, None, StraightExtrapolator),
+        (199, None, StraightExtrapolator),
+        (200, None, ConfirmedExtrapolator),
+        (0, None, ConfirmedExtrapolator),
+        (100, 7, ConfirmedExtrapolator),
+    ],
+    ids=["short", "just short", "long enough", "of unknown length", "with a period that is for the other"],
+)
+def test_what_predicts_by_default(
+    steps: int, period: int | None, expected: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "nino"):
+        nowcasts = begin(NowcastCallback(period=period), llama(), steps)
+    assert nowcasts.session is not None and type(nowcasts.session.nowcaster) is expected
+    said = [line for line in caplog.messages if "predicts:" in line]
+    assert said == ([f'"straight" predicts: {steps} steps are few'] if expected is StraightExtrapolator else [])
+
+
+def test_rewards_are_followed_by_straight_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nowcasts = NowcastCallback()
+    run = trainer(tmp_path, nowcasts, max_steps=1)
+    run.reward_funcs = [len]  # as TRL's trainers of rewards have it
+    nowcasts.trainer = run
+    with caplog.at_level(logging.INFO, "nino"):
+        begin(nowcasts, run.model, 1000)
+    assert nowcasts.session is not None and isinstance(nowcasts.session.nowcaster, StraightExtrapolator)
+    assert '"straight" predicts: rewards are followed' in caplog.text
+
+
+def test_one_line_says_which_model_is_nowcast(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nowcasts, model = NowcastCallback(), llama()
+    names = [name for name, _ in model.named_parameters()]
+    model.get_parameter(names[0]).requires_grad_(False)
+    run = trainer(tmp_path, nowcasts, model=model)
+    run.ref_model = llama()
+    nowcasts.trainer = run
+    with caplog.at_level(logging.INFO, "nino"):
+        begin(nowcasts, model, 1000)
+    line = f"{len(names) - 1} of the {len(names)} parameters of LlamaForCausalLM are nowcast; ref_model stays as it is"
+    assert line in caplog.messages
+
+
+def test_a_model_that_is_trained_whole_needs_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nowcasts, model = NowcastCallback(), llama()
+    nowcasts.trainer = trainer(tmp_path, nowcasts, model=model)
+    with caplog.at_level(logging.INFO, "nino"):
+        begin(nowcasts, model, 1000)
+    assert "are nowcast" not in caplog.text

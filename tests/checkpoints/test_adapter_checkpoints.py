@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import tiny_nowcaster
 from trainers import llama
 
-from nino import NeuralGraph
+from nino import NeuralGraph, NinoError
 from nino.checkpoints import nowcast_checkpoints
 
 peft = pytest.importorskip("peft")
@@ -51,3 +51,14 @@ def test_a_folder_of_adapters_is_nowcast_as_the_adapters_of_the_model_are(tmp_pa
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == 2
     peft.PeftModel.from_pretrained(llama(), tmp_path / "out")  # as PEFT reads it
+
+
+def test_saved_adapters_whose_rank_changes_are_refused_in_one_line(tmp_path):
+    nowcaster = tiny_nowcaster()
+    paths = [tmp_path / f"checkpoint-{step}" for step in range(nowcaster.config.context)]
+    for step, path in enumerate(paths):
+        model = peft.get_peft_model(llama(), peft.LoraConfig(r=4 if step < 2 else 2, target_modules=["q_proj"]))
+        model.save_pretrained(path)
+    with pytest.raises(NinoError, match="lora_") as refusal:
+        nowcast_checkpoints(paths, tmp_path / "out", nowcaster, horizon=2)
+    assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()

@@ -57,11 +57,14 @@ def test_adapters_alone_move(tmp_path):
     assert changed == {name for name in after if "lora" in name}
 
 
-def test_preferences_move_the_policy_and_leave_its_reference(tmp_path):
+def test_preferences_move_the_policy_and_leave_its_reference(tmp_path, caplog):
     reference = llama()
     kept = deepcopy(reference.state_dict())
     nowcasts = callback()
-    dpo(tmp_path, [nowcasts], reference).train()
+    with caplog.at_level(logging.INFO, "nino"):
+        dpo(tmp_path, [nowcasts], reference).train()
+    said = [line for line in caplog.messages if line.endswith("are nowcast; ref_model stays as it is")]
+    assert said == ["12 of the 12 parameters of LlamaForCausalLM are nowcast; ref_model stays as it is"]
     assert outcomes(nowcasts) == ["applied"] * DUE
     assert all(torch.equal(kept[name], tensor) for name, tensor in reference.state_dict().items())
 
@@ -88,6 +91,17 @@ def test_a_constant_reward_moves_nothing(tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "nino" in record.name]
 
 
+def test_by_default_a_constant_reward_moves_nothing_either(tmp_path, caplog):
+    nowcasts = NowcastCallback(period=PERIOD)
+    trainer = grpo(tmp_path, [nowcasts], lambda completions, **others: [1.0] * len(completions))
+    before = weights(trainer)
+    with caplog.at_level(logging.INFO, "nino"):
+        trainer.train()
+    assert outcomes(nowcasts) == ["left out"]
+    assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
+    assert sum("no weight is predicted to move" in line for line in caplog.messages) == 1
+
+
 def test_rewards_that_are_not_numbers_do_not_end_the_run(tmp_path):
     nowcasts = callback()
     trainer = grpo(tmp_path, [nowcasts], lambda completions, **others: [math.nan] * len(completions))
@@ -112,7 +126,7 @@ def test_bfloat16_weights_with_activation_checkpointing(tmp_path):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["linear", "straight"])
+@pytest.mark.parametrize("name", ["linear", "straight", "confirmed"])
 def test_a_run_resumes_bit_for_bit(tmp_path, name):
     whole = sft(tmp_path / "whole", [callback(name)])
     whole.train()
@@ -121,9 +135,90 @@ def test_a_run_resumes_bit_for_bit(tmp_path, name):
     nowcasts = callback(name)
     second = sft(tmp_path / "parts", [nowcasts])
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8"))
+    assert [report.step for report in nowcasts.reports] == ([15] if name == "confirmed" else [10, 15])
+    expected = weights(whole)
+    assert all(torch.equal(expected[part], p) for part, p in weights(second).items())
+
+
+def test_adapters_resume_bit_for_bit_in_the_middle_of_their_products(tmp_path):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    whole = sft(tmp_path / "whole", [callback("adapters")], peft_config=config)
+    whole.train()
+    sft(tmp_path / "parts", [callback("adapters")], peft_config=config, save_strategy="steps", save_steps=8).train()
+    nowcasts = callback("adapters")
+    second = sft(tmp_path / "parts", [nowcasts], peft_config=config)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8"))
     assert [report.step for report in nowcasts.reports] == [10, 15]
     expected = weights(whole)
     assert all(torch.equal(expected[part], p) for part, p in weights(second).items())
+
+
+def test_rewards_resume_bit_for_bit(tmp_path):
+    whole = grpo(tmp_path / "whole", [callback()], letters)
+    whole.train()
+    grpo(tmp_path / "parts", [callback()], letters, save_strategy="steps", save_steps=8).train()
+    nowcasts = callback()
+    second = grpo(tmp_path / "parts", [nowcasts], letters)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8"))
+    assert [report.step for report in nowcasts.reports] == [10, 15]
+    expected = weights(whole)
+    assert all(torch.equal(expected[part], p) for part, p in weights(second).items())
+
+
+@pytest.mark.parametrize("name", ["adapters", "confirmed"])
+def test_two_adapters_at_once(tmp_path, name):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    nowcasts = callback(name) if name == "adapters" else NowcastCallback(period=PERIOD)
+    trainer = sft(tmp_path, [nowcasts], model)
+    before = weights(trainer)
+    trainer.train()
+    assert set(outcomes(nowcasts)) <= {"applied", "left out"} and nowcasts.reports
+    after = weights(trainer)
+    changed = {part for part in after if not torch.equal(before[part], after[part])}
+    assert changed == {part for part in after if "lora" in part}
+    assert nowcasts.session is not None
+    assert nowcasts.session.trainable_parameters().keys() == changed
+
+
+class Int8Linear(torch.nn.Linear):
+    """A linear layer of whole numbers with a scale, frozen: what a quantised base is made of."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        scale = layer.weight.detach().abs().amax() / 127
+        self.register_buffer("scale", scale)
+        self.weight = torch.nn.Parameter((layer.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("name", ["adapters", "straight", "confirmed"])
+def test_adapters_on_a_quantised_base(tmp_path, name):
+    from peft import LoraConfig, get_peft_model
+
+    model = llama()
+    for layer in model.model.layers:
+        for part, block in list(layer.named_modules()):
+            if isinstance(block, torch.nn.Linear):
+                layer.set_submodule(part, Int8Linear(block))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    nowcasts = NowcastCallback(name, period=PERIOD)
+    trainer = sft(tmp_path, [nowcasts], adapted)
+    before = weights(trainer)
+    trainer.train()
+    assert set(outcomes(nowcasts)) <= {"applied", "left out"} and nowcasts.reports
+    after = weights(trainer)
+    changed = {part for part in after if not torch.equal(before[part], after[part])}
+    assert changed == {part for part in after if "lora" in part}
+    assert sum(p.dtype == torch.int8 for p in after.values()) == 7
 
 
 def test_two_adapters_of_which_one_is_trained(tmp_path):
@@ -140,6 +235,20 @@ def test_two_adapters_of_which_one_is_trained(tmp_path):
     after = weights(trainer)
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if ".default." in name}
+
+
+def test_a_run_that_its_reward_stops_before_its_first_jump(tmp_path):
+    from transformers import TrainerCallback
+
+    class Enough(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            control.should_training_stop = (logs or {}).get("reward", 0.0) >= 0.0
+
+    nowcasts = callback()
+    trainer = grpo(tmp_path, [nowcasts, Enough()], letters)
+    trainer.train()
+    assert trainer.state.global_step == 1 and nowcasts.reports == []
+    assert nowcasts.session is not None and nowcasts.session.history.store.nbytes == 0
 
 
 def test_a_run_that_is_stopped_before_its_first_jump(tmp_path):
