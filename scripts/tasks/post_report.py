@@ -94,24 +94,28 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure, axes = pyplot.subplots(height, COLUMNS, figsize=(4.4 * COLUMNS, 3.2 * height), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
+    names = sorted({result["cell"]["method"] for result in results}, key=lambda name: (name != BASE, name))
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
     for axis, (setting, methods, what) in zip(axes.flat, panels, strict=False):
-        _draw_panel(axis, setting, methods, what)
+        _draw_panel(axis, setting, methods, what, colours)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _draw_panel(axis: Any, setting: Setting, methods: Mapping[str, Sequence[Result]], what: str) -> None:
+def _draw_panel(
+    axis: Any, setting: Setting, methods: Mapping[str, Sequence[Result]], what: str, colours: Mapping[str, str]
+) -> None:
     task, tuning, rate, steps = setting
-    for number, (method, results) in enumerate(sorted(methods.items(), key=lambda item: item[0] != BASE)):
+    for method, results in sorted(methods.items(), key=lambda item: item[0] != BASE):
         metric = results[0]["metric"]
         for result in results:
             points = [(point[what], point[metric]) for point in result["curve"] if point[metric] is not None]
             label = method if result is results[0] else None
-            axis.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1.2, alpha=0.8, label=label)
+            axis.plot(*zip(*points, strict=True), color=colours[method], linewidth=1.2, alpha=0.8, label=label)
             if what == "step":
                 jumps = [report["nowcast/step"] for report in result["nowcasts"] if report.get("nowcast/jump/all")]
-                axis.plot(jumps, [_at(points, step) for step in jumps], ".", color=f"C{number}", markersize=7)
+                axis.plot(jumps, [_at(points, step) for step in jumps], ".", color=colours[method], markersize=7)
     axis.set_title(f"{task}, {tuning}, {rate:g}, {steps} steps", fontsize=9)
     axis.set_xlabel("generated tokens" if what == "tokens" else "steps", fontsize=8)
     axis.set_ylabel(metric.replace("_", " "), fontsize=8)
