@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nino.errors import CrookedPathError
 from nino.predict.extrapolators import Extrapolator
 
 SNAPSHOTS = 3
@@ -50,7 +51,13 @@ class ConfirmedExtrapolator(Extrapolator):
         super().__init__(SNAPSHOTS, max_horizon)
 
     def coefficients(self, products: Tensor, norm: float, horizon: int) -> Tensor:
-        """The horizon, for both movements."""
+        """The horizon, for both movements.
+
+        Raises:
+            CrookedPathError: if there is nothing to go on with.
+        """
+        if not bool(products.diagonal().any()):
+            raise CrookedPathError("the weights stand still, so that nothing can be confirmed")
         return torch.full((len(products),), float(horizon), dtype=products.dtype)
 
     def combine(self, numbers: Tensor, snapshots: Sequence[Tensor]) -> Tensor:

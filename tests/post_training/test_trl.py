@@ -14,6 +14,7 @@ from trl_runs import PERIOD, STEPS, dpo, grpo, llama, reward_model, sft
 
 from nino import NowcastPlan
 from nino.callbacks import NowcastCallback
+from nino.predict.straight import StraightExtrapolator
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,15 +92,22 @@ def test_a_constant_reward_moves_nothing(tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "nino" in record.name]
 
 
-def test_by_default_a_constant_reward_moves_nothing_either(tmp_path, caplog):
-    nowcasts = NowcastCallback(period=PERIOD)
+def test_a_constant_reward_leaves_nothing_to_confirm(tmp_path, caplog):
+    nowcasts = callback("confirmed")
     trainer = grpo(tmp_path, [nowcasts], lambda completions, **others: [1.0] * len(completions))
     before = weights(trainer)
     with caplog.at_level(logging.INFO, "nino"):
         trainer.train()
     assert outcomes(nowcasts) == ["left out"]
     assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
-    assert sum("no weight is predicted to move" in line for line in caplog.messages) == 1
+    assert sum("the weights stand still" in line for line in caplog.messages) == 1
+
+
+def test_rewards_are_followed_by_straight_lines_unless_told_otherwise(tmp_path):
+    nowcasts = NowcastCallback(period=PERIOD)
+    grpo(tmp_path, [nowcasts], letters).train()
+    assert nowcasts.session is not None and isinstance(nowcasts.session.nowcaster, StraightExtrapolator)
+    assert set(outcomes(nowcasts)) <= {"applied", "left out"} and len(nowcasts.reports) == DUE
 
 
 def test_rewards_that_are_not_numbers_do_not_end_the_run(tmp_path):
@@ -175,7 +183,7 @@ def test_two_adapters_at_once(tmp_path, name):
     model = get_peft_model(llama(), config)
     model.add_adapter("other", config)
     model.base_model.set_adapter(["default", "other"])
-    nowcasts = callback(name) if name == "adapters" else NowcastCallback(period=PERIOD)
+    nowcasts = callback(name)
     trainer = sft(tmp_path, [nowcasts], model)
     before = weights(trainer)
     trainer.train()

@@ -12,6 +12,7 @@ from partitions import NUMBER, OwnRows, Summing
 from walks import moved_model
 
 from nino import NeuralGraph, NinoError, SnapshotError, load_predictor
+from nino.errors import CrookedPathError
 from nino.predict.confirmed import ConfirmedExtrapolator, minmod
 
 
@@ -84,6 +85,14 @@ def test_several_processes_come_to_what_one_does() -> None:
         torch.testing.assert_close(torch.cat([found[rank].tensors[name] for rank in range(NUMBER)]), way)
     for movement in found.values():
         assert (movement.distance, movement.norm) == pytest.approx((expected.distance, expected.norm))
+
+
+def test_weights_that_stand_still_confirm_nothing() -> None:
+    _, graph, snapshots = walk()
+    with pytest.raises(CrookedPathError, match="stand still"):
+        ConfirmedExtrapolator().predict_movement([snapshots[0]] * 3, 2, graph)
+    moved = [snapshots[0], snapshots[0], snapshots[2]]
+    assert ConfirmedExtrapolator().predict_movement(moved, 2, graph).distance == 0
 
 
 def test_what_it_refuses() -> None:

@@ -147,9 +147,6 @@ class Jumps:
             if prediction.is_crooked:
                 return self.leave_out(report, prediction.reason)
             return self._refuse(report, is_own=prediction.is_own_failure)
-        if prediction.movement.distance == 0:
-            self.rollback_copy.clear()
-            return self.leave_out(report, "no weight is predicted to move")
         rollback_copy = self.rollback_copy if judged_by is not None else None
         try:
             undo = Undo(self.target, rollback_copy, self.history.store) if not self.ramp.steps else None
