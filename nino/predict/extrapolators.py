@@ -121,7 +121,7 @@ class Extrapolator(ABC):
         for index, block in enumerate(blocks, start=1):
             for place in _pieces(block, partition, piece_size(where) // self.context):
                 pieces = [piece.to(where, exact_dtype(piece)) for piece in views.pieces(block, place)]
-                writer.write(block, place, self.combine(numbers, pieces))
+                writer.write(((block, place),), self.combine(numbers, pieces))
             if progress is not None:
                 progress(index, len(blocks))
         size = writer.finish()

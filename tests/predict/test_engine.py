@@ -17,11 +17,10 @@ from wired import WIRED
 
 from nino import NeuralGraph, Nowcaster
 from nino.graph.ir import EdgeBlock
-from nino.graph.rows import Place
 from nino.predict.engine import hardware, predict_blockwise, predict_edgewise
 from nino.predict.engine.reader import SnapshotReader
-from nino.predict.engine.tiling import Sizes, places
-from nino.predict.engine.views import SnapshotViews, piece_of
+from nino.predict.engine.tiling import Blocks, Sizes, places
+from nino.predict.engine.views import Pieces, SnapshotViews, piece_of
 from nino.predict.engine.writer import MovementWriter
 from nino.predict.model import NowcasterConfig, build_network
 from nino.predict.standardise import measure_snapshots
@@ -177,8 +176,10 @@ class Movements(MovementWriter):
         empty = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in graph.shapes.items()}
         super().__init__(graph, empty, SnapshotViews(graph, []), torch.device("cpu"))
 
-    def write(self, block: EdgeBlock, place: Place, change: Tensor) -> None:
-        piece_of(block, self.tensors[str(block.parameter)], place).copy_(change)
+    def write(self, pieces: Pieces, change: Tensor) -> None:
+        targets = [piece_of(block, self.tensors[str(block.parameter)], place) for block, place in pieces]
+        for target, part in zip(targets, change.split([target.shape[1] for target in targets], 1), strict=True):
+            target.copy_(part)
 
 
 class Standardised(SnapshotReader):
@@ -290,6 +291,22 @@ def test_every_family(case: Case) -> None:
     slow = _edgewise(network, graph, snapshots, 4)
     for sizes in (Sizes(500, 97), SIZES[-1]):
         assert _relative_error(_blockwise(network, graph, snapshots, 4, sizes), slow) < 1e-12
+
+
+def test_heads_that_are_stored_apart_are_computed_together() -> None:
+    (case,) = (case for case in WIRED if case.name == "fused_by_head")
+    graph = case.graph(case.build())
+    queries = next(group for group in graph.groups if group.name == "queries")
+
+    def edges(sizes: Sizes) -> list[int]:
+        blocks = Blocks(graph, sizes, torch.device("cpu"))
+        strips = [strip for strip in blocks.strips_into(queries) if strip.block.parameter == "fused.weight"]
+        assert set(torch.cat([strip.local_target for strip in strips]).tolist()) == set(range(6))
+        return [strip.num_edges for strip in strips]
+
+    assert edges(SIZES[-1]) == [36]  # three heads of two queries, each reads six neurons
+    assert edges(Sizes(24, 24)) == [24, 12]
+    assert edges(Sizes(7, 7)) == [4] * 9  # at most two neurons at each side: one head at a time, in three strips
 
 
 @settings(deadline=None, derandomize=True)

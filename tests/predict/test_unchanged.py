@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from models import CASES
 from tiny import PERIOD, Weights, planned, tiny_config, tiny_nowcaster, weights_of
 from torch import Tensor, nn
+from wired import WIRED
 
 import nino
 from nino.graph import NeuralGraph
@@ -51,8 +52,14 @@ def check(new: Weights, last: Weights, moving: dict[str, Tensor]) -> None:
         assert float(stayed[moving[name]].float().mean()) < most or value.numel() < 20, name
 
 
-MODELS = pytest.mark.parametrize(  # fused layers, tied words, kernels
-    ("name", "dtype"), [("gpt2", torch.float32), ("llama_gqa", torch.bfloat16), ("wide_kernel_cnn", torch.float64)]
+MODELS = pytest.mark.parametrize(  # fused layers, tied words, kernels, blocks that share strips
+    ("name", "dtype"),
+    [
+        ("gpt2", torch.float32),
+        ("llama_gqa", torch.bfloat16),
+        ("wide_kernel_cnn", torch.float64),
+        ("fused_by_head", torch.float32),
+    ],
 )
 SETTINGS = pytest.mark.parametrize("settings", [{}, {"kind": "wnn"}, {"inputs": "movements", "trend": True}])
 
@@ -63,9 +70,9 @@ SETTINGS = pytest.mark.parametrize("settings", [{}, {"kind": "wnn"}, {"inputs": 
 def test_what_never_moved_stays_in_both_engines_and_in_place(
     name: str, preserve_norms: bool, dtype: torch.dtype, settings: dict[str, Any]
 ) -> None:
-    (case,) = (case for case in CASES if case.name == name)
+    (case,) = (case for case in [*CASES, *WIRED] if case.name == name)
     torch.manual_seed(0)
-    graph, nowcaster = NeuralGraph.from_model(case.model()), nino.Nowcaster(build_network(tiny_config(**settings)))
+    graph, nowcaster = case.graph(case.build()), nino.Nowcaster(build_network(tiny_config(**settings)))
     snapshots, moving = history(dict(graph.shapes), dtype)
     last, rounding = snapshots[-1], 0.02 if dtype == torch.bfloat16 else 1e-4
     live = {n: value.clone() for n, value in last.items()}

@@ -130,9 +130,9 @@ def test_the_measurement_reads_no_weight_again() -> None:
     for block in graph.parameter_blocks:
         dense = block.kind.value == "dense"
         place = (slice(0, block.target.size), slice(0, block.source.size if dense else 1))
-        standardised = reader.read(block, place)[2::3]
+        standardised = reader.read(((block, place),))[2::3]
         change = reader.change(block, standardised, torch.zeros_like(standardised))
-        writer.write(block, place, change)
+        writer.write(((block, place),), change)
     for tensor in writer.tensors.values():
         tensor.fill_(1e6)
 

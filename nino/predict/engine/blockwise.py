@@ -90,7 +90,10 @@ def _predict_alone(
     tell: _Progress,
 ) -> None:
     """WNN: every weight by itself."""
-    for block in filter(writer.wants, blocks.graph.parameter_blocks):
+    for run in blocks.parameter_runs():
+        block = run[0]
+        if not writer.wants(block):
+            continue
         factors = _trend_factors(network, reader, block, horizon)
 
         def movements(strip: Strip, values: Tensor, block: EdgeBlock = block) -> Tensor:
@@ -102,8 +105,8 @@ def _predict_alone(
                 movement[:, rows, columns] = network.predict_weights(tile, edge_type, horizon)
             return movement
 
-        for strip in blocks.strips(block):
-            writer.write(block, strip.place, _change(strip, reader, factors, movements))
+        for strip in blocks.strips(run):
+            writer.write(strip.pieces, _change(strip, reader, factors, movements))
             tell.did(2 * strip.num_edges)
 
 
@@ -118,13 +121,13 @@ def _change(
         factors: of the trend.
         movements: what the network predicts for a strip and its values ``[F * C, t, s]``.
     """
-    block, moving = strip.block, reader.moving_part(strip.block, strip.place)
+    block, moving = strip.block, reader.moving_part(strip.pieces)
     if moving is not None:
         whole = torch.zeros(block.num_features, *strip.shape, device=reader.device, dtype=reader.dtype)
         if not len(moving[0]):
             return whole
         strip = strip.only(moving)
-    values = reader.read(block, strip.place, moving)
+    values = reader.read(strip.pieces, moving)
     movement = movements(strip, values)
     by_age = values.unflatten(0, (-1, reader.context))
     _add_trend(movement, by_age, factors)
@@ -269,7 +272,10 @@ class _Run:
         second, third = self.folded.second, self.folded.third
         second_weight, third_weight = self._right_factor(second), self._right_factor(third)
         head, head_bias = self.network.head_rows(horizon)
-        for block in filter(writer.wants, self.blocks.graph.parameter_blocks):
+        for run in self.blocks.parameter_runs():
+            block = run[0]
+            if not writer.wants(block):
+                continue
             num_features = block.num_features
             factors = _trend_factors(self.network, self.reader, block, horizon)
             weights = kernels.MovementWeights(
@@ -288,8 +294,8 @@ class _Run:
                 )
                 return self._movements(strip, values, ends, weights)
 
-            for strip in self.blocks.strips(block):
-                writer.write(block, strip.place, _change(strip, self.reader, factors, movements))
+            for strip in self.blocks.strips(run):
+                writer.write(strip.pieces, _change(strip, self.reader, factors, movements))
                 self.progress.did(2 * strip.num_edges)
 
     def _movements(
@@ -314,7 +320,7 @@ class _Run:
     def _values(self, strip: Strip) -> Tensor:
         """The standardised snapshots of a strip, ``[Q, t, s]``."""
         if strip.block.parameter is not None:
-            return self.reader.read(strip.block, strip.place)
+            return self.reader.read(strip.pieces)
         shape = self.reader.context, len(strip.target), 1
         return torch.full(shape, constant_of(strip.block), device=self.reader.device, dtype=self.reader.dtype)
 

@@ -82,4 +82,4 @@ def predict_edgewise(
         if writer.wants(block):
             place, name = whole_place(block), str(block.parameter)
             last, moved = (piece_of(block, tensor, place) for tensor in (states[name][-1], movement[name]))
-            writer.write(block, place, reader.change(block, last, moved))
+            writer.write(((block, place),), reader.change(block, last, moved))

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from nino.errors import NinoError
 from nino.graph.ir import EdgeBlock
-from nino.graph.rows import Place
-from nino.predict.engine.views import SnapshotViews
+from nino.predict.engine.views import Pieces, SnapshotViews, pieces_shape
 from nino.predict.standardise import Standardiser
-from nino.predict.unchanged import Moving, moving_part, unchanged_mask
+from nino.predict.unchanged import Moving, moving_part
 
 
 class SnapshotReader:
@@ -38,26 +37,24 @@ class SnapshotReader:
         self.device = device
         self.dtype = dtype
 
-    def read(self, block: EdgeBlock, place: Place, only: Moving | None = None) -> Tensor:
-        """The snapshots of a piece as the network reads them: ``[F * C, t, s]``, kernel-position-major.
+    def read(self, pieces: Pieces, only: Moving | None = None) -> Tensor:
+        """The snapshots of some pieces as the network reads them: ``[F * C, t, s]``, kernel-position-major.
 
         Args:
-            block: of the graph.
-            place: which of its edges.
+            pieces: of one parameter's blocks.
             only: targets and sources to read; by default all.
         """
-        pieces = self._snapshots.pieces(block, place)
-        if only is not None:
-            pieces = [piece[:, only[0][:, None], only[1]] for piece in pieces]
-        num_features, *shape = pieces[0].shape
-        out = torch.empty(num_features, self.context, *shape, dtype=self.dtype, device=self.device)
-        for age, piece in enumerate(pieces):
-            out[:, age].copy_(piece)
-        return self.scalers[str(block.parameter)].encode_(out, dim=1).flatten(0, 1)
+        targets, sources = pieces_shape(pieces) if only is None else (len(only[0]), len(only[1]))
+        shape = pieces[0][0].num_features, self.context, targets, sources
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for age in range(self.context):
+            joined = self._snapshots.joined(pieces, age)
+            out[:, age].copy_(joined if only is None else joined[:, only[0][:, None], only[1]])
+        return self.scalers[str(pieces[0][0].parameter)].encode_(out, dim=1).flatten(0, 1)
 
-    def moving_part(self, block: EdgeBlock, place: Place) -> Moving | None:
-        """The targets and sources of a piece that move, if these are few."""
-        return moving_part(unchanged_mask(self._snapshots.pieces(block, place)))
+    def moving_part(self, pieces: Pieces) -> Moving | None:
+        """The targets and sources of some pieces that move, if these are few."""
+        return moving_part(self._snapshots.unchanged(pieces))
 
     def read_parameter(self, name: str) -> Tensor:
         """The snapshots of a parameter as the network reads them, ``[C, *shape]``."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import isqrt, prod
 from typing import Any
 
@@ -21,12 +22,15 @@ from nino.graph.ir import (
     NeuralGraph,
     NeuronGroup,
 )
-from nino.graph.rows import Place, block_shape, moved, num_edges_at
+from nino.graph.rows import Place, block_shape, moved, num_edges_at, whole_place
+from nino.predict.engine.views import Pieces
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.unchanged import Moving
 from nino.system.pieces import piece_size
 
+Run = tuple[EdgeBlock, ...]
+"""Blocks of one parameter that may share strips: of one kind, into one group, from the same neurons if dense."""
 STRIP_EDGES = 2**18
 TILE_EDGES = {"cpu": 2**13, "cuda": 2**18}
 MIN_TILE_EDGES = 2**8
@@ -107,8 +111,9 @@ class Sizes:
         self, graph: NeuralGraph, config: NowcasterConfig, dtype: torch.dtype, device: torch.device, held: int = 0
     ) -> int:
         """The most that a nowcast of these sizes needs beyond snapshots and weights; arguments as in :meth:`within`."""
-        tile = max(max(b.num_edges, b.target.size * b.num_features * config.context) for b in graph.blocks)
-        strip = max(block.num_edges * block.num_features for block in graph.blocks)
+        runs = runs_of(graph)
+        tile = max(sum(max(b.num_edges, b.target.size * b.num_features * config.context) for b in run) for run in runs)
+        strip = max(sum(block.num_edges * block.num_features for block in run) for run in runs)
         computing = _fixed_bytes(graph, config, dtype)
         computing += min(self.tile_edges, tile) * _bytes_per_tile_edge(graph, config, dtype)
         computing += min(self.strip_edges, strip) * _bytes_per_strip_edge(config, dtype)
@@ -159,10 +164,11 @@ def _measuring_bytes(graph: NeuralGraph, dtype: torch.dtype, device: torch.devic
 
 @dataclass(frozen=True)
 class Strip:
-    """A piece of one block whose snapshots are read together."""
+    """Edges whose snapshots are read together: a piece of one block, or several small blocks of one parameter."""
 
     block: EdgeBlock
-    place: Place
+    """The first of its blocks; in all but their neurons the others are like it."""
+    pieces: Pieces
     source: Tensor
     """Source nodes ``[s]``, or ``[t]`` of paired edges."""
     target: Tensor
@@ -194,7 +200,7 @@ class Strip:
         return slice(None) if self.is_dense else rows
 
     def only(self, moving: Moving) -> Strip:
-        """The edges between some of the targets and sources; its place is still that of the whole strip."""
+        """The edges between some of the targets and sources; its pieces are still those of the whole strip."""
         rows, columns = moving
         source = self.source[columns if self.is_dense else rows]
         return replace(self, source=source, target=self.target[rows], local_target=self.local_target[rows])
@@ -229,31 +235,37 @@ class Blocks:
         self.partition = partition
         is_small = partition is WHOLE and graph.num_edges <= SMALL_EDGES
         self._remembered = remembered if remembered is not None and is_small else None
+        self._of_this_nowcast: dict[Any, Any] = {}
+        """What takes longer to make than to keep for all rounds: counts, strips of many small blocks."""
         self._first = graph.first_nodes()
-        self._into: dict[NeuronGroup, list[EdgeBlock]] = self._remember("into", self._blocks_into)
+        self._into: dict[NeuronGroup, list[Run]] = self._remember("into", self._runs_into)
 
-    def _blocks_into(self) -> dict[NeuronGroup, list[EdgeBlock]]:
-        into = {group: [_self_loops(group)] for group in self.graph.groups}
-        for block in self.graph.blocks:
-            into[block.target.group].append(block)
+    def _runs_into(self) -> dict[NeuronGroup, list[Run]]:
+        into: dict[NeuronGroup, list[Run]] = {group: [(_self_loops(group),)] for group in self.graph.groups}
+        for run in runs_of(self.graph):
+            into[run[0].target.group].append(run)
         return into
 
     def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is remembered under a key; if nothing is, it is made."""
-        if self._remembered is None:
-            return make()
-        if key not in self._remembered:
-            self._remembered[key] = make()
-        return self._remembered[key]
+        """What is remembered under a key, at least for this nowcast; if nothing is, it is made."""
+        remembered = self._of_this_nowcast if self._remembered is None else self._remembered
+        if key not in remembered:
+            remembered[key] = make()
+        return remembered[key]
 
     def strips_into(self, group: NeuronGroup) -> Iterator[Strip]:
         """The strips of all blocks that lead to a group."""
-        for block in self._into[group]:
-            yield from self.strips(block)
+        for run in self._into[group]:
+            yield from self.strips(run)
+
+    def parameter_runs(self) -> Iterator[Run]:
+        """The blocks with a parameter, those together that may share strips."""
+        return (run for runs in self._into.values() for run in runs if run[0].parameter is not None)
 
     def num_edges(self, wanted: Callable[[EdgeBlock], bool]) -> tuple[int, int]:
         """How many of this process's edges send messages, and how many of them are wanted to be predicted."""
-        blocks = [(block, num_edges_at(self.partition.place(block))) for into in self._into.values() for block in into]
+        every = (block for runs in self._into.values() for run in runs for block in run)
+        blocks = [(block, num_edges_at(self.partition.place(block))) for block in every]
         return sum(edges for _, edges in blocks), sum(edges for block, edges in blocks if wanted(block))
 
     def nodes(self, group: NeuronGroup) -> slice:
@@ -266,36 +278,87 @@ class Blocks:
 
     def _count(self, group: NeuronGroup) -> Tensor:
         counts = torch.zeros(group.size, dtype=torch.float64)
-        for block in self._into[group]:
+        for block in chain.from_iterable(self._into[group]):
             sources = torch.tensor(float(block_shape(block)[1]), dtype=counts.dtype)
             counts.index_add_(0, block.target.local_index(), sources.expand(block.target.size))
         return counts[:, None]
 
-    def strips(self, block: EdgeBlock) -> Iterable[Strip]:
-        """Cut this process's part of a block into strips."""
-        if self._remembered is None:
-            return self._cut(block)
-        return self._remember(("strips", id(block), self.sizes, str(self.device)), lambda: [*self._cut(block)])
+    def strips(self, run: Run) -> Iterable[Strip]:
+        """Cut this process's part of some blocks that may share strips into strips."""
+        if self._remembered is None and len(run) == 1:  # it may be large, and has few strips
+            return self._cut_run(run)
+        return self._remember(("strips", id(run[0]), self.sizes, str(self.device)), lambda: [*self._cut_run(run)])
 
-    def _cut(self, block: EdgeBlock) -> Iterator[Strip]:
-        own = self.partition.place(block)
+    def _cut_run(self, run: Run) -> Iterator[Strip]:
+        places = [self.partition.place(block) for block in run]
+        joined: list[EdgeBlock] = []
+        for block, own in zip(run, places, strict=True):
+            if own == whole_place(block) and self._fit_together([*joined, block]):
+                joined.append(block)
+                continue
+            yield from self._together(joined)
+            joined = []
+            if own == whole_place(block) and self._fit_together([block]):
+                joined.append(block)
+            else:
+                yield from self._cut(block, own)
+        yield from self._together(joined)
+
+    def _fit_together(self, blocks: Sequence[EdgeBlock]) -> bool:
+        """Whether blocks that may share a strip make one of no more edges and neurons than others have."""
+        targets, sources = sum(block.target.size for block in blocks), block_shape(blocks[0])[1]
+        return max(targets, sources) <= self.sizes.longest_side and targets * sources <= self._most_edges(blocks[0])
+
+    def _most_edges(self, block: EdgeBlock) -> int:
+        """How many edges a strip may have."""
+        is_dense = block.kind is BlockKind.DENSE
+        edges = self.sizes.strip_edges // block.num_features if is_dense else self.sizes.tile_edges
+        return max(edges, self.sizes.tile_edges)
+
+    def _together(self, blocks: Sequence[EdgeBlock]) -> Iterator[Strip]:
+        """Whole blocks as one strip; of dense ones all have the same sources."""
+        if not blocks:
+            return
+        target = torch.cat([block.target.local_index() for block in blocks]).to(self.device)
+        sources = blocks[:1] if blocks[0].kind is BlockKind.DENSE else blocks
+        source = torch.cat([block.source.local_index() for block in sources]).to(self.device)
+        yield Strip(
+            blocks[0],
+            tuple((block, whole_place(block)) for block in blocks),
+            source + self._first[blocks[0].source.group],
+            target + self._first[blocks[0].target.group],
+            target,
+        )
+
+    def _cut(self, block: EdgeBlock, own: Place) -> Iterator[Strip]:
         if not num_edges_at(own):
             return
         source, target = block.source.local_index().to(self.device), block.target.local_index().to(self.device)
         is_dense = block.kind is BlockKind.DENSE
-        edges = self.sizes.strip_edges // block.num_features if is_dense else self.sizes.tile_edges
-        edges = max(edges, self.sizes.tile_edges)
         shape = own[0].stop - own[0].start, own[1].stop - own[1].start
-        for place in places(shape, edges, self.sizes.longest_side):
+        for place in places(shape, self._most_edges(block), self.sizes.longest_side):
             rows, columns = moved(place, own[0].start, own[1].start)
             local_source, local_target = source[columns if is_dense else rows], target[rows]
             yield Strip(
                 block,
-                (rows, columns),
+                ((block, (rows, columns)),),
                 local_source + self._first[block.source.group],
                 local_target + self._first[block.target.group],
                 local_target,
             )
+
+
+def runs_of(graph: NeuralGraph) -> list[Run]:
+    """The blocks of a graph, those together that may share strips (a fused layer's heads, say), in its order."""
+    runs: dict[Any, list[EdgeBlock]] = {}
+    for number, block in enumerate(graph.blocks):
+        key: Any = number
+        if block.parameter is not None:
+            sources = (block.source.axes, block.source.fixed) if block.kind is BlockKind.DENSE else None
+            ends = block.source.group, sources, block.target.group
+            key = block.parameter, block.kind, block.type, block.num_features, ends
+        runs.setdefault(key, []).append(block)
+    return [tuple(run) for run in runs.values()]
 
 
 def constant_of(block: EdgeBlock) -> float:

@@ -15,11 +15,20 @@ from nino.graph.ir import BlockKind, EdgeBlock, NeuralGraph
 from nino.graph.rows import Place, moved, num_edges_at, place_of, view_rows
 from nino.parallel.rows import Rows
 from nino.predict.partition import WHOLE, Partition
+from nino.predict.unchanged import unchanged_mask
 
+Pieces = tuple[tuple[EdgeBlock, Place], ...]
+"""Pieces of blocks of one parameter, one after another along the targets, all between as many sources."""
 Layout = tuple[EdgeBlock, Place, Sequence[int], Sequence[int], int]
 """Of a block: which of its edges the tensor holds, and size, strides and first element of the view of them."""
 Layouts = dict[tuple[str, tuple[int, ...]], list[Layout] | None]
 """By parameter name and strides of its tensor."""
+
+
+def pieces_shape(pieces: Pieces) -> tuple[int, int]:
+    """Targets and sources of some pieces together."""
+    (_, (_, sources)), *_ = pieces
+    return sum(rows.stop - rows.start for _, (rows, _) in pieces), sources.stop - sources.start
 
 
 def bytes_of_copies(graph: NeuralGraph, *states: Mapping[str, Tensor], partition: Partition = WHOLE) -> int:
@@ -152,6 +161,24 @@ class SnapshotViews:
     def pieces(self, block: EdgeBlock, place: Place) -> list[Tensor]:
         """A piece of every snapshot, ``[F, t, s]``."""
         return [views.piece(block, place) for views in self._views]
+
+    def joined(self, pieces: Pieces, age: int) -> Tensor:
+        """Pieces of one snapshot, ``[F, t, s]`` with the targets of all."""
+        found = [self._views[age].piece(block, place) for block, place in pieces]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def unchanged(self, pieces: Pieces) -> Tensor | None:
+        """Which elements of some pieces never moved; as :func:`nino.predict.unchanged.unchanged_mask`."""
+        masks = [unchanged_mask(self.pieces(block, place)) for block, place in pieces]
+        if all(mask is None for mask in masks):
+            return None
+        if len(masks) == 1:
+            return masks[0]
+        found = zip(masks, pieces, strict=True)
+        return torch.cat([self._none_of(*piece) if mask is None else mask for mask, piece in found], 1)
+
+    def _none_of(self, block: EdgeBlock, place: Place) -> Tensor:
+        return torch.zeros_like(self._views[0].piece(block, place), dtype=torch.bool)
 
     def all_rows(self, name: str) -> list[Tensor]:
         """All that the snapshots hold of a parameter."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from nino.errors import SnapshotError
 from nino.graph.ir import EdgeBlock, EdgeType, NeuralGraph
-from nino.graph.rows import Place
-from nino.predict.engine.views import Layouts, ParameterViews, SnapshotViews
+from nino.predict.engine.views import Layouts, ParameterViews, Pieces, SnapshotViews
 from nino.predict.movement import MATRIX_AXES, MovementSize, factor_to_keep, moved, rescaled, without
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.unchanged import keep_unchanged, unchanged_mask
@@ -62,27 +61,29 @@ class MovementWriter:
         """Whether the block's parameter is to be predicted."""
         return block.parameter in self.tensors
 
-    def write(self, block: EdgeBlock, place: Place, change: Tensor) -> None:
-        """Write a piece.
+    def write(self, pieces: Pieces, change: Tensor) -> None:
+        """Write pieces of one parameter.
 
         Args:
-            block: of the graph.
-            place: which of its edges.
+            pieces: of its blocks.
             change: how far each weight moves from the last snapshot, ``[F, t, s]``; is overwritten.
         """
+        block = pieces[0][0]
         name = str(block.parameter)
-        pieces = self._snapshots.pieces(block, place)
-        target = self._views.piece(block, place)
-        unchanged = unchanged_mask(pieces)
-        movement = without(change.to(exact_dtype(pieces[-1])), unchanged)
-        last = pieces[-1].to(movement)
-        target.copy_(last + movement if self._writes_weights else movement)
+        stored = self._snapshots.joined(pieces, -1)
+        unchanged = self._snapshots.unchanged(pieces)
+        movement = without(change.to(exact_dtype(stored)), unchanged)
+        last = stored.to(movement)
+        written = last + movement if self._writes_weights else movement
+        targets = [self._views.piece(*piece) for piece in pieces]
+        for target, part in zip(targets, written.split([len(target[0]) for target in targets], 1), strict=True):
+            target.copy_(part)
         sums = [_square(movement), _square(last)]
         if name in self._kept:
             moving = last if unchanged is None else last.masked_fill(unchanged.to(last.device), 0)
             sums += [_square(moving + movement), _square(moving)]
-        if is_narrow(pieces[-1].dtype):
-            sums[0] = sums[0].where(torch.isfinite((last + movement).to(pieces[-1].dtype)).all(), torch.nan)
+        if is_narrow(stored.dtype):
+            sums[0] = sums[0].where(torch.isfinite((last + movement).to(stored.dtype)).all(), torch.nan)
         self._add(name, block.type, torch.stack(sums).double())
 
     def write_all(
