@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nino.errors import NinoError
 from nino.graph.ir import EdgeBlock, NeuralGraph, NeuronGroup, Slots
-from nino.graph.rows import Place, block_shape, place_of
+from nino.graph.rows import Place, block_shape, is_divisible, place_of
 from nino.parallel.collectives import Channel
 from nino.parallel.rows import Rows
 from nino.parallel.shards import Holding, local_tensors
@@ -174,17 +174,20 @@ def partition_work(
             "settings; freeze the same parameters, load the same nowcaster and pass the same graph= in all of them"
         )
     workers = channel.size if history_alike else 1
-    costs = _costs(graph, wanted)
+    costs, entire = _costs(graph, wanted), _undivided(graph)
     replicas = []
     for ranks, names in groups.items():
         parts = [(name, holdings[name].rows, costs[name]) for name in names]
-        dealt = deal(parts, min(workers, len(ranks)), len(ranks))
+        dealt = deal(parts, min(workers, len(ranks)), len(ranks), entire)
         replicas.append(Replicas(holdings[names[0]].group, ranks, tuple(names), dealt))
     return WorkPartition(channel, {name: holding.rows for name, holding in holdings.items()}, replicas, workers)
 
 
 def deal(
-    parts: Sequence[tuple[str, Rows, int]], num_workers: int, num_processes: int | None = None
+    parts: Sequence[tuple[str, Rows, int]],
+    num_workers: int,
+    num_processes: int | None = None,
+    entire: Collection[str] = (),
 ) -> tuple[dict[str, Rows], ...]:
     """Deal out rows so that everybody's cost is the same, up to one row.
 
@@ -195,6 +198,7 @@ def deal(
         parts: name, rows and the cost of each row.
         num_workers: how many get rows, the first ones.
         num_processes: how many there are, if more.
+        entire: names of those whose rows stay together.
 
     Returns:
         For every process the rows that it got, by name; names of which it got none are left out.
@@ -213,6 +217,10 @@ def deal(
         if not len(rows):
             continue
         first, last = (place * num_workers // total for place in (before, before + (len(rows) - 1) * cost))
+        if name in entire:
+            dealt[first][name] = rows
+            before += len(rows) * cost
+            continue
         # Exact: the first row at or behind the place total * k / num_workers.
         cuts = [-(-(total * k - before * num_workers) // (cost * num_workers)) for k in range(first, last + 2)]
         cuts = [rows.start + min(max(cut, 0), len(rows)) for cut in cuts]
@@ -245,6 +253,11 @@ def _costs(graph: NeuralGraph, wanted: Collection[str]) -> dict[str, int]:
     per_edge = {name: MESSAGE_COST + PREDICTION_COST * (name in wanted) for name in edges}
     num_rows = {name: Rows.all_of(shape).total for name, shape in graph.shapes.items()}
     return {name: max(edges[name] * per_edge[name] // num_rows[name], 1) for name in edges}
+
+
+def _undivided(graph: NeuralGraph) -> set[str]:
+    """Parameters whose rows are positions of a kernel: nobody can predict some without the others."""
+    return {name for b in graph.parameter_blocks if not is_divisible(b, graph.shapes[name := str(b.parameter)])}
 
 
 def _parcels(rows: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -14,6 +14,7 @@ from nino.graph import NeuralGraph
 from nino.graph.architectures import wire_by_names, wire_each_alone
 from nino.graph.builder import check_graph, graph_parameters
 from nino.graph.ir import WAITING
+from nino.graph.rows import divisible
 from nino.parallel.shards import compute_device, refuse_unsupported
 from nino.predict.predictor import Predictor
 from nino.session.changes import describe_changes
@@ -53,6 +54,7 @@ class TrainingTarget:
         """Whether the model has to be run to be wired, and was not yet."""
         self._said_waiting = False
         self.graph = graph or self._wire()
+        self._divided: tuple[NeuralGraph, NeuralGraph] = self.graph, divisible(self.graph)
         if graph is not None:
             check_graph(graph, self.module)
             self._say_what_is_missing()
@@ -76,6 +78,13 @@ class TrainingTarget:
             for name, parameter in self.module.named_parameters()
             if parameter.requires_grad and (self.optimizer is None or id(parameter) in updated)
         }
+
+    @property
+    def divisible_graph(self) -> NeuralGraph:
+        """The graph as several processes divide it; see :func:`nino.graph.rows.divisible`."""
+        if self._divided[0] is not self.graph:
+            self._divided = self.graph, divisible(self.graph)
+        return self._divided[1]
 
     def wired(self) -> dict[str, nn.Parameter]:
         """All parameters of the graph, by name."""

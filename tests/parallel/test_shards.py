@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
@@ -26,7 +27,7 @@ import nino
 from nino import CheckpointError, NinoError, NowcastOptimizer
 from nino.graph import BlockKind, EdgeType
 from nino.graph.builder import GraphBuilder
-from nino.graph.rows import num_edges_at, place_of, view_rows, whole_place
+from nino.graph.rows import divisible, is_divisible, num_edges_at, place_of, view_rows, whole_place
 from nino.parallel.rows import Rows
 from nino.parallel.shards import local_tensor
 from nino.predict.standardise import SnapshotStatistics, Standardiser, add_statistics
@@ -128,14 +129,20 @@ def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
 @pytest.mark.parametrize("case", WIRED, ids=lambda case: case.name)
 def test_rows_of_hand_made_blocks_are_predicted_as_the_whole(case: Case) -> None:
     """Blocks that carry a part of the rows, of which a process may have some, all or none."""
-    graph, caster = case.graph(case.build()), tiny_nowcaster()
+    graph = case.graph(case.build())
+    check_rows_of_threads(graph, graph)
+
+
+def check_rows_of_threads(of_one: nino.NeuralGraph, graph: nino.NeuralGraph) -> None:
+    """Threads that have some rows each predict on a graph what one alone does on its own."""
+    caster = tiny_nowcaster()
     context = caster.config.context
     generator = torch.Generator().manual_seed(0)
     snapshots = [
         {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in graph.shapes.items()}
         for _ in range(context)
     ]
-    expected = caster.predict(snapshots, 1, graph, dtype=torch.float64)
+    expected = caster.predict(snapshots, 1, of_one, dtype=torch.float64)
     sums, found = Summing(NUMBER), {}
 
     def work(rank: int) -> None:
@@ -177,6 +184,59 @@ def test_positions_of_a_kernel_cannot_be_divided() -> None:
     assert place_of(block, Rows(0, 3, 3)) == whole_place(block)
     with pytest.raises(nino.GraphError, match="its rows are kernel, which are neither sources nor targets"):
         place_of(block, Rows(0, 2, 3))
+
+
+def both_sides() -> nino.NeuralGraph:
+    """Rows of the weight are pairs of a neuron that it feeds, one of 2 x 3, and one that it reads."""
+    module = nn.Module()
+    module.weight, module.first = nn.Parameter(torch.ones(2 * 3 * 4, 3)), nn.Parameter(torch.ones(4, 5))
+    builder = GraphBuilder(module)
+    a, b, i = (builder.axis(name, size) for name, size in (("a", 2), ("b", 3), ("i", 4)))
+    kernel = builder.axis("kernel", 3, permutable=False)
+    read = builder.group("read", i)
+    builder.dense("first", builder.group("inputs", builder.axis("inputs", 5, permutable=False)), read)
+    ends = read.slots(), builder.group("fed", a, b).slots()
+    builder.block("weight", BlockKind.DENSE, EdgeType.CONV, *ends, layout=(a, b, i, kernel))
+    return builder.finish("test", "exact")
+
+
+def test_rows_that_run_along_both_sides_are_predicted_as_the_whole() -> None:
+    mixed = both_sides()
+    assert [is_divisible(block, mixed.shapes[block.name]) for block in mixed.blocks] == [True, False]
+    graph = divisible(mixed)
+    assert graph.groups == mixed.groups
+    assert [block.parameter for block in graph.blocks] == ["first"] + 6 * ["weight"]  # one per neuron that it feeds
+    assert divisible(graph) is graph
+    check_alike(mixed, graph)
+    check_rows_of_threads(mixed, graph)
+
+
+def check_alike(graph: nino.NeuralGraph, other: nino.NeuralGraph) -> None:
+    """Two graphs have the same edges, which carry the same elements."""
+
+    def edges(graph: nino.NeuralGraph) -> list[tuple[Any, ...]]:
+        first, found = graph.first_nodes(), []
+        elements = {n: torch.arange(math.prod(shape)).view(shape) for n, shape in graph.shapes.items()}
+        for block in graph.parameter_blocks:
+            values = block.view(elements[str(block.parameter)])
+            source = block.source.local_index() + first[block.source.group]
+            target = block.target.local_index() + first[block.target.group]
+            ends = torch.cartesian_prod(source, target) if values.dim() == 3 else torch.stack([source, target], 1)
+            found += [
+                (block.parameter, *e, *v) for e, v in zip(ends.tolist(), values.flatten(0, -2).tolist(), strict=True)
+            ]
+        return sorted(found)
+
+    assert edges(graph) == edges(other)
+
+
+def test_dealing_keeps_some_parameters_entire() -> None:
+    parts = [("a", Rows(0, 4, 4), 1), ("b", Rows(0, 3, 3), 2)]
+    (first, second) = deal(parts, 2, entire={"b"})
+    assert first == {"a": Rows(0, 4, 4), "b": Rows(0, 3, 3)}
+    assert not second
+    (first, second) = deal([("a", Rows(0, 6, 6), 1), ("b", Rows(0, 3, 3), 2)], 2, entire={"b"})
+    assert (first, second) == ({"a": Rows(0, 6, 6)}, {"b": Rows(0, 3, 3)})
 
 
 # Sharded models

@@ -99,15 +99,16 @@ def _predict(
     snapshots: list[Mapping[str, Tensor]] = [{**fixed, **snapshot} for snapshot in store.snapshots]
     if not averaged and not store.exact:  # rounded: the weights themselves say more
         snapshots[-1] = {name: local_tensor(parameter) for name, parameter in everything.items()}
+    graph = target.graph if channel.size == 1 else target.divisible_graph
     same = [horizon, int(bool(plan.preserve_norms)), plan.ramp or 0] if channel.size > 1 else []
     if channel.size > 1:
         same.append(fingerprint(predictor.fingerprint_tensors()))
     return predictor.predict_movement(
         snapshots,
         horizon,
-        target.graph,
+        graph,
         only=parameters.keys(),
         device=channel.device,
         preserve_norms=bool(plan.preserve_norms),
-        partition=partition_work(target.graph, everything, parameters, snapshots, channel, same),
+        partition=partition_work(graph, everything, parameters, snapshots, channel, same),
     )
