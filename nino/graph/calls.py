@@ -6,16 +6,16 @@ of batches make it several calls, also of its parts. :class:`Calls` are all that
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nino.errors import NinoError
+from nino.graph.hooks import Watchers
 
 STATES = frozenset({"past_key_values", "past_key_value", "cache_params", "mems", "past_buckets_states"})
 """Names under which models hand back what only they read again, in their next call."""
@@ -28,7 +28,7 @@ class Call:
     """One call of a model or of a part of it."""
 
     args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     module: str = ""
     """Name of the part, as in ``named_modules``; the model itself by default."""
 
@@ -38,6 +38,8 @@ class Calls:
     """Calls of one model, in order."""
 
     each: tuple[Call, ...]
+    watchers: Watchers = field(default_factory=Watchers, compare=False, repr=False)
+    """Hooks of the model that are known to change nothing."""
 
     @staticmethod
     def of(example_inputs: Any) -> Calls:
@@ -65,7 +67,7 @@ class Calls:
         for one in self.each:
             args, kwargs = map_tensors((one.args, one.kwargs), function)
             each.append(Call(args, kwargs, one.module))
-        return Calls(tuple(each))
+        return Calls(tuple(each), self.watchers)
 
     def rows(self) -> int | None:
         """How many examples lie along the first dimension; ``None`` if tensors do not agree on it."""

@@ -22,16 +22,16 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nino.graph.hooks import Binding, Watchers, held_by
+
 SIMPLE = (str, bytes, int, float, complex, type(None), torch.Tensor, nn.Module, type)
 """What holds nothing else, or nothing that is looked for."""
 MOST_LOOKED_AT, OF_A_MODULE = 100_000, 100
 """Things that are looked at, and for every module so many more: looking through them takes no longer than a moment."""
 MOST_DEPTH = 2
+MOST_NUMBERS = 2**16
+"""Of a tensor that is no buffer, and put back all the same if it was written into."""
 LIBRARIES_LEFT_ALONE = sys.stdlib_module_names | {"torch", "nino"}
-LIBRARIES_WITH_HOOKS = ("transformers",)
-"""Whose models collect hidden states by forward hooks, and may compute with them."""
-
-
 NOISE = {
     "bernoulli": 1.0,
     **dict.fromkeys(("rand", "rand_like", "uniform", "randn", "randn_like", "normal", "normal_functional"), 0.5),
@@ -162,19 +162,23 @@ class Steady(TorchDispatchMode):
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
+def left_as_it_was(model: nn.Module, watchers: Watchers | None = None) -> Iterator[None]:
     """Put back what a forward pass changes, and keep it from those who watch it.
 
-    Put back are attributes of modules and of plain Python objects that they hold, their lists, dicts and the like,
-    buffers and random states. Forward hooks are not called, since they hand what they see to others; hooks before a
-    call are, since some compute weights.
+    Put back are attributes of modules and of plain Python objects that they or hooks hold, their lists, dicts and the
+    like, variables that hooks name, buffers and random states.
+
+    Args:
+        model: that is run meanwhile.
+        watchers: hooks that need not be called; those that turn out to be such are noted.
     """
     saved = list(_containers(model))
+    tensors = [(tensor, tensor._version, tensor.clone()) for tensor in _small_tensors(saved)]
     dense = [b for b in model.buffers() if b.layout == torch.strided and not b.is_meta]  # others cannot be compared
     buffers = [(buffer, buffer.detach().clone()) for buffer in dense]
     numbers, more_numbers = random.getstate(), np.random.get_state()
     try:
-        with _without_forward_hooks(model), torch.random.fork_rng(_devices(model)):
+        with (watchers or Watchers()).held_back(model), torch.random.fork_rng(_devices(model)):
             yield
     finally:
         random.setstate(numbers)
@@ -186,6 +190,9 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+            for tensor, version, value in tensors:
+                if tensor._version != version:
+                    tensor.copy_(value)
 
 
 def _containers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
@@ -196,9 +203,15 @@ def _containers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """
     waiting: deque[tuple[Any, int]] = deque((vars(module), 0) for module in model.modules())
     seen, left = set[int](), MOST_LOOKED_AT + OF_A_MODULE * len(waiting)
+    waiting.extend((value, 0) for value in held_by(model))
     while waiting and left:
         left -= 1
         value, depth = waiting.popleft()
+        if type(value) is Binding:
+            with suppress(Exception):  # a variable that has no value yet
+                yield value, value.get()
+                waiting.append((value.get(), depth))
+            continue
         contents = _contents(value)
         if contents is None:
             if depth < MOST_DEPTH and (attributes := _attributes(value)) is not None:
@@ -208,6 +221,19 @@ def _containers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield value, contents
             held = contents.values() if isinstance(contents, dict) else contents
             waiting.extend((each, depth) for each in held if not issubclass(type(each), SIMPLE))
+
+
+def _small_tensors(saved: Iterable[tuple[Any, Any]]) -> Iterator[Tensor]:
+    """Tensors in containers that may be counters and the like; a whole data set is not copied."""
+    seen = set[int]()
+    for _, contents in saved:
+        held = contents.values() if isinstance(contents, dict) else contents
+        for value in held if isinstance(held, Iterable) and not isinstance(held, Tensor) else (held,):
+            if type(value) is not Tensor or id(value) in seen or value.is_inference() or value.requires_grad:
+                continue
+            if value.layout is torch.strided and not value.is_meta and value.numel() <= MOST_NUMBERS:
+                seen.add(id(value))
+                yield value
 
 
 def _contents(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
@@ -234,26 +260,12 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     return attributes if type(attributes) is dict else None
 
 
-@contextmanager
-def _without_forward_hooks(model: nn.Module) -> Iterator[None]:
-    """Hold back what is called after a forward pass, but for hooks by which a library's model reads its own layers."""
-    hooks = [module._forward_hooks for module in model.modules() if module._forward_hooks]
-    held = [(of_module, dict(of_module)) for of_module in hooks]
-    try:
-        for of_module, all_of_them in held:
-            for key, hook in all_of_them.items():
-                if str(getattr(hook, "__module__", "")).partition(".")[0] not in LIBRARIES_WITH_HOOKS:
-                    del of_module[key]
-        yield
-    finally:
-        for of_module, all_of_them in held:
-            of_module.clear()
-            of_module.update(all_of_them)
-
-
 def _restore(container: Any, contents: Any) -> None:
     """In place, since others hold on to it, and only if it holds other things than before."""
-    if isinstance(container, dict):
+    if type(container) is Binding:
+        if container.get() is not contents:
+            container.put(contents)
+    elif isinstance(container, dict):
         if _identities(container.items()) != _identities(contents.items()):
             container.clear()
             container.update(contents)

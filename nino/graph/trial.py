@@ -150,7 +150,11 @@ class Trial:
 
         for mode in self._modes:
             steady = _Watching()
-            with left_as_it_was(self._model), _other_buffers(self._model, self._dtype), _default(self._dtype):
+            with (
+                left_as_it_was(self._model, self._calls.watchers),
+                _other_buffers(self._model, self._dtype),
+                _default(self._dtype),
+            ):
                 inputs = self._calls.map(lambda tensor: cloned(tensor).to(_dtype_of(tensor, self._dtype)))
                 with with_parameters(self._model, given), quiet(self._model):
                     with in_mode(self._model, mode), steady:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from nino.errors import NinoError
 from nino.graph.calls import Call, Calls, cloned, map_tensors
+from nino.graph.hooks import Watchers
 
 MOST_CALLS = 8
 """Calls of different kinds in one training step that are kept."""
@@ -39,6 +40,7 @@ class FirstInputs:
         self._depth = 0
         self._seen: list[Call] = []
         self._kinds: set[str] = set()
+        self._watchers = Watchers()
         self._problem = ""
 
     @property
@@ -67,6 +69,7 @@ class FirstInputs:
                     raise RuntimeError("it is compiled with torch.jit.script, which takes no hooks")
                 self._hooks.append(part.register_forward_pre_hook(self._enter, with_kwargs=True))
                 if not self._is_compiled:
+                    self._hooks.append(part.register_forward_hook(self._before_hooks, prepend=True))
                     self._hooks.append(part.register_forward_hook(self._leave, always_call=True))
             for module in {id(one): one for one in (self._called, self._model)}.values():
                 module.__dict__[PREPARE] = self._before_scripting
@@ -77,7 +80,7 @@ class FirstInputs:
     def stop(self) -> None:
         """Leave no trace on the model, and keep nothing."""
         self._end_watch()
-        self._seen, self._problem = [], ""
+        self._seen, self._problem, self._watchers = [], "", Watchers()
         self._kinds.clear()
 
     def take(self) -> Calls:
@@ -86,11 +89,11 @@ class FirstInputs:
         Raises:
             NinoError: if there are none.
         """
-        seen, problem = self._seen, self._problem
+        seen, problem, watchers = self._seen, self._problem, self._watchers
         self.stop()
         if not seen:
             raise NinoError(problem or f"{type(self._model).__name__} was not called")
-        return Calls(tuple(seen))
+        return Calls(tuple(seen), watchers)
 
     def _end_watch(self) -> None:
         for hook in self._hooks:
@@ -120,9 +123,15 @@ class FirstInputs:
                 self._end_watch()
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
+    def _before_hooks(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del args
+        self._watchers.before(module, output)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        del module, args, output
+        del args
         self._depth -= 1
+        self._watchers.after(module, output, self._leave)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a copy of what a call is given, unless one of the same kind is kept already."""

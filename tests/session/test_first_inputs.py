@@ -494,13 +494,16 @@ def test_what_a_model_holds_never_keeps_it_from_being_traced() -> None:
 def test_forward_hooks_see_only_what_is_trained() -> None:
     """One that keeps activations would keep those of stand-ins; hooks before a call compute weights, and are needed."""
     model, seen, prepared = branched(), dict[str, Tensor](), list[bool]()
+    noted = io.StringIO()  # what is written is not put back
     kept = model.inner.register_forward_hook(lambda module, inputs, output: seen.update(act=output.detach()))
     model.other.register_forward_hook(lambda module, inputs, kwargs, output: seen.update(k=output), with_kwargs=True)
     model.head.register_forward_pre_hook(lambda module, inputs: prepared.append(module.weight.is_meta))
+    model.head.register_forward_pre_hook(lambda module, inputs: noted.write(f"{module.weight.is_meta} ") and None)
     before = [list(module._forward_hooks.items()) for module in model.modules()]
     optimizer = wrap(model)
     update(model, optimizer, 0)
-    assert optimizer.session.graph.family == "traced" and prepared == [False, True, True]
+    assert optimizer.session.graph.family == "traced" and prepared == [False]
+    assert noted.getvalue() == "False True True "
     assert seen["act"].shape == (BATCH, 6) and seen["act"].mean().item() and not seen["k"].is_meta
     assert [list(module._forward_hooks.items()) for module in model.modules()] == before
     kept.remove()

@@ -98,7 +98,7 @@ def wire_each_alone(model: nn.Module, family: str = "per_parameter") -> NeuralGr
 
 def _wire_by_tracing(model: nn.Module, example_inputs: Any) -> NeuralGraph:
     calls = Calls.of(example_inputs)
-    with left_as_it_was(model):
+    with left_as_it_was(model, calls.watchers):
         try:
             return _trace_without_weights(model, calls)
         except TooLargeError as error:
