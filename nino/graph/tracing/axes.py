@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from nino.graph.tracing.indices import (
     Index,
     MismatchError,
     combinations_of,
+    find,
     is_pinned,
     pin,
     settle,
@@ -29,6 +30,10 @@ REARRANGED_IN_PLACE = names("t transpose squeeze unsqueeze swapaxes swapdims res
 """In place, but what changes is the order of the dimensions and no number."""
 
 
+Rows = dict[Index, int | None]
+"""Per table the row that a value was made with; ``None`` where it was made with several."""
+
+
 class Axes:
     """The indices of every value of a trace.
 
@@ -42,7 +47,7 @@ class Axes:
         self.dims: dict[Value, Dims] = {}
         self.positions = Positions()
         self.unknown: dict[str, str] = {}
-        self._rows: dict[Value, list[tuple[Index, int]]] = {}
+        self._rows: dict[Value, Rows] = {}
         self._alone: list[Dims] = []
         self._uniform: set[Value] = set()
         self._written = {value.memory for call in trace.calls for value in call.written}
@@ -71,13 +76,13 @@ class Axes:
 
     def choose_row(self, row: Value, index: Index, position: int) -> None:
         """A value is one row of a table: the weights of one expert, say."""
-        self._rows[row] = [(index, position)]
+        self._rows[row] = {find(index): position}
 
     def meet_rows(self, a: Value, b: Value) -> None:
         """What was made with an expert's weights meets further weights of the same expert."""
-        for index, position in self._rows.get(a, []):
-            for other, other_position in self._rows.get(b, []):
-                if position == other_position and index.size == other.size:
+        for index, position in self._rows.get(a, {}).items():
+            for other, other_position in self._rows.get(b, {}).items():
+                if position == other_position and position is not None and index.size == other.size:
                     unify(index, other)
 
     def occur_alone(self, dims: Dims) -> None:
@@ -137,7 +142,7 @@ class Axes:
         if sizes != [list(value.shape) for value in call.outputs[: len(sizes)]]:
             self.unknown.setdefault(call.name, f"{call.where} (its rule gave {dims})")
             dims = pinned_outputs(self, call, f"{reason_of(call)} is not known to treat its positions alike")
-        rows = [row for value in call.inputs for row in self._rows.get(value, [])]
+        rows = _rows_together([self._rows[value] for value in call.inputs if value in self._rows])
         for value, of_value in zip(call.outputs, dims, strict=False):
             if rows:
                 self._rows[value] = rows
@@ -176,6 +181,16 @@ class Axes:
         for name in trace.unused():
             value = trace.parameters[name]
             self.pin(value, range(len(value.shape)), "no output depends on it on the example inputs")
+
+
+def _rows_together(each: Sequence[Rows]) -> Rows:
+    """The rows of what is made of several values: the outputs of all experts, added up, are no expert's own."""
+    together: Rows = {}
+    for rows in each:
+        for index, position in rows.items():
+            index = find(index)
+            together[index] = position if together.get(index, position) == position else None
+    return together
 
 
 def _given(value: Value) -> Dims:

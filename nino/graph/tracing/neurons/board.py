@@ -166,9 +166,10 @@ class Board:
             self.link(f"{source.name} reaches {target.name}", source, target, every, EdgeType.HEAD)
 
     def set(self, call: Call, labels: Sequence[Labels]) -> None:
-        """Give the outputs their labels; what is computed in place changes those of every view."""
-        if call.is_in_place and not self.is_weight(call.inputs[0]):
-            target = self.labels(call.inputs[0])
+        """Give the outputs their labels; what is computed in place, or into memory, changes those of every view."""
+        written = call.inputs[0] if call.is_in_place else call.kwargs.get("out")
+        if isinstance(written, Value) and not self.is_weight(written) and written.shape == call.outputs[0].shape:
+            target = self.labels(written)
             try:
                 labels = [target.copy_(labels[0])]
             except RuntimeError:  # one place in memory stands for many positions

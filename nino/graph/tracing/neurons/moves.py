@@ -107,6 +107,14 @@ def concatenate(board: Board, call: Call) -> None:
     board.set(call, [torch.cat(parts, dim).expand(output.shape)])
 
 
+def pack(board: Board, call: Call) -> None:
+    """Steps of sequences one below the other, without those beyond their lengths."""
+    first, *others = call.outputs
+    labels = board.labels(call.inputs[0])
+    steps = labels.amax((0, 1)) if labels.numel() else labels.new_zeros(first.shape[1:])
+    board.set(call, [steps.expand(first.shape), *(torch.zeros(()).expand(other.shape) for other in others)])
+
+
 def gate(board: Board, call: Call) -> None:
     """A gated linear unit joins its halves."""
     halves = board.labels(call.inputs[0]).chunk(2, call.arguments.get("dim", -1))

@@ -36,8 +36,8 @@ IDENTITIES = names(
 )
 RESHAPES = names("view _unsafe_view reshape _reshape_alias as_strided squeeze unsqueeze")
 CONCATENATIONS = names("cat concat stack")
-WRITES = names("scatter scatter_add scatter_reduce index_add index_put")
-PRODUCTS = names("mm bmm mv dot addmm baddbmm addmv addbmm")
+WRITES = names("scatter scatter_add scatter_reduce index_add index_put masked_scatter")
+PRODUCTS = names("mm bmm mv dot vdot addmm baddbmm addmv addbmm _sparse_addmm _sparse_mm")
 CONVOLUTIONS = names("convolution _convolution convolution_overrideable")
 NORMS = names(
     "native_layer_norm _fused_rms_norm rms_norm layer_norm native_group_norm group_norm native_batch_norm "

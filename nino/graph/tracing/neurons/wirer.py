@@ -13,7 +13,7 @@ from nino.graph.tracing.axes import Axes
 from nino.graph.tracing.neurons.board import Board
 from nino.graph.tracing.neurons.contractions import convolve, look_up, multiply, multiply_by_experts, multiply_three
 from nino.graph.tracing.neurons.mixing import mix, normalise, reduce
-from nino.graph.tracing.neurons.moves import concatenate, fold, gate, move, write
+from nino.graph.tracing.neurons.moves import concatenate, fold, gate, move, pack, write
 from nino.graph.tracing.neurons.operations import (
     CONCATENATIONS,
     CONVOLUTIONS,
@@ -38,6 +38,7 @@ FOLLOWERS: dict[str, Callable[[Board, Call], None]] = {
     **dict.fromkeys(CONVOLUTIONS, convolve),
     **dict.fromkeys(NORMS, normalise),
     "aten.glu": gate,
+    "aten._pack_padded_sequence": pack,
     "aten.col2im": fold,
     "aten._trilinear": multiply_three,
     "aten.embedding": look_up,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from nino.graph.tracing.axes import Axes
 
 
-@rule("mm bmm mv dot addmm baddbmm addmv addbmm linear matmul")
+@rule("mm bmm mv dot vdot addmm baddbmm addmv addbmm linear matmul")
 def _matmul(axes: Axes, call: Call) -> list[Dims]:
     a, b = contracted_pair(call)
     axes.meet_rows(a, b)
@@ -29,6 +29,23 @@ def _matmul(axes: Axes, call: Call) -> list[Dims]:
         dims = dims[1:]
     for bias in call.inputs:
         if bias is not a and bias is not b:
+            _add_to(axes, bias, dims)
+    return [dims]
+
+
+@rule("_sparse_addmm _sparse_mm")
+def _sparse_matmul(axes: Axes, call: Call) -> list[Dims]:
+    """A sparse matrix (of which nothing is known but that it is one) times columns that are alike."""
+    sparse, dense = contracted_pair(call)
+    if len(dense.shape) != 2:
+        return unknown(axes, call)
+    reason = f"{reason_of(call)} reads it by position"
+    axes.pin(sparse, [0, 1], reason)
+    axes.pin(dense, [0], reason)
+    dims = [axes.of(sparse)[0], axes.of(dense)[1]]
+    axes.contract(axes.of(dense), axes.of(dense)[:1], [])
+    for bias in call.inputs:
+        if bias is not sparse and bias is not dense:
             _add_to(axes, bias, dims)
     return [dims]
 

@@ -139,6 +139,38 @@ def _single_row(call: Call) -> tuple[int, int] | None:
     return dim, int(positions.tensor) % call.arguments["self"].shape[dim]
 
 
+@rule("masked_scatter")
+def _masked_scatter(axes: Axes, call: Call) -> list[Dims]:
+    """Numbers in order of where a mask, the same along the last dimensions, says so: rows of them stay rows."""
+    value, mask, source = (call.arguments[name] for name in ("self", "mask", "source"))
+    dims, of_source, of_mask = axes.of(value), axes.of(source), axes.of(mask)
+    rows = len(dims)
+    while rows > 1 and _is_repeated(mask, rows - 1 - len(dims)) and _same_size(dims, of_source, rows - 1):
+        rows -= 1
+    reason = f"{reason_of(call)} writes it in the order that a mask chooses"
+    for some in (
+        dims[:rows],
+        of_source[: len(of_source) - len(dims) + rows],
+        of_mask[: len(of_mask) - len(dims) + rows],
+    ):
+        for index in some:
+            pin(index, reason)
+    _meet_written(dims[rows:], of_source)
+    return [dims]
+
+
+def _is_repeated(value: Value, dim: int) -> bool:
+    """Whether a value is the same along a dimension, counted from the last, because it was expanded along it."""
+    size, stride = value.tensor.shape[dim], value.tensor.stride(dim)
+    return len(value.shape) >= -dim and (size == 1 or stride == 0)
+
+
+def _same_size(dims: Dims, others: Dims, place: int) -> bool:
+    """Whether a dimension has the size of the one as far from the end."""
+    behind = len(dims) - place
+    return len(others) > behind and others[-behind].size == dims[place].size
+
+
 def _is_mask(positions: Value) -> bool:
     return positions.tensor.dtype in (torch.bool, torch.uint8)
 

@@ -158,6 +158,17 @@ def _split(axes: Axes, call: Call) -> list[Dims]:
     return pieces_of(dims, dim, [output.shape[dim] for output in call.outputs], call)
 
 
+@rule("_pack_padded_sequence")
+def _pack(axes: Axes, call: Call) -> list[Dims]:
+    """Steps of sequences one below the other: which they are depends on the lengths; features are not told apart."""
+    value, lengths = call.inputs[:2]
+    reason = f"{reason_of(call)} tells its positions apart"
+    axes.pin(value, [0, 1], reason)
+    axes.pin(lengths, range(len(lengths.shape)), reason)
+    steps, sizes = (fresh(output.shape[:1], reason) for output in call.outputs)
+    return [[*steps, *axes.of(value)[2:]], sizes]
+
+
 @rule("cat concat")
 def _cat(axes: Axes, call: Call) -> list[Dims]:
     output = call.outputs[0]
