@@ -34,6 +34,7 @@ from nino.evaluation.workers import in_fresh_process
 from nino.predict.engine.hardware import product_dtype
 from nino.predict.engine.tiling import TILE_EDGES
 from tasks.cli import ArgumentParser, check_output_folder, memory_size, positive_int, run_main, torch_device
+from tasks.heads import compare_heads
 from tasks.machine import describe_machine
 from tasks.measuring import BUSY_PERCENT, Memory
 from tasks.nowcasters import load_nowcaster
@@ -239,9 +240,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--published", type=Path, help="folder of the published code, to run beside ours")
+    parser.add_argument(
+        "--heads", nargs="+", metavar="WIDTH/HEADS", help="a model stored head by head beside one stored by layers"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-nowcast"))
     args = parser.parse_args(argv)
     load_nowcaster(args.nowcaster)
+    try:
+        args.heads = [(int(width), int(heads)) for width, heads in (one.split("/") for one in args.heads or ())]
+    except ValueError:
+        parser.error(f"--heads: expected width/heads such as 256/16, got {' '.join(args.heads)}")
     if args.published is not None and not is_published_code(args.published):
         parser.error(f"--published: {args.published} does not hold the published code (optim/nino.py and so on)")
     if args.published is not None and not args.nowcaster.endswith(".pt"):
@@ -294,9 +302,22 @@ def side_by_side(args: argparse.Namespace) -> int:
     return 0
 
 
+def head_by_head(args: argparse.Namespace) -> int:
+    """A fused layer that is stored head by head, beside layers of their own."""
+    rows = [compare_heads(*sizes, args.nowcaster, HORIZON, args.repeats) for sizes in args.heads]
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in vars(args).items() if key in ("heads", "nowcaster", "repeats")}
+    result = {"machine": describe_machine(), "arguments": settings, "summary": rows}
+    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    print(format_table(rows))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     check_output_folder("--out", args.out)
+    if args.heads:
+        return head_by_head(args)
     if args.published is not None:
         return side_by_side(args)
     runs: list[dict[str, Any]] = []
