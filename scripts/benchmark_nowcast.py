@@ -304,7 +304,7 @@ def side_by_side(args: argparse.Namespace) -> int:
 
 def head_by_head(args: argparse.Namespace) -> int:
     """A fused layer that is stored head by head, beside layers of their own."""
-    rows = [compare_heads(*sizes, args.nowcaster, HORIZON, args.repeats) for sizes in args.heads]
+    rows = [compare_heads(width, heads, args.nowcaster, HORIZON, args.repeats) for width, heads in args.heads]
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key in ("heads", "nowcaster", "repeats")}
     result = {"machine": describe_machine(), "arguments": settings, "summary": rows}
