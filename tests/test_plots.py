@@ -344,6 +344,7 @@ def test_what_wandb_writes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for step, row in logged():
         run.log({**row, "train/global_step": step})
     run.finish()
+    wandb.teardown()  # its service may write on until then
     (read,) = read_runs(tmp_path)
     assert read.losses[1] == pytest.approx([LOSSES[step - 1] for step in range(10, 501, 10)])
     assert read.jumps == [100, 200]

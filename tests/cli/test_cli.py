@@ -231,6 +231,8 @@ def test_a_nowcaster_is_trained_on_recordings_and_further(run: Run, tmp_path: Pa
         (["compare", "lines:Line"], "Missing option '--steps'"),
         (["nowcast", "nowhere", "--out", "x"], "expected 5 checkpoints"),
         (["plot", "nowhere.json"], "nowhere.json cannot be read"),
+        (["plot", "."], ". is empty: expected a Trainer"),
+        (["plot", __file__], "is not JSON"),
         (["pretrain", "nowhere", "--out", "x"], "nowhere"),
         (["demo", "--steps", "many"], "Invalid value for '--steps'"),
         (["dmeo"], "No such command 'dmeo'"),
