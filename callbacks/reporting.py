@@ -3,12 +3,15 @@
 A report is an event of its own, with six numbers: no log of the training is forced, so no loss of a single step gets
 among those that are means over many. The history, and with it ``trainer_state.json``, keeps everything. wandb's
 callback would name the numbers ``train/nowcast/...`` and so sort them among the training's panels: wandb gets all of
-them from here, in a group of their own.
+them from here, in a group of their own. What a jump was worth is known a period later, and goes into the history and to
+wandb alone.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer
@@ -22,17 +25,48 @@ STEP = "train/global_step"
 
 def log_report(trainer: Trainer, report: NowcastReport) -> None:
     """Log a complete report, after the step that completed it."""
+    _keep(trainer, report.as_record(), report.as_log())
+    _show(trainer, report.in_short())
+
+
+def log_estimate(trainer: Trainer, report: NowcastReport) -> None:
+    """Keep what a jump was worth, if there is an estimate; the console has had its numbers of this nowcast."""
+    if not math.isnan(report.steps_saved_low):
+        _keep(trainer, report.worth_as_record(), report.worth_as_log())
+
+
+def log_total(trainer: Trainer, total: Mapping[str, float], *, is_over: bool) -> None:
+    """Log what the nowcasts of a run came to.
+
+    Args:
+        trainer: whose run ends.
+        total: its numbers.
+        is_over: whether the training's end was told to other integrations, which then want no logs any more.
+    """
+    _keep(trainer, total, total)
+    if not is_over:
+        _show(trainer, total)
+
+
+def _keep(trainer: Trainer, record: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+    step = trainer.state.global_step
+    trainer.state.log_history.append({**record, "step": step})
+    if _to_wandb(trainer) or "wandb" in trainer.args.report_to:
+        _send_to_wandb({**numbers, STEP: step})
+
+
+def _show(trainer: Trainer, numbers: Mapping[str, float]) -> None:
     state, handler, control = trainer.state, trainer.callback_handler, trainer.control
-    state.log_history.append({**report.as_record(), "step": state.global_step})
-    to_wandb = [one for one in handler.callbacks if isinstance(one, WandbCallback)]
-    if to_wandb or "wandb" in trainer.args.report_to:
-        _send_to_wandb({**report.as_log(), STEP: state.global_step})
-    everyone, is_due = handler.callbacks, control.should_log
+    everyone, is_due, to_wandb = handler.callbacks, control.should_log, _to_wandb(trainer)
     handler.callbacks = [one for one in everyone if one not in to_wandb]
     try:
-        handler.on_log(trainer.args, state, control, report.in_short())
+        handler.on_log(trainer.args, state, control, dict(numbers))
     finally:
         handler.callbacks, control.should_log = everyone, is_due  # an event of logging says that nothing is due
+
+
+def _to_wandb(trainer: Trainer) -> list[Any]:
+    return [one for one in trainer.callback_handler.callbacks if isinstance(one, WandbCallback)]
 
 
 def _send_to_wandb(values: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from nino.callbacks.host import (
     resumed_checkpoint,
     saving_folder,
 )
-from nino.callbacks.reporting import log_report
+from nino.callbacks.reporting import log_estimate, log_report, log_total
 from nino.errors import CheckpointError, NinoError
 from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
@@ -35,6 +35,7 @@ from nino.predict.predictor import Predictor
 from nino.predict.registry import load_predictor
 from nino.predict.work_partition import fingerprint
 from nino.session import NowcastSession
+from nino.session.events import Event
 from nino.session.horizon import learning_rate_of
 from nino.session.report import NowcastReport
 from nino.session.saving import (
@@ -104,6 +105,8 @@ class NowcastCallback(TrainerCallback):
         self.trainer: Trainer | None = None
         """Of this training; :func:`nino.callbacks.attach` sets it, else it is found when training begins."""
         self._stop_listening: Callable[[], None] | None = None
+        self._is_over = False
+        """Whether the training's end was told."""
         self._losses: list[Tensor] = []
         """Of the micro-batches of the coming step."""
 
@@ -136,6 +139,8 @@ class NowcastCallback(TrainerCallback):
             graph=self.graph,
             on_report=self._report,
         )
+        self.session.events.subscribe(self._hear_event)
+        self._is_over = False
         self._say_which_model(self.session)
         if state.global_step > 0:
             self._resume(args, state)
@@ -198,6 +203,7 @@ class NowcastCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Report a nowcast whose rollback window the end cut short, and leave no trace on the model."""
+        self._is_over = True
         if self.session is not None:
             self.session.detach()
         self._detach()
@@ -275,6 +281,14 @@ class NowcastCallback(TrainerCallback):
     def _report(self, report: NowcastReport) -> None:
         if self.trainer is not None:
             log_report(self.trainer, report)
+
+    def _hear_event(self, event: Event) -> None:
+        if self.trainer is None or self.session is None:
+            return
+        if event.kind == "estimated" and event.report is not None:
+            log_estimate(self.trainer, event.report)
+        elif event.kind == "ended":
+            log_total(self.trainer, self.session.totals(), is_over=self._is_over)
 
     def _hear(self, loss: Tensor) -> None:
         self._losses.append(loss.detach().reshape(()).to(torch.float32, copy=True))

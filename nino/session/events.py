@@ -11,7 +11,7 @@ from nino.session.report import NowcastReport
 
 logger = logging.getLogger("nino.session")
 
-Kind = Literal["snapshot", "moved", "arrived", "undone", "reported"]
+Kind = Literal["snapshot", "moved", "arrived", "undone", "reported", "estimated", "ended"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class Event:
 
     kind: Kind
     """``snapshot``: one was taken. ``moved``: a jump, or a part of one, moved the weights. ``arrived``: all of a jump
-    is done. ``undone``: the weights of before a jump were put back. ``reported``: a report is complete."""
+    is done. ``undone``: the weights of before a jump were put back. ``reported``: a report is complete. ``estimated``:
+    it is known what a jump was worth, as far as it will be. ``ended``: the run is over, and was summed up."""
     step: int
     """Optimizer steps done."""
     report: NowcastReport | None = None
-    """Of ``undone`` and ``reported``."""
+    """Of ``undone``, ``reported`` and ``estimated``."""
     learning_rate: float | None = None
     """Of ``snapshot``."""
 

@@ -102,7 +102,13 @@ class History:
         if self.store.is_full:
             return ""
         last_try = f"; the last try: {self.problem}" if self.problem else ""
+        last_try = "; every period takes one more" if self.is_filling else last_try
         return f"{len(self.store)} of {self.store.context} snapshots were taken since the history began{last_try}"
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether snapshots are missing, of which more than one period brings more: nothing has failed."""
+        return self.across_jumps and not self.store.is_full and not self.problem
 
     def carry(self, movement: Mapping[str, Tensor]) -> None:
         """A jump begins: snapshots that outlive it move along, so that later ones show what training did by itself.

@@ -67,6 +67,13 @@ class NowcastReport:
     loss_after: float = math.nan
     """Mean training loss of the second half of the rollback window; NaN without one."""
 
+    steps_saved: float = math.nan
+    """Optimizer steps of training alone that the jump was worth, lost ones negative, as estimated a period later; NaN
+    if that is unclear, or not known yet."""
+    steps_saved_low: float = math.nan
+    """Of the estimate's 90% interval; NaN if there is none."""
+    steps_saved_high: float = math.nan
+
     @property
     def has_moved(self) -> bool:
         """Whether the weights were moved, even if they were put back later."""
@@ -88,8 +95,19 @@ class NowcastReport:
             "nowcast/loss/before": self.loss_before,
             "nowcast/loss/at": self.loss_at,
             "nowcast/loss/after": self.loss_after,
+            "nowcast/saved/steps": self.steps_saved,
+            "nowcast/saved/low": self.steps_saved_low,
+            "nowcast/saved/high": self.steps_saved_high,
         }
         return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def worth_as_log(self) -> dict[str, float]:
+        """The numbers of :meth:`as_log` that say which nowcast it was, and what it was worth."""
+        return {n: v for n, v in self.as_log().items() if n == "nowcast/step" or n.startswith("nowcast/saved/")}
+
+    def worth_as_record(self) -> dict[str, float | str | None]:
+        """The same for JSON; ``nowcast/saved`` says in words whether it is clear."""
+        return {**self.worth_as_log(), "nowcast/saved": "unclear" if math.isnan(self.steps_saved) else "estimated"}
 
     def in_short(self) -> dict[str, float]:
         """The six numbers of :meth:`as_log` that a console has room for; what is not known is left out."""
@@ -163,7 +181,7 @@ class OpenReport:
         before: list[float] = [float(loss) for loss in state["before"]]
         after: list[Loss] = [float(loss) for loss in state["after"]]
         opened = OpenReport(
-            _read_report(state["report"]),
+            read_report(state["report"]),
             index(state["steps_to_come"]),
             bool(state["is_monitored"]),
             before,
@@ -179,10 +197,16 @@ class OpenReport:
         return opened
 
 
-def _read_report(state: Mapping[str, Any]) -> NowcastReport:
+def read_report(state: Mapping[str, Any]) -> NowcastReport:
+    """The inverse of ``dataclasses.asdict``; what was not known to the version that saved it is not known.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: if the state is damaged.
+    """
     convert: dict[str, Callable[[Any], Any]] = {"int": index, "float": float, "str": str, "Outcome": str}
     kinds = {entry.name: convert.get(str(entry.type)) for entry in fields(NowcastReport)}
-    numbers = {name: kind(state[name]) for name, kind in kinds.items() if kind is not None}
+    later = {name for name in kinds if name.startswith("steps_saved") and name not in state}
+    numbers = {name: kind(state[name]) for name, kind in kinds.items() if kind is not None and name not in later}
     if numbers["outcome"] not in get_args(Outcome):
         raise ValueError(f"a report of outcome {numbers['outcome']!r}")
     by_kind = {str(kind): float(jump) for kind, jump in state["relative_jump_by_kind"].items()}

@@ -12,8 +12,10 @@ from nino.session.clock import Clock
 from nino.session.judge.monitor import Monitor
 from nino.session.jump.batch_norm import BatchNormRenewal
 from nino.session.jump.ramp import Ramp
+from nino.session.ledger import Ledger
 
 if TYPE_CHECKING:
+    from nino.session.report import NowcastReport
     from nino.session.session import NowcastSession
 
 logger = logging.getLogger("nino.session")
@@ -32,7 +34,13 @@ def state_of(session: NowcastSession) -> dict[str, Any]:
         "rollback_copy": session.jumps.rollback_copy.state_dict() if session.monitor.is_monitoring else None,
         "ramp": session.jumps.ramp.state_dict(),
         "batch_norm": session.jumps.batch_norm.state_dict(),
+        "ledger": session.ledger.state_dict(_complete(session)),
     }
+
+
+def _complete(session: NowcastSession) -> list[NowcastReport]:
+    opened = session.monitor.open
+    return [report for report in session.reports if opened is None or report.step != opened.report.step]
 
 
 def without_history(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +61,7 @@ def without_history(state: Mapping[str, Any]) -> dict[str, Any]:
         "rollback_copy": None,
         "ramp": {"steps_left": 0, "rest": {}, "iterates": []},
         "batch_norm": {"steps_left": 0, "known": {}},
+        "ledger": Ledger.without_history(state.get("ledger")),
     }
 
 
@@ -72,6 +81,7 @@ def load_state(session: NowcastSession, state: Mapping[str, Any]) -> None:
             raise NinoError(f"saved nowcasting state is damaged: snapshots from after its {step} steps")
         parameters = session.trainable_parameters()
         batch_norm = BatchNormRenewal.parse(state["batch_norm"])
+        ledger = Ledger.parse(state.get("ledger"), session.schedule.period)  # earlier versions saved none
         ramp = Ramp.parse(state["ramp"], parameters)
         rollback_copy = session.jumps.rollback_copy.parse(state["rollback_copy"], session.model)
         history = session.history.parse(state["history"], parameters, session.target.wired())
@@ -89,6 +99,7 @@ def load_state(session: NowcastSession, state: Mapping[str, Any]) -> None:
     session.jumps.batch_norm.resume(batch_norm)
     session.history.resume(history)
     session.monitor.resume(monitor)
+    session.ledger = ledger
     if unfrozen:
         _start_afresh(session, unfrozen)
 
@@ -109,5 +120,6 @@ def _start_afresh(session: NowcastSession, unfrozen: set[str]) -> None:
     session.history.clear()
     session.jumps.rollback_copy.close()
     session.monitor.losses.clear()
+    session.ledger.start_afresh(session.step)
     if session.monitor.open is not None:
         session.monitor.open.is_monitored = False

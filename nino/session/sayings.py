@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import math
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from nino.parallel.collectives import is_main_process
 from nino.parallel.shards import local_tensor
 from nino.plan import NowcastPlan, Run, describe, size_of
+from nino.session.judge.worth import Worth
+from nino.session.ledger import Count, Ledger
 from nino.session.report import NowcastReport, Outcome
 from nino.session.schedule import Schedule, num_nowcasts
 
@@ -56,16 +58,35 @@ class Sayings:
         copies = self.run.context + (self.plan.average_over != 1)
         return describe(self.plan, self.run, num_nowcasts(self.schedule), one * copies)
 
-    def at_the_end(self, reports: Sequence[NowcastReport]) -> None:
-        """Sum up the run in one line, once."""
-        if self._said_the_end or not reports or not is_main_process():
-            return
+    def of_worth(self, report: NowcastReport) -> None:
+        """Say what a jump was worth, if that is clear.
+
+        Args:
+            report: of an estimated jump.
+        """
+        if is_main_process() and not math.isnan(report.steps_saved):
+            worth = Worth(report.steps_saved, report.steps_saved_low, report.steps_saved_high)
+            logger.info("nowcast after step %d: %s", report.step, worth.in_words(math.inf))
+
+    def at_the_end(self, count: Count, ledger: Ledger) -> bool:
+        """Sum up the run in one line, once.
+
+        Args:
+            count: what its nowcasts came to.
+            ledger: knows what its jumps were worth.
+
+        Returns:
+            Whether this was the time to.
+        """
+        if self._said_the_end or not count.outcomes:
+            return False
         self._said_the_end = True
-        counts = Counter(report.outcome for report in reports)
-        kinds = ", ".join(f"{counts[kind]} {kind}" for kind in get_args(Outcome) if counts[kind])
-        held = max(report.snapshot_bytes + report.rollback_bytes for report in reports)
-        seconds = sum(report.seconds for report in reports)
-        logger.info("nowcasting is over: %s; %.1f s in all, at most %s of copies", kinds, seconds, size_of(held))
+        if is_main_process():
+            kinds = ", ".join(f"{count.outcomes[kind]} {kind}" for kind in get_args(Outcome) if count.outcomes[kind])
+            worth = f" {ledger.in_words()};" if count.has_moved else ""
+            message = "nowcasting is over: %s;%s %.1f s in all, at most %s of copies"
+            logger.info(message, kinds, worth, count.seconds, size_of(count.held))
+        return True
 
     def after_step(self, step: int) -> None:
         """Say once that the run goes on where nothing was planned."""

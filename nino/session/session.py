@@ -8,6 +8,7 @@ run. Of several processes every one holds a session and works on its part of a n
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,14 @@ from nino.plan import NowcastPlan, Run, choose, plan_of
 from nino.predict.predictor import Predictor
 from nino.predict.registry import load_predictor
 from nino.session.clock import Clock
+from nino.session.company import Company
 from nino.session.events import Event, Events
 from nino.session.history import History
 from nino.session.horizon import horizon_by_mass, learning_rate_of
 from nino.session.judge.monitor import Monitor
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.jump import Jumps
+from nino.session.ledger import AllOf, Count, Ledger
 from nino.session.optimizer_state.orthogonal import orthogonalises
 from nino.session.report import NowcastReport
 from nino.session.resume import load_state, state_of
@@ -84,6 +87,9 @@ class NowcastSession:
         self.history = History(self.plan, self.run.context, self.run.across_jumps)
         self.monitor = Monitor(rollback_config(self.plan), partial(getattr, self.target, "device"), on_report)
         self.jumps = Jumps(self.nowcaster, self.target, self.history, self.monitor, self.plan, self.events)
+        self.ledger = Ledger(self.schedule.period)
+        """What the nowcasts came to so far."""
+        self._company = Company()
         self.step = 0
         self._has_begun = self._is_detached = False
         self._skipped = 0
@@ -156,9 +162,12 @@ class NowcastSession:
             return None
         if not self._has_begun:
             self._begin()
+        self._company.after_step(self.model)
         self.step += 1
         self._skipped = 0
-        completed = self._judge() if self.monitor.book() else None
+        is_judged = self.monitor.book()
+        self.ledger.book(self.monitor.booked)
+        completed = self._judge() if is_judged else None
         try:
             self._go_on(learning_rate)
         finally:
@@ -178,8 +187,6 @@ class NowcastSession:
     def _go_on(self, learning_rate: float | None) -> None:
         """What is due after a step, once the last nowcast is judged."""
         self._sayings.after_step(self.step)
-        if self.step == self.run.max_steps:
-            self._sayings.at_the_end(self.reports)
         due = self.clock.due(self.step)
         self.jumps.move_on(self.step)
         self.jumps.batch_norm.after_step()
@@ -187,12 +194,54 @@ class NowcastSession:
             self.history.add_to_mean(self.step, self.trainable_parameters())
         if due.snapshot:
             due = self._snapshot(learning_rate)
+        is_end = self.step == self.run.max_steps
+        if due.nowcast or is_end or self.ledger.is_due(self.step):
+            self._estimate(learning_rate, self.monitor.of_all)
         if due.nowcast:
             self._nowcast()
             self.history.after_nowcast()
             self.monitor.losses.clear()
             if due.is_last:
                 self.history.store.forget()
+        if is_end:
+            self._end()
+
+    def _estimate(self, learning_rate: float | None, all_of: AllOf) -> None:
+        """A stretch of training between two jumps is over: say what the jump before it was worth."""
+        rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
+        try:
+            report = self.ledger.end_stretch(self.step, rate, all_of)
+        except (ArithmeticError, ValueError) as error:  # losses that no float holds the square of
+            logger.debug("nothing is estimated after step %d: %r", self.step, error)
+            self.ledger.start_afresh(self.step)
+            return
+        if report is None:
+            return
+        self.reports[:] = [report if one.step == report.step else one for one in self.reports]
+        self._sayings.of_worth(report)
+        self.events.emit(Event("estimated", self.step, report))
+
+    def _end(self) -> None:
+        if self._sayings.at_the_end(self.count(), self.ledger):
+            self.events.emit(Event("ended", self.step))
+
+    def totals(self) -> dict[str, float]:
+        """What the nowcasts of the run came to, in numbers for a logger; what is unclear is left out."""
+        count, total = self.count(), self.ledger.total
+        is_clear = total.is_clear(self.ledger.narrow)
+        numbers = {
+            "nowcast/total/applied": float(count.outcomes["applied"]),
+            "nowcast/total/rolled_back": float(count.outcomes["rolled back"]),
+            "nowcast/total/saved": total.steps if is_clear else math.nan,
+            "nowcast/total/saved_low": total.low if total.is_known else math.nan,
+            "nowcast/total/saved_high": total.high if total.is_known else math.nan,
+            "nowcast/total/seconds": count.seconds,
+        }
+        return {name: value for name, value in numbers.items() if not math.isnan(value)}
+
+    def count(self) -> Count:
+        """What became of all nowcasts of the run so far, of those before it was resumed as well."""
+        return self.ledger.earlier.add(self.reports)
 
     def _snapshot(self, learning_rate: float | None) -> Any:
         """Take a snapshot; returns what is due then, since the end of a warm-up begins a new period."""
@@ -202,6 +251,7 @@ class NowcastSession:
             rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
             if self.history.take(self.step, self.trainable_parameters(), rate):
                 self.clock.begin_with(self.step)
+                self.ledger.start_afresh(self.step)
                 self._sayings.when_the_rate_rises(self.step, self.reports)
             self.events.emit(Event("snapshot", self.step, learning_rate=self.history.rates[-1]))
         return self.clock.due(self.step)
@@ -225,6 +275,7 @@ class NowcastSession:
     def _forget_history(self) -> None:
         self.history.clear()
         self.monitor.losses.clear()
+        self.ledger.start_afresh(self.step)
 
     def _nowcast(self) -> None:
         self.history.settle(self.step)
@@ -233,8 +284,10 @@ class NowcastSession:
         report = NowcastReport(step=self.step, outcome="refused", horizon=horizon, horizon_steps=steps_ahead)
         if why_not:
             self.jumps.leave_out(report, why_not)
-        else:
-            self.jumps.nowcast(report)
+            return
+        opened = self.jumps.nowcast(report)
+        if opened.report.has_moved:
+            self.ledger.jumped(opened.report)
 
     def _horizon(self) -> tuple[int, str]:
         """How far to look in snapshot intervals, and why this nowcast is left out, if it is."""
@@ -257,10 +310,16 @@ class NowcastSession:
         if decision is None:
             return None
         if decision.why_undo:
-            return self.jumps.roll_back(self.step, decision.report, decision.why_undo)
+            return self._roll_back(decision.report, decision.why_undo)
         self.jumps.rollback_copy.clear()
         self.monitor.close(decision.report)
+        self.ledger.completed(decision.report)
         return decision.report
+
+    def _roll_back(self, report: NowcastReport, why: str) -> NowcastReport:
+        report = self.jumps.roll_back(self.step, report, why)
+        self.ledger.undone(self.step, report)
+        return report
 
     def _undo_what_cannot_train(self) -> NowcastReport | None:
         nowcast = self.monitor.open
@@ -269,7 +328,7 @@ class NowcastSession:
         self.monitor.forget_observed()
         self._skipped = 0
         why = "losses are NaN or infinite, so that every step was skipped"
-        report = self.jumps.roll_back(self.step, nowcast.with_losses(), why)
+        report = self._roll_back(nowcast.with_losses(), why)
         self._tell(report)
         return report
 
@@ -287,12 +346,13 @@ class NowcastSession:
         if self.jumps.ramp.is_on:
             self.jumps.ramp.give_up("the run is over")
         nowcast = self.monitor.open
-        self._sayings.at_the_end(self.reports)
-        if nowcast is None:
-            return None
-        self.monitor.close(nowcast.with_losses())
-        self._tell(self.reports[-1])
-        return self.reports[-1]
+        if nowcast is not None:
+            self.monitor.close(nowcast.with_losses())
+            self.ledger.completed(self.reports[-1])
+            self._tell(self.reports[-1])
+        self._estimate(None, list)  # of this process alone: others may not be here
+        self._end()
+        return None if nowcast is None else self.reports[-1]
 
     def reset(self) -> None:
         """Forget snapshots and losses and count steps from 0 again."""
@@ -300,6 +360,7 @@ class NowcastSession:
         self._forget_history()
         self.monitor.reset()
         self.jumps.forget()
+        self.ledger = Ledger(self.schedule.period)
 
     def detach(self) -> None:
         """Leave no trace: give back the memory of snapshots, and end what a jump has begun. Reports stay.
@@ -309,6 +370,7 @@ class NowcastSession:
         self._is_detached = True
         self.finish()
         self.jumps.batch_norm.end()
+        self._company.leave(self.model)
         self.target.detach()
         self.history.close()
         self.monitor.losses.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from trainers import STEPS, arguments, callback, llama, tokens, trainer
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from nino.callbacks import NowcastCallback
 from nino.session import NowcastSession
 from nino.session.saving import save_session
 from nino.system.files import load_whole
@@ -205,8 +207,20 @@ def test_numbers_go_to_wandb_if_the_trainer_reports_there(tmp_path: Path, monkey
     assert sent == [
         {**nowcast.reports[0].as_log(), "train/global_step": 7},
         {**nowcast.reports[1].as_log(), "train/global_step": 13},
+        {**totals_of(nowcast), "train/global_step": run.state.max_steps},
     ]
     assert set(defined) == {("nowcast/*", "train/global_step")}
+
+
+def totals_of(nowcast: NowcastCallback) -> dict[str, float]:
+    """What is logged of a whole run; of so short a one the worth of jumps is unknown."""
+    seconds = sum(report.seconds for report in nowcast.reports)
+    applied = sum(report.outcome == "applied" for report in nowcast.reports)
+    return {
+        "nowcast/total/applied": float(applied),
+        "nowcast/total/rolled_back": 0.0,
+        "nowcast/total/seconds": seconds,
+    }
 
 
 class Recorder(TrainerCallback):
@@ -229,7 +243,11 @@ def test_callbacks_on_either_side_see_the_numbers(tmp_path: Path, before: bool) 
     run.train()
 
     first, second = nowcast.reports
-    assert {step: logs for step, logs in recorder.logs.items() if logs} == {7: first.in_short(), 13: second.in_short()}
+    assert {step: logs for step, logs in recorder.logs.items() if logs} == {
+        7: first.in_short(),
+        13: second.in_short(),
+        run.state.max_steps: totals_of(nowcast),
+    }
     assert max(len(logs) for logs in recorder.logs.values()) <= 6
     assert numbers(run.state.log_history) == {7: first.as_record(), 13: second.as_record()}
     assert run.callback_handler.callbacks == callbacks  # nothing is left behind
@@ -257,8 +275,12 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
 
     by_step = {step: {n: v for (n, s), v in written.items() if s == step and "nowcast" in n} for _, step in written}
     assert {step: values for step, values in by_step.items() if values} == {
-        step: {f"train/{name}": value for name, value in report.in_short().items()}
-        for step, report in zip((7, 13), nowcast.reports, strict=True)
+        step: {f"train/{name}": value for name, value in logged.items()}
+        for step, logged in (
+            (7, nowcast.reports[0].in_short()),
+            (13, nowcast.reports[1].in_short()),
+            (STEPS, totals_of(nowcast)),
+        )
     }
 
 
@@ -296,7 +318,24 @@ def test_a_nowcast_whose_probation_the_end_cuts_short_is_logged(tmp_path: Path) 
     run.train()
 
     assert nowcast.reports[1].step == 12 and nowcast.reports[1].loss_at > 0
-    assert run.state.log_history[-1]["nowcast/step"] == 12
+    *_, reported, total = run.state.log_history
+    assert reported["nowcast/step"] == 12 and total["nowcast/total/applied"] == 2
+
+
+def test_what_jumps_were_worth_gets_into_the_history(tmp_path: Path) -> None:
+    nowcast, recorder = NowcastCallback(tiny_nowcaster(), period=30), Recorder()
+    run = trainer(tmp_path, nowcast, recorder, max_steps=150, learning_rate=1e-3)
+    run.train_dataset = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 64  # is learnt
+    run.train()
+
+    known = [report for report in nowcast.reports if not math.isnan(report.steps_saved_low)]
+    entries = [entry for entry in run.state.log_history if "nowcast/saved" in entry]
+    assert known and [entry["nowcast/step"] for entry in entries] == [report.step for report in known]
+    assert [entry["step"] for entry in entries] == [report.step + 30 for report in known]
+    assert all(entry["nowcast/saved/low"] <= entry["nowcast/saved/high"] for entry in entries)
+    (total,) = [entry for entry in run.state.log_history if "nowcast/total/applied" in entry]
+    assert total["nowcast/total/applied"] == len(nowcast.reports) and total["step"] == 150
+    assert max(len(logs) for logs in recorder.logs.values()) <= 6  # the console gets no more
 
 
 @pytest.mark.slow
@@ -322,6 +361,7 @@ def test_real_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
         {**nowcast.reports[0].as_log(), "train/global_step": 7},
         {**nowcast.reports[1].as_log(), "train/global_step": 13},
     ]
+    assert [values for values in sent if "nowcast/total/applied" in values]
 
 
 # Resuming

@@ -131,3 +131,18 @@ def test_snapshots_that_cannot_move_along_are_forgotten() -> None:
     with pytest.raises(RuntimeError):
         store.carry({"weight": torch.zeros(7, 7)})
     assert len(store) == 0
+
+
+def test_after_a_rollback_one_line_says_that_snapshots_are_awaited(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = started(rollback_window=5, stop_after=1.0)
+    weights: nn.Parameter = optimizer.param_groups[0]["params"][0]
+    for step in range(1, STEPS + 1):
+        weights.grad = gradient_at(step, weights.detach())
+        optimizer.observe(1.0 + 0.01 * (step % 2) + 99.0 * (30 < step <= 40))
+        optimizer.step()
+    outcomes = [(report.step, report.outcome) for report in optimizer.reports]
+    assert outcomes[:4] == [(30, "rolled back"), (40, "refused"), (50, "refused"), (60, "applied")]
+    assert [r.getMessage() for r in caplog.records if "was refused" in r.getMessage()] == [
+        "nowcast after step 40 was refused, training goes on: 1 of 3 snapshots were taken since the history began; "
+        "every period takes one more"
+    ]

@@ -248,7 +248,7 @@ def test_a_run_that_ends_in_a_rollback_window_is_reported_when_it_is_finished(ca
 
     assert report is not None and report == optimizer.reports[0] and report.loss_at == 2
     said = [record.getMessage().split(":")[0] for record in records_of(caplog)]
-    assert said == ["nowcasting is over", "nowcast after step 6"]
+    assert said == ["nowcast after step 6", "nowcasting is over"]
     assert optimizer.session.finish() is None
     assert len(records_of(caplog)) == 2
 

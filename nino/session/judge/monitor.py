@@ -69,6 +69,8 @@ class Monitor:
         """The last report, while it waits for losses."""
         self._observed: list[Loss] = []
         """Losses of the coming step."""
+        self.booked: Loss | None = None
+        """Of the last step, if it was told."""
         self._said_unjudged = False
 
     @property
@@ -117,6 +119,7 @@ class Monitor:
         """Book the losses of the step that was just done; whether the open report now wants a decision."""
         loss = sum(self._observed[1:], self._observed[0]) / len(self._observed) if self._observed else None
         self._observed.clear()
+        self.booked = loss
         if loss is not None:
             self.losses.append(loss)
         if self.open is None:
@@ -137,7 +140,7 @@ class Monitor:
         report, is_over = nowcast.with_losses(), nowcast.steps_to_come <= 0
         after = [float(loss) for loss in nowcast.after] if nowcast.is_monitored else []
         if nowcast.is_monitored and is_true_everywhere(bool(after), self._device()):
-            evidence = gather_evidence(finite(self._of_all(nowcast.before)), self._of_all(after))
+            evidence = gather_evidence(finite(self.of_all(nowcast.before)), self.of_all(after))
             report = replace(report, loss_after=evidence.after)
             steps = step - report.step - report.ramp  # since the weights have arrived
             if not has_recovered(evidence, self.config, steps):
@@ -150,10 +153,10 @@ class Monitor:
                 self.backoff = self.backoff.after_keeping(evidence, self.config)
         return Decision(report) if is_over else None
 
-    def _of_all(self, losses: list[float]) -> list[float]:
+    def of_all(self, losses: list[float]) -> list[float]:
         """The losses of the global batches: the mean over processes, as far back as all remember."""
         known = int(min_over_processes(len(losses), self._device()))
-        return mean_over_processes(losses[len(losses) - known :], self._device())
+        return mean_over_processes(losses[len(losses) - known :], self._device()) if known else []
 
     def before_jump(self) -> list[float]:
         """The losses that a nowcast made now would be compared with, oldest first."""

@@ -56,6 +56,8 @@ class Jumps:
         self.ramp = Ramp(plan.ramp or 0)
         self.rollback_copy = RollbackCopy(plan.snapshots_on, plan.snapshot_folder)
         self.batch_norm = BatchNormRenewal(target.module, RENEWAL_STEPS if plan.recalibrate_batch_norm else 0)
+        self._said_waiting = False
+        """Whether the last nowcast was refused for want of snapshots that only time brings, and that was logged."""
 
     @property
     def lasts(self) -> int:
@@ -77,6 +79,7 @@ class Jumps:
             report: with the step and the horizon.
         """
         losses, report = self.monitor.before_jump(), self._with_state(report)
+        self._said_waiting = self._said_waiting and self.history.is_filling
         is_monitored = self._judges and self.monitor.can_judge(losses, is_due=self.history.store.is_full)
         try:
             prediction = predict_jump(
@@ -185,8 +188,10 @@ class Jumps:
 
     def _refuse(self, report: NowcastReport, *, is_own: bool) -> OpenReport:
         self.forget()
-        if is_main_process() or is_own:
+        is_waiting = not self.target.problem and self.history.is_filling
+        if (is_main_process() or is_own) and not (is_waiting and self._said_waiting):
             log_report(report)
+        self._said_waiting = is_waiting
         return self.monitor.begin(report)
 
 
