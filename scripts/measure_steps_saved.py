@@ -76,6 +76,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--jobs", type=positive_int, default=1, help="trainings at once, one thread each")
     add("--out", type=Path, default=Path("runs/steps-saved"))
     add("--dry-run", action="store_true", help="only list the trainings")
+    add("--train-nothing", action="store_true", help="only make the tables of what is finished")
     args = parser.parse_args(argv)
     for _, cell in plan(args):
         FAIR_TASKS[cell.task].check_data(cell.task, args.data)
@@ -91,12 +92,13 @@ def main(argv: list[str]) -> int:
         for _, cell in planned:
             print(f"{'to do' if cell in todo else 'finished':>9}  {cell.label}")
         return 0
+    todo = [] if args.train_nothing else todo
     make_output_folder("--out", args.out)
     logging.getLogger("nino").setLevel(logging.ERROR)
     work = partial(train_and_write, data=args.data, cache=args.cache, out=args.out)
     failed: dict[str, str] = {}
     with tqdm(total=sum(cell.steps for cell in todo), unit="step", mininterval=1, dynamic_ncols=True) as bar:
-        for event in do_all(todo, work, min(args.jobs, len(todo))):
+        for event in do_all(todo, work, args.jobs):
             bar.update(event.amount)
             if event.kind == "failed":
                 failed[event.job.label] = event.text

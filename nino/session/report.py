@@ -207,6 +207,7 @@ def read_report(state: Mapping[str, Any]) -> NowcastReport:
     kinds = {entry.name: convert.get(str(entry.type)) for entry in fields(NowcastReport)}
     later = {name for name in kinds if name.startswith("steps_saved") and name not in state}
     numbers = {name: kind(state[name]) for name, kind in kinds.items() if kind is not None and name not in later}
+    numbers |= {name: math.nan for name, number in numbers.items() if number != number}  # so that reports can be equal
     if numbers["outcome"] not in get_args(Outcome):
         raise ValueError(f"a report of outcome {numbers['outcome']!r}")
     by_kind = {str(kind): float(jump) for kind, jump in state["relative_jump_by_kind"].items()}
