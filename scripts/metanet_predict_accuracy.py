@@ -4,7 +4,9 @@
     python scripts/metanet_predict_accuracy.py --zoo zoo --out results/metanet-accuracy
 
 Each cell (task, method, seed) is a file; those that are there are not computed again. Learning rates are chosen on the
-validation networks of the task "all" with seed 0, once per method. R2 and Kendall's tau are of the test networks.
+validation networks of the task "all" with seed 0, once per method. R2 and Kendall's tau are of the test networks; so is
+the last table, of predictions averaged over seeds: how far R2 is from that of the statistics, and between which
+differences nine of ten redrawn sets of test networks lie.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from tasks.zoo import TASKS, Member, Split, images, load_zoo, split
 
 GRAPH_METHODS = ("mpnn", "ng-gnn", "ng-t", "scale", "probe")
 METHODS = ("statistics", "deepsets", "dmc", "probe", "mpnn", "ng-gnn", "ng-t")
-RATES = (3e-3, 9e-3)
+RATES = (3e-3, 9e-3, 2e-2)
+REDRAWN = 2000
 Predict = Callable[[Sequence[Member]], Tensor]
 
 
@@ -40,8 +43,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, "scale"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--hidden", type=int, default=16)
+    parser.add_argument("--lr", type=float, help="for all methods; by default each chooses by validation networks")
     parser.add_argument("--networks", type=int, help="only the first so many of the zoo")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> int:
         for task in arguments.tasks:
             for method in arguments.methods:
                 cell(cells, zoo, task, method, seed, arguments)
-                summarise(cells, zoo, arguments)
+            summarise(cells, zoo, arguments)
     return 0
 
 
@@ -66,19 +70,27 @@ def cell(cells: Path, zoo: list[Member], task: str, method: str, seed: int, argu
     begin = time.process_time()
     predict = trained(method, parts, seed, rate, arguments)
     record = {"task": task, "method": method, "seed": seed, "lr": rate, "train": len(parts["train"])}
-    record |= scores(predict, parts["test"]) | {"cpu_seconds": round(time.process_time() - begin, 1)}
+    predicted = predict(parts["test"]).double()
+    record |= scores(predicted, accuracies(parts["test"])) | {"predicted": [round(float(x), 4) for x in predicted]}
+    record |= {"cpu_seconds": round(time.process_time() - begin, 1)}
     path.write_text(json.dumps(record))
-    print(json.dumps(record), flush=True)
+    print(json.dumps({key: value for key, value in record.items() if key != "predicted"}), flush=True)
 
 
 def best_rate(cells: Path, zoo: list[Member], method: str, arguments: argparse.Namespace) -> float | None:
     """The rate with the higher R2 on validation networks."""
     if method == "statistics":
         return None
+    if arguments.lr is not None:
+        return float(arguments.lr)
     path = cells / f"rate-{method}.json"
     if not path.exists():
         parts = split(zoo, "all")
-        found = {rate: scores(trained(method, parts, 0, rate, arguments), parts["validation"])["r2"] for rate in RATES}
+        members = parts["validation"]
+        found = {
+            rate: scores(trained(method, parts, 0, rate, arguments)(members), accuracies(members))["r2"]
+            for rate in RATES
+        }
         path.write_text(json.dumps(found))
         print(method, found, flush=True)
     saved = {float(rate): r2 for rate, r2 in json.loads(path.read_text()).items()}
@@ -110,16 +122,37 @@ def trained(method: str, parts: Split, seed: int, rate: float | None, arguments:
     return predict
 
 
-def scores(predict: Predict, members: Sequence[Member]) -> dict[str, float]:
+def accuracies(members: Sequence[Member]) -> Tensor:
+    """What is to be predicted: float64 ``[members]``."""
+    return torch.tensor([member.accuracy for member in members], dtype=torch.float64)
+
+
+def r_squared(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """Over the last dimension."""
+    return 1 - (predicted - wanted).square().mean(-1) / wanted.var(-1, unbiased=False)
+
+
+def scores(predicted: Tensor, wanted: Tensor) -> dict[str, float]:
     """R2 and Kendall's tau."""
-    wanted = torch.tensor([member.accuracy for member in members], dtype=torch.float64)
-    predicted = predict(members).double()
-    r2 = 1 - (predicted - wanted).square().mean() / wanted.var(unbiased=False)
     return {
-        "r2": round(float(r2), 4),
+        "r2": round(float(r_squared(predicted.double(), wanted)), 4),
         "tau": round(float(kendalltau(predicted, wanted).statistic), 4),
         "test": len(wanted),
     }
+
+
+def against_statistics(rows: dict[str, dict[str, Any]], task: str, method: str, zoo: list[Member]) -> str:
+    """How much higher R2 is than that of the statistics, both averaged over seeds; of redrawn test networks too."""
+    both = [rows[name].get(task, []) for name in (method, "statistics") if name in rows]
+    if len(both) < 2 or not all(both):
+        return ""
+    wanted = accuracies(split(zoo, task)["test"])
+    drawn = torch.randint(len(wanted), (REDRAWN, len(wanted)), generator=torch.Generator().manual_seed(0))
+    means = [torch.tensor([r["predicted"] for r in records], dtype=torch.float64).mean(0) for records in both]
+    ours, theirs = (r_squared(mean, wanted) for mean in means)
+    again = [r_squared(mean[drawn], wanted[drawn]) for mean in means]
+    low, high = (again[0] - again[1]).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+    return f"{float(ours):.3f}: {float(ours - theirs):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def summarise(cells: Path, zoo: list[Member], arguments: argparse.Namespace) -> None:
@@ -129,22 +162,32 @@ def summarise(cells: Path, zoo: list[Member], arguments: argparse.Namespace) -> 
     for record in records:
         rows.setdefault(record["method"], {}).setdefault(record["task"], []).append(record)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    accuracies = torch.tensor([member.accuracy for member in zoo])
+    all_of_them = accuracies(zoo)
     summary = {
         "title": "Accuracies of image classifiers predicted from their weights",
         "command": "python " + " ".join(sys.argv),
-        "zoo": {"networks": len(zoo), "mean accuracy": float(accuracies.mean()), "deviation": float(accuracies.std())},
+        "zoo": {
+            "networks": len(zoo),
+            "mean accuracy": float(all_of_them.mean()),
+            "deviation": float(all_of_them.std()),
+        },
         "settings": {"steps": arguments.steps, "hidden": arguments.hidden, "rates": RATES},
-        "cells": records,
+        "cells": [{key: value for key, value in record.items() if key != "predicted"} for record in records],
     }
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    lines = ["| method | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
-    for method in [*METHODS, "scale"]:
-        if method in rows:
-            lines.append(f"| {method} | " + " | ".join(_shown(rows[method].get(task, [])) for task in TASKS) + " |")
+    methods = [method for method in [*METHODS, "scale"] if method in rows]
+    alone = {m: [_shown(rows[m].get(task, [])) for task in TASKS] for m in methods}
+    together = {m: [against_statistics(rows, task, m, zoo) for task in TASKS] for m in methods if m != "statistics"}
     (arguments.out / "table.md").write_text(
-        "R2 (Kendall's tau), mean and deviation over seeds\n\n" + "\n".join(lines) + "\n"
+        f"R2 (Kendall's tau), mean and deviation over seeds\n\n{_table(alone)}\n"
+        f"Predictions averaged over seeds: R2, and how far it is from that of the statistics (5 to 95 per cent of test "
+        f"sets redrawn)\n\n{_table(together)}"
     )
+
+
+def _table(rows: dict[str, list[str]]) -> str:
+    lines = ["| method | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())]) + "\n"
 
 
 def _shown(records: list[dict[str, Any]]) -> str:

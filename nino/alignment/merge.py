@@ -50,6 +50,8 @@ def merge(
     Raises:
         NinoError: if there are no models, weights do not fit, or they cannot be aligned.
     """
+    if isinstance(models, nn.Module):
+        raise NinoError(f"merge takes a list of models, got one {type(models).__name__}")
     models = list(models)
     if not models:
         raise NinoError("merge needs at least one model, got none")

@@ -135,8 +135,12 @@ def state_of(model: Model, graph: NeuralGraph) -> dict[str, Tensor]:
     """A model's parameters in the order of the graph.
 
     Raises:
-        NinoError: if one is missing, of another shape, NaN or infinite.
+        NinoError: if one is missing, of another shape, NaN or infinite, or there is no model or graph.
     """
+    if not isinstance(model, (nn.Module, Mapping)):
+        raise NinoError(f"a model must be a torch.nn.Module or a state dict, got {type(model).__name__}")
+    if not isinstance(graph, NeuralGraph):
+        raise NinoError(f"a graph must be a nino.NeuralGraph, got {type(graph).__name__}")
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
     state = {}
     for name, shape in graph.shapes.items():

@@ -12,20 +12,17 @@ from torch import Tensor, nn
 from nino.errors import NinoError
 from nino.graph.ir import MAX_FEATURES, NeuralGraph
 from nino.metanet.config import MetanetConfig
-from nino.metanet.inputs import GraphInputs, Model, read, union
-from nino.metanet.layers import Encoded, Encoder, mlp, segment_max, segment_mean
+from nino.metanet.inputs import PLACE_FEATURES, GraphInputs, Model, read, union
+from nino.metanet.layers import Encoded, Encoder, mlp
 from nino.metanet.mpnn import Mpnn
 from nino.metanet.ng_gnn import NgGnn
 from nino.metanet.ng_t import NgT
 from nino.metanet.probe import Probe, with_probes
+from nino.metanet.readout import Readout
 from nino.metanet.saving import load_network, save_network
 from nino.metanet.scale import Scale
 
 ENCODERS: dict[str, type[Encoder]] = {"mpnn": Mpnn, "ng-gnn": NgGnn, "ng-t": NgT, "scale": Scale, "probe": Probe}
-SMALLEST_SPREAD = 1e-4
-"""Of pooled edges; what varies less in all models says nothing."""
-TOLD = 10
-"""Numbers about the parameters of a model that the invariant head reads besides."""
 FIRST_STEP = 0.01
 """How much of what it gives out an untrained equivariant head adds to a weight."""
 
@@ -55,10 +52,7 @@ class GraphMetanetwork(nn.Module):
         if self.config.variant != "probe" or self.config.probe_numbers is not None:
             self.encoder = ENCODERS[self.config.variant](self.config)
         if self.config.head == "invariant":
-            pooled = (4 if self.config.variant == "probe" else 3) * hidden + TOLD * (self.config.inputs != "raw")
-            self.head: nn.Module = mlp(pooled, hidden, self.config.outputs)
-            self.register_buffer("usual", torch.zeros(pooled))
-            self.register_buffer("spread", torch.ones(pooled))
+            self.head: nn.Module = Readout(self.config)
         elif self.config.head == "per-neuron":
             self.head = mlp(hidden, hidden, self.config.outputs)
         else:
@@ -114,10 +108,15 @@ class GraphMetanetwork(nn.Module):
         return self.encoder
 
     def _read_out(self, inputs: GraphInputs) -> Any:
+        wanted = self.config.num_positions + PLACE_FEATURES
+        if inputs.nodes.shape[1] != wanted:
+            raise NinoError(
+                f"the graph has {inputs.nodes.shape[1]} features per node and this metanetwork reads {wanted}: make "
+                f"the inputs with its own read(), or with num_positions={self.config.num_positions}"
+            )
         encoded: Encoded = self._ready_encoder()(inputs)
         if self.config.head == "invariant":
-            pooled = (self._pooled(encoded, inputs) - self.get_buffer("usual")) / self.get_buffer("spread")
-            out = self.head(pooled)
+            out = self.head(encoded, inputs)
             return out.sigmoid() if self.config.output == "sigmoid" else out
         if self.config.head == "per-neuron":
             out = self.head(encoded.nodes)
@@ -127,33 +126,10 @@ class GraphMetanetwork(nn.Module):
 
     @torch.no_grad()
     def look_at(self, inputs: Sequence[GraphInputs]) -> None:
-        """Note how pooled edges usually are in the models to be trained on, before training.
-
-        They are means of many edges, alike in all models; only what differs tells the models apart. That is divided by
-        the root of its deviation: by the deviation itself, noise would be as large as what matters.
-        """
+        """Note what is usual in the models to be trained on, before training (``Readout.look_at``)."""
         encoder = self._ready_encoder()
-        if self.config.head == "invariant" and len(inputs) > 1:
-            pooled = torch.cat([self._pooled(encoder(one), one) for one in inputs])
-            self.get_buffer("usual").copy_(pooled.mean(0))
-            self.get_buffer("spread").copy_(pooled.std(0).clamp_min(SMALLEST_SPREAD).sqrt())
-
-    def _pooled(self, encoded: Encoded, inputs: GraphInputs) -> Tensor:
-        """Means of what is known of edges, over all of a model's and over its parameters; deviations within these."""
-        edges = encoded.edges[inputs.carriers]
-        of_parameters = segment_mean(edges, inputs.parameter, len(inputs.owner))
-        squares = segment_mean(edges.square(), inputs.parameter, len(inputs.owner))
-        spread = (squares - of_parameters.square()).clamp_min(0).add(SMALLEST_SPREAD**2).sqrt()
-        pooled = [
-            segment_mean(edges, inputs.owner[inputs.parameter], inputs.num_models),
-            segment_mean(of_parameters, inputs.owner, inputs.num_models),
-            segment_mean(spread, inputs.owner, inputs.num_models),
-        ]
-        if encoded.whole is not None:
-            pooled.append(encoded.whole)
-        if self.config.inputs != "raw":
-            pooled.append(_told(inputs))
-        return torch.cat(pooled, dim=-1)
+        if isinstance(self.head, Readout):
+            self.head.look_at([(encoder(one), one) for one in inputs])
 
     def _edited(self, encoded: Encoded, inputs: GraphInputs) -> list[dict[str, Tensor]]:
         """New values of all weights: the old ones and a step, in units of the parameter's size where it is known."""
@@ -180,17 +156,6 @@ class GraphMetanetwork(nn.Module):
             CheckpointError: if it is missing, damaged or foreign.
         """
         return load_network(lambda saved: cls(MetanetConfig.from_dict(saved)), name)
-
-
-def _told(inputs: GraphInputs) -> Tensor:
-    """What is told of whole parameters, over those of each model: mean, deviation, largest, smallest; their number."""
-    told = segment_mean(inputs.features[inputs.carriers, -2:], inputs.parameter, len(inputs.owner))
-    number, owner = inputs.num_models, inputs.owner
-    mean = segment_mean(told, owner, number)
-    deviation = (segment_mean((told - mean[owner]).square(), owner, number) + SMALLEST_SPREAD**2).sqrt()
-    largest, smallest = segment_max(told, owner, number), -segment_max(-told, owner, number)
-    sizes = [torch.bincount(index, minlength=number)[:, None] for index in (owner, owner[inputs.parameter])]
-    return torch.cat([mean, deviation, largest, smallest, torch.cat(sizes, dim=1).to(told).log()], dim=-1)
 
 
 def graphs_for(models: Sequence[Any], graph: NeuralGraph | Sequence[NeuralGraph] | None) -> list[NeuralGraph]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,13 @@ def fit(
     """
     from accelerate import Accelerator
 
+    if not isinstance(net, GraphMetanetwork):
+        raise NinoError(f"fit trains a GraphMetanetwork, got {type(net).__name__}")
+    if isinstance(models, (torch.nn.Module, Mapping, str)):
+        raise NinoError(f"fit takes a list of models, got one {type(models).__name__}")
+    for name, number in (("steps", steps), ("batch", batch)):
+        if not isinstance(number, int) or number < 1:
+            raise NinoError(f"{name} must be a whole number of at least 1, got {number!r}")
     models = list(models)
     if not models:
         raise NinoError("fit needs at least one model: the zoo is empty")
@@ -111,8 +118,6 @@ def fit(
         if progress is not None:
             progress(step + 1, report.losses[-1])
     if loss == "bce":
-        from dataclasses import replace
-
         net.config = replace(net.config, output="sigmoid")
     net.eval()
     return report
@@ -123,10 +128,17 @@ def _graphs(
 ) -> list[NeuralGraph]:
     if graphs is not None:
         return graphs_for(models, graphs)
-    for model in models:
+    found = []
+    for index, model in enumerate(models):
         if not isinstance(model, torch.nn.Module):
             raise NinoError("state dicts have no graph of their own: pass graphs=")
-    return [NeuralGraph.from_model(model, example_inputs=example_inputs) for model in models]  # type: ignore[arg-type]
+        found.append(NeuralGraph.from_model(model, example_inputs=example_inputs))
+        if found[-1].wiring == "per-parameter":
+            raise NinoError(
+                f"model {index} of the zoo, {type(model).__name__}, cannot be traced: pass example_inputs that it "
+                "takes, or its graph in graphs="
+            )
+    return found
 
 
 def _read(net: GraphMetanetwork, index: int, model: Model, graph: NeuralGraph) -> GraphInputs:
@@ -138,28 +150,42 @@ def _read(net: GraphMetanetwork, index: int, model: Model, graph: NeuralGraph) -
 
 def _loss(net: GraphMetanetwork, loss: str | Loss, targets: Any, number: int) -> tuple[Loss, Sequence[Any]]:
     """The loss of one model, and its targets."""
-    if len(targets) != number:
-        raise NinoError(f"fit got {len(targets)} targets for {number} models; give one each")
+    if not hasattr(targets, "__len__") or len(targets) != number:
+        came = f"{len(targets)} targets" if hasattr(targets, "__len__") else type(targets).__name__
+        raise NinoError(f"fit got {came} for {number} models; give one each")
     if not isinstance(loss, str):
         return loss, targets
     if loss not in LOSSES:
         raise NinoError(f"loss must be one of {', '.join(LOSSES)} or a function, got {loss!r}")
     if net.config.head == "equivariant":
         raise NinoError("of an equivariant head, loss must be a function of a dict of new weights and a target")
-    wanted = torch.as_tensor(targets).to(next(net.parameters()).device)
+    like = next(net.parameters())
+    wanted = _numbers(targets).to(like.device)
+    outputs = net.config.outputs
     if loss == "cross-entropy":
+        if wanted.dim() != 1 or bool(((wanted < 0) | (wanted >= outputs) | (wanted != wanted.long())).any()):
+            raise NinoError(f"loss='cross-entropy' takes one whole number from 0 to {outputs - 1} per model")
         return lambda out, target: F.cross_entropy(out, target.long()), wanted  # type: ignore[return-value]
-    wanted = wanted.to(next(net.parameters()).dtype)
+    if wanted.dim() > 2 or (wanted.dim() == 2 and wanted.shape[1] not in (1, outputs)):
+        raise NinoError(
+            f"targets must be [models] or [models, outputs] with {outputs} outputs, got {tuple(wanted.shape)}"
+        )
+    wanted = wanted.to(like.dtype)
     if not bool(wanted.isfinite().all()):
         raise NinoError("a target is NaN or infinite")
     if loss == "mse":
         return lambda out, target: (out - target).square().mean(), wanted  # type: ignore[return-value]
     if bool(((wanted < 0) | (wanted > 1)).any()):
         raise NinoError("loss='bce' takes targets between 0 and 1: give accuracies as parts of one")
-    from dataclasses import replace
-
     net.config = replace(net.config, output="linear")
     return lambda out, target: F.binary_cross_entropy_with_logits(out, target.expand_as(out)), wanted  # type: ignore[return-value]
+
+
+def _numbers(targets: Any) -> Tensor:
+    try:
+        return torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NinoError(f"targets must be numbers for a loss by name ({str(error).splitlines()[0]})") from error
 
 
 def _batches(number: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -22,6 +22,7 @@ from nino.errors import GraphError, NinoError
 from nino.graph.calls import Calls
 from nino.graph.symmetry import permutable_axes
 from tasks.architectures import SPECIMENS
+from tasks.zoo_models import FAMILIES, SIZE, Architecture, build
 
 
 def arguments(model: nn.Module, inputs: Any) -> Any:
@@ -54,6 +55,19 @@ def test_a_random_permutation_of_the_zoo_is_recovered_exactly(case: Case) -> Non
     model = case.model().double()
     inputs = case.inputs()
     recovers(model, arguments(model, inputs.double() if inputs.is_floating_point() else inputs), case.graph(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", ["none", "norm"])
+def test_a_random_permutation_of_the_zoo_of_classifiers_is_recovered_exactly(family: str, norm: str) -> None:
+    torch.manual_seed(0)
+    kind = {"none": "none", "norm": "group" if family in ("cnn", "resnet") else "layer"}[norm]
+    architecture = Architecture(family=family, width=8, depth=2, activation="gelu", norm=kind)
+    model = randomised(build(architecture)).double()
+    inputs = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+    graph = NeuralGraph.from_model(model, example_inputs=inputs)
+    assert permutable_axes(graph)
+    recovers(model, inputs, graph)
 
 
 TRACED = [case for case in programs.CASES if case.permutable]
@@ -275,6 +289,8 @@ def test_bad_input_is_told_in_a_line() -> None:
         nino.align(one, one, x, method="magic")  # type: ignore[arg-type]
     with pytest.raises(NinoError, match="at least one model"):
         nino.merge([], x)
+    with pytest.raises(NinoError, match="takes a list of models, got one Sequential"):
+        nino.merge(one, x)  # type: ignore[arg-type]
     with pytest.raises(NinoError, match="2 weights for 1 models"):
         nino.merge([one], x, weights=[1, 2])
     with pytest.raises(NinoError, match=r"take torch\.nn\.Module"):

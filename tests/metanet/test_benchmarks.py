@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ def test_the_zoo_holds_every_family_and_its_tasks_are_apart(zoo_folder: Path, tm
         ids = [id(member) for part in parts.values() for member in part]
         assert len(ids) == len(set(ids)) and all(parts["train"]) and parts["test"]
     assert {member.architecture.family for member in split(zoo, "architecture")["test"]} == {"vit"}
+    later = [replace(member, seed=index % 2) for index, member in enumerate(zoo)]
+    parts = split(later, "all")
+    assert {member.seed for member in parts["test"]} == {1} and len(parts["test"]) == 20
+    assert {member.seed for member in (*parts["train"], *parts["validation"])} == {0}
     with pytest.raises(NinoError, match="holds no zoo"):
         load_zoo(tmp_path)
 
