@@ -35,7 +35,7 @@ TITLE = "Steps saved by jumps: as runs estimate them, against branches without"
 
 def plan(args: argparse.Namespace) -> list[tuple[str, BranchCell]]:
     """Kind and cell of every training."""
-    found = []
+    found: list[tuple[str, BranchCell]] = []
     for seed in args.seeds:
         for kind in args.kinds:
             method, settings = KINDS[kind]

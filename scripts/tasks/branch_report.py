@@ -139,7 +139,7 @@ def _line_without(result: Result, number: int) -> list[tuple[float, float]]:
 
 def _common_fall(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
     """By how much lines of one slope fall per unit, and its standard error."""
-    centred = []
+    centred: list[tuple[float, float]] = []
     for line in lines:
         x_mean, y_mean = fmean(x for x, _ in line), fmean(y for _, y in line)
         centred += [(x - x_mean, y - y_mean) for x, y in line]
