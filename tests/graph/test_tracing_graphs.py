@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from models import CASES, llama
 from programs import traced
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -184,6 +187,50 @@ def test_an_operation_without_a_rule_pins_and_is_named(caplog: pytest.LogCapture
     assert any(
         "no rule for aten.linalg_inv_ex at test_tracing_graphs.py:" in record.getMessage() for record in caplog.records
     )
+
+
+class Distilled(nn.Module):
+    """The loss between two parts of a model is computed in it."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.student, self.teacher, self.loss = nn.Linear(3, 4), nn.Linear(3, 4), loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loss(self.student(x), self.teacher(x).sigmoid())
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functional.mse_loss,
+        functional.smooth_l1_loss,
+        functional.huber_loss,
+        functional.soft_margin_loss,
+        functional.binary_cross_entropy_with_logits,
+    ],
+)
+def test_a_loss_element_by_element_treats_elements_alike(
+    loss: Callable[..., Tensor], reduction: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inputs = Distilled(partial(loss, reduction=reduction)), torch.randn(5, 3)
+    with caplog.at_level("INFO", "nino.graph.tracing"):
+        graph = traced(model, inputs)
+    widths = {axis.size for group in graph.groups for axis in group.axes if axis.permutable}
+    assert widths == (set() if reduction == "none" else {4}), graph.groups
+    assert nino.check_wiring(model, inputs, graph=graph).ok
+    assert not caplog.records
+
+
+def test_a_loss_by_classes_tells_them_apart_and_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    classes = torch.tensor([0, 3, 1])
+    model, inputs = Distilled(lambda a, b: functional.cross_entropy(a + b, classes)), torch.randn(3, 3)
+    with caplog.at_level("INFO", "nino.graph.tracing"):
+        graph = traced(model, inputs)
+    assert permutable_axes(graph) == []
+    assert nino.check_wiring(model, inputs, graph=graph).ok
+    assert not any("no rule" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize(

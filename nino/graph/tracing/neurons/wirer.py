@@ -29,6 +29,7 @@ from nino.graph.tracing.neurons.records import Neurons, Side
 from nino.graph.tracing.neurons.storage import own_sides
 from nino.graph.tracing.neurons.views import follow_view
 from nino.graph.tracing.recorder import Call, Trace
+from nino.graph.tracing.rules.losses import ELEMENTWISE_LOSSES
 
 FOLLOWERS: dict[str, Callable[[Board, Call], None]] = {
     **dict.fromkeys(STRUCTURAL, move),
@@ -89,7 +90,7 @@ def _apply(board: Board, call: Call) -> None:
         return
     if call.name in FOLLOWERS:
         FOLLOWERS[call.name](board, call)
-    elif call.is_pointwise or call.name in KEEPING:
+    elif call.is_pointwise or call.name in KEEPING or (call.name in ELEMENTWISE_LOSSES and call.outputs[0].shape):
         mix(board, call, call.inputs, EdgeType.NORM if call.name in GAINS else EdgeType.BIAS)
     else:
         reduce(board, call)
