@@ -493,6 +493,15 @@ def test_a_vector_of_losses_is_refused_at_once() -> None:
         session.observe(torch.ones(2))
 
 
+def test_a_loss_without_numbers_ends_no_run() -> None:
+    session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
+    for _ in range(2 * PERIOD + 1):
+        session.observe(torch.tensor(1.0, device="meta"))
+        update(session)
+
+    assert [report.loss_before is None or math.isnan(report.loss_before) for report in session.reports] == [True, True]
+
+
 # State
 
 

@@ -86,12 +86,17 @@ class Monitor:
     def observe(self, loss: Tensor | float) -> None:
         """Take a loss of the coming step; several are averaged. Never blocks.
 
+        A loss on the meta device, of a rehearsal without numbers, counts as NaN.
+
         Raises:
             NinoError: if it is not one number.
         """
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise NinoError(f"a loss is one number, got a tensor of shape {tuple(loss.shape)}; observe its mean")
+            if loss.is_meta:
+                self._observed.append(math.nan)
+                return
             # A copy: the caller may change its tensor in place, and CUDA graphs reuse theirs.
             self._observed.append(loss.detach().reshape(()).to(torch.float32, copy=True))
         elif isinstance(loss, Real):
