@@ -53,10 +53,11 @@ class TrainingTarget:
         self._waits = False
         """Whether the model has to be run to be wired, and was not yet."""
         self._said_waiting = False
+        if graph is not None:
+            check_graph(graph, self.module)
         self.graph = graph or self._wire()
         self._divided: tuple[NeuralGraph, NeuralGraph] = self.graph, divisible(self.graph)
         if graph is not None:
-            check_graph(graph, self.module)
             self._say_what_is_missing()
         nowcaster.check_fits(self.graph)
         self._check()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import nino
 from nino import GraphError, NinoError
+from nino.predict.engine import listed
 from nino.predict.engine.writer import MovementWriter
 from nino.session.judge.rule import Evidence, RollbackConfig, has_recovered
 from nino.session.jump import ramp
@@ -266,11 +267,12 @@ def test_nan_weights_are_never_nowcast_and_memory_is_bounded() -> None:
 def test_a_prediction_that_is_nan_in_its_last_piece_only(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(listed, "MOST_EDGES", 0)  # block by block
     write, calls = MovementWriter.write, []
 
-    def spoilt(self: MovementWriter, block: Any, place: Any, change: Tensor) -> None:
-        calls.append(block)
-        write(self, block, place, change * (math.nan if len(calls) == 4 else 1))
+    def spoilt(self: MovementWriter, pieces: Any, change: Tensor) -> None:
+        calls.append(pieces)
+        write(self, pieces, change * (math.nan if len(calls) == 4 else 1))
 
     monkeypatch.setattr(MovementWriter, "write", spoilt)
     run = Run().train(PERIOD)
