@@ -165,7 +165,7 @@ def pretrain(
     typer.echo(f"{out}/ holds a nowcaster: NowcastOptimizer(..., {str(out)!r})")
 
 
-@app.command(epilog="Example: nino compare my_project.task:MyTask --steps 4000 --method adam --method nino:nino-base")
+@app.command(epilog="Example: nino compare my_project.task:MyTask --steps 4000 --method adam --method nino:confirmed")
 def compare(
     task: Own,
     steps: Annotated[int, typer.Option(min=20, help="Optimizer steps of each training.")],
@@ -310,7 +310,7 @@ def _compare(task: Any, methods: list[str], steps: int, seeds: int, learning_rat
     from nino.evaluation import compare as run
 
     _make(out)
-    chosen = methods or ["adam", "nino:nino-base"]
+    chosen = methods or ["adam", "nino:confirmed"]
     result = run(
         task,
         chosen,

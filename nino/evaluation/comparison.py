@@ -118,7 +118,7 @@ class Comparison:
 
 def compare(
     tasks: Task | Sequence[Task],
-    methods: Sequence[str] = (ADAM, "nino:nino-base"),
+    methods: Sequence[str] = (ADAM, "nino:confirmed"),
     *,
     seeds: Sequence[int] = (0, 1, 2),
     budgets: Sequence[int],
@@ -151,7 +151,7 @@ def compare(
         NinoError: if a method is unknown, a setting out of range, or something that is needed is missing.
 
     Example:
-        >>> print(compare(MyTask(), ["adam", "nino:nino-base"], budgets=[2000], folder="mine"))  # doctest: +SKIP
+        >>> print(compare(MyTask(), ["adam", "nino:confirmed"], budgets=[2000], folder="mine"))  # doctest: +SKIP
     """
     by_name = {name_of(task): task for task in (tasks if isinstance(tasks, Sequence) else [tasks])}
     cells = cells_of(
