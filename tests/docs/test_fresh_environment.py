@@ -97,7 +97,7 @@ def test_demo_check_and_compare(fresh: Path, project: Path) -> None:
     assert "## patterns" in shown and "demo/ holds results.json, table.md" in shown
     assert "wiring: ok" in done(fresh / "nino", "check", "toy:build", cwd=project)
     words = ("compare", "toy:Lines", "--steps", 40, "--seeds", 2, "--out", "compared")
-    assert "nino:nino-base" in done(fresh / "nino", *words, cwd=project)
+    assert "nino:confirmed" in done(fresh / "nino", *words, cwd=project)
     assert len([*(project / "compared" / "cells").iterdir()]) == 4
     assert "nino-base" in done(fresh / "nino", "weights", cwd=project)
     assert "20 steps are recorded" in done(
