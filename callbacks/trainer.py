@@ -288,7 +288,7 @@ class NowcastCallback(TrainerCallback):
         if event.kind == "estimated" and event.report is not None:
             log_estimate(self.trainer, event.report)
         elif event.kind == "ended":
-            log_total(self.trainer, self.session.totals(), is_over=self._is_over)
+            log_total(self.trainer, self.session.outcomes.totals(), is_over=self._is_over)
 
     def _hear(self, loss: Tensor) -> None:
         self._losses.append(loss.detach().reshape(()).to(torch.float32, copy=True))

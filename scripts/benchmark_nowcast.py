@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from nino import NeuralGraph, Nowcaster
@@ -101,50 +103,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     placed = time.perf_counter()
     num_weights = sum(torch.Size(shape).numel() for shape in graph.shapes.values())
     _warm_up(nowcaster, device)
-
     weights_dtype = torch.bfloat16 if num_weights >= HALF_PRECISION_FROM else torch.float32
     snapshots = random_snapshots(graph.shapes, context, weights_dtype, device, args.snapshots)
-    live = {
-        parameter: tensor.clone()
-        if args.snapshots is None
-        else mapped(args.snapshots / f"live.{parameter}", tuple(tensor.shape), weights_dtype)
-        for parameter, tensor in snapshots[-1].items()
-    }
-    memory = Memory(device)
-
-    def nowcast(dtype: torch.dtype, bar: Any) -> None:
-        def progress(done: int, total: int) -> None:
-            bar.update((done / total - bar.n) if done < total else 1 - bar.n)
-
-        for parameter, tensor in live.items():
-            tensor.copy_(snapshots[-1][parameter])
-        with memory.watched():
-            nowcaster.predict_into(
-                live,
-                snapshots,
-                HORIZON,
-                graph,
-                positions=positions,
-                dtype=dtype,
-                memory_budget=args.memory_budget,
-                progress=progress,
-            )
-
-    def define() -> None:
-        nowcaster.predict(snapshots, HORIZON, graph, positions, engine="edges")
-
-    seconds: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
-    cpu_seconds: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
-    edges: list[float] = []
-    for _ in range(args.repeats if num_weights < ONCE_FROM else 1):
-        for dtype in args.dtypes:
-            bar_format = "{desc}: {percentage:3.0f}% in {elapsed}, {remaining} to go"
-            with tqdm(total=1.0, desc=f"{name} {dtype}", bar_format=bar_format, mininterval=1, leave=False) as bar:
-                cpu_before = time.process_time()
-                seconds[dtype].append(timed(lambda d=dtype, b=bar: nowcast(DTYPES[d], b), device))  # type: ignore[misc]
-                cpu_seconds[dtype].append(time.process_time() - cpu_before)
-        if num_weights <= args.edges_up_to:
-            edges.append(timed(define, device))
+    measured = _nowcast_again_and_again(name, args, nowcaster, graph, positions, snapshots)
     return {
         "model": name,
         "weights": num_weights,
@@ -152,13 +113,59 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "weights dtype": str(weights_dtype).removeprefix("torch."),
         "wiring seconds": wired - began,
         "positions seconds": placed - wired,
+        **measured,
+        "weights and snapshots bytes": (context + 1) * num_weights * weights_dtype.itemsize,
+        "limits": {dtype: limits(nowcaster.config.hidden, num_weights, DTYPES[dtype], device) for dtype in args.dtypes},
+        "busy percent before": busy,
+    }
+
+
+def _nowcast_again_and_again(
+    name: str,
+    args: argparse.Namespace,
+    nowcaster: Nowcaster,
+    graph: NeuralGraph,
+    positions: Tensor,
+    snapshots: Sequence[dict[str, Tensor]],
+) -> dict[str, Any]:
+    """Seconds of each nowcast by dtype, of the definition where the model is small enough, and memory."""
+    num_weights = sum(tensor.numel() for tensor in snapshots[-1].values())
+    live = {
+        parameter: tensor.clone()
+        if args.snapshots is None
+        else mapped(args.snapshots / f"live.{parameter}", tuple(tensor.shape), tensor.dtype)
+        for parameter, tensor in snapshots[-1].items()
+    }
+    memory = Memory(args.device)
+
+    def nowcast(dtype: torch.dtype, bar: Any) -> None:
+        def progress(done: int, total: int) -> None:
+            bar.update((done / total - bar.n) if done < total else 1 - bar.n)
+
+        for parameter, tensor in live.items():
+            tensor.copy_(snapshots[-1][parameter])
+        settings = {"positions": positions, "dtype": dtype, "memory_budget": args.memory_budget, "progress": progress}
+        with memory.watched():
+            nowcaster.predict_into(live, snapshots, HORIZON, graph, **settings)
+
+    seconds: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
+    cpu_seconds: dict[str, list[float]] = {dtype: [] for dtype in args.dtypes}
+    edges: list[float] = []
+    bar_format = "{desc}: {percentage:3.0f}% in {elapsed}, {remaining} to go"
+    for _ in range(args.repeats if num_weights < ONCE_FROM else 1):
+        for dtype in args.dtypes:
+            with tqdm(total=1.0, desc=f"{name} {dtype}", bar_format=bar_format, mininterval=1, leave=False) as bar:
+                cpu_before = time.process_time()
+                seconds[dtype].append(timed(partial(nowcast, DTYPES[dtype], bar), args.device))
+                cpu_seconds[dtype].append(time.process_time() - cpu_before)
+        if num_weights <= args.edges_up_to:
+            define = partial(nowcaster.predict, snapshots, HORIZON, graph, positions, engine="edges")
+            edges.append(timed(define, args.device))
+    return {
         "blockwise seconds": seconds,
         "blockwise cpu seconds": cpu_seconds,
         "edges seconds": edges,
         "extra bytes": memory.peak_bytes if args.snapshots is None else memory.peak_own_bytes,
-        "weights and snapshots bytes": (context + 1) * num_weights * weights_dtype.itemsize,
-        "limits": {dtype: limits(nowcaster.config.hidden, num_weights, DTYPES[dtype], device) for dtype in args.dtypes},
-        "busy percent before": busy,
     }
 
 

@@ -6,29 +6,26 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nino.checkpoints.models import entries_of, model_from_config
 from nino.checkpoints.reading import Checkpoint, one_line, open_checkpoint
 from nino.checkpoints.sequence import OUTSIDE, check_series, find_checkpoints
-from nino.checkpoints.writing import DTYPES, NewCheckpoint, check_destination
-from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError
+from nino.checkpoints.weights import SeriesWeights, read_weights
+from nino.checkpoints.writing import NewCheckpoint, check_destination
+from nino.errors import NinoError
 from nino.graph import NeuralGraph
-from nino.graph.architectures import adapters
 from nino.plan import is_whole
+from nino.predict.movement import MovementSize
 from nino.predict.nowcaster import Nowcaster
 from nino.session.report import NowcastReport
-from nino.session.saving import GRAPH_FILE
 from nino.session.schedule import Schedule, horizon_at
-from nino.session.target import unwrap
 
 logger = logging.getLogger(__name__)
-
-Snapshot = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,31 +102,35 @@ def nowcast_checkpoints(
     Example:
         >>> nowcast_checkpoints(["run"], "nowcast", Nowcaster.from_pretrained("nino-base"))  # doctest: +SKIP
     """
-    began = time.perf_counter()
-    out, config = Path(out), nowcaster.config
+    began, config = time.perf_counter(), nowcaster.config
     if horizon is not None and not (is_whole(horizon) and 1 <= horizon <= config.max_horizon):
         raise NinoError(f"horizon must be 1 to {config.max_horizon} intervals between checkpoints, got {horizon!r}")
     checkpoints = [open_checkpoint(path) for path in find_checkpoints(paths, config.context)]
-    last = checkpoints[-1]
-    check_destination(out, last)
+    check_destination(Path(out), checkpoints[-1])
     steps = check_series(checkpoints)
-    _warn_at_the_end(steps, last.trainer_state)
-    horizon = horizon or default_horizon(steps, last.trainer_state, nowcaster)
-    weights = _read_weights(checkpoints, model, graph, nowcaster)
+    _warn_at_the_end(steps, checkpoints[-1].trainer_state)
+    horizon = horizon or default_horizon(steps, checkpoints[-1].trainer_state, nowcaster)
+    weights = read_weights(checkpoints, model, graph, nowcaster)
+    predict = partial(nowcaster.predict_into, dtype=dtype, device=device, memory_budget=memory_budget)
+    predict = partial(predict, preserve_norms=preserve_norms, progress=progress)
+    return _write(Path(out), checkpoints, steps, horizon, weights, predict, began)
+
+
+def _write(
+    out: Path,
+    checkpoints: Sequence[Checkpoint],
+    steps: list[int] | None,
+    horizon: int,
+    weights: SeriesWeights,
+    predict: Callable[..., MovementSize],
+    began: float,
+) -> CheckpointNowcast:
+    """Write the new checkpoint, whole or not at all."""
     entries = {name: weights.entries[name] for name in weights.moving}
     try:
-        with NewCheckpoint(last, out) as new:
-            moved = nowcaster.predict_into(
-                {name: new.tensors[first] for name, (first, *_) in entries.items()},
-                weights.snapshots,
-                horizon,
-                weights.graph,
-                dtype=dtype,
-                device=device,
-                memory_budget=memory_budget,
-                preserve_norms=preserve_norms,
-                progress=progress,
-            )
+        with NewCheckpoint(checkpoints[-1], out) as new:
+            live = {name: new.tensors[first] for name, (first, *_) in entries.items()}
+            moved = predict(live, weights.snapshots, horizon, weights.graph)
             _write_ties(new.tensors, entries)
             result = CheckpointNowcast(
                 checkpoints=[str(checkpoint.path) for checkpoint in checkpoints],
@@ -145,43 +146,6 @@ def nowcast_checkpoints(
     except OSError as error:
         raise NinoError(f"{out} could not be written, and nothing was: {one_line(error)}") from error
     return result
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """The weights of a series of checkpoints, by the names of the model's parameters."""
-
-    graph: NeuralGraph
-    entries: Mapping[str, list[str]]
-    """Under which names checkpoints hold each; those after the first are tied to it."""
-    snapshots: list[Snapshot]
-    moving: list[str]
-    """The parameters that training changes; the others are frozen."""
-
-
-def _read_weights(
-    checkpoints: Sequence[Checkpoint], model: nn.Module | None, graph: NeuralGraph | None, nowcaster: Nowcaster
-) -> _Weights:
-    """Find the model's parameters in all checkpoints; refused if they are of another, or not healthy."""
-    last = checkpoints[-1]
-    _check_adapters(checkpoints)
-    if graph is None and model is None:
-        graph = _graph_of_adapters(last) if last.is_adapter else _saved_graph(last)
-    if model is not None:
-        model = unwrap(model)
-    elif last.config or graph is None:
-        model = _model_of(last)
-    graph = graph or nowcaster.graph_of(cast(nn.Module, model))
-    nowcaster.check_fits(graph)
-    entries = entries_of(model, graph.shapes, last.tensors)
-    if model is None:
-        entries = _with_copies(entries, checkpoints)
-    snapshots = [_snapshot(checkpoint, entries, graph.shapes) for checkpoint in checkpoints]
-    _check_ties(last, entries)
-    weights = _Weights(graph, entries, snapshots, _moving(snapshots))
-    if model is not None:
-        _refuse_strangers(checkpoints, entries, model)
-    return weights
 
 
 def default_horizon(steps: Sequence[int] | None, trainer_state: Mapping[str, Any], nowcaster: Nowcaster) -> int:
@@ -210,125 +174,11 @@ def _warn_at_the_end(steps: Sequence[int] | None, trainer_state: Mapping[str, An
         )
 
 
-def _model_of(last: Checkpoint) -> nn.Module:
-    if not last.config:
-        raise NinoError(
-            f"{last.path} has no config.json that says what model it is; give the model (--model or --config)"
-        )
-    return model_from_config(last.path)
-
-
-def _check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse adapters among whole models."""
-    last = checkpoints[-1]
-    for checkpoint in checkpoints:
-        if checkpoint.is_adapter != last.is_adapter:
-            one, other = (checkpoint, last) if checkpoint.is_adapter else (last, checkpoint)
-            raise CheckpointError(
-                f"{one.path} holds a PEFT adapter ({one.files[0].name}) and {other.path} a whole model; choose "
-                "checkpoints of one kind"
-            )
-
-
-def _graph_of_adapters(last: Checkpoint) -> NeuralGraph:
-    """Adapters are wired by their names: the model under them is not needed."""
-    floats = {
-        name: tuple(value.shape)
-        for name, value in last.tensors.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
-    }
-    return adapters.graph_of_saved(floats)
-
-
-def _saved_graph(last: Checkpoint) -> NeuralGraph | None:
-    """The graph that the callback has saved with a checkpoint, if it has."""
-    path = last.path / GRAPH_FILE
-    if not last.is_folder or not path.is_file():
-        return None
-    try:
-        return NeuralGraph.from_json(path.read_text())
-    except (GraphError, OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: {one_line(error)}; remove it, and give the model") from error
-
-
-def _with_copies(entries: Mapping[str, list[str]], checkpoints: Sequence[Checkpoint]) -> dict[str, list[str]]:
-    """Entries with those that hold the same weights in all checkpoints: how ties are known without the model."""
-    named = {name for group in entries.values() for name in group}
-    tensors = checkpoints[-1].tensors
-    others = [name for name, value in tensors.items() if isinstance(value, Tensor) and name not in named]
-
-    def same(one: str, other: str) -> bool:
-        return all(torch.equal(c.tensors[one], c.tensors[other]) for c in checkpoints)
-
-    return {name: [*group, *(other for other in others if same(group[0], other))] for name, group in entries.items()}
-
-
-def _snapshot(
-    checkpoint: Checkpoint, entries: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, ...]]
-) -> Snapshot:
-    """The model's parameters by their names; refused if they do not fit it or are not healthy."""
-    snapshot = {}
-    for name, shape in shapes.items():
-        value = checkpoint.tensors[entries[name][0]].detach()
-        if value.dtype not in DTYPES.values():
-            raise SnapshotError(
-                f"{checkpoint.path}: {name} is {value.dtype}; weights must be floating point of 16 bits or more"
-            )
-        if tuple(value.shape) != shape:
-            raise SnapshotError(
-                f"{checkpoint.path}: {name} has shape {tuple(value.shape)}, the model expects {shape}; give "
-                "the model that was trained"
-            )
-        # The extremes are NaN if any element is: much faster than isfinite, and no copy.
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(value))).all()):
-            raise SnapshotError(f"{checkpoint.path}: {name} holds NaN or infinity; nowcast from healthy checkpoints")
-        snapshot[name] = value
-    return snapshot
-
-
-def _moving(snapshots: Sequence[Snapshot]) -> list[str]:
-    """The parameters that training changes; the others are frozen."""
-    moving = [name for name in snapshots[-1] if _differs([snapshot[name] for snapshot in snapshots])]
-    if not moving:
-        raise SnapshotError("the checkpoints hold the same weights: nothing was trained between them; choose others")
-    return moving
-
-
-def _differs(values: Sequence[Tensor]) -> bool:
-    return any(not torch.equal(value, values[-1]) for value in values[:-1])
-
-
-def _check_ties(last: Checkpoint, entries: Mapping[str, Sequence[str]]) -> None:
-    for first, *others in entries.values():
-        for other in others:
-            if not torch.equal(last.tensors[first], last.tensors[other]):
-                raise SnapshotError(
-                    f"{last.path}: {first} and {other} differ, but the model ties them; give the model that was trained"
-                )
-
-
 def _write_ties(tensors: Mapping[str, Tensor], entries: Mapping[str, Sequence[str]]) -> None:
     """Give the other entries of tied parameters, which may be copies, the predicted values."""
     for first, *others in entries.values():
         for other in others:
             tensors[other].copy_(tensors[first])
-
-
-def _refuse_strangers(
-    checkpoints: Sequence[Checkpoint], entries: Mapping[str, Sequence[str]], model: nn.Module
-) -> None:
-    """Refuse weights that were trained but are not in the model; buffers and constants may be saved along."""
-    known = {name for group in entries.values() for name in group}
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    for name, value in checkpoints[-1].tensors.items():
-        is_buffer = any(name == buffer or name.endswith("." + buffer) for buffer in buffers)
-        if name in known or is_buffer or not isinstance(value, Tensor) or not value.is_floating_point():
-            continue
-        if _differs([checkpoint.tensors[name] for checkpoint in checkpoints]):
-            raise SnapshotError(
-                f"{checkpoints[-1].path}: {name} was trained but is not in {type(model).__name__}; give the model that "
-                "was trained"
-            )
 
 
 def _log_entry(result: CheckpointNowcast) -> dict[str, Any]:

@@ -78,12 +78,7 @@ def record(
     _check_number("step", step, 0)
     check_dtype(dtype)
     called, model = model, unwrap(model)
-    refuse_unsupported(model)
-    if graph is not None:
-        check_graph(graph, model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in _recorded(model).items()}
-    if not shapes:
-        raise TrajectoryError("no parameter of the model is trained: all are frozen; record after they are unfrozen")
+    shapes = _shapes_of(model, graph)
     optimizer, own_session = _look_through(optimizer)
     names = {} if optimizer is None else {"optimizer": type(optimizer).__name__}
     notes = {**names, "seed": torch.initial_seed(), **(training or {})}
@@ -97,6 +92,17 @@ def record(
     if writer is not None and not writer.has_graph:
         recorder.watch(called)
     return recorder
+
+
+def _shapes_of(model: nn.Module, graph: NeuralGraph | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is recorded; refused if that cannot be, is nothing, or is not what the graph is of."""
+    refuse_unsupported(model)
+    if graph is not None:
+        check_graph(graph, model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in _recorded(model).items()}
+    if not shapes:
+        raise TrajectoryError("no parameter of the model is trained: all are frozen; record after they are unfrozen")
+    return shapes
 
 
 class Recorder:

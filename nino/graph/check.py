@@ -20,6 +20,9 @@ from nino.graph.symmetry import Relabelling, permutable_axes, random_relabelling
 from nino.graph.trial import Trial
 
 State = dict[str, Tensor]
+NOTHING_TO_CHECK = (
+    "%s could neither be traced nor recognised: its graph joins no parameter to another, so there is nothing to check"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +120,14 @@ def check_wiring(
     if graph is None or graph.family == WAITING:
         graph = NeuralGraph.from_model(model, example_inputs=calls)
     generator = generator or torch.Generator().manual_seed(0)
+    trial = Trial(model, calls, graph, generator, tolerance)  # bad input is named whatever the graph is
     if graph.wiring == "per-parameter":
-        problem = (
-            f"{type(model).__name__} could neither be traced nor recognised: its graph joins no parameter to another, "
-            "so there is nothing to check"
-        )
-        Trial(model, calls, graph, generator, tolerance)  # bad input is named all the same
-        return WiringReport(ok=False, groups=(), first_failure=problem, graph=graph)
-    trial = Trial(model, calls, graph, generator, tolerance)
+        return WiringReport(ok=False, groups=(), first_failure=NOTHING_TO_CHECK % type(model).__name__, graph=graph)
+    return _check_axes(trial, graph, generator)
+
+
+def _check_axes(trial: Trial, graph: NeuralGraph, generator: torch.Generator) -> WiringReport:
+    """Relabel every permutable axis at random, one after the other."""
     reports, first_failure = [], None
     tested = set(permutable_axes(graph))
     for axis in dict.fromkeys(axis for group in graph.groups for axis in group.axes):

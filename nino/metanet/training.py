@@ -77,6 +77,57 @@ def fit(
     """
     from accelerate import Accelerator
 
+    models = _checked(net, models, steps, batch)
+    graphs = _graphs(models, graphs, example_inputs)
+    loss_of, wanted = _loss(net, loss, targets, len(models))
+    net.prepare(models[0], example_inputs)
+    accelerator = Accelerator()
+    net.to(accelerator.device)
+    read = _read_all(net, models, graphs)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
+    batches = _batches(len(models), batch, steps, seed)
+    report = FitReport()
+    for value in _train(net, read, loss_of, wanted, batches, accelerator, optimizer, steps):
+        report.losses.append(value)
+        if progress is not None:
+            progress(len(report.losses), value)
+    if loss == "bce":
+        net.config = replace(net.config, output="sigmoid")
+    net.eval()
+    return report
+
+
+def _train(
+    net: GraphMetanetwork,
+    read: Sequence[GraphInputs],
+    loss_of: Loss,
+    wanted: Sequence[Any],
+    batches: Iterator[list[int]],
+    accelerator: Any,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+) -> Iterator[float]:
+    """Take the steps; the loss of each, before it was taken."""
+    lr = optimizer.param_groups[0]["lr"]
+    prepared, optimizer = accelerator.prepare(net, optimizer)
+    net.train()
+    for step, chosen in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * _rate(step, steps)
+        picked = _dealt(chosen, read, accelerator)
+        outputs = prepared(union([read[index] for index in picked]))
+        value = torch.stack([loss_of(out, wanted[index]) for out, index in zip(outputs, picked, strict=True)]).mean()
+        if not bool(value.isfinite()):
+            raise NinoError(f"the loss is {float(value.detach())} at step {step}: lower the rate (lr={lr})")
+        optimizer.zero_grad()
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(net.parameters(), MOST_GRADIENT)
+        optimizer.step()
+        yield float(value.detach())
+
+
+def _checked(net: Any, models: Any, steps: Any, batch: Any) -> list[Model]:
+    """The models, if there can be a training of that kind."""
     if not isinstance(net, GraphMetanetwork):
         raise NinoError(f"fit trains a GraphMetanetwork, got {type(net).__name__}")
     if isinstance(models, (torch.nn.Module, Mapping, str)):
@@ -87,40 +138,14 @@ def fit(
     models = list(models)
     if not models:
         raise NinoError("fit needs at least one model: the zoo is empty")
-    graphs = _graphs(models, graphs, example_inputs)
-    loss_of, wanted = _loss(net, loss, targets, len(models))
-    net.prepare(models[0], example_inputs)
-    accelerator = Accelerator()
-    net.to(accelerator.device)
-    with torch.no_grad():
-        read = [
-            _read(net, index, model, graph) for index, (model, graph) in enumerate(zip(models, graphs, strict=True))
-        ]
-        net.look_at(read[:: max(1, len(read) // MOST_LOOKED_AT)])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    prepared, optimizer = accelerator.prepare(net, optimizer)
-    report, costs = FitReport(), [inputs.num_edges for inputs in read]
-    net.train()
-    for step, chosen in enumerate(_batches(len(models), batch, steps, seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(step, steps)
-        mine = deal([costs[index] for index in chosen], accelerator.num_processes)[accelerator.process_index]
-        picked = [chosen[index] for index in mine] or chosen[:1]
-        outputs = prepared(union([read[index] for index in picked]))
-        value = torch.stack([loss_of(out, wanted[index]) for out, index in zip(outputs, picked, strict=True)]).mean()
-        if not bool(value.isfinite()):
-            raise NinoError(f"the loss is {float(value.detach())} at step {step}: lower the rate (lr={lr})")
-        optimizer.zero_grad()
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(net.parameters(), MOST_GRADIENT)
-        optimizer.step()
-        report.losses.append(float(value.detach()))
-        if progress is not None:
-            progress(step + 1, report.losses[-1])
-    if loss == "bce":
-        net.config = replace(net.config, output="sigmoid")
-    net.eval()
-    return report
+    return models
+
+
+def _dealt(chosen: list[int], read: Sequence[GraphInputs], accelerator: Any) -> list[int]:
+    """Those of the chosen models that this process takes, so that all have about as many edges."""
+    costs = [read[index].num_edges for index in chosen]
+    mine = deal(costs, accelerator.num_processes)[accelerator.process_index]
+    return [chosen[index] for index in mine] or chosen[:1]
 
 
 def _graphs(
@@ -141,11 +166,17 @@ def _graphs(
     return found
 
 
-def _read(net: GraphMetanetwork, index: int, model: Model, graph: NeuralGraph) -> GraphInputs:
-    try:
-        return net.read(model, graph)
-    except NinoError as error:
-        raise NinoError(f"model {index} of the zoo: {error}") from error
+@torch.no_grad()
+def _read_all(net: GraphMetanetwork, models: Sequence[Model], graphs: Sequence[NeuralGraph]) -> list[GraphInputs]:
+    """What the network reads of each model, once it knows by what to scale pooled edges."""
+    read = []
+    for index, (model, graph) in enumerate(zip(models, graphs, strict=True)):
+        try:
+            read.append(net.read(model, graph))
+        except NinoError as error:
+            raise NinoError(f"model {index} of the zoo: {error}") from error
+    net.look_at(read[:: max(1, len(read) // MOST_LOOKED_AT)])
+    return read
 
 
 def _loss(net: GraphMetanetwork, loss: str | Loss, targets: Any, number: int) -> tuple[Loss, Sequence[Any]]:

@@ -246,6 +246,10 @@ class Ledger:
         ledger._rates = [(index(step), float(rate)) for step, rate in state["rates"]]
         return ledger
 
+    def resume(self, saved: Ledger) -> None:
+        """Go on as another."""
+        vars(self).update(vars(saved))
+
     @staticmethod
     def without_history(state: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """What :meth:`state_dict` gave, for weights that were changed from outside: losses before them say nothing."""

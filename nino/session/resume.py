@@ -99,7 +99,7 @@ def load_state(session: NowcastSession, state: Mapping[str, Any]) -> None:
     session.jumps.batch_norm.resume(batch_norm)
     session.history.resume(history)
     session.monitor.resume(monitor)
-    session.ledger = ledger
+    session.ledger.resume(ledger)
     if unfrozen:
         _start_afresh(session, unfrozen)
 

@@ -8,7 +8,6 @@ run. Of several processes every one holds a session and works on its part of a n
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,22 +25,20 @@ from nino.session.clock import Clock
 from nino.session.company import Company
 from nino.session.events import Event, Events
 from nino.session.history import History
-from nino.session.horizon import horizon_by_mass, learning_rate_of
+from nino.session.horizon import learning_rate_of
 from nino.session.judge.monitor import Monitor
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.jump import Jumps
-from nino.session.ledger import AllOf, Count, Ledger
+from nino.session.ledger import AllOf, Ledger
 from nino.session.optimizer_state.orthogonal import orthogonalises
+from nino.session.outcomes import Outcomes
 from nino.session.report import NowcastReport
 from nino.session.resume import load_state, state_of
 from nino.session.sayings import Sayings
-from nino.session.schedule import Schedule, horizon_at
+from nino.session.schedule import Schedule
 from nino.session.target import TrainingTarget
 
 logger = logging.getLogger("nino.session")
-
-MANY_SKIPPED = 25
-"""Steps in a row that mixed precision skips only if gradients are infinite at any scale; else it takes one or two."""
 
 
 class NowcastSession:
@@ -89,12 +86,11 @@ class NowcastSession:
         self.jumps = Jumps(self.nowcaster, self.target, self.history, self.monitor, self.plan, self.events)
         self.ledger = Ledger(self.schedule.period)
         """What the nowcasts came to so far."""
+        self._sayings = Sayings(self.plan, self.run, self.schedule)
+        self.outcomes = Outcomes(self.monitor, self.jumps, self.ledger, self._sayings, self.events)
         self._company = Company()
         self.step = 0
         self._has_begun = self._is_detached = False
-        self._skipped = 0
-        """Steps in a row that mixed precision skipped."""
-        self._sayings = Sayings(self.plan, self.run, self.schedule)
         self._sayings.before_it_starts()
 
     @property
@@ -134,7 +130,7 @@ class NowcastSession:
         """
         self.monitor.observe(loss)
         if self.monitor.has_stuck():
-            self._undo_what_cannot_train()
+            self.outcomes.undo_what_cannot_train(self.step)
 
     def after_skipped_step(self) -> NowcastReport | None:
         """Tell that mixed precision skipped a step: it does not count, but if it goes on, a jump is to blame.
@@ -142,10 +138,7 @@ class NowcastSession:
         Returns:
             A report if a nowcast was rolled back for that.
         """
-        self._skipped += 1
-        if self.monitor.is_monitoring and self._skipped >= MANY_SKIPPED:
-            return self._undo_what_cannot_train()
-        return None
+        return self.outcomes.skipped(self.step)
 
     def after_step(self, *, learning_rate: float | None = None) -> NowcastReport | None:
         """Count one real optimizer step, and snapshot or nowcast if that is due.
@@ -164,16 +157,19 @@ class NowcastSession:
             self._begin()
         self._company.after_step(self.model)
         self.step += 1
-        self._skipped = 0
-        is_judged = self.monitor.book()
-        self.ledger.book(self.monitor.booked)
-        completed = self._judge() if is_judged else None
+        completed = self._judge() if self.outcomes.book() else None
         try:
             self._go_on(learning_rate)
         finally:
             if completed is not None:  # last: whoever is told may save this session, or detach it
-                self._tell(completed)
+                self.outcomes.tell(self.step, completed)
         return completed
+
+    def _judge(self) -> NowcastReport | None:
+        """Do what the losses say of the open report; the report if that ends it, to be told."""
+        if self.monitor.is_monitoring:
+            self._notice_changes()
+        return self.outcomes.judge(self.step)
 
     def _begin(self) -> None:
         """Training begins: frameworks shard and replace parameters after this object was made."""
@@ -204,44 +200,12 @@ class NowcastSession:
             if due.is_last:
                 self.history.store.forget()
         if is_end:
-            self._end()
+            self.outcomes.sum_up(self.step)
 
     def _estimate(self, learning_rate: float | None, all_of: AllOf) -> None:
-        """A stretch of training between two jumps is over: say what the jump before it was worth."""
+        """A stretch of training between two jumps is over."""
         rate = learning_rate_of(self.optimizer) if learning_rate is None else learning_rate
-        try:
-            report = self.ledger.end_stretch(self.step, rate, all_of)
-        except (ArithmeticError, ValueError) as error:  # losses that no float holds the square of
-            logger.debug("nothing is estimated after step %d: %r", self.step, error)
-            self.ledger.start_afresh(self.step)
-            return
-        if report is None:
-            return
-        self.reports[:] = [report if one.step == report.step else one for one in self.reports]
-        self._sayings.of_worth(report)
-        self.events.emit(Event("estimated", self.step, report))
-
-    def _end(self) -> None:
-        if self._sayings.at_the_end(self.count(), self.ledger):
-            self.events.emit(Event("ended", self.step))
-
-    def totals(self) -> dict[str, float]:
-        """What the nowcasts of the run came to, in numbers for a logger; what is unclear is left out."""
-        count, total = self.count(), self.ledger.total
-        is_clear = total.is_clear(self.ledger.narrow)
-        numbers = {
-            "nowcast/total/applied": float(count.outcomes["applied"]),
-            "nowcast/total/rolled_back": float(count.outcomes["rolled back"]),
-            "nowcast/total/saved": total.steps if is_clear else math.nan,
-            "nowcast/total/saved_low": total.low if total.is_known else math.nan,
-            "nowcast/total/saved_high": total.high if total.is_known else math.nan,
-            "nowcast/total/seconds": count.seconds,
-        }
-        return {name: value for name, value in numbers.items() if not math.isnan(value)}
-
-    def count(self) -> Count:
-        """What became of all nowcasts of the run so far, of those before it was resumed as well."""
-        return self.ledger.earlier.add(self.reports)
+        self.outcomes.estimate(self.step, rate, all_of)
 
     def _snapshot(self, learning_rate: float | None) -> Any:
         """Take a snapshot; returns what is due then, since the end of a warm-up begins a new period."""
@@ -261,14 +225,8 @@ class NowcastSession:
         change = self.target.changes()
         if not change:
             return
-        unjudged = ""
-        nowcast = self.monitor.open
-        if nowcast is not None and nowcast.is_monitored:  # what it would be undone from fits no more
-            nowcast.is_monitored = False
-            self.jumps.rollback_copy.clear()
-            unjudged = f", the nowcast after step {nowcast.report.step} is not judged"
         message = "the model has changed by step %d, snapshots start afresh%s: %s"
-        logger.warning(message, max(self.step, 1), unjudged, change)
+        logger.warning(message, max(self.step, 1), self.outcomes.stop_judging(), change)
         self.jumps.ramp.end()
         self._forget_history()
 
@@ -279,7 +237,7 @@ class NowcastSession:
 
     def _nowcast(self) -> None:
         self.history.settle(self.step)
-        horizon, why_not = self._horizon()
+        horizon, why_not = self.jumps.how_far(self.step, self.schedule, self.run.max_steps)
         steps_ahead = horizon * self.schedule.interval
         report = NowcastReport(step=self.step, outcome="refused", horizon=horizon, horizon_steps=steps_ahead)
         if why_not:
@@ -289,70 +247,18 @@ class NowcastSession:
         if opened.report.has_moved:
             self.ledger.jumped(opened.report)
 
-    def _horizon(self) -> tuple[int, str]:
-        """How far to look in snapshot intervals, and why this nowcast is left out, if it is."""
-        horizon = horizon_by_mass(horizon_at(self.step, self.schedule), self.history.rates, self.step, self.schedule)
-        backoff = self.monitor.backoff
-        if self.monitor.skips_this_one():
-            return horizon, f"{backoff.failures} in a row were rolled back or kept without proof"
-        left = None if self.run.max_steps is None else self.run.max_steps - self.step
-        if left is not None and left < self.jumps.lasts:
-            return horizon, "the run ends before a jump could recover"
-        if horizon == 0:
-            return horizon, "the learning rate that is left moves the weights no farther than they are"
-        return backoff.shorten(horizon), ""
-
-    def _judge(self) -> NowcastReport | None:
-        """Do what the losses say of the open report; the report if that ends it, to be told."""
-        if self.monitor.is_monitoring:
-            self._notice_changes()
-        decision = self.monitor.judge(self.step)
-        if decision is None:
-            return None
-        if decision.why_undo:
-            return self._roll_back(decision.report, decision.why_undo)
-        self.jumps.rollback_copy.clear()
-        self.monitor.close(decision.report)
-        self.ledger.completed(decision.report)
-        return decision.report
-
-    def _roll_back(self, report: NowcastReport, why: str) -> NowcastReport:
-        report = self.jumps.roll_back(self.step, report, why)
-        self.ledger.undone(self.step, report)
-        return report
-
-    def _undo_what_cannot_train(self) -> NowcastReport | None:
-        nowcast = self.monitor.open
-        if nowcast is None or not nowcast.is_monitored:
-            return None
-        self.monitor.forget_observed()
-        self._skipped = 0
-        why = "losses are NaN or infinite, so that every step was skipped"
-        report = self._roll_back(nowcast.with_losses(), why)
-        self._tell(report)
-        return report
-
-    def _tell(self, report: NowcastReport) -> None:
-        self.monitor.tell(report)
-        self.events.emit(Event("reported", self.step, report))
-
     def finish(self) -> NowcastReport | None:
         """Close the report that still waits for losses, with those that came: the run is over.
 
         Returns:
             That report, if there was one.
         """
-        self.jumps.rollback_copy.clear()
         if self.jumps.ramp.is_on:
             self.jumps.ramp.give_up("the run is over")
-        nowcast = self.monitor.open
-        if nowcast is not None:
-            self.monitor.close(nowcast.with_losses())
-            self.ledger.completed(self.reports[-1])
-            self._tell(self.reports[-1])
+        closed = self.outcomes.give_up(self.step)
         self._estimate(None, list)  # of this process alone: others may not be here
-        self._end()
-        return None if nowcast is None else self.reports[-1]
+        self.outcomes.sum_up(self.step)
+        return None if closed is None else self.reports[-1]
 
     def reset(self) -> None:
         """Forget snapshots and losses and count steps from 0 again."""
@@ -360,7 +266,7 @@ class NowcastSession:
         self._forget_history()
         self.monitor.reset()
         self.jumps.forget()
-        self.ledger = Ledger(self.schedule.period)
+        self.ledger.resume(Ledger(self.schedule.period))
 
     def detach(self) -> None:
         """Leave no trace: give back the memory of snapshots, and end what a jump has begun. Reports stay.

@@ -73,7 +73,7 @@ def test_reports_say_what_their_jumps_were_worth_a_period_later(caplog: pytest.L
     assert "5 applied; " in line and "steps saved (90% interval" in line and " by 4 of 5 jumps; " in line
     clear = [report.step for report in session.reports if not math.isnan(report.steps_saved)]
     assert [int(line.split()[3][:-1]) for line in infos(caplog, "90% interval") if "after step" in line] == clear
-    totals = session.totals()
+    totals = session.outcomes.totals()
     assert totals["nowcast/total/applied"] == 5 and len(totals) == 6
     assert totals["nowcast/total/saved_low"] <= 4 * SAVED <= totals["nowcast/total/saved_high"]
 
@@ -90,7 +90,7 @@ def test_noise_leaves_it_unclear(caplog: pytest.LogCaptureFixture) -> None:
         session = run(session_of(), STEPS, saved=20, noise=0.5)
     assert all(math.isnan(report.steps_saved) for report in session.reports)
     assert "steps saved: unclear" in infos(caplog, "nowcasting is over")[0]
-    assert "nowcast/total/saved" not in session.totals()
+    assert "nowcast/total/saved" not in session.outcomes.totals()
 
 
 def test_without_losses_it_is_unclear(caplog: pytest.LogCaptureFixture) -> None:
@@ -137,7 +137,7 @@ def test_resume_is_exact(at: int, caplog: pytest.LogCaptureFixture) -> None:
             ours = later[report.step]
             assert (ours.steps_saved_low, ours.steps_saved_high) == (report.steps_saved_low, report.steps_saved_high)
     assert second.ledger.worths == whole.ledger.worths
-    ours, theirs = second.totals(), whole.totals()
+    ours, theirs = second.outcomes.totals(), whole.outcomes.totals()
     assert ours.pop("nowcast/total/seconds") > 0 and theirs.pop("nowcast/total/seconds") > 0
     assert ours == theirs
     assert "5 applied" in infos(caplog, "nowcasting is over")[0]
@@ -171,7 +171,7 @@ def test_weights_that_are_changed_from_outside_start_a_stretch() -> None:
     state = without_history(run(session_of(), 650).state_dict())
     second = session_of()
     second.load_state_dict(state)
-    assert second.count().outcomes["applied"] == 2 and len(second.ledger.worths) == 1
+    assert second.outcomes.count().outcomes["applied"] == 2 and len(second.ledger.worths) == 1
     run(second, 300)
     assert [report.steps_saved_low for report in second.reports] == [pytest.approx(math.nan, nan_ok=True)]
 

@@ -16,6 +16,7 @@ from nino.predict.movement import UNCHANGED, Movement
 from nino.predict.predictor import Predictor
 from nino.session.events import Event, Events
 from nino.session.history import History
+from nino.session.horizon import horizon_by_mass
 from nino.session.judge.monitor import Monitor, log_report
 from nino.session.judge.rule import finite, why_not_judged
 from nino.session.jump.batch_norm import RENEWAL_STEPS, BatchNormRenewal
@@ -24,6 +25,7 @@ from nino.session.jump.ramp import Ramp
 from nino.session.jump.rollback import RollbackCopy
 from nino.session.jump.undo import Undo
 from nino.session.report import NowcastReport, OpenReport
+from nino.session.schedule import Schedule, horizon_at
 from nino.session.target import TrainingTarget
 from nino.system.signals import defer_signals
 
@@ -64,6 +66,18 @@ class Jumps:
         """Steps that a jump needs before the run may end: to arrive, and to be judged or for batch norms to follow."""
         renewal = RENEWAL_STEPS if self.ramp.steps else 0
         return self.ramp.steps + max(self.monitor.config.steps, renewal)
+
+    def how_far(self, step: int, schedule: Schedule, max_steps: int | None) -> tuple[int, str]:
+        """How far to look in snapshot intervals, and why the nowcast that is due is left out, if it is."""
+        horizon = horizon_by_mass(horizon_at(step, schedule), self.history.rates, step, schedule)
+        backoff = self.monitor.backoff
+        if self.monitor.skips_this_one():
+            return horizon, f"{backoff.failures} in a row were rolled back or kept without proof"
+        if max_steps is not None and max_steps - step < self.lasts:
+            return horizon, "the run ends before a jump could recover"
+        if horizon == 0:
+            return horizon, "the learning rate that is left moves the weights no farther than they are"
+        return backoff.shorten(horizon), ""
 
     def leave_out(self, report: NowcastReport, reason: str) -> OpenReport:
         """Try none, on purpose."""

@@ -36,7 +36,7 @@ from nino.costs import estimate_costs
 from nino.evaluation.methods import Setup, parse_method
 from nino.session.judge.rule import rollback_config
 from nino.session.jump.ramp import Ramp
-from nino.session.session import MANY_SKIPPED
+from nino.session.outcomes import MANY_SKIPPED
 
 RAMP = 3
 """Half of the period."""
