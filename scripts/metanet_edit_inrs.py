@@ -4,7 +4,8 @@
 
 Every image is a SIREN [2, 32, 32, 1]. The metanetwork adds a step to its weights; the loss is the mean squared error
 between the picture that the edited network draws and the transformed original, both from 0 to 1. Beside the variants
-stands what doing nothing costs, and what the fits themselves are off by. Pictures: before, after, target.
+stands what doing nothing costs, and what the fits themselves are off by. Pictures: before, after, target. The baseline
+``--variants nfn`` needs the package ``nfn``.
 """
 
 from __future__ import annotations
@@ -13,23 +14,29 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nino import NeuralGraph
 from nino.metanet import GraphMetanetwork, fit
+from nino.metanet.training import MOST_GRADIENT, _batches, _rate
 from tasks.cli import ArgumentParser, run_main
 from tasks.images import load_images
-from tasks.sirens import Siren, fit_sirens, render
+from tasks.nfn_nets import NfnEditor
+from tasks.sirens import Siren, fit_sirens, render, with_state
 
 SIZES = (2, 32, 32, 1)
 SIDE = 28
 TRANSFORMS = ("dilate", "contrast")
 PICTURES = 8
+BATCH = 12
+State = dict[str, Tensor]
+Edit = Callable[[list[Siren]], list[State]]
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> int:
     if a.make_only:
         return 0
     graph = NeuralGraph.from_model(Siren(SIZES), example_inputs=torch.zeros(2, 2))
-    models = [with_state(state) for state in states]
+    models = [with_state(state, SIZES) for state in states]
     drawn = torch.stack([draw(state, points).detach() for state in states])
     cut = round(0.8 * a.images)
     cells = a.cache / f"cells-{a.images}-{a.fit_steps}-{a.steps}"
@@ -64,7 +71,10 @@ def main(argv: list[str]) -> int:
                 path = cells / f"{transform}-{variant}-{seed}.json"
                 if not path.exists():
                     begin = time.process_time()
-                    after, error = edited(variant, seed, models, targets, graph, cut, points, a)
+                    edit = trained(variant, seed, models[:cut], targets[:cut], graph, points, a)
+                    with torch.no_grad():
+                        after = torch.stack([draw(weights, points) for weights in edit(models[cut:])])
+                    error = float((after - targets[cut:]).square().mean())
                     record = {"transform": transform, "variant": variant, "seed": seed, "mse": error}
                     record["cpu_seconds"] = round(time.process_time() - begin, 1)
                     torch.save(after[:PICTURES].half(), path.with_suffix(".pt"))
@@ -94,29 +104,28 @@ def transformed(images: Tensor, transform: str) -> Tensor:
     return (mean + 1.6 * (images - mean)).clamp(0, 1)
 
 
-def with_state(state: dict[str, Tensor]) -> Siren:
-    model = Siren(SIZES)
-    model.load_state_dict(state)
-    return model
-
-
 def draw(state: dict[str, Tensor], points: Tensor) -> Tensor:
     """The picture that a network draws: ``[784]``."""
     return render(state, SIZES, points)[:, 0] + 0.5
 
 
-def edited(
+def trained(
     variant: str,
     seed: int,
     models: list[Siren],
     targets: Tensor,
     graph: NeuralGraph,
-    cut: int,
     points: Tensor,
     a: argparse.Namespace,
-) -> tuple[Tensor, float]:
-    """Train a metanetwork on the first networks; pictures and error of the others."""
+) -> Edit:
+    """Train a metanetwork on some networks and what they should draw; it gives new weights of others."""
     torch.manual_seed(seed)
+
+    def loss(weights: State, target: Tensor) -> Tensor:
+        return F.mse_loss(draw(weights, points), target)
+
+    if variant == "nfn":
+        return trained_nfn(seed, models, targets, loss, a)
     net = GraphMetanetwork(
         head="equivariant",
         variant=variant,
@@ -126,25 +135,38 @@ def edited(
         inputs="standardised",
         num_probes=64,
     )
-
-    def loss(weights: dict[str, Tensor], target: Tensor) -> Tensor:
-        return F.mse_loss(draw(weights, points), target)
-
     fit(
         net,
-        models[:cut],
-        list(targets[:cut]),
+        models,
+        list(targets),
         graphs=graph,
         loss=loss,
         steps=a.steps,
         seed=seed,
-        batch=12,
+        batch=BATCH,
         lr=a.lr,
         example_inputs=torch.zeros(2, 2),
     )
-    with torch.no_grad():
-        after = torch.stack([draw(net(model, graph), points) for model in models[cut:]])
-    return after, float((after - targets[cut:]).square().mean())
+    return lambda others: [net(model, graph) for model in others]
+
+
+def trained_nfn(
+    seed: int, models: list[Siren], targets: Tensor, loss: Callable[[State, Tensor], Tensor], a: argparse.Namespace
+) -> Edit:
+    """The same with a neural functional, which is of as many layers and about as large."""
+    states = [model.state_dict() for model in models]
+    net = NfnEditor(states, channels=32, layers=2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=a.lr, weight_decay=1e-2)
+    for step, chosen in enumerate(_batches(len(states), BATCH, a.steps, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = a.lr * _rate(step, a.steps)
+        pairs = zip(net([states[index] for index in chosen]), chosen, strict=True)
+        value = torch.stack([loss(weights, targets[index]) for weights, index in pairs]).mean()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), MOST_GRADIENT)
+        optimizer.step()
+    return lambda others: net([model.state_dict() for model in others])
 
 
 def summarise(cells: Path, a: argparse.Namespace, images: Tensor, drawn: Tensor, cut: int) -> None:

@@ -3,9 +3,11 @@
     python scripts/metanet_sines.py --cache sines --out results/metanet-sines
 
 y = a sin(b x) on [-pi, pi] with a, b ~ U(0, 10), one SIREN of two hidden layers of 32 each. Two views of a network are
-its weights with noise and with some left out; InfoNCE at temperature 0.1 learns which belong together. What counts is
-the test error of a linear regression from the embeddings to (a, b). Baselines: the same from an untrained network, from
-statistics of the weights, and the mean (8.33 in expectation).
+its weights with noise and with some left out; InfoNCE at temperature 0.1 learns which belong together. With
+``--views fits`` they are instead two networks that were fitted to one sine from different weights: what is alike in
+them is the sine alone. What counts is the test error of a linear regression from the embeddings to (a, b). Baselines:
+the same from an untrained network, from statistics of the weights, from what the network draws at 20 points, and the
+mean (8.33 in expectation).
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from nino.metanet import GraphMetanetwork, union
 from nino.metanet.baselines import statistics
 from nino.metanet.training import _batches, _rate
 from tasks.cli import ArgumentParser, run_main
-from tasks.sirens import Siren, fit_sirens
+from tasks.sirens import Siren, fit_sirens, with_state
 
 SIZES = (1, 32, 32, 1)
 EMBEDDING, TEMPERATURE = 64, 0.1
 NOISE, LEFT_OUT = 0.1, 0.1
-States = list[dict[str, Tensor]]
+DRAWN_AT = 20
 
 
 def main(argv: list[str]) -> int:
@@ -49,37 +51,47 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=["mpnn", "ng-gnn", "scale"])
+    parser.add_argument("--variants", nargs="+", default=["mpnn", "ng-gnn", "scale", "probe"])
+    parser.add_argument("--views", choices=("noise", "fits"), default="noise")
+    parser.add_argument("--noise", type=float, default=NOISE, help="of a view, in units of the parameter's size")
+    parser.add_argument("--left-out", type=float, default=LEFT_OUT, help="the part of the weights")
     parser.add_argument("--make-only", action="store_true")
     a = parser.parse_args(argv)
     torch.set_num_threads(1)
     wanted = 10 * torch.rand(a.networks, 2, generator=torch.Generator().manual_seed(0))
     x = torch.linspace(-math.pi, math.pi, a.points)[:, None]
     signals = wanted[:, 0, None, None] * torch.sin(wanted[:, 1, None, None] * x)
-    states = fit_sirens(a.cache, "sine", SIZES, x / math.pi, signals, a.fit_steps, 2e-3, 0)
+    cut = round(0.75 * a.networks)
+
+    def fitted(seed: int, number: int) -> list[Siren]:
+        states = fit_sirens(a.cache, "sine", SIZES, x / math.pi, signals[:number], a.fit_steps, 2e-3, seed)
+        return [with_state(state, SIZES) for state in states]
+
+    models = fitted(0, a.networks)
+    again = fitted(1, cut) if a.views == "fits" else None
     if a.make_only:
         return 0
     with torch.no_grad():
-        renders = [torch.func.functional_call(Siren(SIZES), state, (x / math.pi,)) for state in states]
-        fitted = float((torch.stack(renders) - signals).square().mean())
-    cut = round(0.75 * len(states))
-    cells = a.cache / f"cells-{a.networks}-{a.steps}-{a.batch}-{a.hidden}-{a.layers}"
+        drawn = torch.stack([model(x / math.pi) for model in models])
+    error = float((drawn - signals).square().mean())
+    values = drawn[:, :: max(1, a.points // DRAWN_AT), 0].double().numpy()
+    views = f"{a.views}-{a.noise:g}-{a.left_out:g}"
+    cells = a.cache / f"cells-{a.networks}-{a.steps}-{a.batch}-{a.hidden}-{a.layers}-{views}"
     cells.mkdir(exist_ok=True)
-    report(cells, "statistics", 0, lambda: np.stack([statistics(state) for state in states]), wanted, cut)
+    report(cells, "statistics", 0, lambda: np.stack([statistics(model) for model in models]), wanted, cut)
+    report(cells, f"values at {DRAWN_AT} points", 0, lambda: values, wanted, cut)
     for seed in a.seeds:
         for variant in a.variants:
-            report(
-                cells,
-                f"{variant} untrained",
-                seed,
-                lambda v=variant, s=seed: embed(network(v, s, a), states),
-                wanted,
-                cut,
-            )
-            report(
-                cells, variant, seed, lambda v=variant, s=seed: embed(learn(v, s, states[:cut], a), states), wanted, cut
-            )
-            summarise(cells, a, fitted, wanted, cut)
+
+            def untrained(variant: str = variant, seed: int = seed) -> np.ndarray:
+                return embed(network(variant, seed, a), models)
+
+            def trained(variant: str = variant, seed: int = seed) -> np.ndarray:
+                return embed(learn(variant, seed, models[:cut], again, a), models)
+
+            report(cells, f"{variant} untrained", seed, untrained, wanted, cut)
+            report(cells, variant, seed, trained, wanted, cut)
+            summarise(cells, a, error, wanted, cut)
     return 0
 
 
@@ -93,29 +105,34 @@ GRAPH = graph()
 def network(variant: str, seed: int, a: argparse.Namespace) -> GraphMetanetwork:
     """An encoder with an embedding as its output; sines are odd, so signs of neurons may turn."""
     torch.manual_seed(seed)
-    return GraphMetanetwork(outputs=EMBEDDING, variant=variant, hidden=a.hidden, layers=a.layers, activation="sine")
+    net = GraphMetanetwork(outputs=EMBEDDING, variant=variant, hidden=a.hidden, layers=a.layers, activation="sine")
+    net.prepare(Siren(SIZES), torch.zeros(2, 1))
+    return net
 
 
-def view(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def view(model: Siren, generator: torch.Generator, noise: float, left_out: float) -> Siren:
     """Weights with noise, and some of them left out."""
     out = {}
-    for name, tensor in state.items():
-        noise = torch.randn(tensor.shape, generator=generator) * tensor.square().mean().sqrt() * NOISE
-        kept = torch.rand(tensor.shape, generator=generator) >= LEFT_OUT
-        out[name] = (tensor + noise) * kept
-    return out
+    for name, tensor in model.state_dict().items():
+        drawn = torch.randn(tensor.shape, generator=generator) * tensor.square().mean().sqrt() * noise
+        kept = torch.rand(tensor.shape, generator=generator) >= left_out
+        out[name] = (tensor + drawn) * kept
+    return with_state(out, SIZES)
 
 
-def learn(variant: str, seed: int, states: States, a: argparse.Namespace) -> GraphMetanetwork:
-    """Train an encoder by contrasting views."""
+def learn(
+    variant: str, seed: int, models: list[Siren], again: list[Siren] | None, a: argparse.Namespace
+) -> GraphMetanetwork:
+    """Train an encoder by contrasting views: of every network two, or one of it and one of another of the same sine."""
     net = network(variant, seed, a)
     projection = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING))
     optimizer = torch.optim.AdamW([*net.parameters(), *projection.parameters()], lr=a.lr, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(seed)
-    for step, chosen in enumerate(_batches(len(states), a.batch, a.steps, seed)):
+    for step, chosen in enumerate(_batches(len(models), a.batch, a.steps, seed)):
         for group in optimizer.param_groups:
             group["lr"] = a.lr * _rate(step, a.steps)
-        views = [net.read(view(states[index], generator), GRAPH) for _ in range(2) for index in chosen]
+        sources = [side[index] for side in (models, again or models) for index in chosen]
+        views = [net.read(view(model, generator, a.noise, a.left_out), GRAPH) for model in sources]
         embedded = F.normalize(projection(net(union(views))), dim=1)
         alike = embedded @ embedded.t() / TEMPERATURE
         alike.fill_diagonal_(-torch.inf)
@@ -132,8 +149,8 @@ def learn(variant: str, seed: int, states: States, a: argparse.Namespace) -> Gra
 
 
 @torch.no_grad()
-def embed(net: GraphMetanetwork, states: States) -> np.ndarray:
-    rows = [net(states[start : start + 50], GRAPH) for start in range(0, len(states), 50)]
+def embed(net: GraphMetanetwork, models: list[Siren]) -> np.ndarray:
+    rows = [net(models[start : start + 50], GRAPH) for start in range(0, len(models), 50)]
     return torch.cat(rows).double().numpy()
 
 
@@ -159,7 +176,7 @@ def report(cells: Path, method: str, seed: int, embeddings: object, wanted: Tens
     print(json.dumps(record), flush=True)
 
 
-def summarise(cells: Path, a: argparse.Namespace, fitted: float, wanted: Tensor, cut: int) -> None:
+def summarise(cells: Path, a: argparse.Namespace, error: float, wanted: Tensor, cut: int) -> None:
     """Write ``summary.json`` and ``table.md``."""
     records = [json.loads(path.read_text()) for path in sorted(cells.glob("*.json"))]
     by_method: dict[str, list[dict[str, float]]] = {}
@@ -171,7 +188,7 @@ def summarise(cells: Path, a: argparse.Namespace, fitted: float, wanted: Tensor,
     about = {"title": "Networks of sines, embedded", "command": "python " + " ".join(sys.argv)}
     summary = {
         "settings": settings,
-        "mean squared error of the fits": fitted,
+        "mean squared error of the fits": error,
         "mse of the mean": mean,
         "cells": records,
     }

@@ -48,7 +48,7 @@ def merge(
         A model of the class of the first, in evaluation mode.
 
     Raises:
-        NinoError: if there are no models, weights do not fit, or they cannot be aligned.
+        NinoError: if there are no models, weights do not fit, a weight is NaN, or the models cannot be aligned.
     """
     if isinstance(models, nn.Module):
         raise NinoError(f"merge takes a list of models, got one {type(models).__name__}")
@@ -58,8 +58,9 @@ def merge(
     if method not in ("average", "nowcast"):
         raise NinoError(f"method must be 'average' or 'nowcast', got {method!r}")
     scaled = _scaled(weights, len(models))
-    for other in models[1:]:
+    for index, other in enumerate(models):
         check_same_architecture(models[0], other)
+        _check_finite(index, other)
     graph = traced(models[0], example_inputs) if align_by is not None or method == "nowcast" else None
     if align_by is not None:
         aligned = [
@@ -72,6 +73,12 @@ def merge(
     if len(models) > 1:
         reestimate_batch_norm(merged.eval(), [example_inputs] if batches is None else batches)
     return merged.eval()
+
+
+def _check_finite(index: int, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise NinoError(f"model {index} to be merged: {name} holds NaN or infinity; leave it out")
 
 
 def _graph_for(model: nn.Module, graph: NeuralGraph | None) -> NeuralGraph | None:

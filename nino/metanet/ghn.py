@@ -41,6 +41,9 @@ class GhnConfig:
     """Of the largest kernel that is decoded, ``[channels, channels, kernel, kernel]``."""
     kernel: int = 5
     num_positions: int = 8
+    noise: float = 0.01
+    """Added to weights whose kernel is repeated, in units of their deviation: neurons that are equal stay equal however
+    long the model is trained."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class GraphHyperNetwork(nn.Module):
     def forward(self, model: nn.Module, example_inputs: Any = None, graph: NeuralGraph | None = None) -> nn.Module:
         """Give a model predicted parameters, in place, and return it.
 
+        Weights that are wider than the largest kernel get some noise, from torch's generator; :meth:`predict` has none.
+
         Raises:
             NinoError: if it cannot be traced.
         """
@@ -98,8 +103,14 @@ class GraphHyperNetwork(nn.Module):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in predicted:
-                    parameter.copy_(predicted[name])
+                    parameter.copy_(self._told_apart(predicted[name]))
         return model
+
+    def _told_apart(self, values: Tensor) -> Tensor:
+        """Weights with noise, if they are a kernel repeated."""
+        if values.dim() < 2 or max(values.shape[:2]) <= self.config.channels:
+            return values
+        return values + self.config.noise * values.std() * torch.randn_like(values)
 
     @staticmethod
     def graph_of(model: nn.Module, example_inputs: Any = None) -> NeuralGraph:

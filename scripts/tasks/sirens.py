@@ -39,6 +39,13 @@ class Siren(nn.Module):
         return self.layers[-1](x)
 
 
+def with_state(state: dict[str, Tensor], sizes: tuple[int, ...]) -> Siren:
+    """The network of some weights."""
+    model = Siren(sizes)
+    model.load_state_dict(state)
+    return model
+
+
 def fit_sirens(
     folder: Path,
     name: str,

@@ -268,6 +268,16 @@ class Random(nn.Module):
         return self.layers(x) + torch.rand(())
 
 
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("not today")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_bad_input_is_told_in_a_line() -> None:
     one, x = CASES[0].model(), vectors()
     wide = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
@@ -283,6 +293,12 @@ def test_bad_input_is_told_in_a_line() -> None:
         nino.align(one, broken, x)
     with pytest.raises(NinoError, match=r"does not run on the example inputs|cannot be traced"):
         nino.align(one, CASES[0].model(), torch.ones(2, 9), graph=CASES[0].graph(one))
+    with pytest.raises(NinoError, match=r"model 1 to be merged: 2\.bias holds NaN"):
+        nino.merge([one, broken], x, align_by=None)
+    with pytest.raises(NinoError, match=r"0\.weight is \(6, 5\) in one and \(8, 5\) in another"):
+        nino.merge([one, wide], x, align_by=None)
+    with pytest.raises(NinoError, match="Untraceable could neither be traced nor recognised"):
+        nino.align(Untraceable(), Untraceable(), x)
     with pytest.raises(NinoError, match="computes something else"):
         nino.align(Random(), Random(), x)
     with pytest.raises(NinoError, match="'weights' or 'activations'"):

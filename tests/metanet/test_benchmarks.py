@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import metanet_align_rivals
 import metanet_edit_inrs
 import metanet_make_zoo
 import metanet_merge
@@ -22,6 +23,8 @@ from torch import nn
 from nino.errors import NinoError
 from nino.metanet.baselines import DeepSets, Dmc, fit_flat, fit_statistics
 from nino.system.files import save_whole
+from tasks import nfn_nets
+from tasks.rivals import Refused, affinities, kernels
 from tasks.stacked import train_stacked
 from tasks.zoo import TASKS, load_zoo, split
 from tasks.zoo_models import FAMILIES
@@ -91,7 +94,28 @@ def test_embeddings_of_sines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     paths = ["--cache", tmp_path / "cache", "--out", tmp_path]
     run(metanet_sines.main, monkeypatch, *paths, *settings, "--variants", "mpnn", "--hidden", 8, "--layers", 1)
     methods = [cell["method"] for cell in json.loads((tmp_path / "summary.json").read_text())["cells"]]
-    assert sorted(methods) == ["mpnn", "mpnn untrained", "statistics"]
+    assert sorted(methods) == ["mpnn", "mpnn untrained", "statistics", "values at 20 points"]
+
+
+def test_two_fits_of_a_sine_are_views_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["--networks", 12, "--fit-steps", 3, "--points", 20, "--steps", 2, "--batch", 4, "--seeds", 0]
+    views = ["--views", "fits", "--noise", 0, "--left-out", 0, "--variants", "probe", "--hidden", 8, "--layers", 1]
+    run(metanet_sines.main, monkeypatch, "--cache", tmp_path / "cache", "--out", tmp_path, *settings, *views)
+    first, second = (torch.load(tmp_path / "cache" / f"sine-{seed}-00000.pt") for seed in (0, 1))
+    assert len(first) == 12 and len(second) == 9  # what is tested on has no second view
+    assert not torch.equal(first[0]["layers.0.weight"], second[0]["layers.0.weight"])
+    assert "| probe |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_view_is_the_network_with_noise_and_some_weights_left_out() -> None:
+    model, generator = metanet_sines.Siren((1, 32, 32, 1)), torch.Generator().manual_seed(0)
+    same = metanet_sines.view(model, generator, 0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    before = model.layers[1].weight.detach()
+    after = metanet_sines.view(model, generator, 0.1, 0.25).layers[1].weight.detach()
+    assert 0.2 < float((after == 0).float().mean()) < 0.3
+    moved = (after - before)[after != 0].square().mean() / before.square().mean()
+    assert 0.09 < float(moved.sqrt()) < 0.11
 
 
 def test_images_are_edited(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +128,7 @@ def test_images_are_edited(data_folder: Path, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     "script",
-    [metanet_edit_inrs, metanet_make_zoo, metanet_merge, metanet_predict_accuracy, metanet_sines],
+    [metanet_align_rivals, metanet_edit_inrs, metanet_make_zoo, metanet_merge, metanet_predict_accuracy, metanet_sines],
     ids=lambda script: script.__name__,
 )
 def test_missing_options_are_one_line(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +137,69 @@ def test_missing_options_are_one_line(script: Any, capsys: pytest.CaptureFixture
     said = capsys.readouterr()
     assert ended.value.code == 2 and said.out == ""
     assert said.err.startswith("error: the following arguments are required: --") and said.err.count("\n") == 1
+
+
+def test_alignment_is_compared_with_the_packages_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metanet_align_rivals, "find_spec", lambda name: name if name == "nino" else None)
+    monkeypatch.setattr(metanet_align_rivals, "load_images", lambda *a: Digits())
+    arguments = ["--data", tmp_path, "--out", tmp_path, "--models", "MLP", "--seeds", 0, "--steps", 2]
+    run(metanet_align_rivals.main, monkeypatch, *arguments)
+    assert "rebasin is not installed and is left out: pip install rebasin" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["recovered"] == {"MLP": {"nino": "exact"}}
+    curves = summary["fused"][0]["accuracies"]
+    assert set(curves) == {"as they are", "nino"} and curves["nino"][0] == curves["as they are"][0]
+    assert (tmp_path / "lines.png").stat().st_size > 1000
+
+
+class Digits:
+    """Noise in the shape of MNIST."""
+
+    train_images, train_labels = torch.randn(90, 1, 28, 28), torch.randint(10, (90,))
+    eval_images, eval_labels = torch.randn(40, 1, 28, 28), torch.randint(10, (40,))
+
+
+def test_what_another_package_makes_of_a_model_is_told() -> None:
+    model = metanet_align_rivals.mlp()
+    other, x = metanet_align_rivals.mlp(), torch.randn(2, 12)
+
+    def fails(one: nn.Module, other: nn.Module, inputs: Any) -> nn.Module:
+        raise ValueError("no such layer")
+
+    def refuses(one: nn.Module, other: nn.Module, inputs: Any) -> nn.Module:
+        raise Refused("chains only")
+
+    outcome = metanet_align_rivals.outcome
+    assert outcome(fails, model, other, x) == "fails (ValueError)"
+    assert outcome(refuses, model, other, x) == "cannot: chains only"
+    assert outcome(lambda a, b, x: a, model, other, x) == "another function"
+    assert outcome(lambda a, b, x: b, model, other, x) == "0 % of the distance"
+    assert outcome(lambda a, b, x: b, model, model, x) == "exact"
+
+
+def test_the_affinities_of_two_chains_are_highest_where_they_agree() -> None:
+    state = {"0.weight": torch.randn(3, 2), "2.weight": torch.randn(2, 3)}
+    order = torch.tensor([2, 0, 1])
+    moved = {"0.weight": state["0.weight"][order], "2.weight": state["2.weight"][:, order]}
+    ours, theirs = kernels(state), kernels(moved)
+    assert [tuple(kernel.shape) for kernel in ours] == [(3, 2, 1), (2, 3, 1)]
+    affinity = affinities(ours, theirs, [0, 2, 5, 7]).view(7, 7, 7, 7)
+    assert affinity[0, 0, 2 + 0, 2 + 2] == 1  # our neuron 2 is their first
+    assert affinity[0, 0, 2 + 0, 2 + 0] < 1 and affinity[0, 0, 0, 0] == 1 and affinity[0, 1, 0, 1] == 0
+
+
+def test_neural_functionals_say_what_they_need_or_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [metanet_sines.Siren((2, 6, 6, 1)).state_dict() for _ in range(3)]
+    if nfn_nets.find_spec("nfn") is not None:
+        edited = nfn_nets.NfnEditor(states, channels=4, layers=1)(states)
+        assert [{n: t.shape for n, t in one.items()} for one in edited] == [
+            {n: t.shape for n, t in one.items()} for one in states
+        ]
+    monkeypatch.setattr(nfn_nets, "find_spec", lambda name: None)
+    with pytest.raises(NinoError, match="pip install nfn"):
+        nfn_nets.NfnEditor(states, channels=4, layers=1)
 
 
 def test_barriers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,24 @@ def test_training_through_predicted_weights_helps_an_unseen_architecture() -> No
     assert accuracy > 0.75
 
 
+def test_neurons_of_a_layer_wider_than_the_kernel_do_not_stay_equal() -> None:
+    x, labels = torch.randn(64, 3), torch.randint(2, (64,))
+    model = nn.Sequential(nn.Linear(3, 20), nn.ReLU(), nn.Linear(20, 2))
+    first, last = ghn()(model, x)[0].weight, model[2].weight
+    assert torch.allclose(first[:8], first[8:16], atol=0.1)
+    assert not torch.equal(first[:8], first[8:16]) and not torch.equal(last[:, :8], last[:, 8:16])
+    before = float((first[:8] - first[8:16]).norm())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] and float((first[:8] - first[8:16]).norm()) > 2 * before
+
+
 def test_saved_hypernetworks_are_read_back(tmp_path: Path) -> None:
     net, (_, graph) = ghn(), nets()[0]
     net.save_pretrained(tmp_path)
@@ -66,7 +84,19 @@ def test_saved_hypernetworks_are_read_back(tmp_path: Path) -> None:
     assert all(torch.equal(predicted[name], tensor) for name, tensor in again.predict(graph).items())
 
 
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("not today")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_bad_input_is_told_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(NinoError, match="Untraceable cannot be traced: a hypernetwork reads how"):
+        ghn()(Untraceable(), torch.ones(2, 3))
     with pytest.raises(CheckpointError, match="file of the ghn3 package"):
         GraphHyperNetwork.from_pretrained("ghn3tm8.pt")
     with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
