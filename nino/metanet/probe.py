@@ -7,6 +7,7 @@ alike. For a value per weight, or per neuron, the answers are told to every edge
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -20,22 +21,43 @@ from nino.metanet.inputs import GraphInputs, Model
 from nino.metanet.layers import Embedding, Encoded, Encoder, mlp, segment_mean
 
 CODE = 32
-IMAGE_SIZE = 32
+IMAGE_SIZES = (32, 28, 16, 8, 64, 224)
+"""Of images, tried in this order where no example tells."""
+MOST_NUMBERS = 300_000
+"""In one input that is guessed."""
+LAYERS_ASKED = 4
+"""Layers of a model whose sizes may be those of an input."""
 WORDS = 8
-"""In one probe of a model of words."""
+"""In one probe of a model of words, or of a sequence of vectors."""
+Kind = tuple[tuple[int, ...], int | None]
+"""The shape of one input, and of words how many there are."""
 
 
 def with_probes(config: MetanetConfig, model: Model, example_inputs: object = None) -> MetanetConfig:
-    """Fill in what the probes' size is, from a model and what it is called with."""
+    """Fill in what the probes' size is, from a model and what it is called with.
+
+    Without an example, shapes that the first layers suggest are tried until the model runs on one.
+
+    Raises:
+        NinoError: if it runs on none.
+    """
     if config.probe_numbers is not None:
         return config
     module = _as_module(model)
-    if config.probe_shape is None:
-        shape, vocabulary = _probe_shape(module, example_inputs)
-        config = replace(config, probe_shape=shape, probe_vocabulary=vocabulary)
-    blank = torch.zeros(2, *(config.probe_shape or ()), dtype=torch.float32)
-    answers = _ask(module, blank.long() if config.probe_vocabulary else blank)
-    return replace(config, probe_numbers=answers[0].numel())
+    if config.probe_shape is not None:
+        kinds = [(config.probe_shape, config.probe_vocabulary)]
+    else:
+        kinds = _kinds(module, example_inputs)
+    refused = None
+    for shape, vocabulary in kinds:
+        blank = torch.zeros(2, *shape, dtype=torch.float32)
+        try:
+            answers = _ask(module, blank.long() if vocabulary else blank)
+        except NinoError as error:
+            refused = refused or error
+            continue
+        return replace(config, probe_shape=shape, probe_vocabulary=vocabulary, probe_numbers=answers[0].numel())
+    raise refused or NinoError(f"the inputs of {type(model).__name__} cannot be guessed: set probe_shape in the config")
 
 
 def _as_module(model: Model) -> nn.Module:
@@ -44,22 +66,34 @@ def _as_module(model: Model) -> nn.Module:
     return model
 
 
-def _probe_shape(model: nn.Module, example_inputs: object) -> tuple[tuple[int, ...], int | None]:
-    """The shape of one input, that of the example or a guess from the first layer; and of words how many there are."""
+def _kinds(model: nn.Module, example_inputs: object) -> list[Kind]:
+    """What one input may be: like the example, or by one of the first layers."""
+    if isinstance(example_inputs, Mapping) and example_inputs:
+        example_inputs = next(iter(example_inputs.values()))
     if isinstance(example_inputs, (tuple, list)) and example_inputs:
         example_inputs = example_inputs[0]
     if isinstance(example_inputs, Tensor):
         words = None if example_inputs.is_floating_point() else int(example_inputs.max()) + 1
-        return tuple(example_inputs.shape[1:]), words
-    for layer in model.modules():
-        if isinstance(layer, nn.Embedding):
-            return (WORDS,), layer.num_embeddings
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            size = (IMAGE_SIZE,) * (layer.weight.dim() - 2)
-            return (layer.in_channels, *size), None
-        if isinstance(layer, nn.Linear):
-            return (layer.in_features,), None
-    raise NinoError(f"the inputs of {type(model).__name__} cannot be guessed: set probe_shape in the config")
+        return [(tuple(example_inputs.shape[1:]), words)]
+    found = [kinds for kinds in map(_kinds_of_layer, model.modules()) if kinds]
+    kinds = dict.fromkeys(kind for of_layer in found[:LAYERS_ASKED] for kind in of_layer)
+    reads_sequences = any(isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) for layer in model.modules())
+    return sorted(kinds, key=lambda kind: reads_sequences and len(kind[0]) == 1 and kind[1] is None)
+
+
+def _kinds_of_layer(layer: nn.Module) -> list[Kind]:
+    """What inputs may be if this is the first layer."""
+    if isinstance(layer, nn.Embedding):
+        return [((WORDS,), layer.num_embeddings)]
+    if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)):
+        return [((WORDS, layer.input_size if isinstance(layer, nn.RNNBase) else layer.embed_dim), None)]
+    if isinstance(layer, nn.Linear):
+        return [((layer.in_features,), None), ((WORDS, layer.in_features), None)]
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        channels, dims = layer.in_channels, layer.weight.dim() - 2
+        shapes = [(channels, *(size,) * dims) for size in IMAGE_SIZES if channels * size**dims <= MOST_NUMBERS]
+        return [(shape, None) for shape in (*shapes, (channels,))]
+    return []
 
 
 def _ask(model: nn.Module, probes: Tensor) -> Tensor:

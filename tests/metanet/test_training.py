@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,43 @@ def test_probes_are_made_for_models_of_words_and_of_images() -> None:
     assert net(model, case.graph(model)).shape == (1,)
     image = CASES[2].model()
     assert nino.metanet.GraphMetanetwork(variant="probe")(image, CASES[2].graph(image)).shape == (1,)
+    flat = next(case for case in CASES if case.name == "flat_cnn")
+    net = GraphMetanetwork(variant="probe")
+    assert (
+        net(flat.model(), flat.graph(flat.model())).shape == (1,) and net.config.probe_shape == flat.inputs().shape[1:]
+    )
+    odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 11 * 11, 2))
+    graph = NeuralGraph.from_model(odd, example_inputs=torch.ones(2, 1, 13, 13))
     with pytest.raises(NinoError, match="pass example_inputs"):
-        flat = next(case for case in CASES if case.name == "flat_cnn").model()
-        GraphMetanetwork(variant="probe")(flat, NeuralGraph.from_model(flat))
+        GraphMetanetwork(variant="probe")(odd, graph)
+
+
+class LastState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(x)[0][:, -1])
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (LastState, (8, 5)),
+        (encoder, (8, 5)),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 5), nn.Flatten(), nn.Linear(2 * 24 * 24, 3)), (1, 28, 28)),
+        (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2)), (3, 32)),
+        (lambda: nn.Sequential(nn.Conv3d(1, 2, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten()), (1, 32, 32, 32)),
+    ],
+)
+def test_what_a_model_takes_is_found_by_trying(build: Any, shape: tuple[int, ...]) -> None:
+    model = build()
+    graph = NeuralGraph.from_model(model, example_inputs=torch.ones(2, *shape))
+    net = GraphMetanetwork(variant="probe", hidden=8, num_probes=3)
+    assert net(model, graph).shape == (1,) and net.config.probe_shape == shape
