@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +43,8 @@ from tasks.rivals import METHODS, Align, Refused, by_rebasin
 
 POINTS = 21
 TRAIN, TEST = 20000, 5000
+MOST_SECONDS = 20
+"""Of the processor, in which a method must answer."""
 AS_THEY_ARE = "as they are"
 
 
@@ -114,9 +119,12 @@ def outcome(align: Align, model: nn.Module, other: nn.Module, inputs: Any) -> st
     """``exact``, how much of the distance is gone, that the function changed, or why there is no answer."""
     given = next(iter(inputs.values())) if align is by_rebasin and isinstance(inputs, dict) else inputs
     try:
-        moved = align(model, deepcopy(other), given)
+        with limited(MOST_SECONDS):
+            moved = align(model, deepcopy(other), given)
     except Refused as reason:
         return f"cannot: {reason}"
+    except TimeoutError:
+        return f"no answer in {MOST_SECONDS} CPU seconds"
     except Exception as error:  # whatever another package may raise
         return f"fails ({type(error).__name__})"
     parameters = list(zip(model.parameters(), moved.parameters(), other.parameters(), strict=True))
@@ -125,6 +133,22 @@ def outcome(align: Align, model: nn.Module, other: nn.Module, inputs: Any) -> st
     if difference(other, moved, Calls.of(inputs)) > 1e-4:
         return "another function"
     return "exact" if left == 0 else f"{100 * (1 - left / before):.0f} % of the distance"
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Stop what is done here after so many CPU seconds, by a ``TimeoutError``."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def fuse(seed: int, steps: int, loaded: Any) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Digits:
     eval_images, eval_labels = torch.randn(40, 1, 28, 28), torch.randint(10, (40,))
 
 
-def test_what_another_package_makes_of_a_model_is_told() -> None:
+def test_what_another_package_makes_of_a_model_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = metanet_align_rivals.mlp()
     other, x = metanet_align_rivals.mlp(), torch.randn(2, 12)
 
@@ -171,7 +171,13 @@ def test_what_another_package_makes_of_a_model_is_told() -> None:
     def refuses(one: nn.Module, other: nn.Module, inputs: Any) -> nn.Module:
         raise Refused("chains only")
 
+    def never(one: nn.Module, other: nn.Module, inputs: Any) -> nn.Module:
+        while True:
+            pass
+
     outcome = metanet_align_rivals.outcome
+    monkeypatch.setattr(metanet_align_rivals, "MOST_SECONDS", 0.1)
+    assert outcome(never, model, other, x) == "no answer in 0.1 CPU seconds"
     assert outcome(fails, model, other, x) == "fails (ValueError)"
     assert outcome(refuses, model, other, x) == "cannot: chains only"
     assert outcome(lambda a, b, x: a, model, other, x) == "another function"
