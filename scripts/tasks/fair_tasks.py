@@ -32,7 +32,7 @@ WARMUP = 100
 """Steps over which the rate rises, in every task."""
 BUDGETS = (1.0, 0.8, 0.6)
 """Parts of a task's steps, between which steps saved are read off."""
-SEEDS: dict[Purpose, tuple[int, ...]] = {"choose": (10, 11, 12, 13), "report": (0, 1, 2), "larger": (0,)}
+SEEDS: dict[Purpose, tuple[int, ...]] = {"choose": (10, 11, 12, 13), "report": (0, 1, 2), "larger": (0, 1, 2)}
 RATE_SEEDS = (10,)
 """With which rates are found, on validation data, of report tasks as well."""
 RATE_BUDGET = 0.6
@@ -209,7 +209,10 @@ _REPORT = {
     "gru": _language("GRU", partial(GruLanguageModel, 1024, 96, 2), "python", 1024, "linear", 2_500, 0.020, FAST),
 }
 _LARGER = {
-    "llama-3m": _language("Llama", _built(llama(3, 256, 4, 1, 1024)), "python", 1024, "cosine", 1_500, 0.16, LARGE),
+    f"llama-{size}": _language(
+        "Llama", _built(llama(3, width, 4, 1, 1024)), "python", 1024, "cosine", 1_500, seconds, rates
+    )
+    for size, width, seconds, rates in (("300k", 80, 0.02, SLOW), ("1m", 160, 0.06, SLOW), ("3m", 256, 0.10, LARGE))
 }
 _TASKS: dict[Purpose, dict[str, FairTask]] = {"choose": _CHOOSE, "report": _REPORT, "larger": _LARGER}
 FAIR_TASKS = {name: replace(task, purpose=purpose) for purpose, tasks in _TASKS.items() for name, task in tasks.items()}
