@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from nino import NeuralGraph, Nowcaster
 from nino.data import build_model
-from nino.evaluation.report import format_table
+from nino.evaluation.report import format_table, picture
 from nino.evaluation.workers import in_fresh_process
 from nino.predict.engine.hardware import product_dtype
 from nino.predict.engine.tiling import TILE_EDGES
@@ -203,32 +203,28 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def draw(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
     """Time per weight and extra memory against the size of the model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     sizes = [run["weights"] for run in runs]
-    figure, (cost, memory) = plt.subplots(1, 2, figsize=(12, 4))
-    for number, dtype in enumerate(runs[0]["blockwise seconds"]):
-        per_weight = [1e6 * median(run["blockwise seconds"][dtype]) / run["weights"] for run in runs]
-        floor = [1e6 * run["limits"][dtype]["products seconds"] / run["weights"] for run in runs]
-        cost.plot(sizes, per_weight, "o-", color=f"C{number}", label=f"blockwise, {dtype}")
-        cost.plot(sizes, floor, ":", color=f"C{number}", label=f"its matrix products alone, {dtype}")
-    defined = [
-        (run["weights"], 1e6 * median(run["edges seconds"]) / run["weights"]) for run in runs if run["edges seconds"]
-    ]
-    if defined:
-        cost.plot(*zip(*defined, strict=True), "s--", color="C3", label="edge by edge, float32")
-    cost.set(xscale="log", yscale="log", xlabel="weights", ylabel="microseconds per weight", title="time")
-    memory.plot(sizes, [run["extra bytes"] / 1e9 for run in runs], "o-", label="beyond weights and snapshots")
-    memory.plot(sizes, [run["weights and snapshots bytes"] / 1e9 for run in runs], ":", label="weights and snapshots")
-    memory.set(xscale="log", yscale="log", xlabel="weights", ylabel="GB", title="memory")
-    cost.legend(loc="center right")
-    memory.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with picture(path, 1, 2, (12, 4)) as ((cost, memory),):
+        for number, dtype in enumerate(runs[0]["blockwise seconds"]):
+            per_weight = [1e6 * median(run["blockwise seconds"][dtype]) / run["weights"] for run in runs]
+            floor = [1e6 * run["limits"][dtype]["products seconds"] / run["weights"] for run in runs]
+            cost.plot(sizes, per_weight, "o-", color=f"C{number}", label=f"blockwise, {dtype}")
+            cost.plot(sizes, floor, ":", color=f"C{number}", label=f"its matrix products alone, {dtype}")
+        defined = [
+            (run["weights"], 1e6 * median(run["edges seconds"]) / run["weights"])
+            for run in runs
+            if run["edges seconds"]
+        ]
+        if defined:
+            cost.plot(*zip(*defined, strict=True), "s--", color="C3", label="edge by edge, float32")
+        cost.set(xscale="log", yscale="log", xlabel="weights", ylabel="microseconds per weight", title="time")
+        memory.plot(sizes, [run["extra bytes"] / 1e9 for run in runs], "o-", label="beyond weights and snapshots")
+        memory.plot(
+            sizes, [run["weights and snapshots bytes"] / 1e9 for run in runs], ":", label="weights and snapshots"
+        )
+        memory.set(xscale="log", yscale="log", xlabel="weights", ylabel="GB", title="memory")
+        cost.legend(loc="center right")
+        memory.legend()
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -264,15 +260,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def save(runs: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
-    """Write what is known so far, the smallest model first."""
-    runs = sorted(runs, key=lambda run: run["weights"])
+def save(args: argparse.Namespace, summary: object, runs: object, *settings: str) -> None:
+    """Write what is known so far, with what was asked for."""
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "snapshots")}
-    about = {"machine": describe_machine(), "device": args.device.type, "arguments": settings}
-    result = {**about, "summary": summarise(runs), "runs": runs}
-    (args.out / "results.json").write_text(json.dumps(result, indent=1))
-    draw(args.out / "cost.png", runs)
+    given = vars(args) | {"nowcaster": Path(args.nowcaster).name}
+    asked = {key: value for key, value in given.items() if key in settings}
+    about = {"machine": describe_machine(), "device": args.device.type, "arguments": asked}
+    (args.out / "results.json").write_text(json.dumps({**about, "summary": summary, "runs": runs}, indent=1))
 
 
 def side_by_side(args: argparse.Namespace) -> int:
@@ -301,21 +295,14 @@ def side_by_side(args: argparse.Namespace) -> int:
                 }
             )
         print(format_table(rows[-len(args.dtypes) :]), flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        settings = {key: value for key, value in vars(args).items() if key in ("models", "dtypes", "repeats")}
-        settings["nowcaster"] = Path(args.nowcaster).name
-        result = {"machine": describe_machine(), "arguments": settings, "summary": rows, "runs": runs}
-        (args.out / "results.json").write_text(json.dumps(result, indent=1))
+        save(args, rows, runs, "models", "dtypes", "repeats", "nowcaster")
     return 0
 
 
 def head_by_head(args: argparse.Namespace) -> int:
     """A fused layer that is stored head by head, beside layers of their own."""
     rows = [compare_heads(width, heads, args.nowcaster, HORIZON, args.repeats) for width, heads in args.heads]
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(args).items() if key in ("heads", "nowcaster", "repeats")}
-    result = {"machine": describe_machine(), "arguments": settings, "summary": rows}
-    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    save(args, rows, [], "heads", "nowcaster", "repeats")
     print(format_table(rows))
     return 0
 
@@ -340,7 +327,9 @@ def main(argv: list[str]) -> int:
         if busy > BUSY_PERCENT:
             print(f"warning: before {name} other programs used {busy:.0f}% of the cores", file=sys.stderr)
         print(format_table(summarise(runs[-1:])), flush=True)
-        save(runs, args)
+        runs.sort(key=lambda run: run["weights"])
+        save(args, summarise(runs), runs, *(set(vars(args)) - {"out", "device", "snapshots", "published", "heads"}))
+        draw(args.out / "cost.png", runs)
     if runs:
         print(f"\n{format_table(summarise(runs))}\n\nall numbers are in {args.out / 'results.json'}")
     return 1 if failed else 0

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publish_results import head_commit
 from torch import nn
 
 import nino
@@ -33,8 +32,8 @@ from nino.graph.check import WiringReport
 from tasks.architectures import SPECIMENS
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, fail, make_output_folder, run_main
 from tasks.machine import describe_machine
+from tasks.studies import ROOT, head_commit
 
-ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: by scripts/check_architectures.py -->", "<!-- end of the table -->"
 SHORT = {"it is an input of the model": "inputs", "it is an output of the model": "outputs"}
 SHORT |= {"a constant differs along it": "a constant"}

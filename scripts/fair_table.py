@@ -20,12 +20,8 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from publish_results import head_commit
-from tqdm import tqdm
-
 from nino.errors import NinoError
 from nino.evaluation.report import format_markdown, format_table
-from nino.evaluation.workers import do_all
 from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
 from tasks.fair_cells import FairCell, detail_of, gather, read_result, train_and_write
 from tasks.fair_methods import fair_methods
@@ -35,6 +31,7 @@ from tasks.fair_tasks import BASES, BUDGETS, FAIR_TASKS, RATE_BUDGET, RATE_SEEDS
 from tasks.images import HeldOut
 from tasks.machine import describe_machine
 from tasks.measuring import duration
+from tasks.studies import exit_status, head_commit, list_all, train_all
 
 RATES_FILE = "rates.json"
 Rates = Mapping[str, Mapping[str, float]]
@@ -144,29 +141,6 @@ def read_rates(out: Path, tasks: Sequence[str], bases: Sequence[str]) -> Rates:
     return rates
 
 
-def train_all(cells: Sequence[FairCell], args: argparse.Namespace) -> dict[FairCell, str]:
-    """Train cells, several at once, with a bar; returns those that failed, and why."""
-    failed: dict[FairCell, str] = {}
-    work = partial(train_and_write, data=args.data, cache=args.cache, published=str(args.published), out=args.out)
-    with tqdm(total=sum(cell.steps for cell in cells), unit="step", mininterval=1, dynamic_ncols=True) as bar:
-        for event in do_all(cells, work, min(args.jobs, len(cells))):
-            bar.update(event.amount)
-            if event.kind == "failed":
-                failed[event.job] = event.text
-            bar.set_postfix_str(f"{event.job.label}: {event.text or event.kind}", refresh=False)
-    return failed
-
-
-def list_cells(cells: Sequence[FairCell], todo: set[FairCell], jobs: int) -> None:
-    """Say what there is to do, and about how long it takes."""
-    seconds = 0.0
-    for cell in cells:
-        if cell in todo:
-            seconds += cell.steps * FAIR_TASKS[cell.task].seconds_per_step
-        print(f"{'to do' if cell in todo else 'finished':>9}  {cell.label}")
-    print(f"about {duration(seconds / jobs)} with --jobs {jobs}, if each has a core to itself")
-
-
 def report(cells: Sequence[FairCell], out: Path) -> None:
     """Write summary.json, table.md and the picture of the cells that are finished."""
     results = [result for cell in cells if (result := read_result(out, cell)) is not None]
@@ -226,12 +200,15 @@ def main(argv: list[str]) -> int:
     cells, todo = plan(args)
     print(f"{len(cells)} trainings planned, {len(cells) - len(todo)} already finished")
     if args.dry_run:
-        list_cells(cells, set(todo), args.jobs)
+        list_all(cells, set(todo))
+        seconds = sum(cell.steps * FAIR_TASKS[cell.task].seconds_per_step for cell in todo)
+        print(f"about {duration(seconds / args.jobs)} with --jobs {args.jobs}, if each has a core to itself")
         return 0
     make_output_folder("--out", args.out)
+    work = partial(train_and_write, data=args.data, cache=args.cache, published=str(args.published), out=args.out)
     failed: dict[FairCell, str] = {}
     while todo and not failed:
-        failed = train_all(todo, args)
+        failed = train_all(todo, work, min(args.jobs, len(todo)))
         cells, todo = plan(args)  # a rate at the edge asks for the next
     gather(args.out)
     if args.rates:
@@ -240,9 +217,7 @@ def main(argv: list[str]) -> int:
         print(rates)
     else:
         report(cells, args.out)
-    for cell, reason in failed.items():
-        print(f"failed: {cell.label}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    return exit_status(failed)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from publish_results import format_rows, head_commit, tables_of
-from tqdm import tqdm
+from publish_results import format_rows, tables_of
 
-from nino.evaluation.workers import do_all
 from tasks.branch_report import Compared, compare, jump_rows, row_of
 from tasks.branches import KINDS, TASKS, BranchCell, read_result, train_and_write
 from tasks.cli import ArgumentParser, make_output_folder, positive_int, run_main, settings_of
 from tasks.fair_tasks import FAIR_TASKS
 from tasks.machine import describe_machine
-
-TITLE = "Steps saved by jumps: as runs estimate them, against branches without"
+from tasks.studies import exit_status, head_commit, list_all, train_all
 
 
 def plan(args: argparse.Namespace) -> list[tuple[str, BranchCell]]:
@@ -89,28 +86,19 @@ def main(argv: list[str]) -> int:
     todo = [cell for _, cell in planned if read_result(args.out, cell) is None]
     print(f"{len(planned)} trainings planned, {len(planned) - len(todo)} already finished")
     if args.dry_run:
-        for _, cell in planned:
-            print(f"{'to do' if cell in todo else 'finished':>9}  {cell.label}")
+        list_all([cell for _, cell in planned], todo)
         return 0
     todo = [] if args.train_nothing else todo
     make_output_folder("--out", args.out)
     logging.getLogger("nino").setLevel(logging.ERROR)
     work = partial(train_and_write, data=args.data, cache=args.cache, out=args.out)
-    failed: dict[str, str] = {}
-    with tqdm(total=sum(cell.steps for cell in todo), unit="step", mininterval=1, dynamic_ncols=True) as bar:
-        for event in do_all(todo, work, args.jobs):
-            bar.update(event.amount)
-            if event.kind == "failed":
-                failed[event.job.label] = event.text
-            bar.set_postfix_str(f"{event.job.label}: {event.text or event.kind}", refresh=False)
+    failed = train_all(todo, work, args.jobs)
     tables = report(planned, args)
     results = {"commit": head_commit(), "arguments": settings_of(args), "machine": describe_machine(), "tables": tables}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for title, rows in tables_of(results):
         print(f"\n{title}\n\n{format_rows(rows)}")
-    for label, reason in failed.items():
-        print(f"failed: {label}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    return exit_status(failed)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,23 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nino import NeuralGraph
+from nino.evaluation.report import picture
 from nino.metanet import GraphMetanetwork, fit
-from nino.metanet.training import MOST_GRADIENT, _batches, _rate
+from nino.metanet.training import MOST_GRADIENT, batches_of, rate_factor
 from tasks.cli import ArgumentParser, run_main
 from tasks.images import load_images
 from tasks.nfn_nets import NfnEditor
 from tasks.sirens import Siren, fit_sirens, render, with_state
+from tasks.studies import computed_once, mean_and_deviation, publish
 
 SIZES = (2, 32, 32, 1)
 SIDE = 28
@@ -69,19 +72,30 @@ def main(argv: list[str]) -> int:
             targets = transformed(images, transform).flatten(1)
             for variant in a.variants:
                 path = cells / f"{transform}-{variant}-{seed}.json"
-                if not path.exists():
-                    begin = time.process_time()
-                    edit = trained(variant, seed, models[:cut], targets[:cut], graph, points, a)
-                    with torch.no_grad():
-                        after = torch.stack([draw(weights, points) for weights in edit(models[cut:])])
-                    error = float((after - targets[cut:]).square().mean())
-                    record = {"transform": transform, "variant": variant, "seed": seed, "mse": error}
-                    record["cpu_seconds"] = round(time.process_time() - begin, 1)
-                    torch.save(after[:PICTURES].half(), path.with_suffix(".pt"))
-                    path.write_text(json.dumps(record))
-                    print(json.dumps(record), flush=True)
+                train = partial(trained, variant, seed, models[:cut], targets[:cut], graph, points, a)
+                about = {"transform": transform, "variant": variant, "seed": seed}
+                compute = partial(measured, train, models[cut:], targets[cut:], points, path.with_suffix(".pt"))
+                computed_once(path, partial(compute, about))
                 summarise(cells, a, images, drawn, cut)
     return 0
+
+
+def measured(
+    train: Callable[[], Edit],
+    others: list[Siren],
+    targets: Tensor,
+    points: Tensor,
+    pictures: Path,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """One record, of networks that were not trained on; some pictures lie beside it."""
+    begin = time.process_time()
+    edit = train()
+    with torch.no_grad():
+        after = torch.stack([draw(weights, points) for weights in edit(others)])
+    torch.save(after[:PICTURES].half(), pictures)
+    error = float((after - targets).square().mean())
+    return {**about, "mse": error, "cpu_seconds": round(time.process_time() - begin, 1)}
 
 
 def coordinates() -> Tensor:
@@ -157,9 +171,9 @@ def trained_nfn(
     states = [model.state_dict() for model in models]
     net = NfnEditor(states, channels=32, layers=2)
     optimizer = torch.optim.AdamW(net.parameters(), lr=a.lr, weight_decay=1e-2)
-    for step, chosen in enumerate(_batches(len(states), BATCH, a.steps, seed)):
+    for step, chosen in enumerate(batches_of(len(states), BATCH, a.steps, seed)):
         for group in optimizer.param_groups:
-            group["lr"] = a.lr * _rate(step, a.steps)
+            group["lr"] = a.lr * rate_factor(step, a.steps)
         pairs = zip(net([states[index] for index in chosen]), chosen, strict=True)
         value = torch.stack([loss(weights, targets[index]) for weights, index in pairs]).mean()
         optimizer.zero_grad()
@@ -176,46 +190,34 @@ def summarise(cells: Path, a: argparse.Namespace, images: Tensor, drawn: Tensor,
     nothing = {name: float((drawn[cut:] - target).square().mean()) for name, target in wanted.items()}
     fits = float((drawn[cut:] - images.flatten(1)[cut:]).square().mean())
     settings = {key: value for key, value in vars(a).items() if key not in ("data", "cache", "out")}
-    a.out.mkdir(parents=True, exist_ok=True)
-    about = {"title": "Networks of digits, edited", "command": "python " + " ".join(sys.argv)}
     summary = {"settings": settings, "mse of the fits": fits, "mse of doing nothing": nothing, "cells": records}
-    (a.out / "summary.json").write_text(json.dumps(about | summary, indent=1) + "\n")
-    lines = ["MSE x 100 of pictures from 0 to 1, mean and deviation over seeds", ""]
-    lines += ["| variant | " + " | ".join(TRANSFORMS) + " |", "|---|---|---|"]
-    lines.append("| nothing changed | " + " | ".join(f"{100 * nothing[name]:.2f}" for name in TRANSFORMS) + " |")
+    rows = [{"variant": "nothing changed", **{name: f"{100 * nothing[name]:.2f}" for name in TRANSFORMS}}]
     for variant in a.variants:
-        shown = []
-        for name in TRANSFORMS:
-            errors = 100 * np.array([r["mse"] for r in records if (r["variant"], r["transform"]) == (variant, name)])
-            spread = f" ± {errors.std(ddof=1):.2f}" if len(errors) > 1 else ""
-            shown.append(f"{errors.mean():.2f}{spread} ({len(errors)})" if len(errors) else "")
-        lines.append(f"| {variant} | " + " | ".join(shown) + " |")
-    (a.out / "table.md").write_text("\n".join(lines) + "\n")
-    picture(cells, a.out, a.variants[0], drawn[cut:], wanted)
+        errors = {
+            name: [100 * r["mse"] for r in records if (r["variant"], r["transform"]) == (variant, name)]
+            for name in TRANSFORMS
+        }
+        shown = {name: f"{mean_and_deviation(e, 2)} ({len(e)})" if e else "" for name, e in errors.items()}
+        rows.append({"variant": variant, **shown})
+    heading = "MSE x 100 of pictures from 0 to 1, mean and deviation over seeds"
+    publish(a.out, "Networks of digits, edited", summary, heading, rows)
+    draw_pictures(cells, a.out, a.variants[0], drawn[cut:], wanted)
 
 
-def picture(cells: Path, out: Path, variant: str, before: Tensor, wanted: dict[str, Tensor]) -> None:
+def draw_pictures(cells: Path, out: Path, variant: str, before: Tensor, wanted: dict[str, Tensor]) -> None:
     """Before, after and target of some test networks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [("before", before)]
     for transform, target in wanted.items():
         path = cells / f"{transform}-{variant}-0.pt"
         if path.exists():
             rows += [(f"{transform}: after", torch.load(path).float()), (f"{transform}: target", target)]
-    figure, axes = plt.subplots(len(rows), PICTURES, figsize=(PICTURES, len(rows) * 1.05))
-    for row, (name, pictures) in zip(np.atleast_2d(axes), rows, strict=True):
-        for axis, image in zip(row, pictures[:PICTURES], strict=True):
-            axis.imshow(image.view(SIDE, SIDE).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        row[0].set_ylabel(name, fontsize=7)
-    figure.tight_layout(pad=0.2)
-    figure.savefig(out / "pictures.png", dpi=70)
-    plt.close(figure)
+    with picture(out / "pictures.png", len(rows), PICTURES, (PICTURES, len(rows) * 1.05), dpi=70) as axes:
+        for row, (name, pictures) in zip(axes, rows, strict=True):
+            for axis, image in zip(row, pictures[:PICTURES], strict=True):
+                axis.imshow(image.view(SIDE, SIDE).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+                axis.set_xticks([])
+                axis.set_yticks([])
+            row[0].set_ylabel(name, fontsize=7)
 
 
 if __name__ == "__main__":

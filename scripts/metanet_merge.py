@@ -13,7 +13,9 @@ import argparse
 import json
 import sys
 import time
+from functools import lru_cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nino.alignment import align, barrier_curve
+from nino.evaluation.report import picture
 from tasks.cli import ArgumentParser, run_main
 from tasks.images import load_images
+from tasks.studies import computed_once, mean_and_deviation, publish
 
 POINTS = 11
 METHODS = ("as they are", "weights", "activations")
@@ -83,20 +87,17 @@ def main(argv: list[str]) -> int:
     a = parser.parse_args(argv)
     torch.set_num_threads(1)
     a.cache.mkdir(parents=True, exist_ok=True)
-    loaded: dict[str, Any] = {}
     for seed in a.seeds:
         for name in a.pairs:
             path = a.cache / f"{name.replace(', ', '-')}-{seed}.json"
             if not path.exists():
-                data = PAIRS[name][0]
-                if data not in loaded:
-                    loaded[data] = images_of(data, a.data)
-                path.write_text(json.dumps(measure(name, seed, loaded[data])))
-                print(path.name, flush=True)
+                images = images_of(PAIRS[name][0], a.data)
+                computed_once(path, partial(measure, name, seed, images), unsaid=("methods",))
             summarise(a)
     return 0
 
 
+@lru_cache
 def images_of(name: str, data: Path) -> dict[str, Tensor]:
     loaded = load_images(name, data, "test")  # type: ignore[arg-type]
     train, test = loaded.train_images[:20000], loaded.eval_images[:2000]
@@ -147,49 +148,46 @@ def measure(name: str, seed: int, images: dict[str, Tensor]) -> dict[str, Any]:
 def summarise(a: argparse.Namespace) -> None:
     """Write ``summary.json``, ``table.md`` and ``barriers.png``."""
     records = [json.loads(path.read_text()) for path in sorted(a.cache.glob("*.json"))]
-    a.out.mkdir(parents=True, exist_ok=True)
     rounded = json.loads(json.dumps(records), parse_float=lambda text: round(float(text), 4))
     curves = {f"{record['pair']}, seed {record['seed']}": record["methods"] for record in rounded}
-    about = {"title": "Barriers between networks of different seeds", "command": "python " + " ".join(sys.argv)}
-    (a.out / "summary.json").write_text(json.dumps(about | {"curves": curves}) + "\n")
-    lines = [
-        "| pair | method | loss barrier | accuracy in the middle | of the ends | seeds |",
-        "|---|---|---|---|---|---|",
+    rows = [
+        row_of(pair, method, [record["methods"][method] for record in records if record["pair"] == pair])
+        for pair in PAIRS
+        for method in METHODS
+        if any(record["pair"] == pair for record in records)
     ]
-    for pair in PAIRS:
-        runs = [record["methods"] for record in records if record["pair"] == pair]
-        for method in METHODS if runs else ():
-            barriers = np.array([run[method]["barrier"] for run in runs])
-            middle = np.array([run[method]["accuracies"][POINTS // 2] for run in runs])
-            ends = np.array([(run[method]["accuracies"][0] + run[method]["accuracies"][-1]) / 2 for run in runs])
-            spread = f" ± {barriers.std(ddof=1):.2f}" if len(runs) > 1 else ""
-            shown = f"{barriers.mean():.2f}{spread} | {100 * middle.mean():.1f} % | {100 * ends.mean():.1f} %"
-            lines.append(f"| {pair} | {method} | {shown} | {len(runs)} |")
-    (a.out / "table.md").write_text("\n".join(lines) + "\n")
-    picture(a.out, records)
+    publish(a.out, "Barriers between networks of different seeds", {"curves": curves}, rows)
+    draw(a.out, records)
 
 
-def picture(out: Path, records: list[dict[str, Any]]) -> None:
-    import matplotlib
+def row_of(pair: str, method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the table."""
+    middle = fmean(run["accuracies"][POINTS // 2] for run in runs)
+    ends = fmean((run["accuracies"][0] + run["accuracies"][-1]) / 2 for run in runs)
+    return {
+        "pair": pair,
+        "method": method,
+        "loss barrier": mean_and_deviation([run["barrier"] for run in runs], 2),
+        "accuracy in the middle": f"{100 * middle:.1f} %",
+        "of the ends": f"{100 * ends:.1f} %",
+        "seeds": len(runs),
+    }
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
+def draw(out: Path, records: list[dict[str, Any]]) -> None:
+    """Losses along the lines between networks."""
     pairs = [pair for pair in PAIRS if any(record["pair"] == pair for record in records)]
-    figure, axes = plt.subplots(1, len(pairs), figsize=(3.4 * len(pairs), 2.8), squeeze=False)
-    for axis, pair in zip(axes[0], pairs, strict=True):
-        for method, colour in zip(METHODS, ("tab:grey", "tab:blue", "tab:orange"), strict=True):
-            for record in records:
-                if record["pair"] == pair:
+    with picture(out / "barriers.png", 1, len(pairs), (3.4 * len(pairs), 2.8), dpi=80) as axes:
+        for axis, pair in zip(axes[0], pairs, strict=True):
+            for method, colour in zip(METHODS, ("tab:grey", "tab:blue", "tab:orange"), strict=True):
+                for record in (record for record in records if record["pair"] == pair):
                     label = method if record["seed"] == 0 else None
-                    axis.plot(np.linspace(0, 1, POINTS), record["methods"][method]["losses"], color=colour, label=label)
-        axis.set_title(pair, fontsize=9)
-        axis.set_xlabel("from one network to the other")
-    axes[0][0].set_ylabel("test loss")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(out / "barriers.png", dpi=80)
-    plt.close(figure)
+                    losses = record["methods"][method]["losses"]
+                    axis.plot(np.linspace(0, 1, POINTS), losses, color=colour, label=label)
+            axis.set_title(pair, fontsize=9)
+            axis.set_xlabel("from one network to the other")
+        axes[0][0].set_ylabel("test loss")
+        axes[0][0].legend(fontsize=7)
 
 
 if __name__ == "__main__":

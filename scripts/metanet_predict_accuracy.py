@@ -16,7 +16,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,9 +28,9 @@ from torch import Tensor
 from nino.metanet import GraphMetanetwork, fit
 from nino.metanet.baselines import DeepSets, Dmc, fit_flat, fit_statistics
 from tasks.cli import ArgumentParser, run_main
+from tasks.studies import computed_once, mean_and_deviation, publish
 from tasks.zoo import TASKS, Member, Split, images, load_zoo, split
 
-GRAPH_METHODS = ("mpnn", "ng-gnn", "ng-t", "scale", "probe")
 METHODS = ("statistics", "deepsets", "dmc", "probe", "mpnn", "ng-gnn", "ng-t")
 RATES = (3e-3, 9e-3, 2e-2)
 REDRAWN = 2000
@@ -55,26 +57,23 @@ def main(argv: list[str]) -> int:
     for seed in arguments.seeds:
         for task in arguments.tasks:
             for method in arguments.methods:
-                cell(cells, zoo, task, method, seed, arguments)
+                path = cells / f"{task}-{method}-{seed}.json"
+                if not path.exists():
+                    rate = best_rate(cells, zoo, method, arguments)
+                    computed_once(path, partial(cell, zoo, task, method, seed, rate, arguments), ("predicted",))
             summarise(cells, zoo, arguments)
     return 0
 
 
-def cell(cells: Path, zoo: list[Member], task: str, method: str, seed: int, arguments: argparse.Namespace) -> None:
-    """Compute one cell, if it is not there."""
-    path = cells / f"{task}-{method}-{seed}.json"
-    if path.exists():
-        return
+def cell(zoo: list[Member], task: str, method: str, seed: int, rate: float | None, a: argparse.Namespace) -> Any:
+    """One record."""
     parts = split(zoo, task)
-    rate = best_rate(cells, zoo, method, arguments)
     begin = time.process_time()
-    predict = trained(method, parts, seed, rate, arguments)
-    record = {"task": task, "method": method, "seed": seed, "lr": rate, "train": len(parts["train"])}
-    predicted = predict(parts["test"]).double()
-    record |= scores(predicted, accuracies(parts["test"])) | {"predicted": [round(float(x), 4) for x in predicted]}
-    record |= {"cpu_seconds": round(time.process_time() - begin, 1)}
-    path.write_text(json.dumps(record))
-    print(json.dumps({key: value for key, value in record.items() if key != "predicted"}), flush=True)
+    predicted = trained(method, parts, seed, rate, a)(parts["test"]).double()
+    found = scores(predicted, accuracies(parts["test"])) | {"predicted": [round(float(x), 4) for x in predicted]}
+    seconds = round(time.process_time() - begin, 1)
+    about = {"task": task, "method": method, "seed": seed, "lr": rate, "train": len(parts["train"])}
+    return about | found | {"cpu_seconds": seconds}
 
 
 def best_rate(cells: Path, zoo: list[Member], method: str, arguments: argparse.Namespace) -> float | None:
@@ -83,18 +82,14 @@ def best_rate(cells: Path, zoo: list[Member], method: str, arguments: argparse.N
         return None
     if arguments.lr is not None:
         return float(arguments.lr)
-    path = cells / f"rate-{method}.json"
-    if not path.exists():
+
+    def compute() -> dict[str, float]:
         parts = split(zoo, "all")
-        members = parts["validation"]
-        found = {
-            rate: scores(trained(method, parts, 0, rate, arguments)(members), accuracies(members))["r2"]
-            for rate in RATES
-        }
-        path.write_text(json.dumps(found))
-        print(method, found, flush=True)
-    saved = {float(rate): r2 for rate, r2 in json.loads(path.read_text()).items()}
-    return max(saved, key=lambda rate: saved[rate])
+        members, wanted = parts["validation"], accuracies(parts["validation"])
+        return {str(rate): scores(trained(method, parts, 0, rate, arguments)(members), wanted)["r2"] for rate in RATES}
+
+    saved = computed_once(cells / f"rate-{method}.json", compute)
+    return float(max(saved, key=lambda rate: saved[rate]))
 
 
 def trained(method: str, parts: Split, seed: int, rate: float | None, arguments: argparse.Namespace) -> Predict:
@@ -161,41 +156,32 @@ def summarise(cells: Path, zoo: list[Member], arguments: argparse.Namespace) -> 
     rows: dict[str, dict[str, Any]] = {}
     for record in records:
         rows.setdefault(record["method"], {}).setdefault(record["task"], []).append(record)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     all_of_them = accuracies(zoo)
-    summary = {
-        "title": "Accuracies of image classifiers predicted from their weights",
-        "command": "python " + " ".join(sys.argv),
-        "zoo": {
-            "networks": len(zoo),
-            "mean accuracy": float(all_of_them.mean()),
-            "deviation": float(all_of_them.std()),
-        },
-        "settings": {"steps": arguments.steps, "hidden": arguments.hidden, "rates": RATES},
-        "cells": [{key: value for key, value in record.items() if key != "predicted"} for record in records],
-    }
-    (arguments.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    networks = {"networks": len(zoo), "mean accuracy": float(all_of_them.mean()), "deviation": float(all_of_them.std())}
+    settings = {"steps": arguments.steps, "hidden": arguments.hidden, "rates": RATES}
+    told = [{key: value for key, value in record.items() if key != "predicted"} for record in records]
     methods = [method for method in [*METHODS, "scale"] if method in rows]
-    alone = {m: [_shown(rows[m].get(task, [])) for task in TASKS] for m in methods}
-    together = {m: [against_statistics(rows, task, m, zoo) for task in TASKS] for m in methods if m != "statistics"}
-    (arguments.out / "table.md").write_text(
-        f"R2 (Kendall's tau), mean and deviation over seeds\n\n{_table(alone)}\n"
-        f"Predictions averaged over seeds: R2, and how far it is from that of the statistics (5 to 95 per cent of test "
-        f"sets redrawn)\n\n{_table(together)}"
+    publish(
+        arguments.out,
+        "Accuracies of image classifiers predicted from their weights",
+        {"zoo": networks, "settings": settings, "cells": told},
+        "R2 (Kendall's tau), mean and deviation over seeds",
+        [{"method": m, **{task: _shown(rows[m].get(task, [])) for task in TASKS}} for m in methods],
+        "Predictions averaged over seeds: R2, and how far it is from that of the statistics (5 to 95 per cent of test "
+        "sets redrawn)",
+        [
+            {"method": m, **{task: against_statistics(rows, task, m, zoo) for task in TASKS}}
+            for m in methods
+            if m != "statistics"
+        ],
     )
-
-
-def _table(rows: dict[str, list[str]]) -> str:
-    lines = ["| method | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
-    return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())]) + "\n"
 
 
 def _shown(records: list[dict[str, Any]]) -> str:
     if not records:
         return ""
-    r2, tau = (torch.tensor([record[key] for record in records], dtype=torch.float64) for key in ("r2", "tau"))
-    spread = f" ± {float(r2.std()):.3f}" if len(records) > 1 else ""
-    return f"{float(r2.mean()):.3f}{spread} ({float(tau.mean()):.3f})"
+    tau = fmean(record["tau"] for record in records)
+    return f"{mean_and_deviation([record['r2'] for record in records], 3)} ({tau:.3f})"
 
 
 if __name__ == "__main__":

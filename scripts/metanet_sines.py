@@ -17,7 +17,10 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +31,10 @@ from torch import Tensor, nn
 from nino import NeuralGraph
 from nino.metanet import GraphMetanetwork, union
 from nino.metanet.baselines import statistics
-from nino.metanet.training import _batches, _rate
+from nino.metanet.training import batches_of, rate_factor
 from tasks.cli import ArgumentParser, run_main
 from tasks.sirens import Siren, fit_sirens, with_state
+from tasks.studies import computed_once, mean_and_deviation, publish
 
 SIZES = (1, 32, 32, 1)
 EMBEDDING, TEMPERATURE = 64, 0.1
@@ -128,9 +132,9 @@ def learn(
     projection = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING))
     optimizer = torch.optim.AdamW([*net.parameters(), *projection.parameters()], lr=a.lr, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(seed)
-    for step, chosen in enumerate(_batches(len(models), a.batch, a.steps, seed)):
+    for step, chosen in enumerate(batches_of(len(models), a.batch, a.steps, seed)):
         for group in optimizer.param_groups:
-            group["lr"] = a.lr * _rate(step, a.steps)
+            group["lr"] = a.lr * rate_factor(step, a.steps)
         sources = [side[index] for side in (models, again or models) for index in chosen]
         views = [net.read(view(model, generator, a.noise, a.left_out), GRAPH) for model in sources]
         embedded = F.normalize(projection(net(union(views))), dim=1)
@@ -154,26 +158,20 @@ def embed(net: GraphMetanetwork, models: list[Siren]) -> np.ndarray:
     return torch.cat(rows).double().numpy()
 
 
-def report(cells: Path, method: str, seed: int, embeddings: object, wanted: Tensor, cut: int) -> None:
+def report(cells: Path, method: str, seed: int, embeddings: Callable[[], np.ndarray], wanted: Tensor, cut: int) -> None:
     """Fit the linear regression on the first networks and note its error on the others."""
-    path = cells / f"{method.replace(' ', '_')}-{seed}.json"
-    if path.exists():
-        return
-    begin = time.process_time()
-    rows = embeddings()  # type: ignore[operator]
-    rows = (rows - rows[:cut].mean(0)) / (rows[:cut].std(0) + 1e-9)
-    predicted = LinearRegression().fit(rows[:cut], wanted[:cut].numpy()).predict(rows[cut:])
-    errors = ((predicted - wanted[cut:].numpy()) ** 2).mean(0)
-    record = {
-        "method": method,
-        "seed": seed,
-        "mse": float(errors.mean()),
-        "of a": float(errors[0]),
-        "of b": float(errors[1]),
-    }
-    record["cpu_seconds"] = round(time.process_time() - begin, 1)
-    path.write_text(json.dumps(record))
-    print(json.dumps(record), flush=True)
+
+    def compute() -> dict[str, Any]:
+        begin = time.process_time()
+        rows = embeddings()
+        rows = (rows - rows[:cut].mean(0)) / (rows[:cut].std(0) + 1e-9)
+        predicted = LinearRegression().fit(rows[:cut], wanted[:cut].numpy()).predict(rows[cut:])
+        errors = ((predicted - wanted[cut:].numpy()) ** 2).mean(0)
+        found = {"mse": float(errors.mean()), "of a": float(errors[0]), "of b": float(errors[1])}
+        seconds = round(time.process_time() - begin, 1)
+        return {"method": method, "seed": seed, **found, "cpu_seconds": seconds}
+
+    computed_once(cells / f"{method.replace(' ', '_')}-{seed}.json", compute)
 
 
 def summarise(cells: Path, a: argparse.Namespace, error: float, wanted: Tensor, cut: int) -> None:
@@ -184,23 +182,18 @@ def summarise(cells: Path, a: argparse.Namespace, error: float, wanted: Tensor, 
         by_method.setdefault(record["method"], []).append(record)
     mean = float((wanted[cut:] - wanted[:cut].mean(0)).square().mean())
     settings = {key: value for key, value in vars(a).items() if key not in ("cache", "out")}
-    a.out.mkdir(parents=True, exist_ok=True)
-    about = {"title": "Networks of sines, embedded", "command": "python " + " ".join(sys.argv)}
-    summary = {
-        "settings": settings,
-        "mean squared error of the fits": error,
-        "mse of the mean": mean,
-        "cells": records,
-    }
-    (a.out / "summary.json").write_text(json.dumps(about | summary, indent=1) + "\n")
-    lines = ["| embedding | MSE of (a, b) | of a | of b | seeds |", "|---|---|---|---|---|"]
-    for method, rows in sorted(by_method.items(), key=lambda item: np.mean([row["mse"] for row in item[1]])):
-        mse = np.array([row["mse"] for row in rows])
-        spread = f" ± {mse.std(ddof=1):.2f}" if len(rows) > 1 else ""
-        parts = " | ".join(f"{np.mean([row[key] for row in rows]):.2f}" for key in ("of a", "of b"))
-        lines.append(f"| {method} | {mse.mean():.2f}{spread} | {parts} | {len(rows)} |")
-    lines.append(f"| the mean of the training targets | {mean:.2f} | | | |")
-    (a.out / "table.md").write_text("\n".join(lines) + "\n")
+    found = {"mean squared error of the fits": error, "mse of the mean": mean, "cells": records}
+    rows: list[dict[str, Any]] = [
+        {
+            "embedding": method,
+            "MSE of (a, b)": mean_and_deviation([run["mse"] for run in runs], 2),
+            **{key: mean_and_deviation([fmean(run[key] for run in runs)], 2) for key in ("of a", "of b")},
+            "seeds": len(runs),
+        }
+        for method, runs in sorted(by_method.items(), key=lambda item: fmean(run["mse"] for run in item[1]))
+    ]
+    rows.append({"embedding": "the mean of the training targets", "MSE of (a, b)": f"{mean:.2f}"})
+    publish(a.out, "Networks of sines, embedded", {"settings": settings, **found}, rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +25,10 @@ from statistics import fmean
 from typing import Any
 
 from nino import NowcastPlan
+from nino.evaluation.report import picture
 from tasks.cli import ArgumentParser, fail, run_main
+from tasks.studies import ROOT, head_commit
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS, IMAGES = ROOT / "results", ROOT / "docs" / "images"
 HEAVY = ("cells", "runs", "curves", "jumps", "single", "verdicts", "decisions", "branches")
 """What is left out: single trainings, of which the tables are means."""
@@ -96,11 +96,6 @@ def format_tables(summary: Mapping[str, Any], level: int) -> str:
 
 def draw_picture(path: Path, results: Mapping[str, Any], labels: Mapping[str, str]) -> None:
     """Held-out curves of an evaluation, one panel per setting: means over seeds of the methods that have a label."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels: dict[tuple[str, int], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for result in results["cells"]:
         cell = result["cell"]
@@ -108,28 +103,21 @@ def draw_picture(path: Path, results: Mapping[str, Any], labels: Mapping[str, st
             setting = (cell["task"], cell.get("steps") or cell["updates"])
             points = {point["step"]: point[result["metric"]] for point in result["curve"]}
             panels[setting][cell["method"]].append((result["metric"], points))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
-    for ax, ((task, steps), methods) in zip(axes[0], panels.items(), strict=True):
-        for method in labels:
-            curves = [points for _, points in methods.get(method, [])]
-            if curves:
-                at = [step for step in curves[0] if all(step in points for points in curves)]
-                ax.plot(at, [fmean(points[step] for points in curves) for step in at], label=labels[method])
-        metric = next(iter(methods.values()))[0][0]
-        ax.set(title=f"{task}, {steps:,} steps", xlabel="optimizer steps", ylabel=f"held-out {metric.split('_')[-1]}")
-        if "loss" in metric:
-            lowest = min(min(points.values()) for curves in methods.values() for _, points in curves)
-            ax.set_ylim(lowest - 0.02 * lowest, 1.35 * lowest)
-        ax.grid(alpha=0.3)
-    axes[0][0].legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def head_commit() -> str:
-    """The commit that is checked out: what a study that was just run was made by."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    with picture(path, 1, len(panels), (5 * len(panels), 3.6), dpi=100) as axes:
+        for ax, ((task, steps), methods) in zip(axes[0], panels.items(), strict=True):
+            for method in labels:
+                curves = [points for _, points in methods.get(method, [])]
+                if curves:
+                    at = [step for step in curves[0] if all(step in points for points in curves)]
+                    ax.plot(at, [fmean(points[step] for points in curves) for step in at], label=labels[method])
+            metric = next(iter(methods.values()))[0][0]
+            quantity = f"held-out {metric.split('_')[-1]}"
+            ax.set(title=f"{task}, {steps:,} steps", xlabel="optimizer steps", ylabel=quantity)
+            if "loss" in metric:
+                lowest = min(min(points.values()) for curves in methods.values() for _, points in curves)
+                ax.set_ylim(lowest - 0.02 * lowest, 1.35 * lowest)
+            ax.grid(alpha=0.3)
+        axes[0][0].legend()
 
 
 def add(args: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 Curve = Sequence[Sequence[float]]
 LINES = ("-", "--", ":")
 """Ten colours each."""
+PANELS_PER_ROW = 3
 
 
 def steps_to_reach(curve: Curve, target: float, higher_is_better: bool = False) -> int | None:
@@ -72,32 +74,54 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], jumps: Ma
     draw_panels(path, [Panel(task, curves, jumps.get(task, ())) for task, curves in panels.items()])
 
 
-def draw_panels(path: Path, panels: Sequence[Panel], panels_per_row: int = 3) -> None:
+def draw_panels(path: Path, panels: Sequence[Panel]) -> None:
     """Draw panels, row by row; a dotted line marks the target, vertical lines the nowcasts."""
+    columns = min(len(panels), PANELS_PER_ROW)
+    rows = -(-len(panels) // columns)
+    with picture(path, rows, columns, (6 * columns, 4 * rows)) as all_axes:
+        for axes in all_axes.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(all_axes.flat, panels, strict=False):
+            _draw_panel(axes, panel)
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    for number, (method, curve) in enumerate(panel.curves.items()):
+        steps, values = zip(*curve, strict=True) if curve else ((), ())
+        axes.plot(steps, values, label=method, color=f"C{number}", linestyle=LINES[number // 10 % 3])
+    for step in panel.jumps:
+        axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+    reference = next(iter(panel.curves.values()))
+    target = reference[-1][1] if panel.target is None and reference else panel.target
+    if target is not None:
+        axes.axhline(target, color="C0", linestyle=":", linewidth=0.8)
+    scale = "log" if panel.is_loss else "linear"
+    axes.set(title=panel.title, xlabel="optimizer steps", ylabel=panel.quantity, yscale=scale)
+    axes.legend()
+
+
+@contextmanager
+def picture(path: Path, rows: int, columns: int, size: tuple[float, float], dpi: int = 110) -> Iterator[Any]:
+    """A PNG, written when the block ends.
+
+    Args:
+        path: of the file; its folder is made if there is none.
+        rows: of axes.
+        columns: of axes.
+        size: width and height in inches.
+        dpi: pixels per inch.
+
+    Returns:
+        Axes, an array ``[rows, columns]``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = min(len(panels), panels_per_row)
-    rows = -(-len(panels) // columns)
-    figure, all_axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False)
-    for axes in all_axes.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, panel in zip(all_axes.flat, panels, strict=False):
-        for number, (method, curve) in enumerate(panel.curves.items()):
-            steps, values = zip(*curve, strict=True) if curve else ((), ())
-            axes.plot(steps, values, label=method, color=f"C{number}", linestyle=LINES[number // 10 % 3])
-        for step in panel.jumps:
-            axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
-        reference = next(iter(panel.curves.values()))
-        target = reference[-1][1] if panel.target is None and reference else panel.target
-        if target is not None:
-            axes.axhline(target, color="C0", linestyle=":", linewidth=0.8)
-        scale = "log" if panel.is_loss else "linear"
-        axes.set(title=panel.title, xlabel="optimizer steps", ylabel=panel.quantity, yscale=scale)
-        axes.legend()
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    yield axes
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)

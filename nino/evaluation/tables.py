@@ -23,6 +23,8 @@ LEAST_SEEDS = 3
 """Of a test."""
 RISE_WITHIN = 120
 """Steps after a jump in which the training loss is at its highest."""
+BEFORE, WINDOW = 40, 5
+"""Steps over which losses are averaged: before a jump, and after it where that mean is highest."""
 Row = dict[str, Any]
 
 
@@ -160,22 +162,16 @@ def percent_undone(result: Result) -> float | None:
     return 100 * undone / result["cell"]["steps"] if rollback_window else None
 
 
-def loss_rise(result: Result, before: int = 40, window: int = 5) -> float | None:
-    """By how much the training loss rises after a jump: the mean over jumps; ``None`` without one.
-
-    Args:
-        result: of a training.
-        before: steps before the jump over whose losses the mean is taken.
-        window: steps after it over which the mean is taken, where that is highest.
-    """
+def loss_rise(result: Result) -> float | None:
+    """By how much the training loss rises after a jump: the mean over jumps; ``None`` without one."""
     rises = []
     for nowcast in result["nowcasts"]:
         if nowcast.get("nowcast/outcome") != "applied":
             continue
         step, losses = int(nowcast["nowcast/step"]), result["training_losses"]
-        earlier, later = losses[max(step - before, 0) : step], losses[step : step + RISE_WITHIN]
-        if len(later) >= window and None not in (*earlier, *later):  # which is what is not finite
-            highest = max(fmean(later[first : first + window]) for first in range(len(later) - window + 1))
+        earlier, later = losses[max(step - BEFORE, 0) : step], losses[step : step + RISE_WITHIN]
+        if len(later) >= WINDOW and None not in (*earlier, *later):  # which is what is not finite
+            highest = max(fmean(later[first : first + WINDOW]) for first in range(len(later) - WINDOW + 1))
             rises.append(highest - fmean(earlier))
     return fmean(rises) if rises else None
 

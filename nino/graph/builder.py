@@ -134,19 +134,11 @@ class GraphBuilder:
         layout = self._layout(parameter, [first, second], source, target, narrow)
         self.block(parameter, BlockKind.DENSE, edge_type, source, target, layout=layout, narrow=narrow)
 
-    def diagonal(
-        self,
-        parameter: str,
-        source: Side,
-        target: Side,
-        edge_type: EdgeType,
-        *,
-        narrow: Narrow | tuple[Narrow, ...] = (),
-    ) -> None:
+    def diagonal(self, parameter: str, source: Side, target: Side, edge_type: EdgeType) -> None:
         """Connect source slot i to target slot i by a parameter stored as ``[slots, *kernel]``."""
         source, target = _slots(source), _slots(target)
-        layout = self._layout(parameter, [target], source, target, narrow)
-        self.block(parameter, BlockKind.DIAGONAL, edge_type, source, target, layout=layout, narrow=narrow)
+        layout = self._layout(parameter, [target], source, target, ())
+        self.block(parameter, BlockKind.DIAGONAL, edge_type, source, target, layout=layout)
 
     def fan_out(
         self,

@@ -91,16 +91,6 @@ class Calls:
         return [_part(model, one.module)(*one.args, **one.kwargs) for one in self.each]
 
 
-def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a single call.
-
-    Raises:
-        NinoError: if they are none of what is expected.
-    """
-    first = Calls.of(example_inputs).each[0]
-    return first.args, first.kwargs
-
-
 def _part(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name) if name else model
 

@@ -181,14 +181,13 @@ def _label_width(arrow: Arrow) -> float:
     return max(map(len, arrow.labels)) * CHARACTER
 
 
-def draw_layers(graph: NeuralGraph, path: Path, title: str, dpi: int = 110) -> None:
+def draw_layers(graph: NeuralGraph, path: Path, title: str) -> None:
     """Draw groups as boxes in forward order, from above, and the blocks between them as arrows.
 
     Args:
         graph: of any size; of a transformer, build one with few layers, which are all alike.
         path: of the PNG.
         title: above the picture.
-        dpi: dots per inch.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -218,7 +217,7 @@ def draw_layers(graph: NeuralGraph, path: Path, title: str, dpi: int = 110) -> N
         _draw_arrow(axes, arrow, patches, half + LANE * lanes.get(id(arrow), 0), _beside(arrow, arrows))
     handles = [Line2D([], [], color=COLOURS[t], linewidth=2, label=_legend(t, count)) for t, count in counts.items()]
     figure.legend(handles=handles, loc="lower center", ncols=2, fontsize=8, frameon=False)
-    _save(figure, path, dpi)
+    _save(figure, path)
 
 
 def _lanes(arrows: Sequence[Arrow]) -> dict[int, int]:
@@ -352,17 +351,16 @@ def edges_by_type(graph: NeuralGraph) -> dict[EdgeType, int]:
     return dict(sorted(counts.items()))
 
 
-def draw_graph(graph: NeuralGraph, folder: Path, title: str, dpi: int = 110) -> None:
+def draw_graph(graph: NeuralGraph, folder: Path, title: str) -> None:
     """Write both pictures, and the graph itself: ``layers.png``, ``adjacency.png`` and ``graph.json``.
 
     Args:
         graph: of any size.
         folder: that exists.
         title: above the pictures.
-        dpi: dots per inch.
     """
-    draw_layers(graph, folder / "layers.png", title, dpi)
-    draw_adjacency(graph, folder / "adjacency.png", title, dpi)
+    draw_layers(graph, folder / "layers.png", title)
+    draw_adjacency(graph, folder / "adjacency.png", title)
     (folder / "graph.json").write_text(graph.to_json())
 
 
@@ -375,7 +373,7 @@ def _legend(edge_type: EdgeType, count: int) -> str:
     return f"{edge_type.name.lower().replace('_', ' ')}: {count:,} edges"
 
 
-def _save(figure: Figure, path: Path, dpi: int) -> None:
+def _save(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Write a picture, in a lower resolution if it were too large to be drawn."""
     width, height = figure.get_size_inches()
     figure.savefig(path, dpi=min(dpi, int(min(60_000 / max(width, height), sqrt(MAX_AREA / (width * height))))))

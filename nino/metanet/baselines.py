@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from nino.errors import NinoError
 from nino.metanet.inputs import Model
 from nino.metanet.layers import mlp
-from nino.metanet.training import MOST_GRADIENT, _batches, _rate
+from nino.metanet.training import MOST_GRADIENT, batches_of, rate_factor
 
+BATCH, WEIGHT_DECAY = 16, 1e-2
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -60,28 +61,28 @@ def fit_statistics(models: Sequence[Model], targets: Tensor, seed: int = 0) -> C
 class Dmc(nn.Module):
     """A 1-D CNN over the flat vector of weights, averaged at the end, so that any length will do (DMC)."""
 
-    def __init__(self, outputs: int = 1, channels: int = 32) -> None:
+    def __init__(self, channels: int = 32) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for index in range(4):
             layers += [nn.Conv1d(channels if index else 1, channels, 8, stride=4, padding=4), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.head = mlp(channels, channels, outputs)
+        self.head = mlp(channels, channels, 1)
 
     def forward(self, weights: Tensor) -> Tensor:
-        """``[weights]`` to ``[outputs]``."""
+        """``[weights]`` to ``[1]``."""
         return self.head(self.body(weights[None, None]).mean(-1)[0])
 
 
 class DeepSets(nn.Module):
     """One network for every weight, the mean of all through another."""
 
-    def __init__(self, outputs: int = 1, hidden: int = 64) -> None:
+    def __init__(self, hidden: int = 64) -> None:
         super().__init__()
-        self.each, self.all = mlp(1, hidden, hidden), mlp(hidden, hidden, outputs)
+        self.each, self.all = mlp(1, hidden, hidden), mlp(hidden, hidden, 1)
 
     def forward(self, weights: Tensor) -> Tensor:
-        """``[weights]`` to ``[outputs]``."""
+        """``[weights]`` to ``[1]``."""
         return self.all(self.each(weights[:, None]).mean(0))
 
 
@@ -91,10 +92,7 @@ def fit_flat(
     targets: Tensor,
     steps: int = 2000,
     seed: int = 0,
-    *,
-    batch: int = 16,
     lr: float = 2e-3,
-    weight_decay: float = 1e-2,
 ) -> Callable[[Sequence[Model]], Tensor]:
     """Train a network on flat vectors as :func:`nino.metanet.fit` trains, with ``"bce"``; returns what predicts.
 
@@ -105,10 +103,10 @@ def fit_flat(
         raise NinoError("fit_flat needs at least one model: the zoo is empty")
     vectors = [flat(model) for model in models]
     scale = torch.cat(vectors).square().mean().sqrt()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    for step, chosen in enumerate(_batches(len(models), batch, steps, seed)):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
+    for step, chosen in enumerate(batches_of(len(models), BATCH, steps, seed)):
         for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(step, steps)
+            group["lr"] = lr * rate_factor(step, steps)
         outputs = torch.stack([net(vectors[index] / scale) for index in chosen])[:, 0]
         loss = F.binary_cross_entropy_with_logits(outputs, targets[chosen].float())
         optimizer.zero_grad()

@@ -23,7 +23,7 @@ from nino.graph.ir import NUM_EDGE_TYPES, EdgeType, NeuralGraph
 from nino.metanet.layers import mlp
 from nino.metanet.mpnn import EdgeUpdate, MessagePassing
 from nino.metanet.saving import load_network, save_network
-from nino.metanet.training import MOST_GRADIENT, _rate
+from nino.metanet.training import MOST_GRADIENT, rate_factor
 
 SIZES = 5
 """Numbers that an edge tells of its block: logarithms of both sides' sizes, of the kernel, of the fans."""
@@ -207,7 +207,7 @@ def fit_hypernetwork(
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(step, steps)
+            group["lr"] = lr * rate_factor(step, steps)
         optimizer.zero_grad()
         total = 0.0
         for index in torch.randint(len(known), (meta_batch,), generator=generator).tolist():

@@ -23,15 +23,15 @@ class MessagePassing(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, aggregate: Aggregate = "mean", activation: Literal["silu", "relu"] = "silu", wide: int = 2
+        self, hidden: int, aggregate: Aggregate = "mean", activation: Literal["silu", "relu"] = "silu"
     ) -> None:
         super().__init__()
         self.aggregate, self.activation = aggregate, activation
         self.scale = nn.Linear(hidden, hidden)
         self.shift = nn.Linear(hidden, hidden)
         self.from_source = nn.Linear(hidden, hidden)
-        self.inner = nn.Linear(2 * hidden, wide * hidden)
-        self.outer = nn.Linear(wide * hidden, hidden)
+        self.inner = nn.Linear(2 * hidden, 2 * hidden)
+        self.outer = nn.Linear(2 * hidden, hidden)
 
     def forward(self, nodes: Tensor, edges: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Nodes ``[N, H]`` and edges ``[E, H]`` to nodes ``[N, H]``."""

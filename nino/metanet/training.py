@@ -85,7 +85,7 @@ def fit(
     net.to(accelerator.device)
     read = _read_all(net, models, graphs)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    batches = _batches(len(models), batch, steps, seed)
+    batches = batches_of(len(models), batch, steps, seed)
     report = FitReport()
     for value in _train(net, read, loss_of, wanted, batches, accelerator, optimizer, steps):
         report.losses.append(value)
@@ -113,7 +113,7 @@ def _train(
     net.train()
     for step, chosen in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(step, steps)
+            group["lr"] = lr * rate_factor(step, steps)
         picked = _dealt(chosen, read, accelerator)
         outputs = prepared(union([read[index] for index in picked]))
         value = torch.stack([loss_of(out, wanted[index]) for out, index in zip(outputs, picked, strict=True)]).mean()
@@ -219,7 +219,7 @@ def _numbers(targets: Any) -> Tensor:
         raise NinoError(f"targets must be numbers for a loss by name ({str(error).splitlines()[0]})") from error
 
 
-def _batches(number: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
+def batches_of(number: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
     """Models of every step: all of them once, in a random order, before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -230,7 +230,7 @@ def _batches(number: int, batch: int, steps: int, seed: int) -> Iterator[list[in
         order = order[batch:]
 
 
-def _rate(step: int, steps: int) -> float:
+def rate_factor(step: int, steps: int) -> float:
     """The rate of a step, as a part of the highest."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:

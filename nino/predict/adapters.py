@@ -55,7 +55,7 @@ def adapter_movement(
     Args:
         factors_a: as in :func:`adapter_products`, oldest first.
         factors_b: as in :func:`adapter_products`.
-        numbers: the numbers ``a``, ``[m + 1]``, as of :func:`nino.predict.extrapolation.line_coefficients`.
+        numbers: the numbers ``a``, ``[m + 1]``, as of :func:`nino.predict.extrapolation.fit_coefficients`.
         rounds: of both.
 
     Example:

@@ -20,26 +20,6 @@ from nino.errors import SnapshotError
 Snapshots = Sequence[Mapping[str, Tensor]]
 
 
-def line_coefficients(times: Sequence[float], ahead: float) -> Tensor:
-    """On from the first snapshot to the last, in a straight line.
-
-    Args:
-        times: of the snapshots, rising, at least two.
-        ahead: how far to go, in the unit of ``times``.
-
-    Returns:
-        The numbers ``a``, float64 ``[m + 1]``; their sum is 0.
-
-    Example:
-        >>> line_coefficients([0, 1, 2], 3).tolist()
-        [-1.5, 0.0, 1.5]
-    """
-    numbers = torch.zeros(len(times), dtype=torch.float64)
-    numbers[-1] = ahead / _span(times)
-    numbers[0] = -numbers[-1]
-    return numbers
-
-
 def fit_coefficients(times: Sequence[float], ahead: float, products: Tensor | None = None, rank: int = 0) -> Tensor:
     """On along the least-squares line through all snapshots, or through their projection on few directions.
 
@@ -52,8 +32,8 @@ def fit_coefficients(times: Sequence[float], ahead: float, products: Tensor | No
     least-squares line out of values at ``times``, the movement is ``ahead * sum_i (U U' c)_i x_i``.
 
     Args:
-        times: as in :func:`line_coefficients`.
-        ahead: as in :func:`line_coefficients`.
+        times: of the snapshots, rising, at least two.
+        ahead: how far to go, in the unit of ``times``.
         products: inner products of the snapshots minus the first, float64 ``[m + 1, m + 1]``; needed with a rank.
         rank: of the approximation; 0 for the snapshots as they are.
 
@@ -64,7 +44,8 @@ def fit_coefficients(times: Sequence[float], ahead: float, products: Tensor | No
         >>> fit_coefficients([0, 1, 2], 2).tolist()
         [-1.0, 0.0, 1.0]
     """
-    _span(times)
+    if len(times) < 2 or not all(later > earlier for earlier, later in pairwise(times)):
+        raise ValueError(f"expected two or more rising times of snapshots, got {list(times)}")
     at = torch.tensor(times, dtype=torch.float64)
     slope = at - at.mean()
     slope = slope / slope.square().sum()
@@ -76,12 +57,6 @@ def fit_coefficients(times: Sequence[float], ahead: float, products: Tensor | No
     numbers = ahead * slope
     numbers[0] -= numbers.sum()  # rows are relative to the first snapshot, which its own number does not move
     return numbers
-
-
-def _span(times: Sequence[float]) -> float:
-    if len(times) < 2 or not all(later > earlier for earlier, later in pairwise(times)):
-        raise ValueError(f"expected two or more rising times of snapshots, got {list(times)}")
-    return times[-1] - times[0]
 
 
 def products_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +38,28 @@ MAX_HORIZON = 40
 DEFAULT_CAP = 0.5
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an extrapolator is asked for, once it is checked."""
+
+    snapshots: Sequence[Mapping[str, Tensor]]
+    horizon: int
+    graph: NeuralGraph
+    device: torch.device
+    partition: Partition
+    preserve_norms: bool
+    progress: Progress | None
+
+    def of(self, name: str) -> list[Tensor]:
+        """A parameter's snapshots where it is computed."""
+        return [snapshot[name].to(self.device) for snapshot in self.snapshots]
+
+    def tell(self, done: int, total: int) -> None:
+        """Report how far the work is."""
+        if self.progress is not None:
+            self.progress(done, total)
+
+
 class Extrapolator(ABC):
     """A predictor that combines the last movements.
 
@@ -44,6 +67,9 @@ class Extrapolator(ABC):
         context: snapshots that it reads, 2 or more.
         max_horizon: snapshot intervals that it looks ahead at most.
     """
+
+    needs_whole = ""
+    """Why it cannot predict parts of parameters, as one of several processes would have to; nothing if it can."""
 
     def __init__(self, context: int = CONTEXT, max_horizon: int = MAX_HORIZON) -> None:
         if context < 2 or max_horizon < 1:
@@ -104,26 +130,32 @@ class Extrapolator(ABC):
     ) -> Movement:
         """Predict how far the weights move; see :meth:`nino.predict.predictor.Predictor.predict_movement`.
 
-        It takes a piece of some MB beside the snapshots and the movement, so there is no budget to keep.
+        It takes a piece of some MB, or a parameter, beside the snapshots and the movement, so there is no budget to
+        keep.
         """
         del positions, memory_budget
+        if self.needs_whole and partition is not WHOLE:
+            raise NinoError(self.needs_whole)
         check_request(graph, horizon, self.max_horizon)
         check_snapshots(snapshots, partition.held_shapes(graph.shapes), self.context)
-        where = device_of(snapshots, device)
-        tensors = empty_movement(snapshots[-1], graph, only)
-        views = SnapshotViews(graph, snapshots, partition)
-        products, norm = _measure(views, tensors, where, partition)
-        numbers = self.coefficients(products, norm, horizon)
+        how = Asked(snapshots, horizon, graph, device_of(snapshots, device), partition, preserve_norms, progress)
+        return self._moved(empty_movement(snapshots[-1], graph, only), how)
+
+    def _moved(self, tensors: dict[str, Tensor], asked: Asked) -> Movement:
+        """Fill in the movement, a piece after another."""
+        graph, device, partition = asked.graph, asked.device, asked.partition
+        views = SnapshotViews(graph, asked.snapshots, partition)
+        products, norm = _measure(views, tensors, device, partition)
+        numbers = self.coefficients(products, norm, asked.horizon)
         if not math.isfinite(length(numbers, products)):
             raise SnapshotError("the extrapolation is NaN or infinite; it was refused")
-        writer = MovementWriter(graph, tensors, views, where, partition, preserve_norms)
+        writer = MovementWriter(graph, tensors, views, device, partition, asked.preserve_norms)
         blocks = [block for block in graph.parameter_blocks if writer.wants(block)]
         for index, block in enumerate(blocks, start=1):
-            for place in _pieces(block, partition, piece_size(where) // self.context):
-                pieces = [piece.to(where, exact_dtype(piece)) for piece in views.pieces(block, place)]
+            for place in _pieces(block, partition, piece_size(device) // self.context):
+                pieces = [piece.to(device, exact_dtype(piece)) for piece in views.pieces(block, place)]
                 writer.write(((block, place),), self.combine(numbers, pieces))
-            if progress is not None:
-                progress(index, len(blocks))
+            asked.tell(index, len(blocks))
         size = writer.finish()
         return Movement(size.distance, size.norm, size.by_kind, tensors)
 

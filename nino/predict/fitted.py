@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nino.errors import NinoError
-from nino.graph.ir import NeuralGraph
 from nino.predict.extrapolation import fit_movement
-from nino.predict.extrapolators import CONTEXT, MAX_HORIZON, LinearExtrapolator
+from nino.predict.extrapolators import CONTEXT, MAX_HORIZON, Asked, LinearExtrapolator
 from nino.predict.movement import UNCHANGED, Movement, factor_to_keep, rescaled
-from nino.predict.partition import WHOLE, Partition
-from nino.predict.predictor import Progress
-from nino.predict.request import check_request, device_of, empty_movement
-from nino.predict.standardise import check_snapshots
 from nino.predict.unchanged import unchanged_mask
 
 MATRIX_AXES = 2
@@ -36,6 +30,8 @@ class FittedExtrapolator(LinearExtrapolator):
         NinoError: if a setting is out of range.
     """
 
+    needs_whole = "a fit of low rank reads whole parameters, and these are several processes'; use 'linear'"
+
     def __init__(self, rank: int = 1, context: int = CONTEXT, max_horizon: int = MAX_HORIZON) -> None:
         super().__init__(context, max_horizon)
         if not 0 <= rank < context:
@@ -46,36 +42,14 @@ class FittedExtrapolator(LinearExtrapolator):
         """As :meth:`Extrapolator.settings`."""
         return [*super().settings(), self.rank]
 
-    @torch.no_grad()
-    def predict_movement(
-        self,
-        snapshots: Sequence[Mapping[str, Tensor]],
-        horizon: int,
-        graph: NeuralGraph,
-        *,
-        positions: Tensor | None = None,
-        only: Collection[str] | None = None,
-        device: torch.device | str | None = None,
-        preserve_norms: bool = False,
-        partition: Partition = WHOLE,
-        progress: Progress | None = None,
-        memory_budget: int | None = None,
-    ) -> Movement:
-        """Predict how far the weights move; see :meth:`nino.predict.predictor.Predictor.predict_movement`."""
-        del positions, memory_budget
-        if partition is not WHOLE:
-            raise NinoError("a fit of low rank reads whole parameters, and these are several processes'; use 'linear'")
-        check_request(graph, horizon, self.max_horizon)
-        check_snapshots(snapshots, graph.shapes, self.context)
-        where, moved = device_of(snapshots, device), empty_movement(snapshots[-1], graph, only)
+    def _moved(self, tensors: dict[str, Tensor], asked: Asked) -> Movement:
         times = [float(index) for index in range(self.context)]
-        for index, (name, tensor) in enumerate(moved.items(), start=1):
-            of_parameter = [{name: snapshot[name].to(where)} for snapshot in snapshots]
-            movement = fit_movement(of_parameter, times, float(horizon), self.rank)[name]
-            tensor.copy_(_kept(movement, [snapshot[name] for snapshot in of_parameter], preserve_norms))
-            if progress is not None:
-                progress(index, len(moved))
-        return Movement.measured(moved, snapshots[-1])
+        for index, (name, tensor) in enumerate(tensors.items(), start=1):
+            snapshots = asked.of(name)
+            movement = fit_movement([{name: one} for one in snapshots], times, float(asked.horizon), self.rank)[name]
+            tensor.copy_(_kept(movement, snapshots, asked.preserve_norms))
+            asked.tell(index, len(tensors))
+        return Movement.measured(tensors, asked.snapshots[-1])
 
 
 def _kept(movement: Tensor, snapshots: Sequence[Tensor], preserve_norms: bool) -> Tensor:

@@ -107,7 +107,7 @@ def is_nowcast_step(step: int, schedule: Schedule, origin: int = 0) -> bool:
     return is_due and (schedule.end is None or step < schedule.end)
 
 
-def num_nowcasts(schedule: Schedule, origin: int = 0) -> int | None:
+def num_nowcasts(schedule: Schedule) -> int | None:
     """How many nowcasts are due in the whole run; ``None`` if its length is unknown.
 
     Example:
@@ -116,7 +116,7 @@ def num_nowcasts(schedule: Schedule, origin: int = 0) -> int | None:
     """
     if schedule.end is None:
         return None
-    return max(schedule.end - 1 - origin - schedule.first + schedule.period, 0) // schedule.period
+    return max(schedule.end - 1 - schedule.first + schedule.period, 0) // schedule.period
 
 
 def horizon_at(step: int, schedule: Schedule) -> int:

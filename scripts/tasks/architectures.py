@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Inputs = Any
+Settings = dict[str, Any]
 WORDS = 40
 
 
@@ -42,37 +43,37 @@ def numbers(*shape: int, name: str = "") -> Callable[[], Inputs]:
     return make
 
 
-def from_config(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
-    """A transformers model of random weights."""
+def of_transformers(model: str, inputs: Callable[[], Inputs], **settings: Any) -> Specimen:
+    """A model of transformers with random weights, by its class and the settings of its config."""
 
     def build() -> nn.Module:
         import transformers
 
-        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+        kind = getattr(transformers, model)
+        return kind(kind.config_class(**settings))
 
-    return build
+    return Specimen(build, inputs)
 
 
-DECODER = {
+SIZES: Settings = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER: Settings = {**SIZES, "intermediate_size": 24, "max_position_embeddings": 32}
+GROUPED: Settings = {**DECODER, "num_key_value_heads": 2}
+SEQ2SEQ: Settings = {
     "vocab_size": WORDS,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 24,
 }
-GROUPED = {**DECODER, "num_key_value_heads": 2}
-PLAIN_TEXT = text(use_cache=False)
-PIXELS = numbers(2, 3, 16, 16, name="pixel_values")
-VISION = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "image_size": 16,
-    "patch_size": 4,
-    "num_labels": 3,
-}
+SEQ2SEQ |= {"decoder_ffn_dim": 24, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+NO_TOKENS: Settings = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+PATCHES: Settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+PATCHES |= {"image_size": 16, "patch_size": 4}
+CLASSES: Settings = {"num_labels": 3}
+STAGES: Settings = {"hidden_sizes": [8, 12], "depths": [1, 1], "num_stages": 2, "image_size": 16}
+BLOCKS: Settings = {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [1, 2]}
+PLAIN_TEXT, PIXELS = text(use_cache=False), numbers(2, 3, 16, 16, name="pixel_values")
+LARGER_PIXELS = numbers(2, 3, 32, 32, name="pixel_values")
 
 
 class UNet(nn.Module):
@@ -262,298 +263,115 @@ def with_lora() -> nn.Module:
     """A Llama with low-rank adapters on its attention."""
     from peft import LoraConfig, get_peft_model
 
-    model = from_config("LlamaForCausalLM", "LlamaConfig", **GROUPED)()
+    model = SPECIMENS["Llama"].build()
     return get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
 
-def segformer() -> nn.Module:
-    return from_config(
-        "SegformerForSemanticSegmentation",
-        "SegformerConfig",
-        hidden_sizes=[8, 16],
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sr_ratios=[2, 1],
-        patch_sizes=[3, 3],
-        strides=[2, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
-        decoder_hidden_size=8,
-        num_labels=3,
-    )()
+def decoder(model: str, **settings: Any) -> Specimen:
+    """A language model that is called with text."""
+    return of_transformers(model, PLAIN_TEXT, **settings)
 
 
-ENCODER = {**DECODER, "num_labels": 3}
+def vision(model: str, inputs: Callable[[], Inputs] = PIXELS, **settings: Any) -> Specimen:
+    """A model of three classes that is called with images."""
+    return of_transformers(model, inputs, **(CLASSES | settings))
+
+
+DEBERTA: Settings = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "share_att_key": False,
+}
+DISTILBERT: Settings = {"vocab_size": WORDS, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4}
+T5: Settings = {"vocab_size": WORDS, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+WHISPER: Settings = {**SEQ2SEQ, **NO_TOKENS, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
+WHISPER |= {"decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None}
+WAV2VEC2: Settings = {
+    **SIZES,
+    "num_hidden_layers": 1,
+    "intermediate_size": 24,
+    "conv_dim": (8, 8),
+    "conv_stride": (4, 2),
+}
+WAV2VEC2 |= {"conv_kernel": (6, 3), "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+SWIN: Settings = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "window_size": 2,
+}
+SEGFORMER: Settings = {"hidden_sizes": [8, 16], "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1]}
+SEGFORMER |= {"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+SEGFORMER |= {"decoder_hidden_size": 8}
 SPECIMENS: dict[str, Specimen] = {
-    "Llama": Specimen(from_config("LlamaForCausalLM", "LlamaConfig", **GROUPED), PLAIN_TEXT),
-    "Mistral": Specimen(from_config("MistralForCausalLM", "MistralConfig", **GROUPED), PLAIN_TEXT),
-    "Mixtral": Specimen(
-        from_config(
-            "MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, experts_implementation="eager"
-        ),
-        PLAIN_TEXT,
-    ),
-    "Qwen2": Specimen(from_config("Qwen2ForCausalLM", "Qwen2Config", **GROUPED), PLAIN_TEXT),
-    "Qwen3": Specimen(from_config("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=6), PLAIN_TEXT),
-    "Gemma 2": Specimen(from_config("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=6), PLAIN_TEXT),
-    "Gemma 3": Specimen(from_config("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=6), PLAIN_TEXT),
-    "Phi-3": Specimen(
-        from_config("Phi3ForCausalLM", "Phi3Config", **GROUPED, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-        PLAIN_TEXT,
-    ),
-    "GPT-2": Specimen(
-        from_config("GPT2LMHeadModel", "GPT2Config", vocab_size=WORDS, n_embd=16, n_layer=2, n_head=4, n_positions=32),
-        PLAIN_TEXT,
-    ),
-    "GPT-NeoX": Specimen(from_config("GPTNeoXForCausalLM", "GPTNeoXConfig", **DECODER, rotary_pct=0.5), PLAIN_TEXT),
-    "OPT": Specimen(
-        from_config(
-            "OPTForCausalLM",
-            "OPTConfig",
-            vocab_size=WORDS,
-            hidden_size=16,
-            ffn_dim=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            word_embed_proj_dim=12,
-        ),
-        PLAIN_TEXT,
-    ),
-    "Falcon": Specimen(
-        from_config(
-            "FalconForCausalLM",
-            "FalconConfig",
-            vocab_size=WORDS,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_kv_heads=2,
-            new_decoder_architecture=True,
-        ),
-        PLAIN_TEXT,
-    ),
-    "BLOOM": Specimen(
-        from_config("BloomForCausalLM", "BloomConfig", vocab_size=WORDS, hidden_size=16, n_layer=2, n_head=4),
-        PLAIN_TEXT,
-    ),
-    "BERT": Specimen(from_config("BertForSequenceClassification", "BertConfig", **ENCODER), text()),
-    "RoBERTa": Specimen(from_config("RobertaForMaskedLM", "RobertaConfig", **DECODER), text()),
-    "DeBERTa": Specimen(
-        from_config(
-            "DebertaV2ForSequenceClassification",
-            "DebertaV2Config",
-            **ENCODER,
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
-            position_buckets=8,
-            share_att_key=False,
-        ),
-        text(),
-    ),
-    "DistilBERT": Specimen(
-        from_config(
-            "DistilBertForMaskedLM",
-            "DistilBertConfig",
-            vocab_size=WORDS,
-            dim=16,
-            hidden_dim=24,
-            n_layers=2,
-            n_heads=4,
-            max_position_embeddings=32,
-        ),
-        text(),
-    ),
-    "ALBERT": Specimen(
-        from_config("AlbertForSequenceClassification", "AlbertConfig", **ENCODER, embedding_size=12), text()
-    ),
-    "T5": Specimen(
-        from_config(
-            "T5ForConditionalGeneration",
-            "T5Config",
-            vocab_size=WORDS,
-            d_model=16,
-            d_kv=4,
-            d_ff=24,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-        ),
+    "Llama": decoder("LlamaForCausalLM", **GROUPED),
+    "Mistral": decoder("MistralForCausalLM", **GROUPED),
+    "Mixtral": decoder("MixtralForCausalLM", **GROUPED, num_local_experts=4, experts_implementation="eager"),
+    "Qwen2": decoder("Qwen2ForCausalLM", **GROUPED),
+    "Qwen3": decoder("Qwen3ForCausalLM", **GROUPED, head_dim=6),
+    "Gemma 2": decoder("Gemma2ForCausalLM", **GROUPED, head_dim=6),
+    "Gemma 3": decoder("Gemma3ForCausalLM", **GROUPED, head_dim=6),
+    "Phi-3": decoder("Phi3ForCausalLM", **GROUPED, **NO_TOKENS),
+    "GPT-2": decoder("GPT2LMHeadModel", vocab_size=WORDS, n_embd=16, n_layer=2, n_head=4, n_positions=32),
+    "GPT-NeoX": decoder("GPTNeoXForCausalLM", **DECODER, rotary_pct=0.5),
+    "OPT": decoder("OPTForCausalLM", **SIZES, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=12),
+    "Falcon": decoder("FalconForCausalLM", **SIZES, num_kv_heads=2, new_decoder_architecture=True),
+    "BLOOM": decoder("BloomForCausalLM", vocab_size=WORDS, hidden_size=16, n_layer=2, n_head=4),
+    "BERT": of_transformers("BertForSequenceClassification", text(), **DECODER, **CLASSES),
+    "RoBERTa": of_transformers("RobertaForMaskedLM", text(), **DECODER),
+    "DeBERTa": of_transformers("DebertaV2ForSequenceClassification", text(), **DECODER, **CLASSES, **DEBERTA),
+    "DistilBERT": of_transformers("DistilBertForMaskedLM", text(), **DISTILBERT, max_position_embeddings=32),
+    "ALBERT": of_transformers("AlbertForSequenceClassification", text(), **DECODER, **CLASSES, embedding_size=12),
+    "T5": of_transformers(
+        "T5ForConditionalGeneration",
         text(use_cache=False, decoder_input_ids=torch.tensor([[0, 3, 4], [0, 5, 6]])),
+        **T5,
+        feed_forward_proj="gated-gelu",
     ),
-    "BART": Specimen(
-        from_config(
-            "BartForConditionalGeneration",
-            "BartConfig",
-            vocab_size=WORDS,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            max_position_embeddings=32,
-        ),
-        text(use_cache=False),
-    ),
-    "Whisper": Specimen(
-        from_config(
-            "WhisperForConditionalGeneration",
-            "WhisperConfig",
-            vocab_size=WORDS,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            num_mel_bins=8,
-            max_source_positions=10,
-            max_target_positions=16,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=1,
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-        ),
+    "BART": decoder("BartForConditionalGeneration", **SEQ2SEQ, max_position_embeddings=32),
+    "Whisper": of_transformers(
+        "WhisperForConditionalGeneration",
         lambda: {
             "input_features": numbers(2, 8, 20)(),
             "decoder_input_ids": torch.tensor([[1, 3, 4], [1, 5, 6]]),
             "use_cache": False,
         },
+        **WHISPER,
     ),
-    "wav2vec2": Specimen(
-        from_config(
-            "Wav2Vec2ForCTC",
-            "Wav2Vec2Config",
-            vocab_size=WORDS,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            intermediate_size=24,
-            conv_dim=(8, 8),
-            conv_stride=(4, 2),
-            conv_kernel=(6, 3),
-            num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2,
-        ),
-        numbers(2, 120, name="input_values"),
-    ),
-    "CLIP": Specimen(
-        from_config(
-            "CLIPModel",
-            "CLIPConfig",
-            text_config={**DECODER, "eos_token_id": 2, "projection_dim": 12},
-            vision_config={k: v for k, v in VISION.items() if k != "num_labels"},
-            projection_dim=12,
-        ),
+    "wav2vec2": of_transformers("Wav2Vec2ForCTC", numbers(2, 120, name="input_values"), **WAV2VEC2),
+    "CLIP": of_transformers(
+        "CLIPModel",
         lambda: {**text()(), **PIXELS()},
+        text_config={**DECODER, "eos_token_id": 2, "projection_dim": 12},
+        vision_config=PATCHES,
+        projection_dim=12,
     ),
-    "ViT": Specimen(from_config("ViTForImageClassification", "ViTConfig", **VISION), PIXELS),
-    "DeiT": Specimen(from_config("DeiTForImageClassification", "DeiTConfig", **VISION), PIXELS),
-    "BEiT": Specimen(
-        from_config("BeitForImageClassification", "BeitConfig", **VISION, use_relative_position_bias=True), PIXELS
+    "ViT": vision("ViTForImageClassification", **PATCHES),
+    "DeiT": vision("DeiTForImageClassification", **PATCHES),
+    "BEiT": vision("BeitForImageClassification", **PATCHES, use_relative_position_bias=True),
+    "Swin": vision("SwinForImageClassification", **SWIN),
+    "ConvNeXt": vision("ConvNextForImageClassification", **STAGES),
+    "ConvNeXt V2": vision("ConvNextV2ForImageClassification", **STAGES),
+    "ResNet": vision("ResNetForImageClassification", **BLOCKS),
+    "RegNet": vision("RegNetForImageClassification", **BLOCKS, groups_width=4),
+    "MobileNetV2": vision(
+        "MobileNetV2ForImageClassification", LARGER_PIXELS, depth_multiplier=0.25, depth_divisible_by=4, min_depth=4
     ),
-    "Swin": Specimen(
-        from_config(
-            "SwinForImageClassification",
-            "SwinConfig",
-            image_size=16,
-            patch_size=2,
-            embed_dim=8,
-            depths=[2, 1],
-            num_heads=[2, 4],
-            window_size=2,
-            num_labels=3,
-        ),
-        PIXELS,
+    "EfficientNet": vision(
+        "EfficientNetForImageClassification",
+        LARGER_PIXELS,
+        width_coefficient=0.25,
+        depth_coefficient=0.3,
+        depth_divisor=4,
+        hidden_dim=320,
+        image_size=32,
     ),
-    "ConvNeXt": Specimen(
-        from_config(
-            "ConvNextForImageClassification",
-            "ConvNextConfig",
-            hidden_sizes=[8, 12],
-            depths=[1, 1],
-            num_stages=2,
-            num_labels=3,
-            image_size=16,
-        ),
-        PIXELS,
-    ),
-    "ConvNeXt V2": Specimen(
-        from_config(
-            "ConvNextV2ForImageClassification",
-            "ConvNextV2Config",
-            hidden_sizes=[8, 12],
-            depths=[1, 1],
-            num_stages=2,
-            num_labels=3,
-            image_size=16,
-        ),
-        PIXELS,
-    ),
-    "ResNet": Specimen(
-        from_config(
-            "ResNetForImageClassification",
-            "ResNetConfig",
-            embedding_size=6,
-            hidden_sizes=[8, 12],
-            depths=[1, 2],
-            num_labels=3,
-        ),
-        PIXELS,
-    ),
-    "RegNet": Specimen(
-        from_config(
-            "RegNetForImageClassification",
-            "RegNetConfig",
-            embedding_size=6,
-            hidden_sizes=[8, 12],
-            depths=[1, 2],
-            groups_width=4,
-            num_labels=3,
-        ),
-        PIXELS,
-    ),
-    "MobileNetV2": Specimen(
-        from_config(
-            "MobileNetV2ForImageClassification",
-            "MobileNetV2Config",
-            depth_multiplier=0.25,
-            depth_divisible_by=4,
-            min_depth=4,
-            num_labels=3,
-        ),
-        numbers(2, 3, 32, 32, name="pixel_values"),
-    ),
-    "EfficientNet": Specimen(
-        from_config(
-            "EfficientNetForImageClassification",
-            "EfficientNetConfig",
-            width_coefficient=0.25,
-            depth_coefficient=0.3,
-            depth_divisor=4,
-            hidden_dim=320,
-            num_labels=3,
-            image_size=32,
-        ),
-        numbers(2, 3, 32, 32, name="pixel_values"),
-    ),
-    "SegFormer": Specimen(segformer, PIXELS),
-    "Mamba": Specimen(
-        from_config(
-            "MambaForCausalLM",
-            "MambaConfig",
-            vocab_size=WORDS,
-            hidden_size=8,
-            state_size=4,
-            num_hidden_layers=2,
-            time_step_rank=3,
-        ),
-        PLAIN_TEXT,
+    "SegFormer": vision("SegformerForSemanticSegmentation", **SEGFORMER),
+    "Mamba": decoder(
+        "MambaForCausalLM", vocab_size=WORDS, hidden_size=8, state_size=4, num_hidden_layers=2, time_step_rank=3
     ),
     "Llama with LoRA": Specimen(with_lora, PLAIN_TEXT),
     "U-Net": Specimen(UNet, numbers(2, 3, 8, 8)),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +16,8 @@ from torch.optim import Optimizer
 from nino.evaluation.methods import Setup, parse_method
 from nino.evaluation.training import learning_rate_factor
 from nino.optimizer import NowcastOptimizer
-from nino.system.files import written_whole
 from tasks.fair_tasks import FAIR_TASKS, WARMUP
+from tasks.studies import file_name, read_json, write_json
 from tasks.task import Batch, DenoisingTask, ImageTask, Task, TextTask
 
 CELL_VERSION = 1
@@ -85,9 +82,8 @@ class BranchCell:
     @property
     def path(self) -> Path:
         """Where its result lies in the folder of a study; readable, and different for every other cell."""
-        digest = hashlib.sha256(json.dumps([CELL_VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()
-        name = f"{self.task}.{self.method}.seed{self.seed}.{self.steps}.{digest[:8]}.json"
-        return Path("cells") / re.sub(r"[^\w.+-]+", "-", name)
+        parts = (self.task, self.method.replace("=", "-"), f"seed{self.seed}", self.steps)
+        return Path("cells") / file_name([CELL_VERSION, asdict(self)], parts)
 
 
 class Lookahead:
@@ -202,18 +198,10 @@ def _smaller(task: Task) -> Task:
 
 def read_result(out: Path, cell: BranchCell) -> dict[str, Any] | None:
     """A cell's result; ``None`` if there is none."""
-    try:
-        result = json.loads((out / cell.path).read_text())
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and "jumps" in result else None
+    return read_json(out / cell.path, "jumps")
 
 
 def train_and_write(cell: BranchCell, progress: Progress, *, data: Path, cache: Path, out: Path) -> None:
     """Train a cell on one thread and write its result, whole or not at all."""
     torch.set_num_threads(1)
-    result = train(cell, data, cache, progress)
-    path = out / cell.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path, forced=False) as temporary:
-        temporary.write_text(json.dumps(result))
+    write_json(out / cell.path, train(cell, data, cache, progress), allow_nan=True)

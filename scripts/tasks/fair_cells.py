@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -21,6 +19,7 @@ from nino.system.files import written_whole
 from tasks.fair_methods import fair_methods, method_text
 from tasks.fair_tasks import FAIR_TASKS, WARMUP, Base
 from tasks.images import HeldOut
+from tasks.studies import file_name, read_json, write_json
 
 CELL_VERSION = 1
 """Goes up when the training below changes; older results are then no longer taken for results."""
@@ -60,18 +59,8 @@ class FairCell:
     @property
     def file_name(self) -> str:
         """Readable, and different for every other cell."""
-        record = json.dumps([CELL_VERSION, asdict(self), FAIR_TASKS[self.task].steps], sort_keys=True)
-        digest = hashlib.sha256(record.encode()).hexdigest()
-        parts = (
-            self.task,
-            self.base,
-            self.method,
-            f"seed{self.seed}",
-            f"{self.rate:g}",
-            str(self.steps),
-            self.held_out,
-        )
-        return re.sub(r"[^\w.+-]+", "-", ".".join([*parts, digest[:8], "json"]))
+        parts = (self.task, self.base, self.method, f"seed{self.seed}", f"{self.rate:g}", self.steps, self.held_out)
+        return file_name([CELL_VERSION, asdict(self), FAIR_TASKS[self.task].steps], parts)
 
 
 def detail_of(task: str, base: Base, method: str, budget: float, published: str) -> str:
@@ -130,11 +119,8 @@ def means(values: list[float], parts: int) -> list[float]:
 
 def read_result(out: Path, cell: FairCell) -> dict[str, Any] | None:
     """A cell's result, from its own file or among those that were gathered; ``None`` if there is none."""
-    try:
-        result = json.loads((out / CELLS / cell.file_name).read_text())
-    except (OSError, ValueError):
-        result = _gathered(out).get(cell.file_name)
-    return result if isinstance(result, dict) and "final" in result else None
+    found = read_json(out / CELLS / cell.file_name, "final")
+    return _gathered(out).get(cell.file_name) if found is None else found
 
 
 @lru_cache(maxsize=2)
@@ -159,8 +145,4 @@ def gather(out: Path) -> None:
 def train_and_write(cell: FairCell, progress: Progress, *, data: Path, cache: Path, published: str, out: Path) -> None:
     """Train a cell on one thread and write its result, whole or not at all."""
     torch.set_num_threads(1)
-    result = train(cell, data, cache, published, progress)
-    path = out / CELLS / cell.file_name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path, forced=False) as temporary:
-        temporary.write_text(json.dumps(result, allow_nan=False))
+    write_json(out / CELLS / cell.file_name, train(cell, data, cache, published, progress))

@@ -112,11 +112,11 @@ class FairMethod:
     follower: Factory | None = None
 
 
-def ema_nesterov(scale: float, decay: float, end: float = 0.9) -> FairMethod:
-    """EMA-Nesterov from the end of the warm-up to a part of the run."""
+def ema_nesterov(scale: float, decay: float) -> FairMethod:
+    """EMA-Nesterov from the end of the warm-up to nine tenths of the run."""
 
     def make(optimizer: Optimizer, model: nn.Module, steps: int) -> Follower:
-        return EmaNesterov(optimizer, model, scale, decay, start=WARMUP, end=round(end * steps))
+        return EmaNesterov(optimizer, model, scale, decay, start=WARMUP, end=round(0.9 * steps))
 
     return FairMethod(follower=make)
 

@@ -22,31 +22,18 @@ LAYERS, WORDS, PLACES = 4, 512, 64
 WARM_UP = 1
 
 
+def _sizes(width: int, heads: int) -> dict[str, int]:
+    """What both configs call alike."""
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": LAYERS}
+    return {**sizes, "vocab_size": WORDS, "max_position_embeddings": PLACES}
+
+
 def _head_by_head(width: int, heads: int) -> nn.Module:
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=heads,
-            vocab_size=WORDS,
-            max_position_embeddings=PLACES,
-        )
-    )
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**_sizes(width, heads), intermediate_size=4 * width))
 
 
 def _layer_by_layer(width: int, heads: int) -> nn.Module:
-    return OPTForCausalLM(
-        OPTConfig(
-            hidden_size=width,
-            word_embed_proj_dim=width,
-            ffn_dim=4 * width,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=heads,
-            vocab_size=WORDS,
-            max_position_embeddings=PLACES,
-        )
-    )
+    return OPTForCausalLM(OPTConfig(**_sizes(width, heads), word_embed_proj_dim=width, ffn_dim=4 * width))
 
 
 def compare_heads(width: int, heads: int, nowcaster: str, horizon: int, repeats: int) -> dict[str, Any]:
@@ -77,6 +64,5 @@ def compare_heads(width: int, heads: int, nowcaster: str, horizon: int, repeats:
     least = {name: 1e6 * min(found[WARM_UP:]) for name, found in seconds.items()}
     ratio = least["head by head"] / least["layer by layer"]
     blocks = len(prepared["head by head"][0].blocks)
-    return {"width": width, "heads": heads, "blocks": blocks, **{f"us/weight {n}": s for n, s in least.items()}} | {
-        "ratio": ratio
-    }
+    named = {f"us/weight {name}": value for name, value in least.items()}
+    return {"width": width, "heads": heads, "blocks": blocks, **named, "ratio": ratio}

@@ -73,7 +73,7 @@ class Arithmetic:
     metric, higher_is_better = "reward", True
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-    def __init__(self, data: Path, cache: Path, say: Any = print) -> None:
+    def __init__(self, data: Path, cache: Path) -> None:
         texts = [split_text(book) for book in find_books(data)]
         self.text = torch.tensor(encode("\n".join(text for text, _ in texts)))
         held_out = torch.tensor(encode("\n".join(text for _, text in texts)))
@@ -82,13 +82,11 @@ class Arithmetic:
         self.train_pairs, self.held_out_pairs = questions()
         self.prompts, self.answers = prompts_of(self.train_pairs), answers_of(self.train_pairs)
         self.held_out = prompts_of(self.held_out_pairs), answers_of(self.held_out_pairs)
-        self.cache, self.say = cache, say
+        self.cache = cache
 
     def build(self, seed: int) -> nn.Module:
         """The pretrained model, the same for every seed."""
-        return pretrained(
-            "arithmetic", _fresh, self._pretraining_batch, steps=PRETRAINING, rate=2e-3, cache=self.cache, say=self.say
-        )
+        return pretrained("arithmetic", _fresh, self._pretraining_batch, steps=PRETRAINING, rate=2e-3, cache=self.cache)
 
     def _pretraining_batch(self, generator: torch.Generator) -> Tensor:
         """Books, and additions of which every other one has a wrong digit."""

@@ -6,7 +6,6 @@ when the training has ended; its name holds a hash of all settings.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 from nino.errors import NinoError
 from nino.evaluation.training import Clock, finite
 from tasks.post_methods import BASE, Driver, driver_of, parse_method
+from tasks.studies import file_name, read_json, write_json
 
 VERSION = 1
 """Goes up when trainings change; older results are then no longer taken for results."""
@@ -77,10 +77,9 @@ class PostCell:
     @property
     def file_name(self) -> str:
         """Readable, and different for every other cell."""
-        digest = hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()
         method = re.sub(r"[^\w.+=-]+", "-", self.method)[:60]
-        parts = (self.task, self.tuning, f"{self.rate:g}", str(self.steps), method, f"seed{self.seed}", digest[:8])
-        return ".".join([*parts, "json"])
+        parts = (self.task, self.tuning, f"{self.rate:g}", self.steps, method, f"seed{self.seed}")
+        return file_name([VERSION, asdict(self)], parts)
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -209,20 +208,12 @@ def _loop(cell: PostCell, workload: LoopWorkload, model: nn.Module, watch: Watch
 
 def read_result(out: Path, cell: PostCell) -> dict[str, Any] | None:
     """A cell's result; ``None`` if there is none."""
-    try:
-        result = json.loads((out / "cells" / cell.file_name).read_text())
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and "curve" in result else None
+    return read_json(out / "cells" / cell.file_name, "curve")
 
 
 def write_result(out: Path, cell: PostCell, result: dict[str, Any]) -> None:
     """Whole or not at all."""
-    path = out / "cells" / cell.file_name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(result, allow_nan=False))
-    temporary.replace(path)
+    write_json(out / "cells" / cell.file_name, result)
 
 
 def results_in(out: Path) -> list[dict[str, Any]]:

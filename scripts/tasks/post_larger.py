@@ -55,9 +55,9 @@ class Larger:
     metric, higher_is_better = "reward", True
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-    def __init__(self, data: Path, cache: Path, say: Any = print) -> None:
+    def __init__(self, data: Path, cache: Path) -> None:
         del data  # numbers are made here
-        self.tokenizer, self.cache, self.say = tokenizer(), cache, say
+        self.tokenizer, self.cache = tokenizer(), cache
         pairs = torch.cartesian_prod(torch.arange(10, 100), torch.arange(10, 100))
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))]
@@ -91,7 +91,7 @@ class Larger:
             is_wrong = torch.rand(len(pairs), generator=generator) < mistakes
             return self.rows(pairs, torch.where(is_wrong, pairs.amin(1), pairs.amax(1)))
 
-        return pretrained(name, start, batches, steps=steps, rate=rate, cache=self.cache, say=self.say)
+        return pretrained(name, start, batches, steps=steps, rate=rate, cache=self.cache)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The exact held-out reward at temperature 1, and the accuracy at 0."""

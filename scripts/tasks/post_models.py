@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nino.system.files import save_whole
 from tasks.task import evaluation_mode, logits_of
 
 Batches = Callable[[torch.Generator], Tensor]
@@ -41,7 +40,7 @@ def llama(vocab_size: int, *, width: int, layers: int, heads: int, length: int, 
 
 
 def pretrained(
-    name: str, build: Callable[[], nn.Module], batches: Batches, *, steps: int, rate: float, cache: Path, say: Any
+    name: str, build: Callable[[], nn.Module], batches: Batches, *, steps: int, rate: float, cache: Path
 ) -> nn.Module:
     """A model pretrained with warm-up and cosine; its weights are kept in ``cache``, under ``name``."""
     torch.manual_seed(0)
@@ -63,11 +62,9 @@ def pretrained(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % SAID_EVERY == 0:
-            say(f"pretraining {name}: step {step} of {steps}, loss {loss.item():.3f}")
+            print(f"pretraining {name}: step {step} of {steps}, loss {loss.item():.3f}", flush=True)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.part")
-    torch.save(model.state_dict(), temporary)
-    temporary.replace(cached)
+    save_whole(model.state_dict(), cached)
     return model
 
 

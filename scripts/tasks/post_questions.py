@@ -108,9 +108,9 @@ class Questions:
 
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-    def __init__(self, data: Path, cache: Path, say: Any = print) -> None:
+    def __init__(self, data: Path, cache: Path) -> None:
         self.tokenizer = load_tokenizer(data, cache)
-        self.cache, self.say = cache, say
+        self.cache = cache
         texts = [split_text(book) for book in find_books(data)]
         self._text = "\n".join(text for text, _ in texts)
         held_out = torch.tensor(self.tokenizer("\n".join(text for _, text in texts)).input_ids)
@@ -130,7 +130,7 @@ class Questions:
             starts = torch.randint(len(tokens[0]) - LENGTH, (16,), generator=generator)
             return tokens[0][starts[:, None] + torch.arange(LENGTH)]
 
-        return pretrained("books", self._fresh, batches, steps=PRETRAINING, rate=3e-3, cache=self.cache, say=self.say)
+        return pretrained("books", self._fresh, batches, steps=PRETRAINING, rate=3e-3, cache=self.cache)
 
     def _fresh(self) -> nn.Module:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -207,7 +207,7 @@ class Preferences(Questions):
             model.load_state_dict(books)
             return model
 
-        model = pretrained("taught", start, batches, steps=TAUGHT, rate=5e-4, cache=self.cache, say=self.say)
+        model = pretrained("taught", start, batches, steps=TAUGHT, rate=5e-4, cache=self.cache)
         with evaluation_mode(model):
             self.before = [answer_log_probabilities(model, *pair)[0] for pair in (self.right, self.wrong)]
         return model

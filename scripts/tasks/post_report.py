@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nino.evaluation.report import format_markdown
+from nino.evaluation.report import format_markdown, picture
 from tasks.post_methods import BASE
 from tasks.post_numbers import Result, Row, Setting, compare, setting_of
+from tasks.studies import head_commit
 
 DIGITS = 4
 COLUMNS = 3
@@ -30,7 +30,7 @@ def publish(results: Sequence[Result], out: Path, command: str) -> None:
     summary = {
         "title": "Post-training with and without nowcasting",
         "command": command,
-        "commit": _commit(),
+        "commit": head_commit(),
         "table": rounded,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
@@ -60,14 +60,6 @@ def _shown(row: Row) -> Row:
     return shown
 
 
-def _commit() -> str:
-    try:
-        told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return told.stdout.strip()
-
-
 def _by_setting(results: Sequence[Result]) -> dict[Setting, dict[str, list[Result]]]:
     grouped: dict[Setting, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
@@ -77,11 +69,6 @@ def _by_setting(results: Sequence[Result]) -> dict[Setting, dict[str, list[Resul
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Metric against steps, and where answers are generated against their tokens; a dot where weights jumped."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     panels = [(setting, methods, "step") for setting, methods in _by_setting(results).items() if len(methods) > 1]
     panels += [
         (setting, methods, "tokens")
@@ -91,16 +78,13 @@ def draw(results: Sequence[Result], path: Path) -> None:
     if not panels:
         return
     height = -(-len(panels) // COLUMNS)
-    figure, axes = pyplot.subplots(height, COLUMNS, figsize=(4.4 * COLUMNS, 3.2 * height), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
     names = sorted({result["cell"]["method"] for result in results}, key=lambda name: (name != BASE, name))
     colours = {name: f"C{number}" for number, name in enumerate(names)}
-    for axis, (setting, methods, what) in zip(axes.flat, panels, strict=False):
-        _draw_panel(axis, setting, methods, what, colours)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with picture(path, height, COLUMNS, (4.4 * COLUMNS, 3.2 * height)) as axes:
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        for axis, (setting, methods, what) in zip(axes.flat, panels, strict=False):
+            _draw_panel(axis, setting, methods, what, colours)
 
 
 def _draw_panel(

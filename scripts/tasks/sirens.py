@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,21 +20,20 @@ AT_ONCE = 25
 class Siren(nn.Module):
     """Coordinates to values by sines; the weights of SIREN's initialisation."""
 
-    def __init__(self, sizes: tuple[int, ...], frequency: float = FREQUENCY) -> None:
+    def __init__(self, sizes: tuple[int, ...]) -> None:
         super().__init__()
         layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.layers = nn.ModuleList(layers)
-        self.frequency = frequency
         with torch.no_grad():
             for index, layer in enumerate(layers):
                 width = layer.in_features
-                bound = 1 / width if index == 0 else math.sqrt(6 / width) / frequency
+                bound = 1 / width if index == 0 else math.sqrt(6 / width) / FREQUENCY
                 layer.weight.uniform_(-bound, bound)
                 layer.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = torch.sin(self.frequency * layer(x))
+            x = torch.sin(FREQUENCY * layer(x))
         return self.layers[-1](x)
 
 
@@ -55,7 +53,6 @@ def fit_sirens(
     steps: int,
     lr: float,
     seed: int,
-    report: Callable[[str], None] = print,
 ) -> list[dict[str, Tensor]]:
     """Fit a network to every signal, or read those that were fitted before.
 
@@ -68,7 +65,6 @@ def fit_sirens(
         steps: of AdamW on all points at once, at a rate that falls to zero.
         lr: the highest rate.
         seed: of the weights to begin with.
-        report: told after each file.
 
     Returns:
         A state dict per signal.
@@ -91,7 +87,7 @@ def fit_sirens(
             number = torch.full((len(some),), steps)
             fitted = train_stacked(models, nn.functional.mse_loss, draw, torch.full((len(some),), lr), number)
             save_whole(fitted, path)
-            report(path.name)
+            print(path.name)
         states += torch.load(path)
     return states
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +41,9 @@ class Architecture:
 
 def build(architecture: Architecture) -> nn.Module:
     """A freshly initialised network that maps images ``[n, 3, 16, 16]`` to scores ``[n, 10]``."""
-    return {"cnn": _cnn, "resnet": _resnet, "deepsets": DeepSets, "vit": Vit, "mixer": Mixer}[architecture.family](
-        architecture
-    )
+    builders: dict[str, Callable[[Architecture], nn.Module]] = {"cnn": _cnn, "resnet": _resnet, "deepsets": DeepSets}
+    builders |= {"vit": partial(OfTokens, VitBlock), "mixer": partial(OfTokens, MixerBlock)}
+    return builders[architecture.family](architecture)
 
 
 def sample_architecture(generator: torch.Generator, family: str) -> Architecture:
@@ -161,19 +163,6 @@ class VitBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Vit(nn.Module):
-    """A small vision transformer with mean pooling."""
-
-    def __init__(self, a: Architecture) -> None:
-        super().__init__()
-        self.tokens = Tokens(a.width)
-        self.blocks = nn.Sequential(*(VitBlock(a) for _ in range(a.depth)))
-        self.head = nn.Linear(a.width, NUM_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.tokens(x)).mean(1))
-
-
 class MixerBlock(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -186,13 +175,13 @@ class MixerBlock(nn.Module):
         return x + self.channels(self.norm2(x))
 
 
-class Mixer(nn.Module):
-    """A small MLP-Mixer with mean pooling."""
+class OfTokens(nn.Module):
+    """Blocks on patches of an image, their mean, and a head: a small vision transformer or MLP-Mixer."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, block: Callable[[Architecture], nn.Module], a: Architecture) -> None:
         super().__init__()
         self.tokens = Tokens(a.width)
-        self.blocks = nn.Sequential(*(MixerBlock(a) for _ in range(a.depth)))
+        self.blocks = nn.Sequential(*(block(a) for _ in range(a.depth)))
         self.head = nn.Linear(a.width, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ OPTIONAL = ("transformers", "accelerate", "matplotlib")
 
 def _modules() -> list[str]:
     names = [module.name for module in pkgutil.walk_packages(nino.__path__, "nino.")]
-    return sorted({*names, "tasks.cli", "publish_results"})
+    return sorted({*names, "tasks.cli", "tasks.studies", "publish_results"})
 
 
 @pytest.mark.parametrize("name", _modules())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nino.errors import SnapshotError
-from nino.predict.extrapolation import combine, fit_coefficients, fit_movement, line_coefficients
+from nino.predict.extrapolation import combine, fit_coefficients, fit_movement
 
 TIMES = [0.0, 1.0, 1.5, 3.0, 4.0]
 
@@ -24,7 +24,6 @@ def test_every_rule_continues_a_straight_path():
     snapshots = path(0, noise=0.0)
     expected = 2.5 / TIMES[-1] * (snapshots[-1]["w"] - snapshots[0]["w"])
     for movement in (
-        combine([snapshot["w"] for snapshot in snapshots], line_coefficients(TIMES, 2.5)),
         fit_movement(snapshots, TIMES, 2.5)["w"],
         fit_movement(snapshots, TIMES, 2.5, rank=1)["w"],
     ):
@@ -56,8 +55,7 @@ def test_full_rank_is_the_plain_fit():
 
 
 def test_numbers_add_up_to_zero_so_that_a_shift_of_all_weights_changes_nothing():
-    for numbers in (line_coefficients(TIMES, 2.0), fit_coefficients(TIMES, 2.0)):
-        assert abs(float(numbers.sum())) < 1e-12
+    assert abs(float(fit_coefficients(TIMES, 2.0).sum())) < 1e-12
 
 
 def path_of(values: list[float]) -> list[dict[str, torch.Tensor]]:
@@ -66,14 +64,14 @@ def path_of(values: list[float]) -> list[dict[str, torch.Tensor]]:
 
 def test_bfloat16_snapshots_are_combined_in_float32():
     snapshots = [torch.full((4,), value, dtype=torch.bfloat16) for value in (1.0, 1.0078125)]
-    moved = combine(snapshots, line_coefficients([0.0, 1.0], 0.1))
+    moved = combine(snapshots, fit_coefficients([0.0, 1.0], 0.1))
     assert moved.dtype == torch.float32
     torch.testing.assert_close(moved, torch.full((4,), 0.00078125))
 
 
 def test_times_that_do_not_rise_and_snapshots_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="rising times"):
-        line_coefficients([1.0, 1.0], 1.0)
+        fit_coefficients([1.0, 1.0], 1.0)
     with pytest.raises(SnapshotError, match="NaN or infinity"):
         fit_movement(path_of([0.0, float("nan")]), [0.0, 1.0], 1.0, rank=1)
     with pytest.raises(ValueError, match="needs the products"):

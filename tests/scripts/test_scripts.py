@@ -52,19 +52,10 @@ def test_help_says_what_it_does(script: str) -> None:
         ),
         ("demo.py", ["--steps", "3"], ["--steps", "at least 100"]),
         ("demo.py", ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
-        ("plot_graph.py", ["--model", "llama-2t"], ["no file 'llama-2t', and no package.module:function"]),
-        ("plot_graph.py", ["--model", "cnn-14k", "--layers", "2"], ["cnn-14k has none of num_hidden_layers"]),
-        ("nowcast_checkpoints.py", ["nowhere", "--out", "x"], ["expected 5 checkpoints"]),
     ],
 )
 def test_bad_input_is_one_line(script: str, arguments: list[str], expected: list[str], tmp_path: Path) -> None:
     assert_refused(run_here(script, *arguments), *expected)
-
-
-def test_a_part_of_a_model_of_the_benchmarks_is_drawn(tmp_path: Path) -> None:
-    done = run_here("plot_graph.py", "--model", "llama-200k", "--layers", "1", "--dpi", "40", "--out", tmp_path / "out")
-    assert done.returncode == 0 and done.stdout.startswith("llama-200k, 1 layer: ")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"layers.png", "adjacency.png", "graph.json"}
 
 
 def test_too_few_runs_is_one_line(tmp_path: Path) -> None:
