@@ -25,16 +25,14 @@ import torch
 from torch import nn
 
 import nino
-from nino.errors import NinoError
 from nino.evaluation.report import format_markdown
 from nino.graph import NeuralGraph
 from nino.graph.check import WiringReport
 from tasks.architectures import SPECIMENS
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, fail, make_output_folder, run_main
 from tasks.machine import describe_machine
-from tasks.studies import ROOT, head_commit
+from tasks.studies import ROOT, Page, head_commit
 
-BEGIN, END = "<!-- table: by scripts/check_architectures.py -->", "<!-- end of the table -->"
 SHORT = {"it is an input of the model": "inputs", "it is an output of the model": "outputs"}
 SHORT |= {"a constant differs along it": "a constant"}
 NAMED = re.compile(r"(\w+) at \S+ ")
@@ -116,12 +114,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def with_table(page: str, text: str) -> str:
-    """The page with another table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
-
-
 def check_specimens(names: list[str]) -> list[dict[str, Any]]:
     """Check them one after another, with a line for each."""
     import transformers
@@ -153,9 +145,7 @@ def main(argv: list[str]) -> int:
     if not args.only:
         check_output_folder("--out", args.out)
         check_output_file("--page", args.page)
-        page = args.page.read_text() if args.page.exists() else ""
-        if page.count(BEGIN) != 1 or page.count(END) != 1:
-            raise NinoError(f"--page {args.page}: expected a page with the lines {BEGIN} and {END}")
+        page = Page(args.page, "scripts/check_architectures.py")
     rows = check_specimens(args.only or list(SPECIMENS))
     failed = [row["architecture"] for row in rows if row["failure"]]
     print(f"{len(rows) - len(failed)} of {len(rows)} architectures are wired completely and pass")
@@ -165,7 +155,7 @@ def main(argv: list[str]) -> int:
         results = {**about, "commit": head_commit(), "machine": describe_machine(), "architectures": rows}
         (args.out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
         if not failed:  # the page shows what is proved
-            args.page.write_text(with_table(page, table(rows)))
+            page.write(table(rows))
     return 1 if failed else 0
 
 

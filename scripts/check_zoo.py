@@ -36,16 +36,15 @@ from nino.graph.calls import Calls
 from nino.graph.symmetry import permutable_axes, random_relabelling, relabel
 from nino.graph.trial import Trial
 from tasks.cli import ArgumentParser, check_output_file, check_output_folder, make_output_folder, run_main
+from tasks.studies import ROOT, Page
 from tasks.wired_zoo import Animal, SkippedError, animals
 
-ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- table: by scripts/check_zoo.py -->", "<!-- end of the table -->"
 WHOLE, LEAST_PROVED = 0.99, 0.99
 DRAWS = 2
 
 
-def largest_piece(graph: NeuralGraph) -> float:
-    """The share of all numbers that lie in the largest piece of the graph: 1 if messages reach everything."""
+def pieces(graph: NeuralGraph) -> Counter[Any]:
+    """How many numbers lie in each piece of the graph: one piece if messages reach everything."""
     parent: dict[Any, Any] = {}
 
     def find(x: Any) -> Any:
@@ -58,7 +57,7 @@ def largest_piece(graph: NeuralGraph) -> float:
     sizes: Counter[Any] = Counter()
     for block in graph.parameter_blocks:
         sizes[find(block.target.group.name)] += block.num_edges * block.num_features
-    return max(sizes.values()) / sum(sizes.values())
+    return sizes
 
 
 def examine(animal: Animal) -> dict[str, Any]:
@@ -77,11 +76,12 @@ def examine(animal: Animal) -> dict[str, Any]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     total = sum(p.numel() for p in model.parameters() if p.requires_grad) or 1
     wired = sum(prod(shape) for name, shape in graph.shapes.items() if name in trained)
+    sizes = pieces(graph)
     row |= {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "wired": wired / total if graph.wiring == "exact" else 0.0,
-        "in one piece": largest_piece(graph) if graph.wiring == "exact" else 0.0,
+        "in one piece": max(sizes.values()) / sum(sizes.values()) if graph.wiring == "exact" else 0.0,
         "permutable": len(permutable_axes(graph)),
         "axes": len({axis for group in graph.groups for axis in group.axes}),
         "seconds": round(seconds, 3),
@@ -166,13 +166,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def write_page(page: Path, rows: list[dict[str, Any]], missing: Sequence[str] = ()) -> None:
     """Put the counts, the table and the names of what was not examined yet between the marks of a page."""
-    text = page.read_text() if page.exists() else f"# Zoo\n\n{BEGIN}\n{END}\n"
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise NinoError(f"--page {page}: expected a page with the lines {BEGIN} and {END}")
-    before, rest = text.split(BEGIN)
     more = f"\n\nNot examined yet ({len(missing)}): {', '.join(missing)}." if missing else ""
     counts = summary(rows) + (f" {len(missing)} more have not been examined yet." if missing else "")
-    page.write_text(f"{before}{BEGIN}\n\n{counts}\n\n{table(rows)}{more}\n\n{END}{rest.split(END)[1]}")
+    Page(page, "scripts/check_zoo.py", "# Zoo\n").write(f"{counts}\n\n{table(rows)}{more}")
 
 
 def found_in(file: Path) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.post_books import find_books, split_text
-from tasks.post_models import llama, loss_on, pretrained
+from tasks.post_models import LLAMA_LAYERS, llama, loss_on, pretrained
 from tasks.task import evaluation_mode, logits_of
 
 LETTERS = "\n 0123456789+-=abcdefghijklmnopqrstuvwxyz.,;:!?'\"()"
@@ -71,7 +71,7 @@ class Arithmetic:
     """The task, as :class:`tasks.post_cells.Workload` describes it."""
 
     metric, higher_is_better = "reward", True
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets = LLAMA_LAYERS
 
     def __init__(self, data: Path, cache: Path) -> None:
         texts = [split_text(book) for book in find_books(data)]

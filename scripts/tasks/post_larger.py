@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.post_models import llama, pretrained
+from tasks.post_models import LLAMA_LAYERS, llama, pretrained
 from tasks.post_trl import OnStep, Watch
 from tasks.task import evaluation_mode, logits_of
 
@@ -53,7 +53,7 @@ class Larger:
     """The task, as :class:`tasks.post_cells.TrainerWorkload` describes it."""
 
     metric, higher_is_better = "reward", True
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets = LLAMA_LAYERS
 
     def __init__(self, data: Path, cache: Path) -> None:
         del data  # numbers are made here
@@ -72,14 +72,8 @@ class Larger:
 
     def build(self, seed: int) -> nn.Module:
         """The model that was misled, the same for every seed."""
-        knowing = self._read("larger", self._fresh, 0.0, PRETRAINING, 3e-3).state_dict()
-
-        def start() -> nn.Module:
-            model = self._fresh()
-            model.load_state_dict(knowing)
-            return model
-
-        return self._read("larger-misled", start, MISTAKES, MISLEADING, 1e-3)
+        knowing = self._read("larger", self._fresh, 0.0, PRETRAINING, 3e-3)
+        return self._read("larger-misled", lambda: knowing, MISTAKES, MISLEADING, 1e-3)
 
     def _fresh(self) -> nn.Module:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

@@ -16,6 +16,8 @@ from tasks.task import evaluation_mode, logits_of
 Batches = Callable[[torch.Generator], Tensor]
 """Draws a batch of tokens, int64 ``[batch, length]``."""
 SAID_EVERY = 250
+LLAMA_LAYERS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Those that get adapters."""
 
 
 def llama(vocab_size: int, *, width: int, layers: int, heads: int, length: int, pad: int, end: int) -> nn.Module:

@@ -6,7 +6,6 @@ and not the task. The wrong answer of a preference pair is what another person o
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nino.system.files import written_whole
 from tasks.post_books import find_books, split_text
-from tasks.post_models import llama, loss_on, pretrained
+from tasks.post_models import LLAMA_LAYERS, llama, loss_on, pretrained
 from tasks.task import evaluation_mode, logits_of
+from tasks.text import byte_level_bpe
 
 VOCABULARY = 1024
 LENGTH = 64
@@ -78,35 +79,21 @@ def stories(count: int, seed: int) -> list[Story]:
 
 def load_tokenizer(data: Path, cache: Path) -> Any:
     """Byte-level BPE of the books, as transformers takes it; kept in ``cache``."""
-    from tokenizers import AddedToken, Tokenizer
-    from tokenizers.decoders import ByteLevel as Decoder
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
-    from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
     cached = cache / f"books-{VOCABULARY}.tokenizer.json"
     if not cached.exists():
-        tokenizer = Tokenizer(BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), Decoder()
-        trainer = BpeTrainer(
-            vocab_size=VOCABULARY,
-            initial_alphabet=ByteLevel.alphabet(),
-            show_progress=False,
-            special_tokens=[AddedToken(END, special=True), AddedToken(PAD, special=True)],
-        )
-        tokenizer.train_from_iterator([split_text(book)[0] for book in find_books(data)], trainer)
+        tokenizer = byte_level_bpe((split_text(book)[0] for book in find_books(data)), VOCABULARY, (END, PAD))
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.part")
-        tokenizer.save(str(temporary))
-        temporary.replace(cached)
+        with written_whole(cached, forced=False, shared=True) as temporary:
+            tokenizer.save(str(temporary))
     return PreTrainedTokenizerFast(tokenizer_file=str(cached), eos_token=END, pad_token=PAD)
 
 
 class Questions:
     """What fine-tuning and preferences share: the pretrained model, held-out stories and held-out text."""
 
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets = LLAMA_LAYERS
 
     def __init__(self, data: Path, cache: Path) -> None:
         self.tokenizer = load_tokenizer(data, cache)
@@ -200,14 +187,8 @@ class Preferences(Questions):
             tokens: Tensor = self.encode([(told.prompt, told.right) for told in taught[first : first + 16]])[0]
             return tokens
 
-        books = self.pretrained().state_dict()
-
-        def start() -> nn.Module:
-            model = self._fresh()
-            model.load_state_dict(books)
-            return model
-
-        model = pretrained("taught", start, batches, steps=TAUGHT, rate=5e-4, cache=self.cache)
+        books = self.pretrained()
+        model = pretrained("taught", lambda: books, batches, steps=TAUGHT, rate=5e-4, cache=self.cache)
         with evaluation_mode(model):
             self.before = [answer_log_probabilities(model, *pair)[0] for pair in (self.right, self.wrong)]
         return model

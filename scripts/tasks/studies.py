@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from nino.errors import NinoError
 from nino.evaluation.report import format_markdown
 from nino.evaluation.workers import Work, do_all
 from nino.system.files import written_whole
@@ -121,6 +122,31 @@ def publish(out: Path, title: str, content: Mapping[str, Any], *tables: str | Se
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     parts = [part if isinstance(part, str) else format_markdown(part) for part in tables]
     (out / "table.md").write_text("\n\n".join(parts) + "\n")
+
+
+class Page:
+    """A page of the documentation with a table that a script writes between two marks.
+
+    Args:
+        path: of the page; made if there is none and ``text`` is given.
+        script: that writes the table.
+        text: of a new page, above the table.
+
+    Raises:
+        NinoError: if the marks are not there, each once.
+    """
+
+    def __init__(self, path: Path, script: str, text: str = "") -> None:
+        self.path = path
+        self.begin, self.end = f"<!-- table: by {script} -->", "<!-- end of the table -->"
+        self.text = path.read_text() if path.exists() else f"{text}\n{self.begin}\n{self.end}\n" * bool(text)
+        if self.text.count(self.begin) != 1 or self.text.count(self.end) != 1:
+            raise NinoError(f"--page {path}: expected a page with the lines {self.begin} and {self.end}")
+
+    def write(self, table: str) -> None:
+        """Put another table between the marks."""
+        before, _, rest = self.text.partition(self.begin)
+        self.path.write_text(f"{before}{self.begin}\n\n{table}\n\n{self.end}{rest.partition(self.end)[2]}")
 
 
 def head_commit() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,22 @@ def gpt2(layers: int, width: int, heads: int, vocab_size: int, num_positions: in
     return describe_transformers("GPT2LMHeadModel", config)
 
 
-def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """A tokenizer of whole bytes, learned from texts."""
-    from tokenizers import Tokenizer
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> Any:
+    """A tokenizer of whole bytes, learned from texts, with some special tokens besides."""
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.decoders import ByteLevel as Decoder
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), Decoder()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+        special_tokens=[AddedToken(token, special=True) for token in special],
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

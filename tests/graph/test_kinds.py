@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from check_zoo import pieces
 from torch import Tensor, nn
 
 import nino
@@ -52,20 +53,6 @@ IN_PIECES = {"experts by masks"}
 """An expert that no row of the batch is sent to."""
 
 
-def num_pieces(graph: NeuralGraph) -> int:
-    """In how many pieces the graph falls that hold parameters."""
-    parent: dict[Any, Any] = {}
-
-    def find(x: Any) -> Any:
-        while parent.setdefault(x, x) != x:
-            x = parent[x]
-        return x
-
-    for block in graph.blocks:
-        parent[find(block.source.group.name)] = find(block.target.group.name)
-    return len({find(block.target.group.name) for block in graph.parameter_blocks})
-
-
 def sizes(graph: NeuralGraph) -> Counter[int]:
     return Counter(axis.size for axis in permutable_axes(graph))
 
@@ -82,7 +69,7 @@ def test_a_block_is_wired_as_it_computes(name: str) -> None:
     assert report.ok, report
     assert report.modes == ("training", "evaluation")
     assert sizes(report.graph) == Counter(PERMUTABLE[name]), report
-    assert (num_pieces(report.graph) > 1) == (name in IN_PIECES)
+    assert (len(pieces(report.graph)) > 1) == (name in IN_PIECES)
 
 
 # Outputs

@@ -10,6 +10,8 @@ import nino
 from nino.errors import NinoError
 from nino.predict.extrapolation import fit_movement
 from nino.predict.fitted import FittedExtrapolator
+from nino.predict.low_rank import AdapterExtrapolator
+from nino.predict.partition import Partition
 
 
 def walk(context: int) -> tuple[nino.NeuralGraph, list[dict[str, torch.Tensor]]]:
@@ -45,3 +47,12 @@ def test_what_never_moved_stays_and_matrices_keep_their_norms():
 def test_a_rank_beyond_the_snapshots_is_refused():
     with pytest.raises(NinoError, match="0 \\(no projection\\) to 4"):
         FittedExtrapolator(5)
+
+
+@pytest.mark.parametrize(
+    ("predictor", "instead"), [(FittedExtrapolator(), "linear"), (AdapterExtrapolator(), "straight")]
+)
+def test_parts_of_parameters_are_refused(predictor, instead):
+    graph, snapshots = walk(5)
+    with pytest.raises(NinoError, match=f"several processes'; use '{instead}'"):
+        predictor.predict_movement(snapshots, 7, graph, partition=Partition())
