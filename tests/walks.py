@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,7 @@ def peak_bytes(action: Callable[[], object]) -> int:
     """The most that was allocated at once during the action, by the records of the allocator."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # else what is left of earlier actions is given back in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         action()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -14,8 +14,10 @@ from nino.checkpoints.reading import CONFIG_FILE, one_line
 from nino.data.architecture import LAYER_COUNTS, refuse_sizes
 from nino.errors import CheckpointError, NinoError, SnapshotError
 
-PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
-"""What the wrappers of data parallelism and ``torch.compile`` put before every name."""
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""What ``torch.compile``, activation checkpointing and FSDP call the module that they wrap, the whole or a part."""
+PARALLEL = "module"
+"""What data parallelism calls it; modules of people have that name too."""
 
 
 def model_from_config(source: str | Path, layers: int | None = None) -> nn.Module:
@@ -108,11 +110,33 @@ def entries_of(model: nn.Module | None, parameters: Iterable[str], saved: Collec
     for name, parameter in () if model is None else model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     aliases = {name: [name] for name in parameters} | {group[0]: group for group in names.values()}
-    missing: list[str] = []
-    for prefix in PREFIXES:
-        found = {p: [prefix + alias for alias in aliases[p] if prefix + alias in saved] for p in parameters}
-        if all(found.values()):
-            return found
-        missing = missing or sorted(p for p in found if not found[p])
+    for dropped in (frozenset[str](), WRAPPERS, WRAPPERS | {PARALLEL}):
+        places = _by_name(saved, dropped)
+        found = {p: [places[own] for alias in aliases[p] if (own := _name(alias, dropped)) in places] for p in aliases}
+        if all(found[p] for p in parameters):
+            return {p: found[p] for p in parameters}
+    missing = sorted(p for p in parameters if not any(alias in saved for alias in aliases[p]))
     whose = "this graph" if model is None else type(model).__name__
     raise SnapshotError(f"the checkpoints are not of {whose}: they lack its {missing[0]} ({len(missing)} in all)")
+
+
+def without_wrappers(name: str) -> str:
+    """A parameter's or buffer's name as it is without wrappers around its modules.
+
+    Example:
+        >>> without_wrappers("encoder._orig_mod.layers.0._checkpoint_wrapped_module.weight")
+        'encoder.layers.0.weight'
+    """
+    return _name(name, WRAPPERS | {PARALLEL})
+
+
+def _name(name: str, dropped: Collection[str]) -> str:
+    return ".".join(part for part in name.split(".") if part not in dropped)
+
+
+def _by_name(saved: Iterable[str], dropped: Collection[str]) -> dict[str, str]:
+    """Saved names by what they are without some parts; those that would be the same are left out."""
+    names: dict[str, list[str]] = {}
+    for name in saved:
+        names.setdefault(_name(name, dropped), []).append(name)
+    return {own: group[0] for own, group in names.items() if len(group) == 1}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nino.checkpoints.converted import Part
 from nino.checkpoints.reading import Checkpoint, one_line, open_checkpoint
 from nino.checkpoints.sequence import OUTSIDE, check_series, find_checkpoints
 from nino.checkpoints.weights import SeriesWeights, read_weights
@@ -126,20 +127,23 @@ def _write(
     began: float,
 ) -> CheckpointNowcast:
     """Write the new checkpoint, whole or not at all."""
-    entries = {name: weights.entries[name] for name in weights.moving}
+    entries = {name: weights.entries[name] for name in weights.moving if name not in weights.parts}
+    parts = {name: weights.parts[name] for name in weights.moving if name in weights.parts}
     try:
         with NewCheckpoint(checkpoints[-1], out) as new:
             live = {name: new.tensors[first] for name, (first, *_) in entries.items()}
+            live |= {name: weights.snapshots[-1][name].clone() for name in parts}
             moved = predict(live, weights.snapshots, horizon, weights.graph)
             _write_ties(new.tensors, entries)
+            _write_parts(new.tensors, parts, live)
             result = CheckpointNowcast(
                 checkpoints=[str(checkpoint.path) for checkpoint in checkpoints],
                 steps=steps,
                 horizon=horizon,
                 relative_jump=moved.relative,
                 relative_jump_by_kind={kind: part.relative for kind, part in moved.by_kind.items()},
-                parameters=len(entries),
-                unchanged=len(weights.graph.shapes) - len(entries),
+                parameters=len(weights.moving),
+                unchanged=len(weights.graph.shapes) - len(weights.moving),
                 seconds=time.perf_counter() - began,
             )
             new.commit(asdict(result), _log_entry(result))
@@ -179,6 +183,15 @@ def _write_ties(tensors: Mapping[str, Tensor], entries: Mapping[str, Sequence[st
     for first, *others in entries.values():
         for other in others:
             tensors[other].copy_(tensors[first])
+
+
+def _write_parts(
+    tensors: Mapping[str, Tensor], parts: Mapping[str, Sequence[Part]], live: Mapping[str, Tensor]
+) -> None:
+    """Give the entries that parameters are divided over the predicted values."""
+    for name, group in parts.items():
+        for part in group:
+            tensors[part.entry].copy_(part.of(live[name]))
 
 
 def _log_entry(result: CheckpointNowcast) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from nino.checkpoints.models import entries_of, model_from_config
+from nino.checkpoints.converted import Part, joined, parts_of
+from nino.checkpoints.models import entries_of, model_from_config, without_wrappers
 from nino.checkpoints.reading import Checkpoint, one_line
 from nino.checkpoints.writing import DTYPES
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError
@@ -29,6 +30,8 @@ class SeriesWeights:
     graph: NeuralGraph
     entries: Mapping[str, list[str]]
     """Under which names checkpoints hold each; those after the first are tied to it."""
+    parts: Mapping[str, list[Part]]
+    """Of parameters that transformers saves in several entries; they have no others."""
     snapshots: list[Snapshot]
     moving: list[str]
     """The parameters that training changes; the others are frozen."""
@@ -48,14 +51,23 @@ def read_weights(
         model = _model_of(last)
     graph = graph or nowcaster.graph_of(cast(nn.Module, model))
     nowcaster.check_fits(graph)
-    entries = entries_of(model, graph.shapes, last.tensors)
+    parts: Mapping[str, list[Part]] = {}
+    try:
+        entries = entries_of(model, graph.shapes, last.tensors)
+    except SnapshotError:
+        parts = parts_of(model, last.tensors)
+        if not graph.shapes.keys() <= parts.keys():
+            raise
+        entries = {}
     if model is None:
         entries = _with_copies(entries, checkpoints)
-    snapshots = [_snapshot(checkpoint, entries, graph.shapes) for checkpoint in checkpoints]
+    snapshots = [_snapshot(checkpoint, entries, parts, graph.shapes) for checkpoint in checkpoints]
     _check_ties(last, entries)
-    weights = SeriesWeights(graph, entries, snapshots, _moving(snapshots))
+    weights = SeriesWeights(graph, entries, parts, snapshots, _moving(snapshots))
     if model is not None:
-        _refuse_strangers(checkpoints, entries, model)
+        known = {name for group in entries.values() for name in group}
+        known |= {part.entry for group in parts.values() for part in group}
+        _refuse_strangers(checkpoints, known, model)
     return weights
 
 
@@ -113,12 +125,16 @@ def _with_copies(entries: Mapping[str, list[str]], checkpoints: Sequence[Checkpo
 
 
 def _snapshot(
-    checkpoint: Checkpoint, entries: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint,
+    entries: Mapping[str, Sequence[str]],
+    parts: Mapping[str, list[Part]],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Snapshot:
     """The model's parameters by their names; refused if they do not fit it or are not healthy."""
     snapshot = {}
     for name, shape in shapes.items():
-        value = checkpoint.tensors[entries[name][0]].detach()
+        tensors = checkpoint.tensors
+        value = (joined(parts[name], tensors, shape) if name in parts else tensors[entries[name][0]]).detach()
         if value.dtype not in DTYPES.values():
             raise SnapshotError(
                 f"{checkpoint.path}: {name} is {value.dtype}; weights must be floating point of 16 bits or more"
@@ -156,14 +172,12 @@ def _check_ties(last: Checkpoint, entries: Mapping[str, Sequence[str]]) -> None:
                 )
 
 
-def _refuse_strangers(
-    checkpoints: Sequence[Checkpoint], entries: Mapping[str, Sequence[str]], model: nn.Module
-) -> None:
+def _refuse_strangers(checkpoints: Sequence[Checkpoint], known: Collection[str], model: nn.Module) -> None:
     """Refuse weights that were trained but are not in the model; buffers and constants may be saved along."""
-    known = {name for group in entries.values() for name in group}
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    buffers = {without_wrappers(name) for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, value in checkpoints[-1].tensors.items():
-        is_buffer = any(name == buffer or name.endswith("." + buffer) for buffer in buffers)
+        own = without_wrappers(name)
+        is_buffer = any(own == buffer or own.endswith("." + buffer) for buffer in buffers)
         if name in known or is_buffer or not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         if _differs([checkpoint.tensors[name] for checkpoint in checkpoints]):

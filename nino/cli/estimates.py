@@ -29,6 +29,7 @@ def lines_of(costs: CostEstimate, plan: NowcastPlan) -> Iterator[str]:
         ("kept in all", costs.kept, place),
         ("during a nowcast", costs.nowcast, f"at most, {device}"),
         ("backup in a nowcast", costs.backup, "snapshots are not exact, and there is no rollback copy"),
+        ("at most, all together", costs.peak, "in a nowcast, or while a snapshot is averaged"),
         ("checkpoints grow by", costs.checkpoint, "at most"),
     ):
         if number:

@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 Folder = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 Nowcaster = Annotated[str, typer.Option(help="A shipped name, a folder, a published .pt file or a hub id.")]
+Predictor = Annotated[str, typer.Option("--nowcaster", help="confirmed, straight, or as elsewhere a nowcaster.")]
 Own = Annotated[str, typer.Argument(metavar="MODULE:NAME", help="In your code, such as my_project.models:build.")]
 Shape = Annotated[str, typer.Argument(metavar="MODEL", help="MODULE:FUNCTION, a config.json or its folder.")]
 
@@ -183,7 +184,7 @@ def compare(
 @app.command(epilog="Example: nino estimate config.json --period 500 --set snapshots_on=disk")
 def estimate(
     model: Shape,
-    nowcaster: Nowcaster = "nino-base",
+    nowcaster: Predictor = "confirmed",
     period: Annotated[int | None, typer.Option(help="Steps between nowcasts.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Steps of the run.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Of the plan: ramp=20; may be repeated.")] = None,
@@ -195,18 +196,19 @@ def estimate(
 ) -> None:
     """Say how much memory nowcasting takes in a run, per process, of the one that holds the most."""
     from nino.cli.estimates import lines_of
-    from nino.cli.loading import load_nowcaster, load_shape
+    from nino.cli.loading import load_shape
     from nino.cli.values import read_dtype, read_plan
     from nino.costs import estimate_costs
     from nino.plan import Run, choose
     from nino.predict.model import NowcasterConfig
+    from nino.predict.registry import load_predictor
 
     name, built, wired = load_shape(model)
-    config = load_nowcaster(nowcaster).config if hidden is None else NowcasterConfig(hidden=hidden)
-    plan = choose(read_plan(settings or [], period), Run.of(config, max_steps))
+    predictor = load_predictor(nowcaster) if hidden is None else NowcasterConfig(hidden=hidden)
+    plan = choose(read_plan(settings or [], period), Run.of(predictor, max_steps))
     costs = estimate_costs(
         built,
-        config,
+        predictor,
         plan=plan,
         max_steps=max_steps,
         world_size=world_size,

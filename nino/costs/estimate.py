@@ -27,10 +27,13 @@ from nino.graph.ir import NeuralGraph
 from nino.plan import NowcastPlan, Run, choose, is_whole, plan_of
 from nino.predict.engine.listed import bytes_needed as listed_bytes
 from nino.predict.engine.tiling import Sizes
+from nino.predict.extrapolators import Extrapolator
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import build_network
-from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
+from nino.predict.registry import load_predictor
 from nino.session.schedule import Schedule
+from nino.system.pieces import piece_size
 
 Sharding = Literal["none", "fsdp2"]
 DeviceType = Literal["cpu", "cuda"]
@@ -67,8 +70,12 @@ class CostEstimate:
     """For the seconds of a nowcast: an exact copy of the weights, if neither a snapshot nor a rollback copy is one."""
     movement: int
     """For the seconds of a nowcast, where the parameters are: how far they move; 0 if a ramp keeps it longer."""
+    moving: int
+    """For the moment in which weights move, where they are: pieces; and their own way, if the average of which a
+    snapshot is made has another."""
     nowcast: int
-    """For the seconds of a nowcast, where the parameters are: node features, sums, a strip, a tile. An upper bound."""
+    """For the seconds of a nowcast, where the parameters are: node features, sums, a strip, a tile; pieces of snapshots
+    if it needs no network. An upper bound."""
     checkpoint: int
     """By how much the process's part of a checkpoint grows, at most."""
 
@@ -77,9 +84,15 @@ class CostEstimate:
         """What is held all the time, where the snapshots are: buffers are allocated once and used again."""
         return self.snapshots + self.rollback_copy
 
+    @property
+    def peak(self) -> int:
+        """The most that is held at once, in all places together: in a nowcast, or while a snapshot is averaged."""
+        in_a_nowcast = max(self.movement, self.ramp) + max(self.nowcast, self.backup + self.moving)
+        return self.kept + self.under_way + max(self.mean, in_a_nowcast)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {**asdict(self), "kept": self.kept}
+        return {**asdict(self), "kept": self.kept, "peak": self.peak}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +129,7 @@ class _Run:
 
 def estimate_costs(
     model: nn.Module,
-    nowcaster: Nowcaster | NowcasterConfig | str | Path = "nino-base",
+    nowcaster: Predictor | NowcasterConfig | str | Path = "confirmed",
     *,
     period: int | None = None,
     max_steps: int | None = None,
@@ -132,7 +145,7 @@ def estimate_costs(
 
     Args:
         model: on any device, ``meta`` included; parameters that do not require gradients count as frozen.
-        nowcaster: a nowcaster, its config, or its name.
+        nowcaster: a predictor, a nowcaster's config, or a name, as :class:`nino.NowcastOptimizer` takes it.
         period: optimizer steps between nowcasts; goes before the plan's.
         max_steps: optimizer steps of the whole run.
         plan: all other settings of nowcasting; what it leaves open is chosen as in a run.
@@ -148,15 +161,15 @@ def estimate_costs(
 
     Example:
         >>> estimate_costs(nn.Linear(1000, 1000), device="cpu").snapshots
-        20020000
+        12012000
     """
     if not isinstance(model, nn.Module):
         raise NinoError(
             f"model must be a torch.nn.Module, which may be on the meta device, got {_shown(model)}; "
             "nino.checkpoints.model_from_config makes one of a config.json"
         )
-    config = _config_of(nowcaster)
-    facts = Run(context=config.context, max_horizon=config.max_horizon, max_steps=max_steps)
+    predictor = _predictor_of(nowcaster)
+    facts = Run.of(predictor, max_steps)
     chosen = choose(plan_of(plan, period), facts)
     run = _Run(
         plan=chosen,
@@ -173,7 +186,7 @@ def estimate_costs(
     trained = {n for n, p in model.named_parameters() if n in graph.shapes and p.requires_grad}
     if not trained:
         raise NinoError("no parameter of the model is trained: there is nothing to nowcast")
-    return _add_up(model, graph, trained, run, config)
+    return _add_up(model, graph, trained, run, predictor)
 
 
 def _check_rows(graph: NeuralGraph, run: _Run) -> None:
@@ -186,7 +199,7 @@ def _check_rows(graph: NeuralGraph, run: _Run) -> None:
 
 
 def _add_up(
-    model: nn.Module, graph: NeuralGraph, trained: Collection[str], run: _Run, config: NowcasterConfig
+    model: nn.Module, graph: NeuralGraph, trained: Collection[str], run: _Run, predictor: Predictor | NowcasterConfig
 ) -> CostEstimate:
     formats = {name: run.dtype or parameter.dtype for name, parameter in model.named_parameters()}
     elements = {name: run.held(shape) for name, shape in graph.shapes.items()}
@@ -201,7 +214,9 @@ def _add_up(
         rollback_copy = weights + sum(buffer.nbytes for buffer in model.buffers()) + moments
     averages = (run.plan.average_over or 1) > 1
     is_exact = not averages and all(kept_in[name] == formats[name] for name in trained)
+    stays = is_exact and not run.schedule.across_jumps
     exact = sum(elements[name] * max(formats[name].itemsize, torch.float32.itemsize) for name in trained)
+    widest = max((kept_in[name] for name in trained), key=lambda dtype: dtype.itemsize)
     mean, ramp = (exact if averages else 0), (exact if run.plan.ramp else 0)
     return CostEstimate(
         weights=sum(prod(graph.shapes[name]) for name in trained),
@@ -209,20 +224,34 @@ def _add_up(
         parameters=sum(elements[name] * formats[name].itemsize for name in elements),
         trained=weights,
         snapshot=snapshot,
-        snapshots=config.context * snapshot,
+        snapshots=predictor.context * snapshot,
         under_way=snapshot if run.plan.snapshots_on == "disk" else 0,
         mean=mean,
         ramp=ramp,
         rollback_copy=rollback_copy,
-        backup=0 if is_exact or run.plan.rollback_window or run.plan.ramp else weights,
+        backup=0 if stays or run.plan.rollback_window or run.plan.ramp else weights,
         movement=0 if run.plan.ramp else exact,
-        nowcast=_nowcast_bytes(graph, config, torch.device(run.device)),
-        checkpoint=_checkpoint_bytes(snapshot, rollback_copy, ramp, run) + mean,
+        moving=_moved_at_once(graph, run) + (exact if averages and not run.plan.ramp else 0),
+        nowcast=_nowcast_bytes(graph, predictor, torch.device(run.device), widest),
+        checkpoint=_checkpoint_bytes(snapshot, rollback_copy, ramp, mean, run),
     )
 
 
-def _nowcast_bytes(graph: NeuralGraph, config: NowcasterConfig, device: torch.device) -> int:
+def _moved_at_once(graph: NeuralGraph, run: _Run) -> int:
+    """Pieces that weights are moved in: what they were, what they will be, and the difference."""
+    largest = max(run.held(shape) for shape in graph.shapes.values())
+    return 3 * min(piece_size(run.device), largest) * torch.float32.itemsize
+
+
+def _nowcast_bytes(
+    graph: NeuralGraph, predictor: Predictor | NowcasterConfig, device: torch.device, kept_in: torch.dtype
+) -> int:
     """The engine's own bound, and a copy of the network where it must be moved to the device."""
+    if isinstance(predictor, Extrapolator):
+        return predictor.bytes_needed(graph, kept_in, device)
+    config = predictor if isinstance(predictor, NowcasterConfig) else getattr(predictor, "config", None)
+    if not isinstance(config, NowcasterConfig):  # a person's own
+        return 0
     network = 0
     if device.type != "cpu":
         with torch.device("meta"):
@@ -232,26 +261,31 @@ def _nowcast_bytes(graph: NeuralGraph, config: NowcasterConfig, device: torch.de
     return max(sizes.bytes_needed(graph, config, torch.float32, device, network), listed)
 
 
-def _checkpoint_bytes(snapshot: int, rollback_copy: int, ramp: int, run: _Run) -> int:
+def _checkpoint_bytes(snapshot: int, rollback_copy: int, ramp: int, mean: int, run: _Run) -> int:
     """The most that is saved at once: nearly all snapshots before a nowcast, or what is kept for a while after it.
 
-    The last snapshot and the nowcast belong to one step, after which the snapshots are forgotten; the rollback copy
-    is forgotten in the last step of the rollback window, which begins when the weights have arrived.
+    The last snapshot and the nowcast belong to one step, after which the snapshots are forgotten, or, if nowcasts read
+    across jumps, the oldest is; only one that was left out leaves all of them. The rollback copy is forgotten in the
+    last step of the rollback window, which begins when the weights have arrived.
     """
     interval, window, steps = run.schedule.interval, run.plan.rollback_window or 0, run.plan.ramp or 0
+    lasts = window + steps if window else 0
+    if run.schedule.across_jumps:
+        carried = (run.schedule.context - 1) * snapshot
+        together = mean if max(lasts, steps) + (run.plan.average_over or 1) > interval else 0
+        return max(carried + snapshot + mean, carried + rollback_copy + ramp + together)
     before = (run.schedule.context - 1) * snapshot
     on_the_way = rollback_copy + ramp + (max(steps - 1, 0) // interval) * snapshot
-    lasts = window + steps if window else 0
     arrived = rollback_copy + (max(lasts - 1, 0) // interval) * snapshot
-    return max(before, on_the_way, arrived)
+    return max(before, on_the_way, arrived) + mean
 
 
-def _config_of(nowcaster: Nowcaster | NowcasterConfig | str | Path) -> NowcasterConfig:
-    if isinstance(nowcaster, NowcasterConfig):
+def _predictor_of(nowcaster: Predictor | NowcasterConfig | str | Path) -> Predictor | NowcasterConfig:
+    if isinstance(nowcaster, (NowcasterConfig, Predictor)) and not isinstance(nowcaster, type):
         return nowcaster
-    if not isinstance(nowcaster, (Nowcaster, str, Path)):
-        raise NinoError(f"nowcaster must be a nowcaster, its config or its name, got {_shown(nowcaster)}")
-    return (nowcaster if isinstance(nowcaster, Nowcaster) else Nowcaster.from_pretrained(nowcaster)).config
+    if not isinstance(nowcaster, (str, Path)):
+        raise NinoError(f"nowcaster must be a predictor, a nowcaster's config or a name, got {_shown(nowcaster)}")
+    return load_predictor(nowcaster)
 
 
 def _shown(value: object) -> str:

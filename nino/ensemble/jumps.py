@@ -15,6 +15,7 @@ from nino.session.clock import Clock
 from nino.session.events import Event, Events
 from nino.session.history import History
 from nino.session.jump.batch_norm import RENEWAL_STEPS
+from nino.session.jump.jump import from_elsewhere
 from nino.session.jump.ramp import Ramp
 from nino.session.schedule import Schedule, horizon_at
 
@@ -76,12 +77,11 @@ class EnsembleJumps:
             return
         snapshots = self.history.store.snapshots
         movement = self._predict(snapshots, horizon_at(step, self.schedule))
-        self.history.carry(movement)
+        ways = movement
         if self.history.is_averaged and not self.ramp.steps:  # at once: to where the average was predicted to go
-            for name, parameter in self.ensemble.parameters.items():
-                to_average = snapshots[-1][name].to(parameter.device) - parameter
-                movement[name] += to_average.where(movement[name] != 0, 0.0)
-        self.ramp.begin(self.ensemble.parameters, movement)
+            ways = from_elsewhere(movement, snapshots[-1], self.ensemble.parameters)
+        self.history.carry(movement)
+        self.ramp.begin(self.ensemble.parameters, ways)
         if not self.ramp.steps:
             self._advance(step)
 

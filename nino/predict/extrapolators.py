@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ RIDGE = 1e-10
 CONTEXT = 5
 MAX_HORIZON = 40
 DEFAULT_CAP = 0.5
+PIECES_PER_MOVEMENT = 5
+"""Where movements are measured: one piece of each, and that and the piece before in twice the precision."""
+SCALED = 3
+"""Tensors of the size of a piece that are held at once where norms are kept."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,20 @@ class Extrapolator(ABC):
     def check_fits(self, graph: NeuralGraph) -> None:
         """Any graph will do."""
         del graph
+
+    def bytes_needed(self, graph: NeuralGraph, dtype: torch.dtype, device: torch.device) -> int:
+        """The most that a prediction takes beside snapshots and movement.
+
+        Args:
+            graph: of the model.
+            dtype: of the snapshots.
+            device: where it is computed.
+        """
+        whole, largest = piece_size(device), max(map(prod, graph.shapes.values()))
+        exact = torch.promote_types(dtype, torch.float32)
+        read = self.context if dtype != exact else 0  # snapshots are read in the format that is computed in
+        pieces = PIECES_PER_MOVEMENT * (self.context - 1) + read
+        return exact.itemsize * max(pieces * min(whole // self.context, largest), SCALED * min(whole, largest))
 
     def fingerprint_tensors(self) -> list[Tensor]:
         """The class's name and its settings."""

@@ -23,6 +23,11 @@ class StoredSnapshot:
     """Whether someone may hold its tensors for good: they must never be overwritten."""
 
 
+def carried(tensor: Tensor, way: Tensor | None) -> Tensor:
+    """A tensor of a snapshot and how far it moves."""
+    return tensor if way is None else (tensor.to(way) + way).to(tensor)
+
+
 class SnapshotBackend(Protocol):
     """A place for snapshots."""
 
@@ -31,6 +36,9 @@ class SnapshotBackend(Protocol):
 
     def release(self, kept: StoredSnapshot) -> None:
         """Let go of a snapshot; its memory may be held for a later one."""
+
+    def carry(self, kept: StoredSnapshot, movement: Mapping[str, Tensor]) -> StoredSnapshot:
+        """Move a complete snapshot; what the movement does not name stays. The one given cannot be used any more."""
 
     def trim(self) -> None:
         """Give back memory that is held for later snapshots."""

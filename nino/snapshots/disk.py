@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nino.errors import SnapshotError
-from nino.snapshots.backend import StoredSnapshot
+from nino.snapshots.backend import StoredSnapshot, carried
 from nino.snapshots.folder import OwnFolder
 from nino.snapshots.writing import PartialFile, Writer
 
@@ -112,6 +112,12 @@ class DiskBackend:
                 self.finish()
         with contextlib.suppress(OSError):
             kept.origin.unlink(missing_ok=True)
+
+    def carry(self, kept: StoredSnapshot, movement: Mapping[str, Tensor]) -> StoredSnapshot:
+        """Into a file of its own: what is mapped is never written again."""
+        moved = self.keep({name: carried(tensor, movement.get(name)) for name, tensor in kept.tensors.items()})
+        self.release(kept)
+        return moved
 
     def trim(self) -> None:
         """Nothing is held for later."""

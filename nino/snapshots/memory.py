@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nino.snapshots.backend import StoredSnapshot
+from nino.snapshots.backend import StoredSnapshot, carried
 from nino.snapshots.copying import Copier, copier_for
+from nino.system.pieces import piece_size, pieces_of
 
 Form = tuple[tuple[Any, ...], ...]
 
@@ -48,6 +49,17 @@ class MemoryBackend:
         """Hold the buffers for a later snapshot, unless someone may still read them."""
         if not kept.is_lent:
             self._free.append(StoredSnapshot(kept.tensors, kept.origin))
+
+    def carry(self, kept: StoredSnapshot, movement: Mapping[str, Tensor]) -> StoredSnapshot:
+        """In place, a piece at a time; of one that someone may still read, a copy moves."""
+        if kept.is_lent:
+            return self.keep({name: carried(tensor, movement.get(name)) for name, tensor in kept.tensors.items()})
+        for name, way in movement.items():
+            tensor = kept.tensors[name]
+            size = piece_size(tensor.device)
+            for piece, part in zip(pieces_of(tensor, size), pieces_of(way.expand_as(tensor), size), strict=True):
+                piece.copy_(carried(piece, part))
+        return StoredSnapshot(kept.tensors, kept.origin)
 
     def trim(self) -> None:
         """Give the free buffers back."""

@@ -116,21 +116,17 @@ class SnapshotStore:
         Args:
             movement: of the jump, by name; what it does not name stays.
         """
-        newer = 1 if self.is_full else 0
-        steps, snapshots = self.steps[newer:], self.snapshots[newer:]
-        copies: list[StoredSnapshot] = []
+        self.finish()
+        if self.is_full:
+            self._keeper.release(self._kept.pop(0))
+            del self.steps[0]
         try:
-            for snapshot in snapshots:
-                copies.append(
-                    self._copy({name: _carried(tensor, movement.get(name)) for name, tensor in snapshot.items()})
-                )
+            for index, kept in enumerate(self._kept):
+                self._kept[index] = self._keeper.carry(kept, movement)
             self._keeper.finish()
         except BaseException:
-            for copy in copies:
-                self._keeper.release(copy)
             self.forget()
             raise
-        self._replace(steps, copies)
 
     def finish(self) -> None:
         """Block until the newest snapshot is complete.
@@ -273,10 +269,6 @@ def _check_state(
         if wrong:
             raise SnapshotError(f"saved history is of another model: {wrong[:3]} differ ({len(wrong)} in all)")
     return steps, exact
-
-
-def _carried(tensor: Tensor, way: Tensor | None) -> Tensor:
-    return tensor if way is None else (tensor.to(way) + way).to(tensor)
 
 
 def _keeper(place: Place, dtype: torch.dtype | None, folder: str | Path | None, in_background: bool) -> SnapshotBackend:

@@ -134,7 +134,7 @@ def test_the_fullest_rank_holds_what_fsdp2_deals_to_it() -> None:
     held = sum(parameter.chunk(4)[0].numel() for parameter in model.parameters())
     assert held == 3 * 7 + 3 + 1 * 10 + 1
     plan = NowcastPlan(rollback_window=10)
-    costs = estimate_costs(model, plan=plan, world_size=4, sharding="fsdp2", optimizer_bytes=2)
+    costs = estimate_costs(model, "nino-base", plan=plan, world_size=4, sharding="fsdp2", optimizer_bytes=2)
     assert costs.snapshots == 5 * 4 * held
     assert costs.rollback_copy == (4 + 2) * held
 
@@ -154,11 +154,11 @@ def test_the_largest_model_is_planned_without_memory() -> None:
         ({"world_size": 11, "sharding": "fsdp2"}, "world_size=11 is more than the model can be sharded over"),
         ({"sharding": "zero"}, "sharding must be one of ['none', 'fsdp2'], got 'zero'"),
         ({"dtype": torch.int64}, "dtype must be a floating point torch.dtype"),
-        ({"period": 12}, "period=12 must be a multiple of context=5"),
+        ({"period": 12, "nowcaster": "nino-base"}, "period=12 must be a multiple of context=5"),
         ({"period": "1000"}, "period must be a whole number of at least 1 or None, got '1000'"),
         ({"plan": 3}, "plan must be a nino.NowcastPlan, got int"),
         ({"optimizer_bytes": "8"}, "optimizer_bytes must be bytes per weight, at least 0; got '8'"),
-        ({"nowcaster": 3}, "nowcaster must be a nowcaster, its config or its name, got 3"),
+        ({"nowcaster": 3}, "nowcaster must be a predictor, a nowcaster's config or a name, got 3"),
         ({"optimizer_bytes": -1}, "optimizer_bytes must be bytes per weight"),
     ],
 )
@@ -172,6 +172,25 @@ def test_a_rollback_window_is_a_part_of_the_period_unless_told_otherwise() -> No
     """As of the optimizer: a short period brings a short rollback window."""
     costs = {period: estimate_costs(nn.Linear(10, 10), period=period) for period in (5, 10)}
     assert costs[5].rollback_copy == 0 < costs[10].rollback_copy
+
+
+@pytest.mark.parametrize(("ramp", "average_over"), [(4, 2), (0, 1)])
+def test_checkpoints_of_the_default_hold_snapshots_across_jumps(ramp: int, average_over: int) -> None:
+    """Two that have moved along, beside the rollback copy and the rest of the jump."""
+    model = FAMILIES["cnn"]()
+    plan = NowcastPlan(period=12, rollback_window=2, ramp=ramp, average_over=average_over)
+    costs = estimate_costs(model, plan=plan, max_steps=100, device="cpu")
+    optimizer = nino.NowcastOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-4), model, max_steps=100, plan=plan)
+    gradients = [1e-3 * torch.randn_like(parameter) for parameter in model.parameters()]
+    saved = []
+    for _ in range(60):
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.observe(1.0)
+        optimizer.step()
+        saved.append(_bytes_in(optimizer.session.state_dict()))
+    assert len(optimizer.reports) == 3 and all(report.outcome == "applied" for report in optimizer.reports)
+    assert max(saved) == 2 * costs.snapshot + costs.rollback_copy + costs.ramp == costs.checkpoint
 
 
 def test_a_graph_that_was_traced_is_planned_for() -> None:

@@ -166,7 +166,7 @@ class Jumps:
             return self._refuse(report, is_own=prediction.is_own_failure)
         rollback_copy = self.rollback_copy if judged_by is not None else None
         try:
-            undo = Undo(self.target, rollback_copy, self.history.store) if not self.ramp.steps else None
+            undo = Undo(self.target, rollback_copy, self.history) if not self.ramp.steps else None
         except Exception as error:  # no memory for a copy: nothing has moved
             return self._refuse(replace(report, reason=str(error) or repr(error)), is_own=True)
         try:
@@ -187,7 +187,7 @@ class Jumps:
     def _begin_to_move(self, step: int, movement: Movement) -> None:
         parameters, tensors = self.target.trainable(), movement.tensors
         if self.history.is_averaged and not self.ramp.steps:  # at once: to where the average was predicted to go
-            tensors = _from_elsewhere(tensors, self.history.store.snapshots[-1], parameters)
+            tensors = from_elsewhere(tensors, self.history.store.snapshots[-1], parameters)
         self.history.carry(movement.tensors)
         self.ramp.begin(parameters, tensors, self.target.optimizer)
         if not self.ramp.steps:
@@ -220,7 +220,7 @@ def _moved(report: NowcastReport, movement: Movement, jumps: Jumps) -> NowcastRe
     )
 
 
-def _from_elsewhere(
+def from_elsewhere(
     movement: Mapping[str, Tensor], start: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     """The way from where weights are to where a movement from ``start`` leads; what does not move stays."""

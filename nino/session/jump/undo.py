@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nino.parallel.shards import local_tensor
+from nino.session.history import History
 from nino.session.jump.rollback import RollbackCopy
 from nino.session.optimizer_state.master_weights import find_master_weights, write_master_weights
 from nino.session.optimizer_state.second_iterates import find_second_iterates, second_iterates_of
 from nino.session.target import TrainingTarget
-from nino.snapshots import SnapshotStore
 
 
 class Undo:
@@ -21,10 +21,10 @@ class Undo:
     Args:
         target: the model in training.
         rollback_copy: of weights and optimizer, if there is one.
-        store: its newest snapshot serves if it is exact; else the weights are copied.
+        history: its newest snapshot serves if it is exact and does not move along; else the weights are copied.
     """
 
-    def __init__(self, target: TrainingTarget, rollback_copy: RollbackCopy | None, store: SnapshotStore) -> None:
+    def __init__(self, target: TrainingTarget, rollback_copy: RollbackCopy | None, history: History) -> None:
         self._target, self._rollback_copy = target, rollback_copy
         self._parameters = target.trainable()
         self._before: Mapping[str, Tensor] = {}
@@ -36,7 +36,8 @@ class Undo:
                 for parameter in self._parameters.values()
                 for iterate in second_iterates_of(target.optimizer, parameter, entries)
             ]
-            self._before = store.snapshots[-1] if store.exact else _copies(self._parameters, store.place)
+            store, stays = history.store, history.store.exact and not history.across_jumps
+            self._before = store.snapshots[-1] if stays else _copies(self._parameters, store.place)
 
     @torch.no_grad()
     def run(self) -> None:

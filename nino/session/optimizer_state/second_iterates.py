@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from nino.parallel.shards import local_tensor
 from nino.session.optimizer_state.master_weights import is_alike
+from nino.system.pieces import piece_size, pieces_of
 
 NEAR = 0.25
 """Of the squared norm of the weights, the most that the squared distance of a second iterate may be."""
@@ -28,18 +29,28 @@ def find_second_iterates(optimizer: Optimizer | None, parameters: Mapping[str, T
         optimizer: whose state it is.
         parameters: those that will move, by name.
     """
-    distances: dict[str, Tensor] = {}
-    norms: dict[str, Tensor] = {}
+    distances: dict[str, float] = {}
+    norms: dict[str, float] = {}
     for parameter in parameters.values() if optimizer is not None else ():
         weights = local_tensor(parameter)
         for entry, value in optimizer.state.get(parameter, {}).items():  # type: ignore[union-attr]
             if not (isinstance(value, Tensor) and is_alike(local_tensor(value), weights)):
                 continue
-            other = local_tensor(value).to(weights.device, torch.float32)
-            away, norm = (other - weights.float()).square().sum(), weights.float().square().sum()
-            distances[entry] = distances.get(entry, 0) + away.double().cpu()
-            norms[entry] = norms.get(entry, 0) + norm.double().cpu()
-    return [entry for entry, away in distances.items() if float(away) <= NEAR * float(norms[entry])]
+            away, norm = _squares(local_tensor(value), weights)
+            distances[entry] = distances.get(entry, 0.0) + away
+            norms[entry] = norms.get(entry, 0.0) + norm
+    return [entry for entry, away in distances.items() if away <= NEAR * norms[entry]]
+
+
+def _squares(value: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Squared distance from the weights, and their squared norm; a piece at a time, for its memory."""
+    size, sums = piece_size(weights.device), torch.zeros(2, dtype=torch.float64, device=weights.device)
+    for one, other in zip(pieces_of(value, size), pieces_of(weights, size), strict=True):
+        near = other.float()
+        away = one.to(weights.device, torch.float32) - near
+        sums += torch.stack([away.square_().sum(), near.square().sum()])
+    distance, norm = sums.tolist()
+    return distance, norm
 
 
 def second_iterates_of(optimizer: Optimizer | None, parameter: Tensor, entries: list[str]) -> list[Tensor]:
