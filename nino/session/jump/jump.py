@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nino.parallel.collectives import is_main_process, num_processes
 from nino.parallel.shards import local_tensors
@@ -221,7 +221,7 @@ def _moved(report: NowcastReport, movement: Movement, jumps: Jumps) -> NowcastRe
 
 
 def from_elsewhere(
-    movement: Mapping[str, Tensor], start: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+    movement: Mapping[str, Tensor], start: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The way from where weights are to where a movement from ``start`` leads; what does not move stays."""
     ways = {}
