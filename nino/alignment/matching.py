@@ -127,21 +127,35 @@ def _assign(similarity: Tensor) -> Tensor:
 
 
 def _whole(terms: Sequence[Term], axis: Axis, children: Sequence[Axis]) -> Orders:
-    """The best order of an axis that holds others: every pair of its indices is worth what it is when best matched."""
-    touched = [term for term in terms if axis in term.axes]
+    """The best order of an axis that holds others: every pair of its indices is worth what it is when best matched.
+
+    No pair is worth more than its values sorted. Only pairs that the assignment by these bounds takes are matched, and
+    assigned anew by what they are worth, until all that it takes have been: the others would not have been better.
+    """
+    touched = [term for term in terms if len(term.places(axis)) == 1]
     inner = [_freed(child) for child in children]
-    worth = np.zeros((axis.size, axis.size))
+    worth = sum((_bounds(term, axis) for term in touched), np.zeros((axis.size, axis.size)))
     found: dict[tuple[int, int], Orders] = {}
-    for i in range(axis.size):
-        for j in range(axis.size):
-            pair = [term.select(axis, i, j) for term in touched if len(term.places(axis)) == 1]
-            found[i, j] = descend(pair, inner, _start(pair, inner))
-            worth[i, j] = objective(term.in_order(found[i, j]) for term in pair)
-    order = linear_sum_assignment(worth, maximize=True)[1].tolist()
+    while True:
+        order = linear_sum_assignment(worth, maximize=True)[1].tolist()
+        new = [pair for pair in enumerate(order) if pair not in found]
+        if not new:
+            break
+        for i, j in new:
+            alone = [term.select(axis, i, j) for term in touched]
+            found[i, j] = descend(alone, inner, _start(alone, inner))
+            worth[i, j] = objective(term.in_order(found[i, j]) for term in alone)
     out = {axis: torch.tensor([order])}
     for child, free in zip(children, inner, strict=True):
         out[child] = torch.cat([found[i, j][free] for i, j in enumerate(order)])
     return out
+
+
+def _bounds(term: Term, axis: Axis) -> np.ndarray:
+    """The most that the inner products of every pair of an axis' indices can be: ``[size, size]``."""
+    dim = term.places(axis)[0]
+    a, b = (tensor.movedim(dim, 0).flatten(1).sort(1).values for tensor in (term.a, term.b))
+    return (a @ b.t()).numpy()
 
 
 def _freed(child: Axis) -> Axis:

@@ -10,14 +10,16 @@ import programs
 import pytest
 import torch
 from models import CASES, Case, images, randomised, vectors
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from wired import WIRED
 
 import nino
 from nino import NeuralGraph
-from nino.alignment import Permutations, barrier_curve, merge, reestimate_batch_norm
+from nino.alignment import Permutations, barrier_curve, matching, merge, reestimate_batch_norm
 from nino.alignment.align import difference, matchable, reordered
 from nino.alignment.barrier import with_gains
+from nino.alignment.terms import terms_of
 from nino.errors import GraphError, NinoError
 from nino.graph.calls import Calls
 from nino.graph.symmetry import permutable_axes
@@ -107,6 +109,32 @@ def test_a_traced_model_of_torch_is_aligned_without_a_graph() -> None:
     other, _ = shuffled(model, graph)
     aligned = nino.align(model, other, inputs).model
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), aligned.parameters(), strict=True))
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 20, 3, groups=5), nn.ReLU(), nn.Conv2d(20, 4, 1))
+
+
+def test_groups_are_assigned_as_if_every_pair_had_been_matched() -> None:
+    """Bounds leave out pairs that cannot be better, and no others."""
+    torch.manual_seed(0)
+    one, other = grouped(), grouped()
+    graph = NeuralGraph.from_model(one, example_inputs=images())
+    states = [{name: p.detach() for name, p in model.named_parameters()} for model in (one, other)]
+    axes = matchable(graph)
+    outer = next(axis for axis in axes if any(child.within == axis for child in axes))
+    children = [axis for axis in axes if axis.within == outer]
+    touched = [term for term in terms_of(graph, *states) if outer in term.axes]
+    worth = torch.zeros(outer.size, outer.size)
+    for i in range(outer.size):
+        for j in range(outer.size):
+            alone, free = [term.select(outer, i, j) for term in touched], [matching._freed(child) for child in children]
+            orders = matching.descend(alone, free, matching._start(alone, free))
+            worth[i, j] = matching.objective(term.in_order(orders) for term in alone)
+    best = linear_sum_assignment(worth.numpy(), maximize=True)[1].tolist()
+    assert matching._whole(touched, outer, children)[outer][0].tolist() == best != list(range(outer.size))
+    bounds = sum(torch.from_numpy(matching._bounds(term, outer)) for term in touched)
+    assert bool((bounds >= worth - 1e-6).all())
 
 
 # Norm layers, ties, order of the data
