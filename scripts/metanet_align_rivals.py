@@ -196,7 +196,9 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "out")}
     about = {"title": "Alignment beside rebasin and pygmtools", "command": "python " + " ".join(sys.argv)}
-    summary = about | {"settings": settings, "recovered": found, "fused": fused}
+    rows = [{"model": name} | row for name, row in found.items()]
+    summary = about | {"settings": settings, "recovered": rows}
+    summary |= {"curves": {f"pair {run['seed']}": run for run in fused}}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     methods = list(next(iter(found.values())))
     lines = ["| a shuffled copy of | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]

@@ -148,8 +148,8 @@ def test_alignment_is_compared_with_the_packages_that_are_there(
     run(metanet_align_rivals.main, monkeypatch, *arguments)
     assert "rebasin is not installed and is left out: pip install rebasin" in capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["recovered"] == {"MLP": {"nino": "exact"}}
-    curves = summary["fused"][0]["accuracies"]
+    assert summary["recovered"] == [{"model": "MLP", "nino": "exact"}]
+    curves = summary["curves"]["pair 0"]["accuracies"]
     assert set(curves) == {"as they are", "nino"} and curves["nino"][0] == curves["as they are"][0]
     assert (tmp_path / "lines.png").stat().st_size > 1000
 
