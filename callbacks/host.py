@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from nino.predict.default import Goal
 from nino.session.target import unwrap
 
 
@@ -53,9 +54,39 @@ def models_beside(trainer: Trainer | None, model: nn.Module) -> list[str]:
     return sorted(name for name, one in held.items() if name != "model_wrapped" and unwrap(one) is not model)
 
 
-def is_rewarded(trainer: Trainer | None) -> bool:
-    """Whether a trainer follows rewards (GRPO, RLOO, PPO), so that its loss says nothing of how good the model is."""
-    return any(getattr(trainer, name, None) is not None for name in ("reward_funcs", "reward_model"))
+def goal_of(trainer: Trainer | None) -> Goal:
+    """What a trainer follows: rewards (GRPO, RLOO, PPO), margins against a reference (DPO, KTO), or a loss."""
+    if any(getattr(trainer, name, None) is not None for name in ("reward_funcs", "reward_model")):
+        return "rewards"
+    return "margins" if hasattr(trainer, "ref_model") else "loss"
+
+
+class BookedRewards:
+    """The mean rewards of a run, as TRL's trainers of rewards book them for their logs.
+
+    Args:
+        trainer: of any sort; one that books no rewards has none.
+    """
+
+    def __init__(self, trainer: Trainer | None) -> None:
+        self.trainer, self._seen = trainer, 0
+        self._booked: list[float] | None = None
+
+    @property
+    def are_booked(self) -> bool:
+        """Whether there were any yet."""
+        return self._booked is not None
+
+    def since(self) -> list[float]:
+        """Those of the batches that were generated since this was last asked."""
+        metrics = getattr(self.trainer, "_metrics", None)
+        of_training = metrics.get("train") if isinstance(metrics, Mapping) else None
+        booked = of_training.get("reward") if isinstance(of_training, Mapping) else None
+        if not isinstance(booked, list):  # cleared by a log, or of no such trainer
+            return []
+        seen = self._seen if booked is self._booked else 0
+        self._booked, self._seen = booked, len(booked)
+        return [float(reward) for reward in booked[seen:]]
 
 
 def listen_to_losses(trainer: Trainer, tell: Callable[[Tensor], None]) -> Callable[[], None]:

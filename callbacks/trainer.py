@@ -2,7 +2,7 @@
 
 A nowcast happens in ``on_step_end``: after the optimizer's update, before evaluation and saving, so that checkpoints
 hold it. Counters and snapshots travel in a file of the checkpoint folder, for sharded models in a folder in it.
-Nowcasts are judged by the loss that the Trainer trains.
+Nowcasts are judged by the loss that the Trainer trains; where TRL's trainers follow rewards, by those.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nino.callbacks.host import (
+    BookedRewards,
     find_trainer,
-    is_rewarded,
+    goal_of,
     listen_to_losses,
     models_beside,
     resumed_checkpoint,
@@ -31,6 +32,7 @@ from nino.graph import NeuralGraph
 from nino.optimizer import NowcastOptimizer
 from nino.parallel.collectives import PeerFailureError, is_main_process
 from nino.plan import NowcastPlan, Run, plan_of
+from nino.predict.default import default_predictor
 from nino.predict.predictor import Predictor
 from nino.predict.registry import load_predictor
 from nino.predict.work_partition import fingerprint
@@ -57,8 +59,6 @@ from nino.system.files import load_whole, save_whole
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "fingerprint of the weights"
-SHORT_RUN = 200
-"""Steps below which runs are too short for ``"confirmed"``, which first jumps after three periods."""
 
 
 class NowcastCallback(TrainerCallback):
@@ -109,6 +109,7 @@ class NowcastCallback(TrainerCallback):
         """Whether the training's end was told."""
         self._losses: list[Tensor] = []
         """Of the micro-batches of the coming step."""
+        self._rewards = BookedRewards(None)
 
     @property
     def reports(self) -> list[NowcastReport]:
@@ -144,6 +145,7 @@ class NowcastCallback(TrainerCallback):
         self._say_which_model(self.session)
         if state.global_step > 0:
             self._resume(args, state)
+        self._rewards = BookedRewards(self.trainer)
         if self.trainer is not None:
             self._stop_listening = listen_to_losses(self.trainer, self._hear)
 
@@ -164,9 +166,12 @@ class NowcastCallback(TrainerCallback):
     ) -> TrainerControl:
         """Count the step, unless mixed precision skipped it; the losses of both are of the same weights."""
         losses, self._losses = self._losses, []
+        rewards = self._rewards.since()
         if self.session is None:
             return control
-        if losses:
+        if rewards:
+            self.session.observe(-sum(rewards) / len(rewards))
+        elif losses and not self._rewards.are_booked:
             self.session.observe(torch.stack(losses).sum())
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             self.session.after_skipped_step()
@@ -252,20 +257,18 @@ class NowcastCallback(TrainerCallback):
 
     def _choose(self, state: TrainerState) -> Predictor:
         """The predictor of a training that was given none."""
-        name, why = "confirmed", ""
-        if is_rewarded(self.trainer):
-            name, why = "straight", "rewards are followed, and the loss does not tell a bad jump"
-        elif 0 < state.max_steps < SHORT_RUN:
-            name, why = "straight", f"{state.max_steps} steps are few"
-        predictor = load_predictor(name)
+        goal = goal_of(self.trainer)
+        predictor, why = default_predictor(state.max_steps, goal)
         if why:
             try:
                 self.plan.check_fits(Run.of(predictor, None).snapshots)
-            except NinoError:  # a period that goes with the other one only
+            except NinoError:  # a period that goes with the other one only, which rewards do not go with
+                if goal == "rewards":
+                    raise
                 return load_predictor("confirmed")
             if is_main_process():
                 show_info()
-                logger.info('"%s" predicts: %s', name, why)
+                logger.info("%s", why)
         return predictor
 
     def _say_which_model(self, session: NowcastSession) -> None:

@@ -40,8 +40,8 @@ LONGEST_ORTHOGONAL = 1
 (docs/lab-notes, 2026-11-30)."""
 PART_AVERAGED_ACROSS = 0.12
 """Part of their periods that a snapshot averages."""
-PART_JUDGED = 10
-"""A rollback window takes one part in so many of a period."""
+PART_JUDGED, PART_JUDGED_AT_ONCE = 10, 4
+"""A rollback window takes one part in so many of a period; the second, of predictors whose jumps need not settle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class NowcastPlan:
     """Whether a jump leaves matrices the norms that they have. Predicted norms grow, which acts like a lower rate."""
     rollback_window: int | None = None
     """Steps in which the training loss must recover from a jump, else the jump is undone; 0 never undoes one.
-    ``None``: a tenth of the period."""
+    ``None``: a tenth of the period, and a quarter for predictors that are judged at once (docs/rollback.md)."""
     recalibrate_batch_norm: bool = True
     """Whether batch norms estimate their running statistics anew after a jump."""
     snapshots_on: Place = "cpu"
@@ -230,6 +230,8 @@ class Run:
     """Whether a nowcast is due after every snapshot, and reads those from before the last jump."""
     orthogonal: bool = False
     """Whether the optimizer orthogonalises the steps of matrices, as Muon does."""
+    judged_at_once: bool = False
+    """Whether jumps land where training would be, so that the loss must not be higher after one than before."""
 
     @staticmethod
     def of(predictor: Any, max_steps: int | None, orthogonal: bool = False) -> Run:
@@ -240,6 +242,7 @@ class Run:
             max_steps=max_steps,
             across_jumps=bool(getattr(predictor, "reads_across_jumps", False)),
             orthogonal=orthogonal,
+            judged_at_once=bool(getattr(predictor, "judged_at_once", False)),
         )
 
     @property
@@ -317,7 +320,7 @@ def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> Nowc
         "average_over": max(round(part_averaged * interval), 1) if is_long else 1,
         "ramp": round(PART_RAMPED * period) if is_long else 0,
         "preserve_norms": is_long,
-        "rollback_window": period // PART_JUDGED,
+        "rollback_window": period // (PART_JUDGED_AT_ONCE if run.judged_at_once else PART_JUDGED),
     }
     chosen = replace(plan, **{name: value for name, value in usual.items() if getattr(plan, name) is None})
     if isinstance(chosen.stop_after, float):

@@ -10,7 +10,7 @@ writes summary.json, table.md and curves.png of all trainings in --out.
     sft          a Llama of 1M weights that has read books learns to answer questions (TRL's SFTTrainer)
     arithmetic   a Llama of 0.16M weights that makes mistakes is rewarded for right sums (GRPO, a plain loop)
     larger       a Llama of 0.05M weights is rewarded for the larger of two numbers (TRL's GRPOTrainer)
-    preferences  the Llama that answers questions learns to prefer right answers (TRL's DPOTrainer)
+    pairs        the same Llama learns to prefer the larger of two numbers (TRL's DPOTrainer)
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ from tasks.post_cells import (
     train,
     write_result,
 )
-from tasks.post_methods import BASE
+from tasks.post_methods import BASE, DEFAULT
 from tasks.post_report import publish
 
-STRAIGHT = "straight:period=20"
 PATHS = ("--data", "--cache", "--out", "--known")
 
 
@@ -60,7 +59,7 @@ STUDIES = {
     "sft": Study((2e-5, 1e-4, 1e-3), 100, 0.15),
     "arithmetic": Study((1e-5, 3e-5, 1e-4, 1e-3), 100, 0.06),
     "larger": Study((1e-4, 1e-3), 80, 0.06),
-    "preferences": Study((2e-5, 1e-4), 60, 0.19),
+    "pairs": Study((2e-5, 1e-4, 1e-3), 80, 0.04),
 }
 
 
@@ -74,13 +73,13 @@ def workload_of(task: str, data: Path, cache: Path) -> Workload:
         from tasks.post_arithmetic import Arithmetic
 
         return Arithmetic(data, cache)
-    if task == "larger":
-        from tasks.post_larger import Larger
+    if task == "sft":
+        from tasks.post_questions import Questions
 
-        return Larger(data, cache)
-    from tasks.post_trl import PreferencesThroughTrl, SftThroughTrl
+        return Questions(data, cache)
+    from tasks.post_larger import Larger, Pairs
 
-    return (SftThroughTrl if task == "sft" else PreferencesThroughTrl)(data, cache)
+    return (Larger if task == "larger" else Pairs)(data, cache)
 
 
 def cells_of(task: str, given: object) -> list[PostCell]:
@@ -104,7 +103,9 @@ def parser() -> ArgumentParser:
     made.add_argument("--cache", type=Path, required=True, help="folder for tokens and pretrained models")
     made.add_argument("--out", type=Path, required=True, help="folder for results")
     made.add_argument("--tasks", nargs="+", choices=tuple(STUDIES), default=list(STUDIES))
-    made.add_argument("--methods", nargs="+", default=[BASE, STRAIGHT], help="base, or PREDICTOR:SETTING=NUMBER:...")
+    made.add_argument(
+        "--methods", nargs="+", default=[BASE, DEFAULT], help="base, default, PREDICTOR:SETTING=NUMBER:..."
+    )
     made.add_argument("--rates", nargs="+", type=float, help="learning rates, at their highest")
     made.add_argument(
         "--steps", nargs="+", type=int, help="of the optimizer; by default the base also has twice as many"

@@ -88,35 +88,39 @@ def sft(folder: Path, callbacks: list[Any], model: Any = None, **more: Any) -> A
     )
 
 
-def dpo(folder: Path, callbacks: list[Any], reference: Any = None, **more: Any) -> Any:
-    """Preference tuning."""
+def dpo(folder: Path, callbacks: list[Any], reference: Any = None, model: Any = None, **more: Any) -> Any:
+    """Preference tuning; with adapters the model under them is the reference."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    peft_config = more.pop("peft_config", None)
     data = [{"prompt": row["prompt"], "chosen": row["right"], "rejected": row["wrong"]} for row in rows()]
     return DPOTrainer(
-        llama(),
-        ref_model=reference or llama(),
+        llama() if model is None else model,
+        ref_model=None if peft_config else reference or llama(),
         args=DPOConfig(**settings(folder, **more)),
         train_dataset=Dataset.from_list(data),
         processing_class=tokenizer(),
         callbacks=callbacks,
+        peft_config=peft_config,
     )
 
 
-def grpo(folder: Path, callbacks: list[Any], reward: Any, **more: Any) -> Any:
+def grpo(folder: Path, callbacks: list[Any], reward: Any, model: Any = None, **more: Any) -> Any:
     """Reinforcement learning."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    peft_config = more.pop("peft_config", None)
     usual = settings(folder, num_generations=4, max_completion_length=3, beta=0.0)
     return GRPOTrainer(
-        llama(),
+        llama() if model is None else model,
         reward_funcs=reward,
         args=GRPOConfig(**(usual | more)),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows()]),
         processing_class=tokenizer(),
         callbacks=callbacks,
+        peft_config=peft_config,
     )
 
 

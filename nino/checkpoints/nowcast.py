@@ -6,14 +6,15 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nino.checkpoints.adapters import check_adapters
 from nino.checkpoints.converted import Part
+from nino.checkpoints.predicting import Predict, default_predictor, writing
 from nino.checkpoints.reading import Checkpoint, one_line, open_checkpoint
 from nino.checkpoints.sequence import OUTSIDE, check_series, find_checkpoints
 from nino.checkpoints.weights import SeriesWeights, read_weights
@@ -21,8 +22,7 @@ from nino.checkpoints.writing import NewCheckpoint, check_destination
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
 from nino.plan import is_whole
-from nino.predict.movement import MovementSize
-from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
 from nino.session.report import NowcastReport
 from nino.session.schedule import Schedule, horizon_at
 
@@ -62,7 +62,7 @@ class CheckpointNowcast:
 def nowcast_checkpoints(
     paths: Sequence[str | Path],
     out: str | Path,
-    nowcaster: Nowcaster,
+    nowcaster: Predictor | None = None,
     horizon: int | None = None,
     *,
     model: nn.Module | None = None,
@@ -79,41 +79,43 @@ def nowcast_checkpoints(
     is whole; whatever goes wrong before, nothing does.
 
     Args:
-        paths: ``nowcaster.config.context`` checkpoint folders, or files with state dicts, oldest first; or one output
-            folder of the Trainer, of which the newest evenly spaced checkpoints are taken.
+        paths: ``nowcaster.context`` checkpoint folders, or files with state dicts, oldest first; or one output folder
+            of the Trainer, of which the newest evenly spaced checkpoints are taken.
         out: the new folder, or file; must not exist.
-        nowcaster: that predicts.
-        horizon: intervals between checkpoints to look ahead, 1 to ``nowcaster.config.max_horizon``; by default what
+        nowcaster: that predicts; by default ``"nino-base"``, and for folders of PEFT ``"adapters"``, which continues
+            what the adapters add to their layers.
+        horizon: intervals between checkpoints to look ahead, 1 to ``nowcaster.max_horizon``; by default what
             :class:`nino.callbacks.NowcastCallback` would choose at this point of the run.
         model: whose weights these are, on any device, meta included; by default that of the ``config.json`` beside the
             weights. It is not needed where there is a graph.
         graph: on which the weights are nowcast; by default that which the callback has saved with the last checkpoint,
             else of the model without having run it.
-        dtype: in which the network computes.
+        dtype: in which a network computes.
         device: where it computes; by default on the CPU.
-        memory_budget: bytes, as in :meth:`Nowcaster.predict_into`.
+        memory_budget: bytes, as in :meth:`Nowcaster.predict_into`; of a network.
         preserve_norms: whether matrices keep the norms that they have in the last checkpoint, as there.
         progress: called with the work done and the total.
 
     Raises:
         CheckpointError: if a checkpoint cannot be read.
-        SnapshotError: if the checkpoints are not a series of one model, or hold NaN.
+        SnapshotError: if the checkpoints are not a series of one model, or hold NaN, or their path leads nowhere.
         NinoError: if an argument is out of range, or the destination cannot be written.
 
     Example:
-        >>> nowcast_checkpoints(["run"], "nowcast", Nowcaster.from_pretrained("nino-base"))  # doctest: +SKIP
+        >>> nowcast_checkpoints(["run"], "nowcast", nino.Nowcaster.from_pretrained("nino-base"))  # doctest: +SKIP
     """
-    began, config = time.perf_counter(), nowcaster.config
-    if horizon is not None and not (is_whole(horizon) and 1 <= horizon <= config.max_horizon):
-        raise NinoError(f"horizon must be 1 to {config.max_horizon} intervals between checkpoints, got {horizon!r}")
-    checkpoints = [open_checkpoint(path) for path in find_checkpoints(paths, config.context)]
+    began, nowcaster = time.perf_counter(), nowcaster or default_predictor(paths)
+    if horizon is not None and not (is_whole(horizon) and 1 <= horizon <= nowcaster.max_horizon):
+        raise NinoError(f"horizon must be 1 to {nowcaster.max_horizon} intervals between checkpoints, got {horizon!r}")
+    checkpoints = [open_checkpoint(path) for path in find_checkpoints(paths, nowcaster.context)]
     check_destination(Path(out), checkpoints[-1])
+    check_adapters(checkpoints)
     steps = check_series(checkpoints)
     _warn_at_the_end(steps, checkpoints[-1].trainer_state)
     horizon = horizon or default_horizon(steps, checkpoints[-1].trainer_state, nowcaster)
     weights = read_weights(checkpoints, model, graph, nowcaster)
-    predict = partial(nowcaster.predict_into, dtype=dtype, device=device, memory_budget=memory_budget)
-    predict = partial(predict, preserve_norms=preserve_norms, progress=progress)
+    how = {"device": device, "preserve_norms": preserve_norms, "progress": progress}
+    predict = writing(nowcaster, dtype=dtype, memory_budget=memory_budget, **how)
     return _write(Path(out), checkpoints, steps, horizon, weights, predict, began)
 
 
@@ -123,7 +125,7 @@ def _write(
     steps: list[int] | None,
     horizon: int,
     weights: SeriesWeights,
-    predict: Callable[..., MovementSize],
+    predict: Predict,
     began: float,
 ) -> CheckpointNowcast:
     """Write the new checkpoint, whole or not at all."""
@@ -152,19 +154,19 @@ def _write(
     return result
 
 
-def default_horizon(steps: Sequence[int] | None, trainer_state: Mapping[str, Any], nowcaster: Nowcaster) -> int:
+def default_horizon(steps: Sequence[int] | None, trainer_state: Mapping[str, Any], nowcaster: Predictor) -> int:
     """Return the horizon that the callback would choose, with a period of as many intervals as there are checkpoints.
 
     It shrinks towards the end of the run; if that is not known, one period.
     """
-    context = nowcaster.config.context
+    context = nowcaster.context
     end = trainer_state.get("max_steps")
     known = steps is not None and isinstance(end, int) and end > 0
     schedule = Schedule(
         period=context * (steps[1] - steps[0]) if steps else context,
         context=context,
         max_steps=end if known else None,
-        max_horizon=nowcaster.config.max_horizon,
+        max_horizon=nowcaster.max_horizon,
     )
     return horizon_at(steps[-1] if steps else context, schedule)
 

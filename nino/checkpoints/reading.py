@@ -31,6 +31,7 @@ WEIGHTS_FILES = (
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT saves of a model with adapters: the trained weights alone."""
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 CONFIG_FILE = "config.json"
 TRAINER_FILE = "trainer_state.json"
 # What stands in a folder whose weights, or their master copies, are somewhere else than in the files above.
@@ -54,7 +55,7 @@ class Checkpoint:
     trainer_state: dict[str, Any]
     """What the Trainer wrote about the run; empty if it did not."""
     config: dict[str, Any]
-    """The ``config.json`` beside the weights; empty if there is none."""
+    """The ``config.json`` beside the weights, of adapters their own; empty if there is none."""
 
     @property
     def is_folder(self) -> bool:
@@ -80,9 +81,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             file.
 
     Raises:
-        CheckpointError: if it does not exist, is truncated, or is no checkpoint of a whole model.
+        CheckpointError: if it does not exist, is truncated, or is no checkpoint of a whole model or of one adapter.
     """
     path = Path(path)
+    if path.is_file() and path.name in ADAPTER_FILES:
+        raise CheckpointError(f"{path} is of a PEFT adapter, which is more than this file; give its folder")
     if path.is_file():
         return Checkpoint(path=path, files=(path,), tensors=read_tensors(path), trainer_state={}, config={})
     if not path.is_dir():
@@ -96,8 +99,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         files=files,
         tensors=tensors,
         trainer_state=_read_json_if_there(path / TRAINER_FILE),
-        config=_read_json_if_there(path / CONFIG_FILE),
+        config=_read_json_if_there(path / CONFIG_FILE) if weights.name not in ADAPTER_FILES else _adapter_config(path),
     )
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether PEFT saved an adapter in a folder."""
+    return any((folder / name).is_file() for name in ADAPTER_FILES)
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / ADAPTER_CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds a PEFT adapter without {ADAPTER_CONFIG_FILE}, which it needs; save it again"
+        )
+    return read_json(path)
 
 
 def read_tensors(path: Path, *, mapped: bool = True) -> dict[str, Tensor]:
@@ -170,6 +187,11 @@ def _weights_file(folder: Path) -> Path:
             f"{folder} holds {' and '.join(found)}; delete the one that training does not resume from"
         )
     if not found:
+        within = [name for name in names if holds_adapter(folder / name)]
+        if within:
+            raise CheckpointError(
+                f"{folder} holds no weights but an adapter of its own name; give {folder / within[0]}"
+            )
         raise CheckpointError(
             f"{folder} holds no weights; expected one of {', '.join((*WEIGHTS_FILES, *ADAPTER_FILES))}"
         )

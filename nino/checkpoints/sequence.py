@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nino.checkpoints.reading import Checkpoint
+from nino.checkpoints.adapters import check_ranks
+from nino.checkpoints.reading import ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint
 from nino.errors import CheckpointError, NinoError, SnapshotError
 from nino.plan import is_whole
 from nino.session.saving import HISTORY_FILE, HISTORY_FOLDER, NUMBERS_FILE
@@ -140,6 +141,7 @@ def _check_distinct(checkpoints: Sequence[Checkpoint]) -> None:
 def _check_same_model(one: Checkpoint, last: Checkpoint) -> None:
     if one.is_folder != last.is_folder:
         raise SnapshotError(f"{one.path} and {last.path}: give either folders or files, not both")
+    check_ranks(one, last)
     strangers = sorted(set(one.tensors) ^ set(last.tensors))
     if strangers:
         raise SnapshotError(
@@ -155,7 +157,8 @@ def _check_same_model(one: Checkpoint, last: Checkpoint) -> None:
     settings = sorted(_differing(one.config, last.config))
     if settings:
         raise SnapshotError(
-            f"{one.path} and {last.path} are not of the same model: {settings[:3]} of their config.json differ"
+            f"{one.path} and {last.path} are not of the same model: {settings[:3]} of their "
+            f"{ADAPTER_CONFIG_FILE if last.is_adapter else CONFIG_FILE} differ"
         )
 
 

@@ -16,7 +16,7 @@ from nino.checkpoints.writing import DTYPES
 from nino.errors import CheckpointError, GraphError, NinoError, SnapshotError
 from nino.graph import NeuralGraph
 from nino.graph.architectures import adapters
-from nino.predict.nowcaster import Nowcaster
+from nino.predict.predictor import Predictor
 from nino.session.saving import GRAPH_FILE
 from nino.session.target import unwrap
 
@@ -38,16 +38,19 @@ class SeriesWeights:
 
 
 def read_weights(
-    checkpoints: Sequence[Checkpoint], model: nn.Module | None, graph: NeuralGraph | None, nowcaster: Nowcaster
+    checkpoints: Sequence[Checkpoint], model: nn.Module | None, graph: NeuralGraph | None, nowcaster: Predictor
 ) -> SeriesWeights:
     """Find the model's parameters in all checkpoints; refused if they are of another, or not healthy."""
     last = checkpoints[-1]
-    _check_adapters(checkpoints)
+    if last.is_adapter and model is not None:
+        raise NinoError(
+            f"{last.path} holds an adapter, which is nowcast without the model under it; leave the model out"
+        )
     if graph is None and model is None:
         graph = _graph_of_adapters(last) if last.is_adapter else _saved_graph(last)
     if model is not None:
         model = unwrap(model)
-    elif last.config or graph is None:
+    elif not last.is_adapter and (last.config or graph is None):
         model = _model_of(last)
     graph = graph or nowcaster.graph_of(cast(nn.Module, model))
     nowcaster.check_fits(graph)
@@ -77,18 +80,6 @@ def _model_of(last: Checkpoint) -> nn.Module:
             f"{last.path} has no config.json that says what model it is; give the model (--model or --config)"
         )
     return model_from_config(last.path)
-
-
-def _check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse adapters among whole models."""
-    last = checkpoints[-1]
-    for checkpoint in checkpoints:
-        if checkpoint.is_adapter != last.is_adapter:
-            one, other = (checkpoint, last) if checkpoint.is_adapter else (last, checkpoint)
-            raise CheckpointError(
-                f"{one.path} holds a PEFT adapter ({one.files[0].name}) and {other.path} a whole model; choose "
-                "checkpoints of one kind"
-            )
 
 
 def _graph_of_adapters(last: Checkpoint) -> NeuralGraph:

@@ -73,7 +73,9 @@ def graph(
 def nowcast(
     checkpoints: Annotated[list[Path], typer.Argument(help="Oldest first, or one output folder of the Trainer.")],
     out: Annotated[Path, typer.Option(help="The new checkpoint; must not exist.")],
-    nowcaster: Nowcaster = "nino-base",
+    nowcaster: Annotated[
+        str | None, typer.Option(help="As elsewhere, or straight, adapters, ...; nino-base, of adapters adapters.")
+    ] = None,
     horizon: Annotated[int | None, typer.Option(min=1, help="Intervals between checkpoints ahead.")] = None,
     model: Annotated[str | None, typer.Option(help="MODULE:FUNCTION, where there is no config.json.")] = None,
     config: Annotated[Path | None, typer.Option(help="Folder of the config.json, if it lies elsewhere.")] = None,
@@ -85,14 +87,15 @@ def nowcast(
 ) -> None:
     """Nowcast the checkpoints of a run: writes one from which training goes on."""
     from nino.checkpoints import nowcast_checkpoints
-    from nino.cli.loading import load_network, load_nowcaster, read_graph
+    from nino.cli.loading import load_network, read_graph
     from nino.cli.values import read_bytes, read_device, read_dtype
+    from nino.predict.registry import load_predictor
 
     with _ended_by_an_interrupt(f"{out} was not written"), _bar() as progress:
         result = nowcast_checkpoints(
             checkpoints,
             out,
-            load_nowcaster(nowcaster),
+            None if nowcaster is None else load_predictor(nowcaster),
             horizon,
             model=load_network(model, config),
             graph=None if graph is None else read_graph(graph),

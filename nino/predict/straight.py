@@ -2,7 +2,8 @@
 
 Fine-tuning and reinforcement learning with low rates follow long, nearly straight paths (arXiv:2601.04537), and tuned
 rates follow crooked ones, along which no line helps. Which of the two a run is on shows in its own snapshots: the paces
-of the two halves of their path agree or they do not. No loss is read, so that it also works where losses say nothing.
+of the two halves of their path agree or they do not. No loss is read, so that it also works where losses say nothing;
+where they do, a jump after which the loss is higher is undone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from nino.errors import CrookedPathError, NinoError
 from nino.predict.extrapolators import CONTEXT, MAX_HORIZON, Extrapolator
 
-ERROR = 0.3
+ERROR, CAUTIOUS_ERROR = 0.2, 0.1
+"""The second where the loss does not tell a bad jump (docs/lab-notes, 2026-12-01)."""
 LEAST = 0.5
 LONGEST = 1.5
 
@@ -38,6 +40,9 @@ class StraightExtrapolator(Extrapolator):
     Raises:
         NinoError: if a setting is out of range.
     """
+
+    judged_at_once = True
+    """Its jumps go no farther than training would: the loss must not rise (:mod:`nino.session.judge.rule`)."""
 
     def __init__(
         self,

@@ -82,7 +82,8 @@ class NowcastSession:
         self.events = Events()
         self.target = TrainingTarget(model, self.nowcaster, optimizer, graph)
         self.history = History(self.plan, self.run.context, self.run.across_jumps)
-        self.monitor = Monitor(rollback_config(self.plan), partial(getattr, self.target, "device"), on_report)
+        how = rollback_config(self.plan, at_once=self.run.judged_at_once)
+        self.monitor = Monitor(how, partial(getattr, self.target, "device"), on_report)
         self.jumps = Jumps(self.nowcaster, self.target, self.history, self.monitor, self.plan, self.events)
         self.ledger = Ledger(self.schedule.period)
         """What the nowcasts came to so far."""

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.evaluation.training import Clock, finite
-from tasks.post_methods import BASE, Driver, driver_of, parse_method
+from tasks.post_methods import BASE, DEFAULT, CallbackDriver, Driver, driver_of, parse_method
 from tasks.studies import file_name, read_json, write_json
 
 VERSION = 1
@@ -134,7 +134,8 @@ class Watch:
         self.tokens += tokens
         self.told.append(finite(round(told, 4)))
         if self.driver is None:  # a Trainer makes its optimizer when training begins
-            self.driver = driver_of(self.cell.method, self.model, optimizer, self.cell.steps)
+            rewarded = self.workload.metric == "reward"
+            self.driver = driver_of(self.cell.method, self.model, optimizer, self.cell.steps, rewarded)
         self.driver.after_step(told, self.cell.rate * rate_factor(step - 1, self.cell.steps))
         if step % self.every and step != self.cell.steps:
             return
@@ -180,7 +181,13 @@ def train(cell: PostCell, workload: Workload, say: Say, points: int = 10) -> dic
     if isinstance(workload, TrainerWorkload):
         warmup = max(1, round(WARMUP * cell.steps))
         settings = {"rate": cell.rate, "steps": cell.steps, "warmup": warmup, "seed": cell.seed}
-        workload.trainer(model, **settings, on_step=watch.after_step).train()
+        callbacks = []
+        if cell.method == DEFAULT:
+            from nino.callbacks import NowcastCallback
+
+            callbacks.append(NowcastCallback())
+            watch.driver = CallbackDriver(*callbacks)
+        workload.trainer(model, **settings, callbacks=callbacks, on_step=watch.after_step).train()
     elif isinstance(workload, LoopWorkload):
         _loop(cell, workload, model, watch)
     result = watch.result()
@@ -244,6 +251,6 @@ def check_method(method: str) -> str:
     Raises:
         NinoError: if there is none.
     """
-    if method != BASE:
+    if method not in (BASE, DEFAULT):
         parse_method(method)
     return method

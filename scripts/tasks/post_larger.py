@@ -1,13 +1,15 @@
-"""Reinforcement learning through TRL's ``GRPOTrainer``: which of two numbers is the larger?
+"""Which of two numbers is the larger? With rewards through TRL's ``GRPOTrainer``, with pairs through ``DPOTrainer``.
 
 A Llama of 0.05M weights reads pairs such as ``37,48=`` with right answers, and then with answers of which six in ten
-are the smaller number. It knows the task and does not do it: what rewards are for. The held-out reward is exact, as in
+are the smaller number. It knows the task and does not do it: what rewards and
+preferences are for. The held-out reward is exact, as in
 :mod:`tasks.post_arithmetic`; the pairs that it is computed on are in no training.
 """
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.post_models import LLAMA_LAYERS, llama, pretrained
-from tasks.post_trl import OnStep, Watch
+from tasks.post_trl import OnStep, Watch, settings_of
 from tasks.task import evaluation_mode, logits_of
 
 END, PAD = "<end>", "<pad>"
@@ -29,6 +31,10 @@ PRETRAINING, MISLEADING = 500, 150
 QUESTIONS, ANSWERS = 16, 8
 """Of one step."""
 HELD_OUT = 1000
+PREFERENCES = 16
+"""Pairs of one step."""
+BETA = 0.1
+"""Of DPO."""
 
 
 def tokenizer() -> Any:
@@ -49,10 +55,9 @@ def is_right(completions: list[str], answer: list[str], **others: Any) -> list[f
     return [float(said.replace(" ", "") == wanted) for said, wanted in zip(completions, answer, strict=True)]
 
 
-class Larger:
-    """The task, as :class:`tasks.post_cells.TrainerWorkload` describes it."""
+class Numbers:
+    """The model that was misled, and the questions; those that are held out are in no training."""
 
-    metric, higher_is_better = "reward", True
     lora_targets = LLAMA_LAYERS
 
     def __init__(self, data: Path, cache: Path) -> None:
@@ -62,7 +67,13 @@ class Larger:
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))]
         self.pairs = pairs[HELD_OUT:]
-        self.held_out = self.rows(pairs[:HELD_OUT], pairs[:HELD_OUT].amax(1))
+        self.right = self.rows(pairs[:HELD_OUT], pairs[:HELD_OUT].amax(1))
+        self.wrong = self.rows(pairs[:HELD_OUT], pairs[:HELD_OUT].amin(1))
+
+    def drawn(self, count: int, seed: int) -> list[tuple[int, int]]:
+        """Pairs to ask about, the same for the same seed."""
+        which = torch.randint(len(self.pairs), (count,), generator=torch.Generator().manual_seed(seed))
+        return [(a, b) for a, b in self.pairs[which].tolist()]
 
     def rows(self, pairs: Tensor, answers: Tensor) -> Tensor:
         """Tokens of questions with answers: int64 ``[n, 9]``."""
@@ -87,42 +98,46 @@ class Larger:
 
         return pretrained(name, start, batches, steps=steps, rate=rate, cache=self.cache)
 
+    def said(self, model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every answer: its log-probability at temperature 1, and whether it is the likeliest: ``[n]`` twice."""
+        wanted = rows[:, ASKED:]
+        with evaluation_mode(model):
+            logits = logits_of(model(input_ids=rows[:, :-1]))[:, ASKED - 1 :].float()
+        told = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+        return told.sum(1), (logits.argmax(-1) == wanted).all(1)
+
+
+class Larger(Numbers):
+    """Rewards, as :class:`tasks.post_cells.TrainerWorkload` describes a task."""
+
+    metric, higher_is_better = "reward", True
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The exact held-out reward at temperature 1, and the accuracy at 0."""
-        wanted = self.held_out[:, ASKED:]
-        with evaluation_mode(model):
-            logits = logits_of(model(input_ids=self.held_out[:, :-1]))[:, ASKED - 1 :].float()
-        said = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
-        return {
-            "reward": said.sum(1).exp().mean().item(),
-            "accuracy": (logits.argmax(-1) == wanted).all(1).float().mean().item(),
-        }
+        said, hits = self.said(model, self.right)
+        return {"reward": said.exp().mean().item(), "accuracy": hits.float().mean().item()}
 
-    def trainer(self, model: nn.Module, *, rate: float, steps: int, warmup: int, seed: int, on_step: OnStep) -> Any:
-        """TRL's trainer; see :func:`tasks.post_trl.trainer_of`."""
+    def trainer(
+        self,
+        model: nn.Module,
+        *,
+        rate: float,
+        steps: int,
+        warmup: int,
+        seed: int,
+        on_step: OnStep,
+        callbacks: Sequence[Any] = (),
+    ) -> Any:
+        """TRL's trainer; see :meth:`tasks.post_questions.Questions.trainer`."""
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        drawn = torch.randint(len(self.pairs), (QUESTIONS * steps,), generator=torch.Generator().manual_seed(seed))
-        rows = [{"prompt": f"{a},{b}=", "answer": str(max(a, b))} for a, b in self.pairs[drawn].tolist()]
+        rows = [{"prompt": f"{a},{b}=", "answer": str(max(a, b))} for a, b in self.drawn(QUESTIONS * steps, seed)]
         arguments = GRPOConfig(
-            tempfile.mkdtemp(prefix="nino-post-training-"),
-            max_steps=steps,
-            learning_rate=rate,
-            lr_scheduler_type="linear",
-            warmup_steps=warmup,
-            per_device_train_batch_size=QUESTIONS * ANSWERS,
+            **settings_of(rate, steps, warmup, seed, QUESTIONS * ANSWERS),
             num_generations=ANSWERS,
             max_completion_length=3,
             beta=0.0,
-            seed=seed,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            activation_checkpointing=False,
         )
         return GRPOTrainer(
             model,
@@ -130,5 +145,58 @@ class Larger:
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=self.tokenizer,
-            callbacks=[Watch(on_step, asked=QUESTIONS * ANSWERS * ASKED)],
+            callbacks=[*callbacks, Watch(on_step, asked=QUESTIONS * ANSWERS * ASKED)],
+        )
+
+
+class Pairs(Numbers):
+    """Preferences, likewise: the larger number is preferred to the smaller."""
+
+    metric, higher_is_better = "preference", True
+
+    def build(self, seed: int) -> nn.Module:
+        """The model that was misled; what it prefers now is remembered."""
+        model = super().build(seed)
+        self.before = self.margin(model)
+        return model
+
+    def margin(self, model: nn.Module) -> Tensor:
+        """By how much the right answer of each held-out pair is likelier, in logarithms: ``[n]``."""
+        return self.said(model, self.right)[0] - self.said(model, self.wrong)[0]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """How probable the right one of both answers is, how often it is the likelier one, and the DPO loss."""
+        margin = self.margin(model)
+        return {
+            "preference": margin.sigmoid().mean().item(),
+            "accuracy": (margin > 0).float().mean().item(),
+            "eval_loss": -F.logsigmoid(BETA * (margin - self.before)).mean().item(),
+        }
+
+    def trainer(
+        self,
+        model: nn.Module,
+        *,
+        rate: float,
+        steps: int,
+        warmup: int,
+        seed: int,
+        on_step: OnStep,
+        callbacks: Sequence[Any] = (),
+    ) -> Any:
+        """TRL's trainer; see :meth:`tasks.post_questions.Questions.trainer`."""
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        rows = [
+            {"prompt": f"{a},{b}=", "chosen": str(max(a, b)), "rejected": str(min(a, b))}
+            for a, b in self.drawn(PREFERENCES * steps, seed)
+        ]
+        return DPOTrainer(
+            model,
+            ref_model=None if hasattr(model, "peft_config") else deepcopy(model),
+            args=DPOConfig(**settings_of(rate, steps, warmup, seed, PREFERENCES), beta=BETA),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=self.tokenizer,
+            callbacks=[*callbacks, Watch(on_step)],
         )

@@ -1,7 +1,8 @@
 """What drives nowcasts in a training of the post-training bench: a session, as the integrations have it.
 
 A method is written as its predictor and its settings, ``straight:period=20:error=0.25``: settings of a
-:class:`nino.NowcastPlan`, and numbers that an extrapolation takes.
+:class:`nino.NowcastPlan`, and numbers that an extrapolation takes. ``default`` is what ``NowcastCallback()`` does: in
+a trainer that callback itself, in a plain loop the predictor that it would choose.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.plan import NowcastPlan
+from nino.predict.default import default_predictor
 from nino.predict.extrapolators import Extrapolator
 from nino.predict.fitted import FittedExtrapolator
 from nino.predict.low_rank import AdapterExtrapolator
@@ -24,7 +26,7 @@ from nino.predict.registry import load_predictor
 from nino.predict.straight import StraightExtrapolator
 from nino.session.session import NowcastSession
 
-BASE = "base"
+BASE, DEFAULT = "base", "default"
 WITH_SETTINGS: dict[str, type[Extrapolator]] = {
     "straight": StraightExtrapolator,
     "fitted": FittedExtrapolator,
@@ -48,6 +50,26 @@ class Driver:
         """One step of the optimizer is done; ``told`` is its loss, or how much its reward lacks to 1."""
 
 
+class CallbackDriver(Driver):
+    """Watches a callback that a trainer calls.
+
+    Args:
+        nowcasts: the callback.
+    """
+
+    def __init__(self, nowcasts: Any) -> None:
+        self.nowcasts = nowcasts
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        return [report.as_record() for report in self.nowcasts.reports]
+
+    @property
+    def seconds(self) -> float:  # type: ignore[override]
+        """Of nowcasts, by the clock."""
+        return float(sum(report.seconds for report in self.nowcasts.reports))
+
+
 class SessionDriver(Driver):
     """Nowcasts.
 
@@ -56,11 +78,15 @@ class SessionDriver(Driver):
         model: in training.
         optimizer: of it.
         steps: of the run.
+        rewarded: whether rewards are followed.
     """
 
-    def __init__(self, method: str, model: nn.Module, optimizer: Optimizer, steps: int) -> None:
+    def __init__(self, method: str, model: nn.Module, optimizer: Optimizer, steps: int, rewarded: bool = False) -> None:
         super().__init__()
-        predictor, plan = parse_method(method)
+        if method == DEFAULT:
+            predictor, plan = default_predictor(steps, "rewards" if rewarded else "loss")[0], NowcastPlan()
+        else:
+            predictor, plan = parse_method(method)
         self.session = NowcastSession(model, predictor, max_steps=steps, plan=plan, optimizer=optimizer)
 
     @property
@@ -100,10 +126,10 @@ def parse_method(method: str) -> tuple[Predictor, NowcastPlan]:
     return made(**{key: value for key, value in given.items() if key in own and key not in of_plan}), plan
 
 
-def driver_of(method: str, model: nn.Module, optimizer: Optimizer, steps: int) -> Driver:
-    """The driver of a method.
+def driver_of(method: str, model: nn.Module, optimizer: Optimizer, steps: int, rewarded: bool = False) -> Driver:
+    """The driver of a method; see :class:`SessionDriver`.
 
     Raises:
         NinoError: if there is no such method.
     """
-    return Driver() if method == BASE else SessionDriver(method, model, optimizer, steps)
+    return Driver() if method == BASE else SessionDriver(method, model, optimizer, steps, rewarded)

@@ -1,11 +1,12 @@
 """Questions about little stories, made by a program, and a small Llama pretrained on the books that is to answer them.
 
 What is told of one person must be found among what is told of others: a model that has only read books knows the words
-and not the task. The wrong answer of a preference pair is what another person of the story has.
+and not the task.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from nino.system.files import written_whole
 from tasks.post_books import find_books, split_text
 from tasks.post_models import LLAMA_LAYERS, llama, loss_on, pretrained
+from tasks.post_trl import OnStep, Watch, settings_of
 from tasks.task import evaluation_mode, logits_of
 from tasks.text import byte_level_bpe
 
@@ -30,19 +32,15 @@ COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey")
 THINGS = ("book", "hat", "cup", "ring", "letter", "horse", "box", "chair", "flower", "table", "key", "stone")
 PLACES = ("house", "garden", "wood", "church", "river", "town", "field", "room")
 HELD_OUT = 128
-TAUGHT = 150
-"""Supervised steps before preferences."""
-BETA = 0.1
-"""Of DPO."""
+BATCH = 16
 
 
 @dataclass(frozen=True)
 class Story:
-    """A question with its answers."""
+    """A question with its answer."""
 
     prompt: str
     right: str
-    wrong: str
 
 
 def story(generator: torch.Generator) -> Story:
@@ -58,17 +56,17 @@ def story(generator: torch.Generator) -> Story:
         f"{name} is in the {place} and has a {colour} {thing}."
         for name, place, colour, thing in zip(names, places, colours, things, strict=True)
     )
-    asked, other = torch.randperm(count, generator=generator)[:2].tolist()
+    asked = int(torch.randperm(count, generator=generator)[0])
     kind = int(torch.randint(4, (1,), generator=generator))
     if kind == 0:
-        question, answers = f"What has {names[asked]}?", [f"a {colours[i]} {things[i]}" for i in (asked, other)]
+        question, answer = f"What has {names[asked]}?", f"a {colours[asked]} {things[asked]}"
     elif kind == 1:
-        question, answers = f"Where is {names[asked]}?", [f"in the {places[i]}" for i in (asked, other)]
+        question, answer = f"Where is {names[asked]}?", f"in the {places[asked]}"
     elif kind == 2:
-        question, answers = f"Who has the {things[asked]}?", [names[i] for i in (asked, other)]
+        question, answer = f"Who has the {things[asked]}?", names[asked]
     else:
-        question, answers = f"Which colour is the {things[asked]}?", [colours[i] for i in (asked, other)]
-    return Story(f"{told} {question} Answer:", f" {answers[0]}", f" {answers[1]}")
+        question, answer = f"Which colour is the {things[asked]}?", colours[asked]
+    return Story(f"{told} {question} Answer:", f" {answer}")
 
 
 def stories(count: int, seed: int) -> list[Story]:
@@ -91,8 +89,9 @@ def load_tokenizer(data: Path, cache: Path) -> Any:
 
 
 class Questions:
-    """What fine-tuning and preferences share: the pretrained model, held-out stories and held-out text."""
+    """The task, as :class:`tasks.post_cells.TrainerWorkload` describes it: the loss of held-out answers, per token."""
 
+    metric, higher_is_better = "eval_loss", False
     lora_targets = LLAMA_LAYERS
 
     def __init__(self, data: Path, cache: Path) -> None:
@@ -105,10 +104,9 @@ class Questions:
         self.held_out_text = held_out[starts[:, None] + torch.arange(LENGTH)]
         held_out_stories = stories(HELD_OUT, seed=10**6)
         self.right = self.encode([(told.prompt, told.right) for told in held_out_stories])
-        self.wrong = self.encode([(told.prompt, told.wrong) for told in held_out_stories])
 
-    def pretrained(self) -> nn.Module:
-        """The model that has only read books."""
+    def build(self, seed: int) -> nn.Module:
+        """The model that has only read books, the same for every seed."""
         tokens: list[Tensor] = []
 
         def batches(generator: torch.Generator) -> Tensor:
@@ -137,9 +135,49 @@ class Questions:
             is_answer[i, asked : len(row)] = True
         return tokens, is_answer
 
-    def forgetting(self, model: nn.Module) -> float:
-        """The loss on held-out text of the books."""
-        return loss_on(model, self.held_out_text)
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss of answers per token, how many are right, and the loss on held-out text."""
+        with evaluation_mode(model):
+            sums, hits = answer_log_probabilities(model, *self.right)
+        return {
+            "eval_loss": -(sums.sum() / self.right[1].sum()).item(),
+            "accuracy": hits.float().mean().item(),
+            "text_loss": loss_on(model, self.held_out_text),
+        }
+
+    def trainer(
+        self,
+        model: nn.Module,
+        *,
+        rate: float,
+        steps: int,
+        warmup: int,
+        seed: int,
+        on_step: OnStep,
+        callbacks: Sequence[Any] = (),
+    ) -> Any:
+        """TRL's ``SFTTrainer``; it has not begun.
+
+        Args:
+            model: to train; with adapters, if they are to be trained.
+            rate: of learning, at its highest.
+            steps: of the optimizer.
+            warmup: steps of them in which the rate rises; then it falls in a straight line.
+            seed: of the data and of their order.
+            on_step: is told of every step, after the callbacks.
+            callbacks: further ones.
+        """
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        answers = [{"prompt": told.prompt, "completion": told.right} for told in stories(BATCH * steps, seed)]
+        return SFTTrainer(
+            model,
+            args=SFTConfig(**settings_of(rate, steps, warmup, seed, BATCH)),
+            train_dataset=Dataset.from_list(answers),
+            processing_class=self.tokenizer,
+            callbacks=[*callbacks, Watch(on_step)],
+        )
 
 
 def answer_log_probabilities(model: nn.Module, tokens: Tensor, is_answer: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,55 +189,3 @@ def answer_log_probabilities(model: nn.Module, tokens: Tensor, is_answer: Tensor
         sums.append((said * mask[:, 1:]).sum(1))
         hits.append(((logits.argmax(-1) == part[:, 1:]) | ~mask[:, 1:]).all(1))
     return torch.cat(sums), torch.cat(hits)
-
-
-class Sft(Questions):
-    """Supervised fine-tuning: the loss of held-out answers, per token."""
-
-    metric, higher_is_better = "eval_loss", False
-
-    def build(self, seed: int) -> nn.Module:
-        return self.pretrained()
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss of answers per token, how many are right, and the loss on held-out text."""
-        with evaluation_mode(model):
-            sums, hits = answer_log_probabilities(model, *self.right)
-        return {
-            "eval_loss": -(sums.sum() / self.right[1].sum()).item(),
-            "accuracy": hits.float().mean().item(),
-            "text_loss": self.forgetting(model),
-        }
-
-
-class Preferences(Questions):
-    """Preference tuning of a model that was taught answers: the DPO loss (arXiv:2305.18290) of held-out pairs."""
-
-    metric, higher_is_better = "eval_loss", False
-
-    def build(self, seed: int) -> nn.Module:
-        """Taught by some supervised steps, the same for every seed."""
-        taught = stories(16 * TAUGHT, seed=2)
-        drawn = iter(range(TAUGHT))
-
-        def batches(generator: torch.Generator) -> Tensor:
-            first = 16 * next(drawn)
-            tokens: Tensor = self.encode([(told.prompt, told.right) for told in taught[first : first + 16]])[0]
-            return tokens
-
-        books = self.pretrained()
-        model = pretrained("taught", lambda: books, batches, steps=TAUGHT, rate=5e-4, cache=self.cache)
-        with evaluation_mode(model):
-            self.before = [answer_log_probabilities(model, *pair)[0] for pair in (self.right, self.wrong)]
-        return model
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The DPO loss, the part of pairs whose right answer is likelier, and the loss on held-out text."""
-        with evaluation_mode(model):
-            right, wrong = (answer_log_probabilities(model, *pair)[0] for pair in (self.right, self.wrong))
-        margin = BETA * (right - self.before[0] - wrong + self.before[1])
-        return {
-            "eval_loss": -F.logsigmoid(margin).mean().item(),
-            "accuracy": (right > wrong).float().mean().item(),
-            "text_loss": self.forgetting(model),
-        }

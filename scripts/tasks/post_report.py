@@ -10,7 +10,7 @@ from typing import Any
 
 from nino.evaluation.report import format_markdown, picture
 from tasks.post_methods import BASE
-from tasks.post_numbers import Result, Row, Setting, compare, setting_of
+from tasks.post_numbers import Result, Row, Setting, compare, setting_of, value_at
 from tasks.studies import head_commit
 
 DIGITS = 4
@@ -97,9 +97,9 @@ def _draw_panel(
             points = [(point[what], point[metric]) for point in result["curve"] if point[metric] is not None]
             label = method if result is results[0] else None
             axis.plot(*zip(*points, strict=True), color=colours[method], linewidth=1.2, alpha=0.8, label=label)
-            if what == "step":
-                jumps = [report["nowcast/step"] for report in result["nowcasts"] if report.get("nowcast/jump/all")]
-                axis.plot(jumps, [_at(points, step) for step in jumps], ".", color=colours[method], markersize=7)
+            steps_of_jumps = [report["nowcast/step"] for report in result["nowcasts"] if report.get("nowcast/jump/all")]
+            jumps = [at for step in steps_of_jumps if (at := value_at(result, what, step)) is not None]
+            axis.plot(jumps, [_at(points, at) for at in jumps], ".", color=colours[method], markersize=7)
     axis.set_title(f"{task}, {tuning}, {rate:g}, {steps} steps", fontsize=9)
     axis.set_xlabel("generated tokens" if what == "tokens" else "steps", fontsize=8)
     axis.set_ylabel(metric.replace("_", " "), fontsize=8)

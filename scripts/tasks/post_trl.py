@@ -1,21 +1,13 @@
-"""Trainings through TRL: supervised fine-tuning with ``SFTTrainer``, preference tuning with ``DPOTrainer``.
-
-The trainers do what they do for everybody; what is nowcast and measured hangs on one callback.
-"""
+"""What trainings through TRL share: their settings, and a callback that all that is measured hangs on."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 
-from tasks.post_questions import BETA, Preferences, Questions, Sft, stories
-
-BATCH = 16
 OnStep = Callable[[int, float, Any, int], None]
 """Told of every step: its number, its loss (NaN where that is not known), the optimizer, and tokens it generated."""
 
@@ -37,26 +29,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._seen = seen
 
 
-def trainer_of(
-    workload: Questions, model: nn.Module, *, rate: float, steps: int, warmup: int, seed: int, on_step: OnStep
-) -> Any:
-    """The TRL trainer of a workload; it has not begun.
+def settings_of(rate: float, steps: int, warmup: int, seed: int, batch: int) -> dict[str, Any]:
+    """What every trainer is told; the rest is TRL's own.
 
     Args:
-        workload: supervised fine-tuning or preferences.
-        model: to train; with adapters, if they are to be trained.
         rate: of learning, at its highest.
         steps: of the optimizer.
         warmup: steps of them in which the rate rises; then it falls in a straight line.
-        seed: of the data and of their order.
-        on_step: is told of every step.
+        seed: of the data's order.
+        batch: rows of a step.
     """
-    from datasets import Dataset
-
-    is_preferences = isinstance(workload, Preferences)
-    batch = BATCH // 2 if is_preferences else BATCH
-    told, callbacks = stories(batch * steps, seed), [Watch(on_step)]
-    settings: dict[str, Any] = {
+    return {
         "output_dir": tempfile.mkdtemp(prefix="nino-post-training-"),
         "per_device_train_batch_size": batch,
         "max_steps": steps,
@@ -72,42 +55,3 @@ def trainer_of(
         "bf16": False,
         "activation_checkpointing": False,
     }
-    if is_preferences:
-        from trl import DPOConfig, DPOTrainer
-
-        pairs = Dataset.from_list([{"prompt": s.prompt, "chosen": s.right, "rejected": s.wrong} for s in told])
-        reference = None if hasattr(model, "peft_config") else deepcopy(model)
-        return DPOTrainer(
-            model,
-            ref_model=reference,
-            args=DPOConfig(**settings, beta=BETA),
-            train_dataset=pairs,
-            processing_class=workload.tokenizer,
-            callbacks=callbacks,
-        )
-    from trl import SFTConfig, SFTTrainer
-
-    answers = Dataset.from_list([{"prompt": s.prompt, "completion": s.right} for s in told])
-    return SFTTrainer(
-        model,
-        args=SFTConfig(**settings),
-        train_dataset=answers,
-        processing_class=workload.tokenizer,
-        callbacks=callbacks,
-    )
-
-
-class SftThroughTrl(Sft):
-    """Supervised fine-tuning through TRL."""
-
-    def trainer(self, model: nn.Module, **settings: Any) -> Any:
-        """See :func:`trainer_of`."""
-        return trainer_of(self, model, **settings)
-
-
-class PreferencesThroughTrl(Preferences):
-    """Preference tuning through TRL."""
-
-    def trainer(self, model: nn.Module, **settings: Any) -> Any:
-        """See :func:`trainer_of`."""
-        return trainer_of(self, model, **settings)

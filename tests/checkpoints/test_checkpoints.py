@@ -720,7 +720,7 @@ def escape(checkpoint: Path) -> None:
         (lambda checkpoint: (checkpoint / "global_step6").mkdir(), ["DeepSpeed", "global_step6"]),
         (lambda checkpoint: (checkpoint / "pytorch_model_fsdp_0").mkdir(), ["FSDP", "pytorch_model_fsdp_0"]),
         (lambda checkpoint: (checkpoint / "model_1.safetensors").touch(), ["several models", "model_1.safetensors"]),
-        (adapter, ["PEFT adapter", "adapter_model.safetensors", "a whole model"]),
+        (adapter, ["a PEFT adapter without adapter_config.json"]),
         (drop_shard, ["model.safetensors.index.json names model-00002", "not in its folder"]),
         (swap_shards, ["does not place there"]),
         (escape, ["names ../../secret.safetensors"]),

@@ -15,7 +15,7 @@ from snippets import ROOT, run_snippets, snippets_of
 
 from tasks.wired_zoo import import_timm
 
-NEEDS = {"lightning": "lightning", "timm": "timm", "titan": "torch"}
+NEEDS = {"lightning": "lightning", "timm": "timm", "titan": "torch", "trl": "trl"}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,19 @@ def test_a_page_runs_and_resumes_exactly(
     assert [report.outcome for report in resumed.optimizer.reports] == [
         report.outcome for report in whole.optimizer.reports
     ][-len(resumed.optimizer.reports) :]
+
+
+@pytest.mark.slow
+def test_trl_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page compares the weights; here what the nowcasts did is compared as well."""
+    pytest.importorskip("peft")
+    names = run_page("trl", tmp_path, monkeypatch)
+    whole, resumed = (
+        next(one for one in names[name].callback_handler.callbacks if isinstance(one, names["NowcastCallback"])).reports
+        for name in ("whole", "resumed")
+    )
+    assert [report.step for report in whole] == [20, 40]
+    assert [(report.step, report.outcome) for report in resumed] == [(40, whole[1].outcome)]
 
 
 def saver(path: Path, epoch: int) -> Any:

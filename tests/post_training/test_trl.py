@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ import torch
 pytest.importorskip("trl")
 from trl_runs import PERIOD, STEPS, dpo, grpo, llama, reward_model, sft
 
-from nino import NowcastPlan
+from nino import NinoError, NowcastPlan
 from nino.callbacks import NowcastCallback
+from nino.callbacks.host import BookedRewards
+from nino.predict.confirmed import ConfirmedExtrapolator
 from nino.predict.straight import StraightExtrapolator
 
 pytestmark = [
@@ -103,11 +108,44 @@ def test_a_constant_reward_leaves_nothing_to_confirm(tmp_path, caplog):
     assert sum("the weights stand still" in line for line in caplog.messages) == 1
 
 
+def test_preferences_are_followed_with_half_the_trust(tmp_path):
+    """Also with adapters, where the model under them is the reference."""
+    from peft import LoraConfig
+
+    errors = []
+    for number, begin in enumerate((dpo, dpo, sft, reward_model)):
+        nowcasts = NowcastCallback(period=PERIOD)
+        more = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])} if number == 1 else {}
+        begin(tmp_path / str(number), [nowcasts], **more).train()
+        assert nowcasts.session is not None and isinstance(nowcasts.session.nowcaster, StraightExtrapolator)
+        errors.append(nowcasts.session.nowcaster.error)
+    assert errors == [0.1, 0.1, 0.2, 0.2]
+
+
 def test_rewards_are_followed_by_straight_lines_unless_told_otherwise(tmp_path):
     nowcasts = NowcastCallback(period=PERIOD)
     grpo(tmp_path, [nowcasts], letters).train()
     assert nowcasts.session is not None and isinstance(nowcasts.session.nowcaster, StraightExtrapolator)
     assert set(outcomes(nowcasts)) <= {"applied", "left out"} and len(nowcasts.reports) == DUE
+
+
+def test_a_period_that_only_another_predictor_takes_is_refused_where_rewards_are_followed(tmp_path):
+    with pytest.raises(NinoError, match=r"period=7 must be a multiple of context=5.*try period=10"):
+        grpo(tmp_path, [NowcastCallback(period=7)], letters).train()
+    nowcasts = NowcastCallback(period=7)
+    sft(tmp_path, [nowcasts]).train()
+    assert nowcasts.session is not None and isinstance(nowcasts.session.nowcaster, ConfirmedExtrapolator)
+
+
+def test_a_jump_after_which_rewards_fall_is_undone(tmp_path):
+    def fallen(completions, trainer_state, **others):
+        return [reward - 5 * (trainer_state.global_step >= 10) for reward in letters(completions)]
+
+    nowcasts = NowcastCallback("linear", period=10, plan=NowcastPlan(rollback_window=2))
+    grpo(tmp_path, [nowcasts], fallen).train()
+    assert outcomes(nowcasts) == ["rolled back"]
+    report = nowcasts.reports[0]
+    assert -1 <= report.loss_before <= 0 and 4 <= report.loss_after <= 5  # rewards with their sign turned
 
 
 def test_rewards_that_are_not_numbers_do_not_end_the_run(tmp_path):
@@ -306,3 +344,94 @@ def test_a_rank_that_changes_starts_the_history_afresh(tmp_path, caplog):
     assert next(report.outcome for report in nowcasts.reports) == "applied"
     assert all(p.shape[0] == 2 for name, p in model.named_parameters() if "lora_A" in name)
     assert any("snapshots start afresh" in line for line in caplog.messages)
+
+
+ENOUGH = 45
+"""Steps in which a bare callback has two nowcasts due."""
+
+
+def begun(kind: str, folder: Path, callbacks: list[NowcastCallback]) -> Any:
+    """A trainer of bfloat16 weights with adapters and gradient checkpointing, for the bare callback."""
+    from peft import LoraConfig
+
+    more: dict[str, Any] = {
+        "peft_config": LoraConfig(r=2, target_modules="all-linear"),
+        "max_steps": ENOUGH,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": True,
+    }
+    model = llama(dtype=torch.bfloat16)
+    if kind == "grpo":
+        return grpo(folder, callbacks, letters, model, **more)
+    return sft(folder, callbacks, model, **more) if kind == "sft" else dpo(folder, callbacks, model=model, **more)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+def test_a_bare_callback_does_good_or_nothing(tmp_path, kind):
+    """On bfloat16 weights with adapters and gradient checkpointing, all at once."""
+    plain = begun(kind, tmp_path / "plain", [])
+    plain.train()
+    nowcasts = NowcastCallback()
+    trainer = begun(kind, tmp_path / "nowcast", [nowcasts])
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.global_step == ENOUGH and len(nowcasts.reports) == 2
+    assert set(outcomes(nowcasts)) <= {"applied", "left out", "rolled back"}
+    after = weights(trainer)
+    changed = {part for part in after if not torch.equal(before[part], after[part])}
+    assert changed <= {part for part in after if "lora" in part}
+    assert all(bool(p.isfinite().all()) for p in after.values())
+    if "applied" not in outcomes(nowcasts):
+        return
+    ends = [_end(one, "reward" if kind == "grpo" else "loss") for one in (plain, trainer)]
+    assert ends[1] >= ends[0] - 0.1 if kind == "grpo" else ends[1] <= 1.02 * ends[0]
+
+
+def _end(trainer: Any, what: str) -> float:
+    """The mean of the last ten logs."""
+    values = [float(entry[what]) for entry in trainer.state.log_history if what in entry]
+    return sum(values[-10:]) / 10
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+def test_a_bare_callback_resumes_bit_for_bit(tmp_path, kind):
+    """From the middle of the first rollback window, with adapters in bfloat16."""
+    whole = begun(kind, tmp_path / "whole", [NowcastCallback()])
+    whole.train()
+    first = begun(kind, tmp_path / "parts", [NowcastCallback()])
+    first.args.save_strategy, first.args.save_steps = "steps", 22
+    first.train()
+    second = begun(kind, tmp_path / "parts", [NowcastCallback()])
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-22"))
+    expected = weights(whole)
+    assert all(torch.equal(expected[part], p) for part, p in weights(second).items())
+
+
+def test_adapters_that_were_saved_are_nowcast_and_trained_further(tmp_path):
+    from peft import LoraConfig
+
+    from nino.checkpoints import nowcast_checkpoints
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    sft(tmp_path, [], peft_config=config, save_strategy="steps", save_steps=4).train()
+    result = nowcast_checkpoints([tmp_path], tmp_path / "nowcast", horizon=2)
+    assert result.steps == [4, 8, 12, 16, 20] and result.parameters == 4
+    trainer = sft(tmp_path / "next", [], peft_config=config, max_steps=STEPS + 2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "nowcast"))
+    assert trainer.state.global_step == STEPS + 2
+    assert all(bool(p.isfinite().all()) for p in weights(trainer).values())
+
+
+def test_the_rewards_of_a_log_are_told_once():
+    trainer: Any = SimpleNamespace(_metrics={"train": {}})
+    rewards = BookedRewards(trainer)
+    assert rewards.since() == [] and not rewards.are_booked
+    trainer._metrics["train"]["reward"] = [0.5]
+    assert rewards.since() == [0.5] and rewards.since() == []
+    trainer._metrics["train"]["reward"].append(0.75)
+    assert rewards.since() == [0.75]
+    trainer._metrics["train"].clear()
+    assert rewards.since() == [] and rewards.are_booked
+    trainer._metrics["train"]["reward"] = [1.0, 0.25]  # as many as before the log
+    assert rewards.since() == [1.0, 0.25]
+    assert BookedRewards(None).since() == [] and BookedRewards(SimpleNamespace(_metrics=3)).since() == []

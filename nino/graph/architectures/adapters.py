@@ -18,7 +18,7 @@ from nino.graph.ir import NeuralGraph
 
 BASE_LAYER = ".base_layer."
 """In the names of a layer's own parameters once adapters are beside it."""
-LORA_A = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?A\.(?P<adapter>.+)")
+LORA_A = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?A(?P<adapter>\..+)?")
 
 
 def has_adapters(builder: GraphBuilder) -> bool:
@@ -49,13 +49,23 @@ def graph_of_saved(shapes: Mapping[str, tuple[int, ...]]) -> NeuralGraph:
 def _wire_what_is_left(builder: GraphBuilder) -> None:
     alone = dict(builder.shapes)
     for name in builder.shapes:
-        match = LORA_A.fullmatch(name)
-        other = f"{match['layer']}.lora_{match['kind'] or ''}B.{match['adapter']}" if match else ""
+        other = partner_of(name)
         if other in alone:
             _pair(builder, name, other)
             del alone[name], alone[other]
     for name in alone:
         per_parameter.wire_alone(builder, name)
+
+
+def partner_of(name: str) -> str | None:
+    """The name of the factor B that goes with a factor A; ``None`` if the name is of anything else.
+
+    Example:
+        >>> partner_of("layers.0.q_proj.lora_A.default.weight"), partner_of("wte.lora_embedding_A"), partner_of("head")
+        ('layers.0.q_proj.lora_B.default.weight', 'wte.lora_embedding_B', None)
+    """
+    match = LORA_A.fullmatch(name)
+    return f"{match['layer']}.lora_{match['kind'] or ''}B{match['adapter'] or ''}" if match else None
 
 
 def leave_out_frozen(model: nn.Module, builder: GraphBuilder) -> None:

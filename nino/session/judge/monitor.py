@@ -145,7 +145,8 @@ class Monitor:
         report, is_over = nowcast.with_losses(), nowcast.steps_to_come <= 0
         after = [float(loss) for loss in nowcast.after] if nowcast.is_monitored else []
         if nowcast.is_monitored and is_true_everywhere(bool(after), self._device()):
-            evidence = gather_evidence(finite(self.of_all(nowcast.before)), self.of_all(after))
+            before = finite(self.of_all(nowcast.before))
+            evidence = gather_evidence(before, self.of_all(after), at_once=self.config.at_once)
             report = replace(report, loss_after=evidence.after)
             steps = step - report.step - report.ramp  # since the weights have arrived
             if not has_recovered(evidence, self.config, steps):

@@ -8,6 +8,8 @@ first hundred steps a good jump may still be on its way back; then only disaster
 A nowcast inconclusive gets more time, if the period has it. After each failure, and after each jump that was kept
 inconclusive all the same, horizons shrink; after several nowcasts are left out.
 They grow back only while losses fall.
+Jumps of predictors that land where training would be need not settle: they are judged *at once*, by the losses of some
+steps before and as many after, and after one that failed the next is left out.
 ``docs/rollback.md`` has the measurements behind the numbers.
 """
 
@@ -26,7 +28,6 @@ from nino.session.report import MIN_LOSSES_BEFORE
 RECOVERY = 100
 """Updates after which a good jump is no longer on its way back; that does not depend on the period."""
 PATIENT_FAILURES = 1
-"""Failures in a row after which the next nowcast is tried all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class RollbackConfig:
     """By how many before that: disasters are far worse."""
     shrink: float = 0.5
     """What horizons are multiplied by after a nowcast that was taken back."""
+    at_once: bool = False
+    """Whether the loss must not have risen in the first place."""
+    tolerance_at_once: float = 2.0
+    """By how many standard errors it may, then."""
     grow: float = 1.5
     """What they are multiplied by after one that the loss fell after, up to the schedule's own horizon."""
 
@@ -62,14 +67,22 @@ class RollbackConfig:
 
     def tolerance_after(self, steps: int) -> float:
         """By how many standard errors the loss may exceed that before the jump, so many steps after it."""
+        if self.at_once:
+            return self.tolerance_at_once
         return self.tolerance if steps >= RECOVERY else self.early_tolerance
 
+    @property
+    def patience(self) -> int:
+        """Failures in a row after which the next nowcast is tried all the same."""
+        return 0 if self.at_once else PATIENT_FAILURES
 
-def rollback_config(plan: NowcastPlan) -> RollbackConfig:
+
+def rollback_config(plan: NowcastPlan, *, at_once: bool = False) -> RollbackConfig:
     """How nowcasts of a run are judged; one that is inconclusive gets twice the time, if the period has it.
 
     Args:
         plan: complete.
+        at_once: whether jumps land where training would be (:class:`nino.plan.Run`).
 
     Example:
         >>> plan = NowcastPlan(period=500, rollback_window=50, ramp=25)
@@ -78,7 +91,7 @@ def rollback_config(plan: NowcastPlan) -> RollbackConfig:
     """
     period, window, ramp = plan.period or 0, plan.rollback_window or 0, plan.ramp or 0
     longest = min(RECOVERY, 2 * (period // PART_JUDGED), max(period - ramp - 1, 0))
-    return RollbackConfig(steps=window, longest=longest)
+    return RollbackConfig(steps=window, longest=longest, at_once=at_once)
 
 
 def finite(losses: Sequence[float]) -> list[float]:
@@ -109,12 +122,12 @@ class Evidence:
     before: float
     """Mean loss of the last steps before the jump."""
     after: float
-    """Mean loss of the second half of the steps since."""
+    """Mean loss of the second half of the steps since; of all of them, if the jump is judged at once."""
     error_variance: float
     """Squared standard error of ``after - before`` if the jump had changed nothing."""
 
 
-def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence:
+def gather_evidence(before: Sequence[float], after: Sequence[float], *, at_once: bool = False) -> Evidence:
     """Sum up the losses around a jump.
 
     The noise is that of the losses before the jump around their own trend, a straight line.
@@ -122,6 +135,7 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
     Args:
         before: training losses of the last steps before the jump, oldest first; at least 3, all finite.
         after: training losses since the jump, oldest first; at least 1.
+        at_once: compare all that came after the jump with as many before it, instead of half of them with all.
 
     Example:
         Losses 5, 4, 3, 4, 5, ... have no trend; their variance around 4 is 6 / (8 - 2) = 1. Four losses are compared
@@ -129,14 +143,17 @@ def gather_evidence(before: Sequence[float], after: Sequence[float]) -> Evidence
 
         >>> gather_evidence([5, 3, 5, 3, 5, 3, 4, 4], [9, 9, 9, 9, 4, 4, 4, 4])
         Evidence(before=4.0, after=4.0, error_variance=0.3...)
+        >>> gather_evidence([5, 3, 5, 3, 5, 3, 4, 4], [9, 9], at_once=True)
+        Evidence(before=4.0, after=9.0, error_variance=0.96...)
     """
-    late = after[len(after) // 2 :]
+    late, recent = after[0 if at_once else len(after) // 2 :], before[-len(after) if at_once else 0 :]
     mean = sum(before) / len(before)
     offsets = [index - (len(before) - 1) / 2 for index in range(len(before))]
     slope = sum(o * loss for o, loss in zip(offsets, before, strict=True)) / sum(o * o for o in offsets)
     residuals = sum((loss - mean - slope * o) ** 2 for o, loss in zip(offsets, before, strict=True))
     variance = residuals / (len(before) - 2)
-    return Evidence(mean, sum(late) / len(late), variance * (1 / len(before) + 1 / len(late)))
+    level = sum(recent) / len(recent)
+    return Evidence(level, sum(late) / len(late), variance * (1 / len(recent) + 1 / len(late)))
 
 
 def has_recovered(evidence: Evidence, config: RollbackConfig, steps: int) -> bool:
@@ -164,7 +181,7 @@ def is_inconclusive(evidence: Evidence, config: RollbackConfig) -> bool:
         >>> is_inconclusive(Evidence(before=2.0, after=2.4, error_variance=0.01), RollbackConfig())  # 4 standard errors
         True
     """
-    return _has_risen_by(evidence, config.tolerance)
+    return _has_risen_by(evidence, config.tolerance_at_once if config.at_once else config.tolerance)
 
 
 def _has_risen_by(evidence: Evidence, standard_errors: float) -> bool:
@@ -197,7 +214,8 @@ class Backoff:
     def after_failure(self, config: RollbackConfig) -> Backoff:
         """The trust after a nowcast that was taken back.
 
-        From the second failure in a row on, nowcasts are left out: 1, 2, 4, at most 8 before the next one.
+        From the second failure in a row on, nowcasts are left out: 1, 2, 4, at most 8 before the next one; from the
+        first on, if jumps are judged at once.
 
         Example:
             >>> Backoff().after_failure(RollbackConfig())
@@ -206,7 +224,7 @@ class Backoff:
             Backoff(scale=0.25, failures=2, periods_to_skip=1)
         """
         failures = self.failures + 1
-        beyond = failures - PATIENT_FAILURES
+        beyond = failures - config.patience
         return Backoff(self.scale * config.shrink, failures, min(2 ** (beyond - 1), 8) if beyond > 0 else 0)
 
     def after_keeping(self, evidence: Evidence, config: RollbackConfig) -> Backoff:

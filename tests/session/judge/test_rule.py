@@ -45,6 +45,33 @@ def test_a_worked_example() -> None:
     assert has_recovered(evidence, RollbackConfig(tolerance=2.6), 99)  # it may still be on its way back
 
 
+def test_what_need_not_settle_is_judged_at_once() -> None:
+    # The last two losses before, 2 and 1, with the two after. The line through 6 4 5 3 2 1 falls by 33 / 35 a step; the
+    # residual sum of squares is 17.5 - 16.5^2 / 17.5 = 1.9429, the variance a quarter of that, 0.4857.
+    evidence = gather_evidence([6, 4, 5, 3, 2, 1], [2, 4], at_once=True)
+    assert (evidence.before, evidence.after) == (1.5, 3.0)
+    assert evidence.error_variance == pytest.approx(0.4857 * (1 / 2 + 1 / 2), abs=1e-4)
+    strict = RollbackConfig(steps=5, at_once=True)
+    assert not has_recovered(evidence, strict, 2)  # 1.5 > 2 * 0.697
+    assert has_recovered(evidence, CONFIG, 2)
+    assert [Backoff(failures=n).after_failure(strict).periods_to_skip for n in range(3)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("after", "outcomes"), [(2.0, ["rolled back", "left out"]), (0.5, ["applied", "applied"])])
+def test_a_straight_jump_must_not_raise_the_loss(after: float, outcomes: list[str]) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    session = nino.session.NowcastSession(model, "straight", period=20, max_steps=60, optimizer=optimizer)
+    assert session.plan.rollback_window == 5
+    for step in range(1, 61):
+        session.observe((1.0 if step <= 20 else after) + 0.1 * (step % 2))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        session.after_step()
+    assert [report.outcome for report in session.reports] == outcomes
+
+
 def test_the_loss_right_after_the_jump_does_not_count() -> None:
     before = [1.0, 1.1] * 10
     assert has_recovered(gather_evidence(before, [9.0] * 5 + [1.0] * 5), CONFIG, R)
