@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark_default
 import benchmark_training
 import psutil
 import pytest
@@ -47,6 +48,20 @@ def test_means_are_counted_apart() -> None:
     assert costs.per_period(10, 2, average=3)["means"] == pytest.approx(2 * 3 * 0.02)
     assert costs.per_period(1000, 5, average=30)["means"] == pytest.approx(5 * 15 * 0.02)
     assert costs.overhead(10, 2, average=3) == pytest.approx((0.1 + 0.2 + 0.12 + 0.3 + 0.51) / 10)
+
+
+def test_a_period_of_the_default_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_default, "in_fresh_process", lambda function, *args: function(*args))
+    options = "--model cnn-14k --images 2 --period 20 --steps 1"
+    assert benchmark_default.main([*options.split(), "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    (row,), (measured,) = result["summary"], result["runs"]
+    assert len(measured["nowcasting"]) == 100 and sum(map(bool, measured["prediction"])) == 3  # after 60, 80, 100
+    assert sum(map(bool, measured["addition"][79:99])) == 2  # the default averages over two of twenty steps
+    share = sum(measured["nowcasting"][79:99]) / (20 * row["step s"])
+    assert row["% at 20"] == pytest.approx(100 * share, abs=1e-3)
+    parts = sum(row[f"{part} s"] for part in ("addition", "snapshot", "rollback copy", "prediction", "rest"))
+    assert parts == pytest.approx(sum(measured["nowcasting"][79:99]), abs=1e-5)
 
 
 def test_training_is_measured_in_all_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
