@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import SCRIPTS
 
+import tasks
 from tasks.studies import computed_once, exit_status, file_name, list_all, publish, read_json, train_all, write_json
 
 
@@ -67,3 +71,12 @@ def test_a_study_is_published(tmp_path: Path) -> None:
     assert (
         tmp_path / "out" / "table.md"
     ).read_text() == "mean over seeds\n\n| method | mse |\n|---|---|\n| a | 1.0 |\n"
+
+
+def test_every_module_is_named_beside_a_script_that_is_there() -> None:
+    rows = [line for line in (tasks.__doc__ or "").splitlines() if "  " in line]
+    named = [name for row in rows for name in re.findall(r"[\w*]+", row.split("  ", 1)[1])]
+    modules = {path.stem for path in (SCRIPTS / "tasks").glob("*.py")} - {"__init__"}
+    assert not [module for module in modules if sum(fnmatch(module, name) for name in named) != 1]
+    assert all(any(fnmatch(module, name) for module in modules) for name in named)
+    assert all(list(SCRIPTS.glob(script)) for row in rows for script in re.findall(r"``(.+?)``", row))
