@@ -285,6 +285,16 @@ def test_a_jump_after_which_no_step_is_made_is_rolled_back_while_ramping() -> No
     )
 
 
+def test_skipped_steps_with_one_that_is_made_between_them_are_no_reason_to_roll_back() -> None:
+    session = judged(lambda since: 1.0, 1)
+    for _ in range(2):
+        for _ in range(MANY_SKIPPED - 1):
+            assert session.after_skipped_step() is None
+        session.observe(1.0)
+        session.after_step()
+    assert session.monitor.is_monitoring and session.reports[0].outcome != "rolled back"
+
+
 def test_a_jump_that_failed_does_not_ramp() -> None:
     def fail(newest: Weights) -> Weights:
         raise RuntimeError("no memory")
