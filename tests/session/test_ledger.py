@@ -17,6 +17,7 @@ from tiny import ScriptedNowcaster, add
 from nino import NowcastPlan, NowcastSession
 from nino.errors import NinoError
 from nino.session.events import Event
+from nino.session.judge.worth import Worth
 from nino.session.ledger import Ledger
 from nino.session.resume import without_history
 
@@ -91,6 +92,14 @@ def test_noise_leaves_it_unclear(caplog: pytest.LogCaptureFixture) -> None:
     assert all(math.isnan(report.steps_saved) for report in session.reports)
     assert "steps saved: unclear" in infos(caplog, "nowcasting is over")[0]
     assert "nowcast/total/saved" not in session.outcomes.totals()
+
+
+def test_totals_leave_out_what_is_unclear() -> None:
+    session = session_of()
+    session.ledger.worths[:] = [Worth(10.0, -400.0, 420.0)]
+    totals = session.outcomes.totals()
+    assert "nowcast/total/saved" not in totals
+    assert totals["nowcast/total/saved_low"] < 0 < totals["nowcast/total/saved_high"]
 
 
 def test_without_losses_it_is_unclear(caplog: pytest.LogCaptureFixture) -> None:

@@ -295,6 +295,13 @@ def test_skipped_steps_with_one_that_is_made_between_them_are_no_reason_to_roll_
     assert session.monitor.is_monitoring and session.reports[0].outcome != "rolled back"
 
 
+def test_a_jump_that_is_judged_no_more_is_not_undone() -> None:
+    session = judged(lambda since: 1.0, 1)
+    assert session.outcomes.stop_judging() == f", the nowcast after step {8 * PERIOD} is not judged"
+    assert not session.monitor.is_monitoring and session.outcomes.stop_judging() == ""
+    assert [session.after_skipped_step() for _ in range(MANY_SKIPPED)] == [None] * MANY_SKIPPED
+
+
 def test_a_jump_that_failed_does_not_ramp() -> None:
     def fail(newest: Weights) -> Weights:
         raise RuntimeError("no memory")
