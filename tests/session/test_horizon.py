@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import mlp, one_update, wrapped
+from sessions import one_layer
+from tiny import ScriptedNowcaster, add, mlp, one_update, wrapped
 
-from nino import NowcastOptimizer
+from nino import NowcastOptimizer, NowcastSession
 from nino.session.horizon import has_risen, horizon_by_mass
 from nino.session.schedule import Schedule
 
@@ -113,3 +114,13 @@ def test_horizons_shrink_with_the_rate_and_the_last_ones_are_left_out() -> None:
     assert sum(a.horizon for a in falling) < sum(b.horizon for b in constant)
     assert not falling[-1].has_moved and "learning rate that is left" in falling[-1].reason
     assert constant[-1].has_moved
+
+
+def test_a_rate_that_has_run_out_leaves_a_nowcast_out() -> None:
+    session = NowcastSession(one_layer(), ScriptedNowcaster(add(1.0)), period=6, max_steps=600)
+    session.history.rates.extend([1.0, 0.5, 0.0])
+    far, why = session.jumps.how_far(300, session.schedule, 600)
+    assert far == 0 and "the learning rate that is left moves the weights no farther" in why
+    session.history.rates.extend([1.0, 1.0, 1.0])
+    far, why = session.jumps.how_far(300, session.schedule, 600)
+    assert far > 0 and not why
