@@ -1,32 +1,37 @@
 """How reports of nowcasts reach the Trainer's history, its console and every integration of ``report_to``.
 
 A report is an event of its own, with six numbers: no log of the training is forced, so no loss of a single step gets
-among those that are means over many. The history, and with it ``trainer_state.json``, keeps everything. wandb's
-callback would name the numbers ``train/nowcast/...`` and so sort them among the training's panels: wandb gets all of
-them from here, in a group of their own. What a jump was worth is known a period later, and goes into the history and to
-wandb alone.
+among those that are means over many. The console gets them only where the session's own line is not shown. TensorBoard
+and trackio also get the reason, which other integrations drop with a warning. The history, and with it
+``trainer_state.json``, keeps everything. wandb's callback would name the numbers ``train/nowcast/...`` and so sort them
+among the training's panels: wandb gets all of them from here, in a group of their own. What a jump was worth is known a
+period later, and goes into the history and to wandb alone.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 
 from nino.session.report import NowcastReport
 
 STEP = "train/global_step"
 """What wandb's panels of the Trainer have on their horizontal axis."""
+WRITE_TEXT = {"TensorBoardCallback", "TrackioCallback"}
+"""Integrations that write text."""
 
 
 def log_report(trainer: Trainer, report: NowcastReport) -> None:
     """Log a complete report, after the step that completed it."""
-    _keep(trainer, report.as_record(), report.as_log())
-    _show(trainer, report.in_short())
+    why = report.why()
+    _keep(trainer, report.as_record(), {**report.as_log(), **why})
+    _show(trainer, report.in_short(), why)
 
 
 def log_estimate(trainer: Trainer, report: NowcastReport) -> None:
@@ -48,21 +53,28 @@ def log_total(trainer: Trainer, total: Mapping[str, float], *, is_over: bool) ->
         _show(trainer, total)
 
 
-def _keep(trainer: Trainer, record: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+def _keep(trainer: Trainer, record: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
     step = trainer.state.global_step
     trainer.state.log_history.append({**record, "step": step})
     if _to_wandb(trainer) or "wandb" in trainer.args.report_to:
         _send_to_wandb({**numbers, STEP: step})
 
 
-def _show(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+def _show(trainer: Trainer, numbers: Mapping[str, float], text: Mapping[str, str] | None = None) -> None:
     state, handler, control = trainer.state, trainer.callback_handler, trainer.control
-    everyone, is_due, to_wandb = handler.callbacks, control.should_log, _to_wandb(trainer)
-    handler.callbacks = [one for one in everyone if one not in to_wandb]
+    everyone, is_due = handler.callbacks, control.should_log
+    has_line = logging.getLogger("nino.session").isEnabledFor(logging.INFO)
+    told = (WandbCallback, PrinterCallback, ProgressCallback) if has_line else WandbCallback
     try:
-        handler.on_log(trainer.args, state, control, dict(numbers))
+        for writes_text, logs in ((False, dict(numbers)), (True, {**numbers, **(text or {})})):
+            handler.callbacks = [o for o in everyone if not isinstance(o, told) and _writes_text(o) == writes_text]
+            handler.on_log(trainer.args, state, control, logs)
     finally:
         handler.callbacks, control.should_log = everyone, is_due  # an event of logging says that nothing is due
+
+
+def _writes_text(one: TrainerCallback) -> bool:
+    return any(kind.__name__ in WRITE_TEXT for kind in type(one).__mro__)
 
 
 def _to_wandb(trainer: Trainer) -> list[Any]:

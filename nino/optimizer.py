@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
+from nino.numbers import every
 from nino.parallel.shards import local_tensor
 from nino.plan import NowcastPlan, plan_of
 from nino.predict.predictor import Predictor
@@ -291,7 +292,7 @@ class NowcastOptimizer(Optimizer):
         return {"optimizer": self.optimizer, "session": self.session, "defaults": self.defaults}
 
     def __repr__(self) -> str:
-        return f"NowcastOptimizer(every {self.session.schedule.period} steps, {self.optimizer!r})"
+        return f"NowcastOptimizer({every(self.session.schedule.period, 'step')}, {self.optimizer!r})"
 
 
 def _refuse_wrapped(optimizer: Optimizer) -> None:

@@ -6,16 +6,16 @@ when training starts (:func:`describe`).
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
 
-from nino.errors import NinoError
+from nino.errors import NinoError, nearest
+from nino.numbers import as_number, as_whole, counted, every, size_of
 
 PLAN_VERSION = 1
 Place = Literal["cpu", "device", "disk"]
@@ -88,11 +88,10 @@ class NowcastPlan:
             object.__setattr__(self, "snapshot_dtype", str(self.snapshot_dtype).removeprefix("torch."))
         if self.snapshot_folder is not None:
             object.__setattr__(self, "snapshot_folder", str(self.snapshot_folder))
-        _check_whole("period", self.period, 1)
-        _check_whole("max_horizon_steps", self.max_horizon_steps, 1)
-        _check_whole("average_over", self.average_over, 1)
-        _check_whole("ramp", self.ramp, 0)
-        _check_whole("rollback_window", self.rollback_window, 0)
+        for name, least in (("period", 1), ("max_horizon_steps", 1), ("average_over", 1)):
+            self._set_whole(name, least)
+        for name in ("ramp", "rollback_window"):
+            self._set_whole(name, 0)
         _check_flag("recalibrate_batch_norm", self.recalibrate_batch_norm)
         if self.preserve_norms is not None:
             _check_flag("preserve_norms", self.preserve_norms)
@@ -106,25 +105,35 @@ class NowcastPlan:
         """Number format of snapshots."""
         return None if self.snapshot_dtype is None else getattr(torch, self.snapshot_dtype)
 
+    def _set_whole(self, name: str, least: int) -> None:
+        object.__setattr__(self, name, _checked_whole(name, getattr(self, name), least))
+
     def _check_stop_after(self) -> None:
         stop = self.stop_after
-        if isinstance(stop, float) and not 0 < stop <= 1:
-            raise NinoError(f"stop_after must be a part of the run, 0 to 1, or a whole number of steps, got {stop!r}")
-        if not isinstance(stop, float):
-            _check_whole("stop_after", stop, 1)
-            if stop is not None and self.period is not None and stop <= self.period:
+        if isinstance(stop, Real) and not isinstance(stop, Integral):
+            part = as_number(stop, 0, 1)
+            if not part:
                 raise NinoError(
-                    f"stop_after={stop} leaves no nowcast: expected more than the period, {self.period} steps"
+                    f"stop_after must be a part of the run, 0 to 1, or a whole number of steps, got {stop!r}"
                 )
+            object.__setattr__(self, "stop_after", part)
+            return
+        self._set_whole("stop_after", 1)
+        if self.stop_after is not None and self.period is not None and self.stop_after <= self.period:
+            raise NinoError(
+                f"stop_after={stop} leaves no nowcast: expected more than the period, {counted(self.period, 'step')}"
+            )
 
     def _check_decay(self) -> None:
         decay = self.horizon_decay
         if decay is None:
             return
-        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not (0 < decay < math.inf):
+        number = as_number(decay, 0)
+        if not number:
             raise NinoError(f"horizon_decay must be a positive number, got {decay!r}")
-        if decay < LEAST_DECAY:
+        if number < LEAST_DECAY:
             raise NinoError(f"horizon_decay must be at least {LEAST_DECAY}, got {decay!r}")
+        object.__setattr__(self, "horizon_decay", as_whole(decay) or number)
 
     def _check_place(self) -> None:
         _check_choice("snapshots_on", self.snapshots_on, get_args(Place))
@@ -141,13 +150,14 @@ class NowcastPlan:
         ramp, window = self.ramp or 0, self.rollback_window or 0
         if ramp > self.period // 2:
             raise NinoError(
-                f"ramp must be 0 (a jump at once) to {self.period // 2} steps, half of the period of {self.period}, "
-                f"got {ramp}"
+                f"ramp must be 0 (a jump at once) to {counted(self.period // 2, 'step')}, half of the period of "
+                f"{self.period}, got {ramp}"
             )
         if window and window + ramp >= self.period:
             way = f" and a ramp of {ramp}" if ramp else ""
             raise NinoError(
-                f"rollback_window={window}{way} must end before the next nowcast, period={self.period} steps later"
+                f"rollback_window={window}{way} must end before the next nowcast, "
+                f"{counted(self.period, 'step')} (a period) later"
             )
 
     def check_fits(self, context: int) -> None:
@@ -167,7 +177,8 @@ class NowcastPlan:
         interval = self.period // context
         if self.average_over is not None and self.average_over > interval:
             raise NinoError(
-                f"average_over must be 1 to {interval} steps, the interval between snapshots, got {self.average_over}"
+                f"average_over must be 1 to {counted(interval, 'step')}, the interval between snapshots, "
+                f"got {self.average_over}"
             )
 
     @staticmethod
@@ -210,8 +221,8 @@ class NowcastPlan:
         known = [f.name for f in fields(NowcastPlan)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+                near = nearest(name, known)
+                hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
                 raise NinoError(f"a plan has no setting {name!r}: {hint}")
         return NowcastPlan(**values)
 
@@ -232,6 +243,9 @@ class Run:
     """Whether the optimizer orthogonalises the steps of matrices, as Muon does."""
     judged_at_once: bool = False
     """Whether jumps land where training would be, so that the loss must not be higher after one than before."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_steps", _checked_whole("max_steps", self.max_steps, 1))
 
     @staticmethod
     def of(predictor: Any, max_steps: int | None, orthogonal: bool = False) -> Run:
@@ -280,8 +294,8 @@ def plan_of(plan: NowcastPlan | None, period: int | None, others: Mapping[str, A
 
 def _where(name: str) -> str:
     known = [f.name for f in fields(NowcastPlan)]
-    near = difflib.get_close_matches(name, known, 1)
-    return f"settings go into plan=NowcastPlan({near[0]}=...)" if near else f"a plan has {', '.join(known)}"
+    near = nearest(name, known)
+    return f"settings go into plan=NowcastPlan({near}=...)" if near else f"a plan has {', '.join(known)}"
 
 
 def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> NowcastPlan:
@@ -306,7 +320,6 @@ def choose(plan: NowcastPlan, run: Run, *, at_least_usual: bool = False) -> Nowc
         >>> chosen.stop_after, chosen.average_over, chosen.ramp, chosen.rollback_window
         (400, 1, 0, 4)
     """
-    _check_whole("max_steps", run.max_steps, 1)
     period = plan.period if plan.period is not None else _choose_period(run)
     plan = replace(plan, period=period)
     plan.check_fits(run.snapshots)
@@ -373,33 +386,23 @@ def describe(plan: NowcastPlan, run: Run, num_nowcasts: int | None, num_bytes: i
         'nowcasting every 500 steps, 7 jumps, each over 50 steps, none after step 4,000; 5 snapshots and one average, \
 61 MB on the host'
     """
-    parts = [f"nowcasting every {plan.period:,} steps"]
+    parts = [f"nowcasting {every(plan.period or 1, 'step')}"]
     if num_nowcasts is not None:
-        parts.append(f"{num_nowcasts} jump{'s' * (num_nowcasts != 1)}")
-    parts.append(f"each over {plan.ramp:,} steps" if plan.ramp else "each at once")
+        parts.append(counted(num_nowcasts, "jump"))
+    parts.append(f"each over {counted(plan.ramp, 'step')}" if plan.ramp else "each at once")
     if plan.stop_after is not None and plan.stop_after != run.max_steps:
         parts.append(f"none after step {plan.stop_after:,}")
     averages = " and one average" if (plan.average_over or 1) > 1 else ""
     place = {"cpu": "on the host", "device": "on the device", "disk": "on disk"}[plan.snapshots_on]
-    return f"{', '.join(parts)}; {run.context} snapshots{averages}, {size_of(num_bytes)} {place}"
+    snapshots = counted(run.context, "snapshot")
+    return f"{', '.join(parts)}; {snapshots}{averages}, {size_of(num_bytes)} {place}"
 
 
-def size_of(num_bytes: int) -> str:
-    """A number of bytes for people: 61 MB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:,.3g} {unit}"
-    return f"{num_bytes / 1e3:,.3g} kB"
-
-
-def is_whole(value: object) -> bool:
-    """Whether something is a whole number, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if value is not None and not (is_whole(value) and value >= least):  # type: ignore[operator]
+def _checked_whole(name: str, value: object, least: int) -> int | None:
+    number = as_whole(value, least)
+    if number is None and value is not None:
         raise NinoError(f"{name} must be a whole number of at least {least} or None, got {value!r}")
+    return number
 
 
 def _check_flag(name: str, value: object) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nino.errors import NinoError
+from nino.numbers import counted
 
 
 class SeveralOptimizers(Optimizer):
@@ -33,7 +34,9 @@ class SeveralOptimizers(Optimizer):
                 raise NinoError(f"expected torch.optim.Optimizers to wrap, got {type(optimizer).__name__} in the list")
             own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if seen & own:
-                raise NinoError(f"{len(seen & own)} parameters belong to two of the optimizers; give each to one only")
+                raise NinoError(
+                    f"two of the optimizers share {counted(len(seen & own), 'parameter')}; give each to one only"
+                )
             seen |= own
         defaults: dict[str, Any] = {}
         # Optimizer.__init__ would make groups and state of its own; __setstate__ sets up hooks and nothing else.

@@ -33,7 +33,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop_after": 1.5}, "stop_after must be a part of the run, 0 to 1, or a whole number of steps, got 1.5$"),
     ({"stop_after": float("nan")}, "stop_after must be a part of the run"),
     ({"stop_after": "0.8"}, "stop_after must be a whole number of at least 1 or None, got '0.8'$"),
-    ({"period": 1000, "stop_after": 1000}, "stop_after=1000 leaves no nowcast: expected more than the period, 1000"),
+    (
+        {"period": 1000, "stop_after": 1000},
+        "stop_after=1000 leaves no nowcast: expected more than the period, 1,000 steps",
+    ),
     ({"horizon_decay": 0}, "horizon_decay must be a positive number, got 0$"),
     ({"horizon_decay": 0.001}, "horizon_decay must be at least 0.1, got 0.001$"),
     ({"horizon_decay": float("nan")}, "horizon_decay must be a positive number, got nan$"),
@@ -44,7 +47,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rollback_window": -1}, "rollback_window must be a whole number of at least 0 or None, got -1$"),
     (
         {"period": 10, "rollback_window": 10},
-        "rollback_window=10 must end before the next nowcast, period=10 steps later",
+        r"rollback_window=10 must end before the next nowcast, 10 steps \(a period\) later",
     ),
     ({"period": 10, "rollback_window": 6, "ramp": 4}, "rollback_window=6 and a ramp of 4 must end before the next"),
     ({"preserve_norms": 1}, "preserve_norms must be True or False, got 1$"),

@@ -106,7 +106,7 @@ def test_mistakes_are_one_line() -> None:
         NowcastOptimizer([], model, tiny_nowcaster())
     with pytest.raises(NinoError, match=r"expected torch\.optim\.Optimizers to wrap, got list in the list"):
         NowcastOptimizer([[*model.parameters()]], model, tiny_nowcaster())  # type: ignore[list-item]
-    with pytest.raises(NinoError, match="4 parameters belong to two of the optimizers"):
+    with pytest.raises(NinoError, match="two of the optimizers share 4 parameters"):
         NowcastOptimizer([SGD(model.parameters(), 0.1), SGD(model.parameters(), 0.1)], model, tiny_nowcaster())
     several = SeveralOptimizers(two(model))
     with pytest.raises(NinoError, match="add the group to the one that is to train it"):

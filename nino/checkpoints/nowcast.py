@@ -21,7 +21,7 @@ from nino.checkpoints.weights import SeriesWeights, read_weights
 from nino.checkpoints.writing import NewCheckpoint, check_destination
 from nino.errors import NinoError
 from nino.graph import NeuralGraph
-from nino.plan import is_whole
+from nino.numbers import as_whole, counted
 from nino.predict.predictor import Predictor
 from nino.session.report import NowcastReport
 from nino.session.schedule import Schedule, horizon_at
@@ -51,9 +51,10 @@ class CheckpointNowcast:
     """Wall-clock time of everything."""
 
     def __str__(self) -> str:
-        ahead = f"{self.horizon} intervals ahead"
+        ahead = f"{counted(self.horizon, 'interval')} ahead"
         if self.steps is not None:
-            ahead = f"step {self.steps[-1]}, {self.horizon} intervals of {self.steps[1] - self.steps[0]} steps ahead"
+            interval = counted(self.steps[1] - self.steps[0], "step")
+            ahead = f"step {self.steps[-1]}, {counted(self.horizon, 'interval')} of {interval} ahead"
         frozen = f", {self.unchanged} were frozen" if self.unchanged else ""
         moved = f"{self.parameters} tensors moved by {self.relative_jump:.3g} of their norm"
         return f"{ahead}: {moved}{frozen}, {self.seconds:.1f} s"
@@ -105,14 +106,15 @@ def nowcast_checkpoints(
         >>> nowcast_checkpoints(["run"], "nowcast", nino.Nowcaster.from_pretrained("nino-base"))  # doctest: +SKIP
     """
     began, nowcaster = time.perf_counter(), nowcaster or default_predictor(paths)
-    if horizon is not None and not (is_whole(horizon) and 1 <= horizon <= nowcaster.max_horizon):
+    asked = as_whole(horizon, 1, nowcaster.max_horizon)
+    if asked is None and horizon is not None:
         raise NinoError(f"horizon must be 1 to {nowcaster.max_horizon} intervals between checkpoints, got {horizon!r}")
     checkpoints = [open_checkpoint(path) for path in find_checkpoints(paths, nowcaster.context)]
     check_destination(Path(out), checkpoints[-1])
     check_adapters(checkpoints)
     steps = check_series(checkpoints)
     _warn_at_the_end(steps, checkpoints[-1].trainer_state)
-    horizon = horizon or default_horizon(steps, checkpoints[-1].trainer_state, nowcaster)
+    horizon = asked or default_horizon(steps, checkpoints[-1].trainer_state, nowcaster)
     weights = read_weights(checkpoints, model, graph, nowcaster)
     how = {"device": device, "preserve_norms": preserve_norms, "progress": progress}
     predict = writing(nowcaster, dtype=dtype, memory_budget=memory_budget, **how)
@@ -175,8 +177,8 @@ def _warn_at_the_end(steps: Sequence[int] | None, trainer_state: Mapping[str, An
     end = trainer_state.get("max_steps")
     if steps is not None and isinstance(end, int) and 0 < end <= steps[-1]:
         logger.warning(
-            "training was to end after %d steps and has: a nowcast needs training after it: resume with more steps",
-            end,
+            "training was to end after %s and has: a nowcast needs training after it: resume with more steps",
+            counted(end, "step"),
         )
 
 

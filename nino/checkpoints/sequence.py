@@ -19,7 +19,7 @@ from torch import Tensor
 from nino.checkpoints.adapters import check_ranks
 from nino.checkpoints.reading import ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint
 from nino.errors import CheckpointError, NinoError, SnapshotError
-from nino.plan import is_whole
+from nino.numbers import as_whole
 from nino.session.saving import HISTORY_FILE, HISTORY_FOLDER, NUMBERS_FILE
 from nino.system.files import load_whole
 
@@ -35,11 +35,14 @@ def find_checkpoints(paths: Sequence[str | Path], context: int) -> list[Path]:
     """Return the paths, or the newest evenly spaced checkpoints of the one Trainer output folder that was given.
 
     Raises:
-        NinoError: if there are not ``context`` of them.
+        NinoError: if there are not ``context`` of them, or one does not exist.
     """
     given = [Path(path) for path in paths]
     if len(given) == context:
         return given
+    for path in given:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
     saved = _steps_in(given[0]) if len(given) == 1 else {}
     if not saved:
         raise NinoError(
@@ -116,7 +119,7 @@ def _steps_of(checkpoints: Sequence[Checkpoint]) -> list[int] | None:
 def _step_of(checkpoint: Checkpoint) -> int | None:
     if "global_step" in checkpoint.trainer_state:
         step = checkpoint.trainer_state["global_step"]
-        if not is_whole(step):
+        if as_whole(step) is None:
             raise CheckpointError(f"{checkpoint.path}: global_step of trainer_state.json is no number but {step!r}")
         return step
     path = checkpoint.path.resolve()

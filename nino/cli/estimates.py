@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nino.costs import CostEstimate
-from nino.plan import NowcastPlan, size_of
+from nino.numbers import counted, size_of
+from nino.plan import NowcastPlan
 
 PLACES = {"cpu": "in host memory", "device": "beside the parameters", "disk": "on disk"}
 
@@ -23,7 +24,7 @@ def lines_of(costs: CostEstimate, plan: NowcastPlan) -> Iterator[str]:
         ("snapshots", costs.snapshots, f"each {size_of(costs.snapshot)}, {place}"),
         ("on its way to the disk", costs.under_way, "in host memory, one snapshot at a time"),
         ("mean of weights", costs.mean, f"of which a snapshot is made, {device}"),
-        ("rest of a jump", costs.ramp, f"for {plan.ramp} steps after it, {device}"),
+        ("rest of a jump", costs.ramp, f"for {counted(plan.ramp or 0, 'step')} after it, {device}"),
         ("movement in a nowcast", costs.movement, f"how far weights are to go, {device}"),
         ("rollback copy", costs.rollback_copy, f"for the rollback window, {place}"),
         ("kept in all", costs.kept, place),

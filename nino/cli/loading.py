@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from nino.errors import NinoError
+from nino.errors import NinoError, did_you_mean
 from nino.graph import NeuralGraph
 from nino.predict.nowcaster import Nowcaster
+
+TASK = ("model", "batches", "loss", "held_out")
+"""Methods of a task."""
 
 
 def is_own(name: str) -> bool:
@@ -39,7 +43,7 @@ def load_object(name: str) -> Any:
         raise NinoError(f"{module_name} cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
     found = reduce(lambda owner, part: getattr(owner, part, None), attribute.split("."), module)
     if found is None:
-        raise NinoError(f"{module_name} has no {attribute}")
+        raise NinoError(f"{module_name} has no {attribute}{did_you_mean(attribute, vars(module))}")
     return found
 
 
@@ -56,6 +60,19 @@ def call(name: str) -> Any:
         return function()
     except Exception as error:  # whatever a person's code may raise
         raise NinoError(f"{name} raised {type(error).__name__}: {_first_line(error)}") from error
+
+
+def load_task(name: str, methods: Sequence[str] = TASK) -> Any:
+    """A task of a person's own.
+
+    Raises:
+        NinoError: if it lacks one of the methods.
+    """
+    task = call(name)
+    missing = [method for method in methods if not callable(getattr(task, method, None))]
+    if missing:
+        raise NinoError(f"{name} has no method {', '.join(missing)}; a task has {', '.join(methods)}")
+    return task
 
 
 def load_model(name: str) -> tuple[nn.Module, Any]:

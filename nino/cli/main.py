@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from nino.errors import NinoError
+from nino.numbers import counted, every
 
 INTERRUPTED = 130
 """Exit status."""
@@ -136,7 +137,7 @@ def record(
         optimizer.step()
         recorder.after_step(step, {"loss": loss.item()} if recorder.is_due(step) else None)
     recorder.close()
-    typer.echo(recorder.problem or f"{steps} steps are recorded in {out}/")
+    typer.echo(recorder.problem or f"{counted(steps, 'step')} recorded in {out}/")
 
 
 @app.command(epilog="Example: nino pretrain trajectories --out my-nowcaster --steps 5000")
@@ -220,7 +221,8 @@ def estimate(
         dtype=None if dtype is None else read_dtype(dtype),
         graph=wired,
     )
-    typer.echo(f"{name}: {costs.weights:,} weights, {costs.nodes:,} neurons; a nowcast every {plan.period:,} steps")
+    size = f"{counted(costs.weights, 'weight')}, {counted(costs.nodes, 'neuron')}"
+    typer.echo(f"{name}: {size}; a nowcast {every(plan.period or 1, 'step')}")
     typer.echo("\n".join(lines_of(costs, plan)))
 
 

@@ -10,11 +10,9 @@ holds the most, and is what is estimated.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from math import prod
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,7 +22,8 @@ from torch import nn
 from nino.errors import NinoError
 from nino.graph.builder import check_graph
 from nino.graph.ir import NeuralGraph
-from nino.plan import NowcastPlan, Run, choose, is_whole, plan_of
+from nino.numbers import as_number, as_whole
+from nino.plan import NowcastPlan, Run, choose, plan_of
 from nino.predict.engine.listed import bytes_needed as listed_bytes
 from nino.predict.engine.tiling import Sizes
 from nino.predict.extrapolators import Extrapolator
@@ -109,16 +108,17 @@ class _Run:
     optimizer_bytes: float | None
 
     def __post_init__(self) -> None:
-        if not (is_whole(self.world_size) and self.world_size >= 1):
+        world_size = as_whole(self.world_size, 1)
+        if world_size is None:
             raise NinoError(f"world_size must be a number of processes, at least 1; got {self.world_size!r}")
         for name, choices in (("sharding", Sharding), ("device", DeviceType)):
             if getattr(self, name) not in get_args(choices):
                 raise NinoError(f"{name} must be one of {list(get_args(choices))}, got {getattr(self, name)!r}")
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise NinoError(f"dtype must be a floating point torch.dtype or None, got {self.dtype!r}")
+        object.__setattr__(self, "world_size", world_size)
         each = self.optimizer_bytes
-        is_number = isinstance(each, Real) and not isinstance(each, bool) and math.isfinite(each) and each >= 0
-        if each is not None and not is_number:
+        if each is not None and as_number(each, 0) is None:
             raise NinoError(f"optimizer_bytes must be bytes per weight, at least 0; got {each!r}")
 
     def held(self, shape: tuple[int, ...]) -> int:

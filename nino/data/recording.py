@@ -22,9 +22,9 @@ from nino.data.writer import StateDtype, TrajectoryWriter, check_dtype
 from nino.errors import TrajectoryError
 from nino.graph.builder import check_graph
 from nino.graph.ir import NeuralGraph
+from nino.numbers import as_whole
 from nino.parallel.collectives import num_processes
 from nino.parallel.shards import is_dtensor, refuse_unsupported
-from nino.plan import is_whole
 from nino.session import NowcastSession
 from nino.session.events import Event
 from nino.session.first_inputs import FirstInputs
@@ -74,8 +74,7 @@ def record(
         ...     recorder.after_step(step, {"loss": loss})
         >>> recorder.close()                                                               # doctest: +SKIP
     """
-    _check_number("interval", interval, 1)
-    _check_number("step", step, 0)
+    interval, step = _whole("interval", interval, 1), _whole("step", step, 0)
     check_dtype(dtype)
     called, model = model, unwrap(model)
     shapes = _shapes_of(model, graph)
@@ -272,6 +271,8 @@ def _look_through(optimizer: Any) -> tuple[Optimizer | None, NowcastSession | No
     return optimizer, session if isinstance(session, NowcastSession) else None
 
 
-def _check_number(name: str, value: int, least: int) -> None:
-    if not is_whole(value) or value < least:
+def _whole(name: str, value: int, least: int) -> int:
+    number = as_whole(value, least)
+    if number is None:
         raise TrajectoryError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number

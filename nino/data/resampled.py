@@ -14,6 +14,7 @@ from torch import Tensor
 from nino.data.trajectory import RecordedStates
 from nino.errors import TrajectoryError
 from nino.graph.ir import NeuralGraph
+from nino.numbers import counted, every
 
 
 class ResampledRun(RecordedStates):
@@ -38,7 +39,7 @@ class ResampledRun(RecordedStates):
         recorded = run.steps[1] - run.steps[0] if len(run) > 1 else 0
         if recorded == 0 or interval < recorded or interval % recorded or average < recorded or average % recorded:
             raise TrajectoryError(
-                f"{run.folder} has a state every {recorded or '?'} steps: expected multiples of it, "
+                f"{run.folder} has a state {every(recorded, 'step')}: expected multiples of it, "
                 f"got interval {interval} and average {average}"
             )
         self.folder, self.complete = run.folder, run.complete
@@ -51,7 +52,7 @@ class ResampledRun(RecordedStates):
                 self._segments.append(range(len(self._ends), len(self._ends) + len(ends)))
                 self._ends += ends
         if not self._ends:
-            raise TrajectoryError(f"{run.folder} has too few states for means over {average} steps")
+            raise TrajectoryError(f"{run.folder} has too few states for means over {counted(average, 'step')}")
         self.steps = [run.steps[end] for end in self._ends]
         self.learning_rates = [run.learning_rates[end] for end in self._ends]
         self.metrics = [run.metrics[end] for end in self._ends]
@@ -66,7 +67,7 @@ class ResampledRun(RecordedStates):
 
     def describe(self) -> str:
         """As of a run that was recorded so, and over what the means are."""
-        return f"{super().describe()}, means over {self._average} steps"
+        return f"{super().describe()}, means over {counted(self._average, 'step')}"
 
     def states(self, indices: Sequence[int]) -> Tensor:
         """Return the asked-for means as float32 ``[len(indices), num_elements]``.

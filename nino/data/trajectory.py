@@ -34,6 +34,7 @@ from torch import Tensor
 
 from nino.errors import GraphError, TrajectoryError
 from nino.graph.ir import NeuralGraph
+from nino.numbers import counted
 
 FORMAT = "nino-trajectory"
 VERSION = 3
@@ -120,7 +121,7 @@ class RecordedStates:
         """
         steps = self.steps
         listed = ", ".join(map(str, steps[:3])) + (f", ... {steps[-1]}" if len(steps) > 3 else "")
-        return f"{len(self)} states after steps {listed}"
+        return f"{counted(len(self), 'state')} after steps {listed}"
 
     def segments(self) -> list[range]:
         """Where training went on undisturbed: stretches of states that lie equally far apart, with no jump between.

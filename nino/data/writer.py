@@ -34,6 +34,7 @@ from nino.data.trajectory import (
 )
 from nino.errors import TrajectoryError
 from nino.graph.ir import NeuralGraph
+from nino.numbers import counted
 from nino.system.files import written_whole
 
 StateDtype = Literal["float32", "float16"]
@@ -227,7 +228,9 @@ class TrajectoryWriter:
         if not len(numbers):
             return
         if finite_only and not torch.isfinite(numbers).all():
-            raise TrajectoryError(f"{self.folder}: {name} holds NaN or infinity in {self.dtype} after {step} steps")
+            raise TrajectoryError(
+                f"{self.folder}: {name} holds NaN or infinity in {self.dtype} after {counted(step, 'step')}"
+            )
         left = memoryview(numbers.contiguous().numpy().data).cast("B")
         while left:  # the system may take less at once, of large ones it does
             left = left[file.write(left) :]

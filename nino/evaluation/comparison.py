@@ -45,6 +45,7 @@ from nino.evaluation.training import (
     train_and_write,
 )
 from nino.evaluation.workers import Event, do_all, do_here
+from nino.numbers import counted
 from nino.plan import NowcastPlan
 
 QUANTITIES = {"eval_accuracy": "accuracy", "eval_loss": "loss"}
@@ -154,6 +155,16 @@ def compare(
         >>> print(compare(MyTask(), ["adam", "nino:confirmed"], budgets=[2000], folder="mine"))  # doctest: +SKIP
     """
     by_name = {name_of(task): task for task in (tasks if isinstance(tasks, Sequence) else [tasks])}
+    methods, seeds, budgets, learning_rates, schedules = (
+        _listed(name, values)
+        for name, values in (
+            ("methods", methods),
+            ("seeds", seeds),
+            ("budgets", budgets),
+            ("learning_rates", learning_rates),
+            ("schedules", schedules),
+        )
+    )
     cells = cells_of(
         {name: budgets for name in by_name},
         methods,
@@ -167,6 +178,12 @@ def compare(
     comparison = train_all(cells, by_name, Path(folder), jobs, listen)
     comparison.write(Path(folder))
     return comparison
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable) or not (listed := list(values)):
+        raise NinoError(f"{name} must be a list with at least one entry, got {values!r}")
+    return listed
 
 
 def cells_of(
@@ -198,7 +215,7 @@ def cells_of(
     least = min((steps for several in budgets.values() for steps in several), default=0)
     for name, value in (("evaluate_every", evaluate_every), ("warmup", warmup)):
         if value >= least + (name == "evaluate_every"):
-            raise NinoError(f"{name}={value} is too much for a training of {least} steps")
+            raise NinoError(f"{name}={value} is too much for a training of {counted(least, 'step')}")
     return [
         make_cell(
             task,

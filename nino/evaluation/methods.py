@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from nino.errors import NinoError
+from nino.errors import NinoError, did_you_mean
 from nino.evaluation.baselines import (
     ExponentialAverage,
     Follower,
@@ -39,6 +39,7 @@ from nino.evaluation.baselines import (
 )
 from nino.evaluation.scaled import Scaled
 from nino.evaluation.settings import read_setting
+from nino.numbers import counted
 from nino.optimizer import NowcastOptimizer
 from nino.plan import NowcastPlan, Run, choose
 from nino.predict.extrapolators import ReducedRankExtrapolator
@@ -193,7 +194,7 @@ def parse_method(name: str, plan: NowcastPlan | None = None) -> Method:
     for piece in text.split("+"):
         kind, _, argument = piece.partition(":")
         if kind not in KINDS:
-            _refuse(name, f"{kind!r} is none of {', '.join(KINDS)}")
+            _refuse(name, f"{kind!r} is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
         slot = KINDS[kind].slot
         if slot in parts:
             _refuse(name, f"{parts[slot].kind} and {kind} exclude each other")
@@ -261,7 +262,7 @@ def check_method(method: Method, steps: int) -> str | None:
     if method.jump is None or plan is None:
         return None
     if plan.period is not None and plan.period >= steps:
-        _refuse(method.name, f"never jumps in {steps} steps: its period of {plan.period} is no shorter")
+        _refuse(method.name, f"never jumps in {counted(steps, 'step')}: its period of {plan.period} is no shorter")
     return fingerprint(load_jump(method.jump))
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from nino.errors import NinoError
+from nino.errors import NinoError, did_you_mean
 from nino.plan import NowcastPlan
 
 
@@ -64,7 +64,7 @@ def read_setting(name: str, text: str) -> Any:
     """
     settings = plan_settings()
     if name not in settings:
-        raise NinoError(f"setting {name!r} is none of {', '.join(settings)}")
+        raise NinoError(f"setting {name!r} is none of {', '.join(settings)}{did_you_mean(name, settings)}")
     try:
         return settings[name].read(text)
     except ValueError:

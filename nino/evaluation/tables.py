@@ -16,6 +16,7 @@ from typing import Any
 from nino.evaluation.methods import ADAM, OWN
 from nino.evaluation.report import Curve, steps_to_reach
 from nino.evaluation.training import Result, Task
+from nino.numbers import counted
 
 LASTING = 100
 """Steps after which Adam's noise is back, if a jump landed on a mean of the weights."""
@@ -91,7 +92,7 @@ class Setting:
     steps: int
 
     def __str__(self) -> str:
-        return f"{self.task}, lr {self.learning_rate:g}, {self.schedule}, {self.steps:,} steps"
+        return f"{self.task}, lr {self.learning_rate:g}, {self.schedule}, {counted(self.steps, 'step')}"
 
 
 Runs = dict[str, dict[int, Result]]
@@ -318,7 +319,7 @@ def sentence_on(runs: Runs, method: str, reference: str, goal: Goal) -> str:
     text = f"{reference}'s best, there after {spread(needed)} steps, {method} reached "
     if None in reached or not reached:
         count = sum(step is not None for step in reached)
-        text += "never" if not count else f"with {count} of {len(reached)} seeds, after {spread(reached)}"
+        text += "never" if not count else f"with {count} of {counted(len(reached), 'seed')}, after {spread(reached)}"
     else:
         share = fmean(100 * own / other for own, other in zip(reached, needed, strict=True) if own and other)
         text += f"after {spread(reached)} ({share:.0f}%)"
@@ -326,7 +327,7 @@ def sentence_on(runs: Runs, method: str, reference: str, goal: Goal) -> str:
         text += ", without a jump, since every nowcast failed or was undone"
     text += f"; final {finals[method] or 'diverged'} against {finals[reference] or 'diverged'}"
     p_value = paired_p_value([[final_value(runs[name][seed], goal.metric) for seed in seeds] for name in finals])
-    return text if p_value is None else f"{text} (p = {p_value:.2g}, paired t-test over {len(seeds)} seeds)"
+    return text if p_value is None else f"{text} (p = {p_value:.2g}, paired t-test over {counted(len(seeds), 'seed')})"
 
 
 def paired_p_value(pairs: Sequence[Sequence[float | None]]) -> float | None:

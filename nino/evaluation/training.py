@@ -22,8 +22,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nino.errors import NinoError
+from nino.errors import NinoError, did_you_mean
 from nino.evaluation.methods import Setup, check_method, parse_method
+from nino.numbers import as_number, as_whole
 from nino.plan import NowcastPlan
 from nino.system.files import written_whole
 
@@ -130,10 +131,24 @@ def make_cell(task: str, method: str, plan: NowcastPlan | None = None, *, steps:
         NinoError: if something is missing or out of range, or the run ends before the first jump.
     """
     if settings["schedule"] not in SCHEDULES:
-        raise NinoError(f"schedule {settings['schedule']!r} is none of {', '.join(SCHEDULES)}")
+        name = str(settings["schedule"])
+        raise NinoError(f"schedule {name!r} is none of {', '.join(SCHEDULES)}{did_you_mean(name, SCHEDULES)}")
+    for name, least in (("seed", 0), ("evaluate_every", 1), ("warmup", 0)):
+        settings[name] = _whole(name, settings.get(name, 0), least)
+    rate, steps = as_number(settings["learning_rate"], 0), _whole("steps", steps, 1)
+    if not rate:
+        raise NinoError(f"learning rates must be positive numbers, got {settings['learning_rate']!r}")
+    settings["learning_rate"] = rate
     parsed = parse_method(method, plan)
     weights = check_method(parsed, steps)
     return Cell(task=task, method=method, plan=parsed.plan_for(steps), weights=weights, steps=steps, **settings)
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    number = as_whole(value, least)
+    if number is None:
+        raise NinoError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: int = 0) -> float:

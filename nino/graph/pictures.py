@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nino.graph.ir import BlockKind, EdgeBlock, EdgeType, NeuralGraph, NeuronGroup, Slots
+from nino.numbers import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -366,11 +367,12 @@ def draw_graph(graph: NeuralGraph, folder: Path, title: str) -> None:
 
 def title_of(name: str, graph: NeuralGraph) -> str:
     """A model's name and size."""
-    return f"{name}: {sum(map(prod, graph.shapes.values())):,} weights, {graph.num_nodes:,} neurons"
+    weights = counted(sum(map(prod, graph.shapes.values())), "weight")
+    return f"{name}: {weights}, {counted(graph.num_nodes, 'neuron')}"
 
 
 def _legend(edge_type: EdgeType, count: int) -> str:
-    return f"{edge_type.name.lower().replace('_', ' ')}: {count:,} edges"
+    return f"{edge_type.name.lower().replace('_', ' ')}: {counted(count, 'edge')}"
 
 
 def _save(figure: Figure, path: Path, dpi: int = 110) -> None:

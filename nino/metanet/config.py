@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nino.errors import CheckpointError, NinoError
+from nino.numbers import set_whole
 
 HEADS = ("invariant", "equivariant", "per-neuron")
 VARIANTS = ("mpnn", "ng-gnn", "ng-t", "scale", "probe")
@@ -62,8 +63,7 @@ class MetanetConfig:
             if getattr(self, name) not in options:
                 raise NinoError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
         for name in ("outputs", "hidden", "layers", "num_probes"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise NinoError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+            set_whole(self, name, 1, NinoError)
         if self.hidden % 4:
             raise NinoError(f"hidden must be a multiple of 4, got {self.hidden}")
         if self.variant == "scale" and self.inputs != "raw":

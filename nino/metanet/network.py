@@ -21,6 +21,7 @@ from nino.metanet.probe import Probe, with_probes
 from nino.metanet.readout import Readout
 from nino.metanet.saving import load_network, save_network
 from nino.metanet.scale import Scale
+from nino.numbers import counted
 
 ENCODERS: dict[str, type[Encoder]] = {"mpnn": Mpnn, "ng-gnn": NgGnn, "ng-t": NgT, "scale": Scale, "probe": Probe}
 FIRST_STEP = 0.01
@@ -168,7 +169,8 @@ def graphs_for(models: Sequence[Any], graph: NeuralGraph | Sequence[NeuralGraph]
         raise NinoError("give the model's graph: nino.NeuralGraph.from_model(model, example_inputs=x)")
     graphs = [graph] * len(models) if isinstance(graph, NeuralGraph) else list(graph)
     if len(graphs) != len(models):
-        raise NinoError(f"got {len(graphs)} graphs for {len(models)} models; give one each, or one for all")
+        came, wanted = counted(len(graphs), "graph"), counted(len(models), "model")
+        raise NinoError(f"got {came} for {wanted}; give one each, or one for all")
     return graphs
 
 

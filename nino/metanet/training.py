@@ -15,6 +15,7 @@ from nino.errors import NinoError
 from nino.graph.ir import NeuralGraph
 from nino.metanet.inputs import GraphInputs, Model, union
 from nino.metanet.network import GraphMetanetwork, graphs_for
+from nino.numbers import as_whole, counted
 from nino.pretraining.batching import deal
 
 Loss = Callable[[Any, Any], Tensor]
@@ -133,7 +134,7 @@ def _checked(net: Any, models: Any, steps: Any, batch: Any) -> list[Model]:
     if isinstance(models, (torch.nn.Module, Mapping, str)):
         raise NinoError(f"fit takes a list of models, got one {type(models).__name__}")
     for name, number in (("steps", steps), ("batch", batch)):
-        if not isinstance(number, int) or number < 1:
+        if as_whole(number, 1) is None:
             raise NinoError(f"{name} must be a whole number of at least 1, got {number!r}")
     models = list(models)
     if not models:
@@ -182,8 +183,8 @@ def _read_all(net: GraphMetanetwork, models: Sequence[Model], graphs: Sequence[N
 def _loss(net: GraphMetanetwork, loss: str | Loss, targets: Any, number: int) -> tuple[Loss, Sequence[Any]]:
     """The loss of one model, and its targets."""
     if not hasattr(targets, "__len__") or len(targets) != number:
-        came = f"{len(targets)} targets" if hasattr(targets, "__len__") else type(targets).__name__
-        raise NinoError(f"fit got {came} for {number} models; give one each")
+        came = counted(len(targets), "target") if hasattr(targets, "__len__") else type(targets).__name__
+        raise NinoError(f"fit got {came} for {counted(number, 'model')}; give one each")
     if not isinstance(loss, str):
         return loss, targets
     if loss not in LOSSES:

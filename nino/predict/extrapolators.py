@@ -22,6 +22,7 @@ from nino.errors import NinoError, SnapshotError
 from nino.graph.ir import EdgeBlock, NeuralGraph
 from nino.graph.rows import Place
 from nino.graph.rows import moved as moved_place
+from nino.numbers import as_whole
 from nino.predict.engine.tiling import places
 from nino.predict.engine.views import SnapshotViews
 from nino.predict.engine.writer import MovementWriter
@@ -77,10 +78,10 @@ class Extrapolator(ABC):
     """Why it cannot predict parts of parameters, as one of several processes would have to; nothing if it can."""
 
     def __init__(self, context: int = CONTEXT, max_horizon: int = MAX_HORIZON) -> None:
-        if context < 2 or max_horizon < 1:
-            raise NinoError(f"expected 2 snapshots or more and a horizon from 1, got {context} and {max_horizon}")
-        self.context = context
-        self.max_horizon = max_horizon
+        snapshots, longest = as_whole(context, 2), as_whole(max_horizon, 1)
+        if snapshots is None or longest is None:
+            raise NinoError(f"expected 2 snapshots or more and a horizon from 1, got {context!r} and {max_horizon!r}")
+        self.context, self.max_horizon = snapshots, longest
 
     @abstractmethod
     def coefficients(self, products: Tensor, norm: float, horizon: int) -> Tensor:
@@ -155,7 +156,7 @@ class Extrapolator(ABC):
         del positions, memory_budget
         if self.needs_whole and partition is not WHOLE:
             raise NinoError(self.needs_whole)
-        check_request(graph, horizon, self.max_horizon)
+        horizon = check_request(graph, horizon, self.max_horizon)
         check_snapshots(snapshots, partition.held_shapes(graph.shapes), self.context)
         how = Asked(snapshots, horizon, graph, device_of(snapshots, device), partition, preserve_norms, progress)
         return self._moved(empty_movement(snapshots[-1], graph, only), how)

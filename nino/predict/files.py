@@ -6,7 +6,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from nino.errors import CheckpointError
+from nino.errors import CheckpointError, did_you_mean
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -39,6 +39,7 @@ def find_files(name: str) -> tuple[Path, Path]:
         raise CheckpointError(
             f"no nowcaster {name!r}: expected one of {shipped}, a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
             "or a hub id 'user/name' (published .pt files load with Nowcaster.from_official)"
+            f"{did_you_mean(name, shipped)}"
         )
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nino.errors import NinoError
+from nino.numbers import as_whole
 from nino.predict.extrapolation import fit_movement
 from nino.predict.extrapolators import CONTEXT, MAX_HORIZON, Asked, LinearExtrapolator
 from nino.predict.movement import UNCHANGED, Movement, factor_to_keep, rescaled
@@ -34,9 +35,10 @@ class FittedExtrapolator(LinearExtrapolator):
 
     def __init__(self, rank: int = 1, context: int = CONTEXT, max_horizon: int = MAX_HORIZON) -> None:
         super().__init__(context, max_horizon)
-        if not 0 <= rank < context:
-            raise NinoError(f"rank must be 0 (no projection) to {context - 1}, got {rank!r}")
-        self.rank = rank
+        number = as_whole(rank, 0, self.context - 1)
+        if number is None:
+            raise NinoError(f"rank must be 0 (no projection) to {self.context - 1}, got {rank!r}")
+        self.rank = number
 
     def settings(self) -> list[float]:
         """As :meth:`Extrapolator.settings`."""

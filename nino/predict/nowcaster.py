@@ -253,7 +253,7 @@ class Nowcaster:
         :meth:`nino.parallel.collectives.Channel.together`.
         """
         how = Computation(engine, dtype, device, memory_budget, progress, preserve_norms, partition)
-        self._check(snapshots, horizon, graph, positions, how)
+        horizon = self._check(snapshots, horizon, graph, positions, how)
         tensors = empty_movement(snapshots[-1], graph, only)
         size = self._compute(tensors, snapshots, horizon, graph, positions, how, writes_weights=False)
         return Movement(size.distance, size.norm, size.by_kind, tensors)
@@ -295,7 +295,7 @@ class Nowcaster:
             NinoError: as :meth:`predict`, or if ``out`` does not fit the graph.
         """
         how = Computation("blockwise", dtype, device, memory_budget, progress, preserve_norms)
-        self._check(snapshots, horizon, graph, positions, how)
+        horizon = self._check(snapshots, horizon, graph, positions, how)
         for name, tensor in out.items():
             if graph.shapes.get(name) != tuple(tensor.shape):
                 raise NinoError(f"{name} of shape {tuple(tensor.shape)} is no parameter of the graph")
@@ -369,8 +369,9 @@ class Nowcaster:
         graph: NeuralGraph,
         positions: Tensor | None,
         how: Computation,
-    ) -> None:
-        check_request(graph, horizon, self.max_horizon)
+    ) -> int:
+        """Refuse what cannot be computed; returns the horizon."""
+        number = check_request(graph, horizon, self.max_horizon)
         how.check()
         expected = (graph.num_nodes, self.config.num_positions)
         if positions is not None and tuple(positions.shape) != expected:
@@ -378,6 +379,7 @@ class Nowcaster:
         self.check_fits(graph)
         self._warn_of_wiring(graph)
         check_snapshots(snapshots, how.partition.held_shapes(graph.shapes), self.context)
+        return number
 
     def _warn_of_wiring(self, graph: NeuralGraph) -> None:
         if graph.wiring in ("exact", "official") and graph.wiring != self.config.wiring and not self._said_wiring:

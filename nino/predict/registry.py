@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from nino.errors import CheckpointError, NinoError
+from nino.errors import CheckpointError, NinoError, did_you_mean
 from nino.predict.confirmed import ConfirmedExtrapolator
 from nino.predict.extrapolators import LinearExtrapolator, ReducedRankExtrapolator
 from nino.predict.low_rank import AdapterExtrapolator
@@ -53,4 +53,6 @@ def _load(name: str) -> Predictor:
     except CheckpointError as error:
         if not str(error).startswith("no nowcaster"):
             raise
-        raise CheckpointError(f"{error}; and no extrapolation: {', '.join(BY_NAME)}") from error
+        raise CheckpointError(
+            f"{error}; and no extrapolation: {', '.join(BY_NAME)}{did_you_mean(name, BY_NAME)}"
+        ) from error

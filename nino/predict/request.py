@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nino.errors import NinoError
 from nino.graph.ir import NeuralGraph
+from nino.numbers import as_whole
 from nino.predict.movement import UNCHANGED
 from nino.predict.partition import WHOLE, Partition
 from nino.predict.predictor import Progress
@@ -43,7 +44,7 @@ class Computation:
             raise NinoError(f"dtype must be a floating point torch.dtype of 16 bits or more, got {self.dtype!r}")
         if self.engine not in get_args(Engine):
             raise NinoError(f"engine must be 'blockwise' or 'edges', got {self.engine!r}")
-        if self.memory_budget is not None and not isinstance(self.memory_budget, int):
+        if self.memory_budget is not None and as_whole(self.memory_budget) is None:
             raise NinoError(f"memory_budget must be a whole number of bytes, got {self.memory_budget!r}")
 
     @property
@@ -61,16 +62,18 @@ def device_of(snapshots: Sequence[Mapping[str, Tensor]], device: torch.device | 
     return torch.device(device) if device is not None else next(iter(snapshots[-1].values())).device
 
 
-def check_request(graph: NeuralGraph, horizon: int, max_horizon: int) -> None:
-    """Refuse what is no graph, and a horizon that is out of range.
+def check_request(graph: NeuralGraph, horizon: int, max_horizon: int) -> int:
+    """Refuse what is no graph, and a horizon that is out of range; returns the horizon.
 
     Raises:
         NinoError: saying what was expected.
     """
     if not isinstance(graph, NeuralGraph):
         raise NinoError(f"graph must be a NeuralGraph, got {type(graph).__name__}; nowcaster.graph_of(model) makes one")
-    if not isinstance(horizon, int) or isinstance(horizon, bool) or not 1 <= horizon <= max_horizon:
+    number = as_whole(horizon, 1, max_horizon)
+    if number is None:
         raise NinoError(f"horizon must be 1 to {max_horizon} snapshot intervals, got {horizon!r}")
+    return number
 
 
 def empty_movement(

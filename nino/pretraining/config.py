@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
 
 from nino.errors import NinoError
-from nino.plan import is_whole
+from nino.numbers import as_number, as_whole, set_whole
 from nino.pretraining.objective import LOSSES, Loss
 from nino.pretraining.sampling import Sampling
 
@@ -45,19 +44,18 @@ class PretrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "evaluate_every", "validation_windows"):
-            value = getattr(self, name)
-            if not is_whole(value) or value < 1:
-                raise NinoError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not is_whole(self.workers) or self.workers < 0:
+            set_whole(self, name, 1, NinoError)
+        if as_whole(self.workers, 0) is None:
             raise NinoError(f"workers must be a whole number, 0 for none; got {self.workers!r}")
         for name in ("lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < inf:
+            if as_number(getattr(self, name), 0) is None:
                 raise NinoError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        if not 0 < self.clip < inf:
+        if not as_number(self.clip, 0):
             raise NinoError(f"clip must be a positive number, got {self.clip!r}")
         if self.mixed_precision not in ("no", "bf16"):
             raise NinoError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}")
         if self.loss not in LOSSES:
             raise NinoError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not 0 <= self.ema < 1:
+        ema = as_number(self.ema, 0)
+        if ema is None or ema >= 1:
             raise NinoError(f"ema must be at least 0 and less than 1, got {self.ema!r}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nino.errors import CheckpointError, NinoError
+from nino.numbers import counted
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import Network, build_network
 from nino.predict.nowcaster import Nowcaster
@@ -336,5 +337,5 @@ def one_line(record: Mapping[str, float]) -> str:
             ]
             parts.append(f"{family} {error:.4g} ({', '.join(baselines)})")
     if record.get("skipped"):
-        parts.append(f"{record['skipped']:g} steps skipped")
+        parts.append(f"{counted(record['skipped'], 'step')} skipped")
     return f"step {record['step']:g}: {', '.join(parts)}, {record['edges_per_s']:.3g} edges/s"

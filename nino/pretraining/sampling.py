@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from nino.errors import NinoError
 from nino.graph.edge_list import EdgeList
-from nino.plan import is_whole
+from nino.numbers import as_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,10 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("max_outputs", "max_words", "max_horizons"):
             value = getattr(self, name)
-            if not is_whole(value) or value < 0:
+            number = as_whole(value, 0)
+            if number is None:
                 raise NinoError(f"{name} must be a whole number, 0 for all; got {value!r}")
+            object.__setattr__(self, name, number)
 
     def outputs(self, edges: EdgeList, kept: Tensor | None, generator: Generator) -> Tensor:
         """Draw the edges that the loss looks at, in order: int64 ``[O]``.

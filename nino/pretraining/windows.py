@@ -22,6 +22,7 @@ from nino.data import Trajectory
 from nino.data.trajectory import RecordedStates
 from nino.errors import TrajectoryError
 from nino.graph.edge_list import EdgeList
+from nino.numbers import counted
 from nino.predict.engine import graph_inputs
 from nino.predict.model.config import NowcasterConfig
 from nino.predict.model.networks import EdgeInputs
@@ -140,7 +141,7 @@ class WindowSource:
             needed = config.context * min(self.strides) + 1
             longest = max(map(len, run.segments))
             if longest < needed:
-                found = f"{len(run.trajectory)} states"
+                found = counted(len(run.trajectory), "state")
                 found += "" if len(run.segments) == 1 else f", at most {longest} without a jump or a gap between"
                 raise TrajectoryError(
                     f"{run.trajectory.folder}: {found}, a window needs {needed}; choose smaller strides or leave it out"

@@ -6,7 +6,7 @@ another model: read together with those from after it they would show a movement
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -15,17 +15,23 @@ NAMES_IN_A_LINE = 2
 
 
 def describe_changes(
-    old: Shapes, new: Shapes, trained_before: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter]
+    old: Shapes,
+    new: Shapes,
+    trained_before: Mapping[str, nn.Parameter],
+    trained: Mapping[str, nn.Parameter],
+    not_held: Collection[str] = (),
 ) -> str:
     """Say which parameters came, went, are others than before or begin to be trained; nothing if none.
 
-    Parameters that are no longer trained are no change: they stay where they are.
+    Parameters that are frozen are no change: they stay where they are. If they are not, but the optimizer does not hold
+    what is in their place now, they are trained by mistake no more.
 
     Args:
         old: shapes of the model's parameters at the last snapshot, by name.
         new: shapes now.
         trained_before: the parameters that were trained at the last snapshot.
         trained: those that are trained now.
+        not_held: names of those that are not frozen, but that the optimizer does not hold.
 
     Example:
         >>> describe_changes({"0.weight": (2, 3)}, {"0.weight": (4, 3), "1.bias": (4,)}, {}, {})
@@ -40,6 +46,7 @@ def describe_changes(
         "resized": resized,
         "replaced": replaced - resized,
         "now trained": (trained.keys() & kept) - trained_before.keys() - resized,
+        "not in the optimizer, so not trained": {n for n in not_held if n in trained_before or n not in old},
     }
     return "; ".join(f"{kind}: {_some_of(names)}" for kind, names in kinds.items() if names)
 

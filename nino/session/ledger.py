@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from operator import index
 from typing import Any, get_args
 
+from nino.numbers import counted
 from nino.session.judge.rule import RECOVERY
 from nino.session.judge.worth import TURN, UNKNOWN, Pace, Worth, sum_of, summarise, worth_of
 from nino.session.report import Loss, NowcastReport, Outcome, read_report
@@ -106,8 +107,10 @@ class Ledger:
     def in_words(self) -> str:
         """The same for a person."""
         known, num_jumps = self._known(), len(self.worths) + (self._jump is not None)
-        of_which = f" by {len(known)} of {num_jumps} jumps" if self.total.is_known and len(known) < num_jumps else ""
-        return self.total.in_words(self.narrow) + of_which
+        total = self.total
+        is_partial = total.is_clear(self.narrow) and len(known) < num_jumps
+        of_which = f" by {len(known)} of {counted(num_jumps, 'jump')}" if is_partial else ""
+        return total.in_words(self.narrow) + of_which
 
     def _known(self) -> list[Worth]:
         return [worth for worth in self.worths if worth.is_known]

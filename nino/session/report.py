@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from nino.numbers import counted
+
 MIN_LOSSES_BEFORE = 3
 """Fewer losses before a jump than this say nothing of their noise."""
 IN_SHORT = (
@@ -120,8 +122,11 @@ class NowcastReport:
         JSON knows no infinity: a loss or a jump that was infinite is ``None``.
         """
         numbers = {name: value if math.isfinite(value) else None for name, value in self.as_log().items()}
-        words = {"nowcast/outcome": self.outcome} | ({"nowcast/reason": self.reason} if self.reason else {})
-        return {**numbers, **words}
+        return {**numbers, "nowcast/outcome": self.outcome, **self.why()}
+
+    def why(self) -> dict[str, str]:
+        """The reason, if there is one, for a logger that writes text."""
+        return {"nowcast/reason": self.reason} if self.reason else {}
 
     def __str__(self) -> str:
         """One line for a person."""
@@ -133,8 +138,9 @@ class NowcastReport:
         losses = (("before", self.loss_before), ("at", self.loss_at), ("after", self.loss_after))
         known = ", ".join(f"{loss:.4g} {when}" for when, loss in losses if not math.isnan(loss))
         return (
-            f"{begin}: {self.horizon_steps:,} steps ahead, weights moved by {self.relative_jump:.3g} of their norm"
-            + (f" over {self.ramp} steps" if self.ramp else "")
+            f"{begin}: {counted(self.horizon_steps, 'step')} ahead, "
+            f"weights moved by {self.relative_jump:.3g} of their norm"
+            + (f" over {counted(self.ramp, 'step')}" if self.ramp else "")
             + f", {self.seconds:.1f} s"
             + (f"; loss {known}" if known else "")
         )

@@ -8,6 +8,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 from nino.errors import NinoError
+from nino.numbers import counted
 from nino.session.clock import Clock
 from nino.session.judge.monitor import Monitor
 from nino.session.jump.batch_norm import BatchNormRenewal
@@ -115,8 +116,8 @@ def _check(session: NowcastSession, state: Mapping[str, Any]) -> None:
 
 def _start_afresh(session: NowcastSession, unfrozen: set[str]) -> None:
     """Parameters are trained that were not when it was saved: nothing that is known is of them."""
-    message = "%d parameters are trained now and were not when it was saved (%s): snapshots start afresh"
-    logger.warning(message, len(unfrozen), ", ".join(sorted(unfrozen)[:3]))
+    message = "trained now, and not when it was saved: %s (%s): snapshots start afresh"
+    logger.warning(message, counted(len(unfrozen), "parameter"), ", ".join(sorted(unfrozen)[:3]))
     session.history.clear()
     session.jumps.rollback_copy.close()
     session.monitor.losses.clear()

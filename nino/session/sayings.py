@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
 from torch import Tensor
 
+from nino.numbers import counted, size_of
 from nino.parallel.collectives import is_main_process
 from nino.parallel.shards import local_tensor
-from nino.plan import NowcastPlan, Run, describe, size_of
+from nino.plan import NowcastPlan, Run, describe
 from nino.session.judge.worth import Worth
 from nino.session.ledger import Count, Ledger
 from nino.session.report import NowcastReport, Outcome
@@ -39,8 +41,9 @@ class Sayings:
     def before_it_starts(self) -> None:
         """Warn of a run in which nothing will be nowcast."""
         if num_nowcasts(self.schedule) == 0 and is_main_process():
-            message = "a run of %d steps ends before its first nowcast (period=%d): nothing will be nowcast; %s"
-            logger.warning(message, self.run.max_steps, self.plan.period, "choose a shorter period")
+            message = "a run of %s ends before its first nowcast (period=%d): nothing will be nowcast; %s"
+            steps = counted(self.run.max_steps or 0, "step")
+            logger.warning(message, steps, self.plan.period, "choose a shorter period")
 
     def when_it_starts(self, parameters: Iterable[Tensor]) -> None:
         """Say what was chosen."""
@@ -104,8 +107,8 @@ class Sayings:
         is_long = rising >= PERIODS_OF_PATIENCE * self.schedule.first
         if is_long and not self._said_rising and is_main_process():
             self._said_rising = True
-            message = "the learning rate has kept rising for %d steps: nothing is nowcast before it stops (period=%d)"
-            logger.warning(message, rising, self.schedule.period)
+            message = "the learning rate has kept rising for %s: nothing is nowcast before it stops (period=%d)"
+            logger.warning(message, counted(rising, "step"), self.schedule.period)
 
 
 def show_info() -> None:
@@ -113,7 +116,19 @@ def show_info() -> None:
     ours = logging.getLogger("nino")
     if ours.handlers or logging.getLogger().handlers or ours.level != logging.NOTSET:
         return
-    handler = logging.StreamHandler()
+    handler = _Lines()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
+
+
+class _Lines(logging.Handler):
+    """Writes lines to standard error, above the progress bars of tqdm if there are some."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one."""
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if tqdm is None:
+            sys.stderr.write(self.format(record) + "\n")
+        else:
+            tqdm.write(self.format(record), file=sys.stderr)

@@ -15,6 +15,7 @@ from nino.graph.architectures import wire_by_names, wire_each_alone
 from nino.graph.builder import check_graph, graph_parameters
 from nino.graph.ir import WAITING
 from nino.graph.rows import divisible
+from nino.numbers import counted
 from nino.parallel.shards import compute_device, refuse_unsupported
 from nino.predict.predictor import Predictor
 from nino.session.changes import describe_changes
@@ -63,6 +64,7 @@ class TrainingTarget:
         self._check()
         self._say_what_is_complex()
         self._shapes = graph_parameters(self.module)
+        self._first_trained = set(self.trained())
         self._trained: dict[str, nn.Parameter] | None = None
         """The model's parameters, and those that were trained, when last looked at; ``None`` if not looked at yet."""
 
@@ -110,14 +112,17 @@ class TrainingTarget:
         refuse_unsupported(self.module)
         self._check()
         if self._trained is None:
-            self._trained = self.trainable()
+            first = {name: parameter for name, parameter in self.wired().items() if name in self._first_trained}
+            self._trained = {**first, **self.trainable()}
 
     def changes(self) -> str:
         """What has changed since this was last asked; nothing if nothing did. A model that has is wired again."""
         if self._waits:
             self._trace()
         shapes = graph_parameters(self.module)
-        change = describe_changes(self._shapes, shapes, self._trained or {}, self.trainable())
+        trained = self.trained()
+        not_held = {n for n, p in self.module.named_parameters() if p.requires_grad and n not in trained}
+        change = describe_changes(self._shapes, shapes, self._trained or {}, self.trainable(), not_held)
         if change:
             self._wire_again()
         self.remember()
@@ -130,8 +135,8 @@ class TrainingTarget:
     def _say_what_is_missing(self) -> None:
         missing = sorted(n for n, p in self.trained().items() if n not in self.graph.shapes and p.is_floating_point())
         if missing:
-            message = "%d trained parameters are not in the graph that was given and are never nowcast: %s"
-            logger.warning(message, len(missing), ", ".join(missing[:3]))
+            message = "%s not in the graph that was given, never nowcast: %s"
+            logger.warning(message, counted(len(missing), "trained parameter"), ", ".join(missing[:3]))
 
     def _say_what_is_complex(self) -> None:
         """No graph holds complex numbers, so a person must know how much of a model that is."""
@@ -140,9 +145,9 @@ class TrainingTarget:
         left_out = [name for name, p in trained.items() if p.is_complex()]
         if left_out:
             logger.warning(
-                "%d trained parameters are complex and are never nowcast (%.0f%% of what is trained): %s; kept as "
+                "%s complex and never nowcast (%.0f%% of what is trained): %s; kept as "
                 "pairs of real numbers (torch.view_as_complex in forward) they would be",
-                len(left_out),
+                counted(len(left_out), "trained parameter"),
                 100 * sum(numbers[name] for name in left_out) / sum(numbers.values()),
                 ", ".join(left_out[:3]),
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import gc
 import importlib.util
+import logging
 import math
 import shutil
 import sys
@@ -336,6 +338,42 @@ def test_what_jumps_were_worth_gets_into_the_history(tmp_path: Path) -> None:
     (total,) = [entry for entry in run.state.log_history if "nowcast/total/applied" in entry]
     assert total["nowcast/total/applied"] == len(nowcast.reports) and total["step"] == 150
     assert max(len(logs) for logs in recorder.logs.values()) <= 6  # the console gets no more
+
+
+@pytest.mark.parametrize("has_line", [True, False])
+def test_the_console_gets_a_line_or_six_numbers_and_never_both(
+    has_line: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO if has_line else logging.WARNING, "nino.session"):
+        trainer(tmp_path, callback(), logging_steps=5).train()
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("nowcast after step")]
+    logs = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if "nowcast/step" in line]
+    assert (len(lines), len(logs)) == ((2, 0) if has_line else (0, 2))
+    assert all(len(log) <= 6 for log in logs)
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no memory left")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", pytest.param("wandb", marks=pytest.mark.slow)])
+def test_reasons_reach_the_tracker(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "TRACKIO_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "tracked"))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tracked"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "tracked").mkdir()
+    tracker = pytest.importorskip(name)  # trackio reads its folder when it is imported
+    nowcast = callback()
+    run = trainer(tmp_path, nowcast, report_to=name, run_name="test")
+    monkeypatch.setattr(nowcast.nowcaster, "predict_movement", broken)
+    run.train()
+    if name != "tensorboard":
+        tracker.finish()
+
+    assert [report.reason for report in nowcast.reports] == ["no memory left"] * 2
+    written = b"".join(path.read_bytes() for path in (tmp_path / "tracked").rglob("*") if path.is_file())
+    assert written.count(b"no memory left") >= 2 and b"nowcast/reason" in written
 
 
 @pytest.mark.slow

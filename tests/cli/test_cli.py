@@ -178,7 +178,7 @@ def test_shipped_nowcasters_are_listed(run: Run) -> None:
 
 def test_a_task_is_recorded(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("record", "lines:Line", "--out", tmp_path / "run", "--steps", 20, "--interval", 5)
-    assert code == 0 and "20 steps are recorded" in out
+    assert code == 0 and "20 steps recorded" in out
     recorded = Trajectory(tmp_path / "run")
     assert len(recorded.steps) == 5 and recorded.complete
 

@@ -100,7 +100,7 @@ def test_demo_check_and_compare(fresh: Path, project: Path) -> None:
     assert "nino:confirmed" in done(fresh / "nino", *words, cwd=project)
     assert len([*(project / "compared" / "cells").iterdir()]) == 4
     assert "nino-base" in done(fresh / "nino", "weights", cwd=project)
-    assert "20 steps are recorded" in done(
+    assert "20 steps recorded" in done(
         fresh / "nino", "record", "toy:Lines", "--steps", 20, "--out", "recorded", cwd=project
     )
 

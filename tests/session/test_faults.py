@@ -447,6 +447,45 @@ def test_a_module_that_is_replaced_in_the_rollback_window_is_not_overwritten(cap
     ]
 
 
+def replace_alone(run: Run) -> None:
+    run.model[2] = nn.Linear(6, 2)
+
+
+def append_alone(run: Run) -> None:
+    run.model.append(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("steps_before", [0, PERIOD + 1], ids=["before training", "in the rollback window"])
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (replace_alone, "not in the optimizer, so not trained: 2"),
+        (append_alone, "added: 3.bias, 3.weight; not in the optim"),
+    ],
+)
+def test_a_layer_that_the_optimizer_does_not_hold_is_said_once(
+    change: Any, line: str, steps_before: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
+    run.train(steps_before)
+    change(run)
+    fresh = weights_of(run.model[-1])
+    run.train()
+
+    (said,) = [message for message in warnings_in(caplog) if "the model has changed" in message]
+    assert line in said
+    assert_same(weights_of(run.model[-1]), fresh)  # neither nowcast nor rolled back
+    assert any(report.has_moved for report in run.optimizer.reports)
+
+
+def test_a_layer_that_is_frozen_is_no_mistake(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(rollback_window=0)
+    run.train(PERIOD + 1)
+    run.model[2].requires_grad_(False)
+    run.train(PERIOD + 2)
+    assert not any("the model has changed" in message for message in warnings_in(caplog))
+
+
 @pytest.mark.parametrize("saved_at", [PERIOD + 1, PERIOD + 2], ids=["in its rollback window", "with a snapshot"])
 def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
     saved_at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture

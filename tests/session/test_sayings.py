@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from sessions import one_layer, update
 from tiny import PERIOD, ScriptedNowcaster, add
 
 from nino import NowcastSession
+from nino.session.sayings import _Lines
 
 PROGRAM = """
 import torch, nino
@@ -59,3 +61,13 @@ def test_a_person_sees_it_unless_logging_was_set_up(before: str, shown: bool) ->
     assert ("nowcasting every 20 steps, 2 jumps" in run.stderr) == shown
     assert ("nowcasting is over: 2 applied" in run.stderr) == shown
     assert run.stdout == ""
+
+
+def test_a_line_stands_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm").tqdm
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with tqdm(total=3, file=shown, ncols=40) as bar:
+        bar.update()
+        _Lines().emit(logging.LogRecord("nino", logging.INFO, "", 0, "nowcasting every %d steps", (20,), None))
+    assert any(line.split("\r")[-1] == "nowcasting every 20 steps" for line in shown.getvalue().split("\n"))

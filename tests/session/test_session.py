@@ -636,7 +636,7 @@ def test_a_layer_that_is_unfrozen_before_resuming_starts_a_fresh_history(caplog:
 
     assert (resumed.step, resumed.history.store.steps, list(resumed.history.rates)) == (4, [], [])
     assert warnings_in(caplog) == [
-        "2 parameters are trained now and were not when it was saved (0.bias, 0.weight): snapshots start afresh"
+        "trained now, and not when it was saved: 2 parameters (0.bias, 0.weight): snapshots start afresh"
     ]
     update(resumed, PERIOD + 2)
     assert [(report.step, report.has_moved) for report in resumed.reports] == [(6, False), (12, True)]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from nino.errors import CheckpointError
+from nino.numbers import set_whole
 
 CONFIG_FORMAT = "nino-nowcaster"
 CONFIG_VERSION = 1
@@ -52,12 +53,9 @@ class NowcasterConfig:
         if self.trend and self.inputs != "movements":
             raise CheckpointError(f"a trend wants inputs 'movements', got {self.inputs!r}")
         for name in ("hidden", "max_horizon", "num_positions"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise CheckpointError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        if not isinstance(self.context, int) or self.context < 2:
-            raise CheckpointError(f"context must be a whole number of at least 2, got {self.context!r}")
-        if not isinstance(self.vocabulary_size, int) or self.vocabulary_size < 0:
-            raise CheckpointError(f"vocabulary_size must be a whole number of at least 0, got {self.vocabulary_size!r}")
+            set_whole(self, name, 1, CheckpointError)
+        set_whole(self, "context", 2, CheckpointError)
+        set_whole(self, "vocabulary_size", 0, CheckpointError)
 
     def to_json(self) -> str:
         """Return the config as JSON, with its format and version; what older releases lack is left out if unused."""

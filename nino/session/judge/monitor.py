@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nino.errors import NinoError
+from nino.numbers import counted
 from nino.parallel.collectives import is_main_process, is_true_everywhere, mean_over_processes, min_over_processes
 from nino.session.judge.rule import (
     Backoff,
@@ -150,7 +151,8 @@ class Monitor:
             report = replace(report, loss_after=evidence.after)
             steps = step - report.step - report.ramp  # since the weights have arrived
             if not has_recovered(evidence, self.config, steps):
-                losses = f"the loss was {evidence.before:.4g} before and {evidence.after:.4g} after {steps} steps"
+                level = f"{evidence.after:.4g} after {counted(steps, 'step')}"
+                losses = f"the loss was {evidence.before:.4g} before and {level}"
                 return Decision(report, losses)
             if is_over and is_inconclusive(evidence, self.config) and steps < self.config.longest:
                 nowcast.steps_to_come = self.config.longest - steps

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nino.numbers import counted
+
 NORMAL = 1.645
 """Standard errors on either side of 90% intervals."""
 MIN_LOSSES = 10
@@ -27,6 +29,8 @@ UNSETTLED = 0.3
 """The same on top of it, where the loss still comes back from a jump in all of the stretch."""
 TURN = 0.2
 """A learning rate that leaves a straight line by more than this part of itself changes the loss as jumps do."""
+LOPSIDED = 4.0
+"""An interval that is wider than so many times the estimate reaches far up, and only its near end says something."""
 
 
 @dataclass(frozen=True)
@@ -202,26 +206,25 @@ class Worth:
             >>> Worth(30, 10, 50).is_clear(20), Worth(30, -10, 70).is_clear(20), Worth(0, -8, 8).is_clear(20)
             (True, False, True)
         """
-        return self.is_known and (self.low > 0 or self.high < 0 or self.high - self.low <= wide)
+        return self.is_known and (self.low >= 1 or self.high <= -1 or self.high - self.low <= wide)
 
     def in_words(self, wide: float) -> str:
         """For a person.
 
         Example:
-            >>> Worth(30, 10, 50).in_words(20), Worth(-3, -5, 1).in_words(20)
-            ('30 steps saved (90% interval 10 to 50)', '3 steps lost (90% interval -1 to 5)')
-            >>> Worth(30, -10, 70).in_words(20), UNKNOWN.in_words(20)
-            ('steps saved: unclear (90% interval -10 to 70)', 'steps saved: unclear')
+            >>> Worth(30, 10, 50).in_words(20), Worth(-3, -5, 1).in_words(20), Worth(-50, -50, -50).in_words(20)
+            ('30 steps saved (90% interval 10 to 50)', '3 steps lost (90% interval -1 to 5)', '50 steps lost')
+            >>> Worth(172, 35, 3344).in_words(20), Worth(30, -10, 70).in_words(20), UNKNOWN.in_words(20)
+            ('at least 35 steps saved (90%)', 'steps saved: unclear', 'steps saved: unclear')
         """
         if not self.is_clear(wide):
-            return f"steps saved: unclear{self._interval(self.low, self.high) if self.is_known else ''}"
-        if self.steps < 0:
-            return f"{-self.steps:,.0f} steps lost{self._interval(-self.high, -self.low)}"
-        return f"{self.steps:,.0f} steps saved{self._interval(self.low, self.high)}"
-
-    @staticmethod
-    def _interval(low: float, high: float) -> str:
-        return f" (90% interval {low:,.0f} to {high:,.0f})"
+            return "steps saved: unclear"
+        ends = (self.low, self.steps, self.high)
+        what, (low, steps, high) = ("lost", (-x for x in reversed(ends))) if self.steps < 0 else ("saved", ends)
+        if low >= 1 and high - low > LOPSIDED * steps:
+            return f"at least {counted(math.floor(low), 'step')} {what} (90%)"
+        interval = f" (90% interval {low:,.0f} to {high:,.0f})" if high > low else ""
+        return f"{counted(steps, 'step')} {what}{interval}"
 
 
 UNKNOWN = Worth(math.nan, -math.inf, math.inf)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nino.errors import SnapshotError
+from nino.numbers import counted
 from nino.parallel.collectives import is_main_process, num_processes
 from nino.parallel.shards import local_tensor, local_tensors
 from nino.session.optimizer_state.master_weights import find_master_weights
@@ -121,8 +122,8 @@ class Ramp:
     def give_up(self, reason: str) -> None:
         """End it on its way, with a warning."""
         if is_main_process():
-            message = "a nowcast ends on its way, %d of %d steps before the weights had arrived, training goes on: %s"
-            logger.warning(message, self._steps_left, max(self.steps, self._steps_left), reason)
+            message = "a nowcast ends on its way, %d of %s before the weights had arrived, training goes on: %s"
+            logger.warning(message, self._steps_left, counted(max(self.steps, self._steps_left), "step"), reason)
         self.end()
 
     def end(self) -> None:
