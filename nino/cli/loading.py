@@ -59,7 +59,12 @@ def call(name: str) -> Any:
     try:
         return function()
     except Exception as error:  # whatever a person's code may raise
-        raise NinoError(f"{name} raised {type(error).__name__}: {_first_line(error)}") from error
+        raise raised(name, error) from error
+
+
+def raised(name: str, error: Exception) -> NinoError:
+    """What a person's code raised, in a line."""
+    return NinoError(f"{name} raised {type(error).__name__}: {_first_line(error)}")
 
 
 def load_task(name: str, methods: Sequence[str] = TASK) -> Any:
@@ -92,7 +97,7 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
 
 def _model_and_inputs(made: Any, name: str) -> tuple[nn.Module, Any]:
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise NinoError(f"{name} returned a {type(made).__name__}; expected a tuple (model, example_inputs)")
+        raise NinoError(f"{name} gave {type(made).__name__}; expected a tuple (model, example_inputs)")
     return made
 
 

@@ -118,26 +118,18 @@ def record(
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
 ) -> None:
-    """Train a task of yours (nino.evaluation.Task) with AdamW, and record its weights to pretrain a nowcaster on."""
-    import torch
+    """Train a task of yours (nino.evaluation.Task) with AdamW, and record its weights; the same command goes on."""
+    from nino.cli.loading import load_task, raised
+    from nino.cli.recording import record_task
 
-    from nino.cli.loading import call
-    from nino.data import record as begin
-
-    made = call(task)
-    model = made.model(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    recorder = begin(model, out, interval=interval, optimizer=optimizer, training={"lr": learning_rate, "seed": seed})
-    batches = made.batches(seed)
-    recorder.after_step(0)
-    for step in range(1, steps + 1):
-        loss = made.loss(model, next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        recorder.after_step(step, {"loss": loss.item()} if recorder.is_due(step) else None)
-    recorder.close()
-    typer.echo(recorder.problem or f"{counted(steps, 'step')} recorded in {out}/")
+    made = load_task(task, ("model", "batches", "loss"))
+    try:
+        problem = record_task(made, out, steps, interval, learning_rate, seed)
+    except (NinoError, OSError):
+        raise
+    except Exception as error:  # whatever a person's code may raise
+        raise raised(task, error) from error
+    typer.echo(problem or f"{counted(steps, 'step')} recorded in {out}/")
 
 
 @app.command(epilog="Example: nino pretrain trajectories --out my-nowcaster --steps 5000")
@@ -180,9 +172,9 @@ def compare(
     out: Folder = Path("runs/compare"),
 ) -> None:
     """Train a task of yours (nino.evaluation.Task) with and without nowcasting; the same command goes on."""
-    from nino.cli.loading import call
+    from nino.cli.loading import load_task
 
-    _compare(call(task), method or [], steps, seeds, learning_rate, out)
+    _compare(load_task(task), method or [], steps, seeds, learning_rate, out)
 
 
 @app.command(epilog="Example: nino estimate config.json --period 500 --set snapshots_on=disk")
@@ -254,6 +246,7 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("nino").setLevel(logging.INFO)
     command: Any = typer.main.get_command(app)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: as by Ctrl-C
     try:
         code = command.main(standalone_mode=False)
     except NinoError as error:
@@ -270,6 +263,8 @@ def main() -> NoReturn:
         if not hasattr(error, "format_message"):  # a wrong option, a missing argument
             raise
         _fail(error.format_message())
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code == INTERRUPTED:
         _fail("interrupted; what was done is kept", INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)
@@ -277,18 +272,10 @@ def main() -> NoReturn:
 
 @contextmanager
 def _ended_by_an_interrupt(consequence: str) -> Iterator[None]:
-    """Leave by an exception, so that what is half written is removed, also when asked to end."""
-
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
-        raise NinoError(f"interrupted; {consequence}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        _fail(f"interrupted; {consequence}", INTERRUPTED)
 
 
 @contextmanager

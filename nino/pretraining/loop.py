@@ -31,6 +31,7 @@ from nino.pretraining.throughput import flops_per_edge, matmul_flops_per_s
 from nino.pretraining.validation import validate
 from nino.pretraining.windows import Window, WindowSource
 from nino.system.files import save_whole
+from nino.system.signals import defer_signals
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +143,23 @@ class _Pretraining:
             self.batches, sampler=range(self.step, config.steps), batch_size=None, num_workers=config.workers
         )
         quiet = not self.accelerator.is_main_process
-        for windows in tqdm(loader, initial=self.step, total=config.steps, disable=quiet, unit="step", mininterval=5):
-            if not self.least_seconds_per_edge:
-                self._measure_floor(windows[0])
-            self.update(windows)
-            self.step += 1
-            if self.step % config.evaluate_every == 0 or self.step == config.steps:
-                self.report(self._measured())
-                self._start_measuring()
+        is_alone = self.accelerator.num_processes == 1
+        try:
+            for windows in tqdm(
+                loader, initial=self.step, total=config.steps, disable=quiet, unit="step", mininterval=5
+            ):
+                if not self.least_seconds_per_edge:
+                    self._measure_floor(windows[0])
+                with defer_signals() if is_alone else nullcontext():  # what is saved is whole
+                    self.update(windows)
+                    self.step += 1
+                if self.step % config.evaluate_every == 0 or self.step == config.steps:
+                    self.report(self._measured())
+                    self._start_measuring()
+        except KeyboardInterrupt:
+            if is_alone and self.step < config.steps:  # else the last evaluation is done again
+                self._save()
+            raise
         self.accelerator.end_training()
         return self.finish()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from nino.cli.loading import load_network
 from nino.data import Trajectory
 from nino.graph import NeuralGraph
 from nino.graph.ir import EdgeType
+from nino.pretraining.loop import _Pretraining
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -171,6 +173,56 @@ def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert run("weights") == (130, "", "error: interrupted; what was done is kept\n")
 
 
+class Interrupted(Line):
+    """By Ctrl-C in the seventh step."""
+
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        Interrupted.calls += 1
+        if Interrupted.calls == 7:
+            signal.raise_signal(signal.SIGINT)
+        return super().loss(model, batch)
+
+
+def test_an_interrupted_recording_goes_on(run: Run, tmp_path: Path) -> None:
+    def words(task: str, folder: str) -> list[object]:
+        return ["record", task, "--out", tmp_path / folder, "--steps", 20, "--interval", 5]
+
+    Interrupted.calls = 0
+    code, _, err = run(*words(f"{HERE}:Interrupted", "halved"))
+    assert code == 130 and err.strip() == "error: interrupted; what was done is kept"
+    assert not Trajectory(tmp_path / "halved").complete
+    code, _, err = run(*words(f"{HERE}:Interrupted", "halved"), "--seed", 1)
+    assert code == 2 and "is of a training with other settings" in err
+    assert run(*words(f"{HERE}:Interrupted", "halved"))[0] == 0
+    assert Interrupted.calls == 20, "no step twice"
+    run(*words("lines:Line", "whole"))
+    halved, whole = (Trajectory(tmp_path / name) for name in ("halved", "whole"))
+    assert halved.complete and halved.steps == whole.steps
+    assert torch.equal(halved.states(range(5)), whole.states(range(5)))
+    assert not list((tmp_path / "halved").glob("*.pt"))
+
+
+def test_an_interrupted_pretraining_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_collection(tmp_path / "runs")
+    real, calls = _Pretraining.update, []
+
+    def update(self: Any, windows: Any) -> None:
+        calls.append(self.step)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        real(self, windows)
+
+    monkeypatch.setattr(_Pretraining, "update", update)
+    for name, codes in (("halved", [130, 0]), ("whole", [0])):
+        words = ["pretrain", tmp_path / "runs", "--out", tmp_path / name, "--steps", 5, "--hidden", 8]
+        assert [run(*words)[0] for _ in codes] == codes
+    assert calls == [*range(5), *range(5)], "no step twice"
+    halved, whole = (Nowcaster.from_pretrained(tmp_path / name).network.state_dict() for name in ("halved", "whole"))
+    assert all(torch.equal(halved[name], whole[name]) for name in whole)
+
+
 def test_shipped_nowcasters_are_listed(run: Run) -> None:
     code, out, _ = run("weights")
     assert code == 0 and "nino-base" in out
@@ -218,7 +270,7 @@ def test_a_nowcaster_is_trained_on_recordings_and_further(run: Run, tmp_path: Pa
         (["check", f"{HERE}:missing"], f"{HERE} has no missing"),
         (["check", f"{HERE}:alone"], "returned a model alone; expected a tuple (model, example_inputs)"),
         (["check", f"{HERE}:raising"], "raising raised RuntimeError: no such"),
-        (["graph", f"{HERE}:text"], "text returned a str; expected a tuple (model, example_inputs)"),
+        (["graph", f"{HERE}:text"], "text gave str; expected a tuple (model, example_inputs)"),
         (["graph", f"{HERE}:build", "--layers", "1"], "--layers is for models that a config describes"),
         (["graph", "no.json"], "no file 'no.json', and no package.module:function"),
         (["graph", f"{HERE}:build", "--out", __file__], "cannot be made a folder"),
@@ -231,8 +283,18 @@ def test_a_nowcaster_is_trained_on_recordings_and_further(run: Run, tmp_path: Pa
         (["estimate", f"{HERE}:build", "--dtype", "int8"], "expected one of float32, bfloat16, float16, got 'int8'"),
         (["estimate", f"{HERE}:build", "--world-size", "9", "--fsdp"], "world_size=9 is more than the model can be"),
         (["compare", "lines:Line", "--steps", "40", "--method", "magic"], "magic"),
+        (
+            ["compare", f"{HERE}:alone", "--steps", "40"],
+            "alone has no method model, batches, loss, held_out;",
+        ),
+        (["compare", "lines:Line", "--steps", "40", "--method", "linaer"], "; did you mean 'linear'?"),
+        (["record", f"{HERE}:alone", "--out", "x"], "alone has no method model, batches, loss; a task has"),
+        (["record", f"{HERE}:Breaks", "--out", "runs"], "Breaks raised RuntimeError: out of"),
+        (["check", f"{HERE}:biuld"], "; did you mean 'build'?"),
+        (["estimate", f"{HERE}:build", "--nowcaster", "nino-bse"], "; did you mean 'nino-base'?"),
+        (["estimate", f"{HERE}:build", "--set", "rmp=2"], "; did you mean 'ramp'?"),
         (["compare", "lines:Line"], "Missing option '--steps'"),
-        (["nowcast", "nowhere", "--out", "x"], "expected 5 checkpoints"),
+        (["nowcast", "nowhere", "--out", "x"], "nowhere does not exist"),
         (["plot", "nowhere.json"], "nowhere.json cannot be read"),
         (["plot", "."], ". is empty: expected a Trainer"),
         (["plot", __file__], "is not JSON"),
