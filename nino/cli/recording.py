@@ -11,6 +11,7 @@ import torch
 from nino.data import record
 from nino.errors import NinoError
 from nino.evaluation import Task
+from nino.evaluation.training import batches_of
 from nino.system.files import load_whole, save_whole
 from nino.system.signals import defer_signals
 
@@ -39,10 +40,10 @@ def record_task(task: Task, out: Path, steps: int, interval: int, learning_rate:
     path, training = out / STATE_FILE, {"lr": learning_rate, "seed": seed}
     model = task.model(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    saved = _read(path, {**training, "interval": interval}) if path.exists() else {"step": 0}
+    saved: dict[str, Any] = _read(path, {**training, "interval": interval}) if path.exists() else {"step": 0}
     done: int = saved["step"]
     recorder = record(model, out, interval=interval, optimizer=optimizer, training=training, step=done)
-    batches = islice(task.batches(seed), done, None)
+    batches = islice(batches_of(task, seed), done, None)
     torch.manual_seed(seed)
     if done:
         model.load_state_dict(saved["model"])

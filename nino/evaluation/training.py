@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nino.errors import NinoError, did_you_mean
 from nino.evaluation.methods import Setup, check_method, parse_method
-from nino.numbers import as_number, as_whole
+from nino.numbers import as_number, as_whole, counted
 from nino.plan import NowcastPlan
 from nino.system.files import written_whole
 
@@ -75,6 +75,19 @@ class Task(Protocol):
 def name_of(task: Task) -> str:
     """What a task is called."""
     return str(getattr(task, "name", type(task).__name__))
+
+
+def batches_of(task: Task, seed: int) -> Iterator[Any]:
+    """The batches of a task.
+
+    Raises:
+        NinoError: when they end.
+    """
+    count = 0
+    for batch in task.batches(seed):
+        yield batch
+        count += 1
+    raise NinoError(f"batches({seed}) of {name_of(task)} end after {counted(count, 'step')}: they must never end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +194,7 @@ def train(cell: Cell, task: Task, progress: Progress) -> dict[str, Any]:
     method = parse_method(cell.method, cell.plan)
     weight_decay, own = getattr(task, "weight_decay", 0.0), getattr(task, "optimizer", None)
     setup = Setup(method, model, cell.learning_rate, weight_decay, cell.steps, own)
-    batches = task.batches(cell.seed)
+    batches = batches_of(task, cell.seed)
     torch.manual_seed(cell.seed)  # building a nowcaster drew random numbers: dropout is the same for all methods
     clock = Clock()
     losses: list[float] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,11 @@ MODEL = alone()
 class Breaks(Line):
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         raise RuntimeError("out of\nmemory")
+
+
+class Ends(Line):
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        return islice(super().batches(seed), 5)
 
 
 def text() -> str:
@@ -290,6 +296,7 @@ def test_a_nowcaster_is_trained_on_recordings_and_further(run: Run, tmp_path: Pa
         (["compare", "lines:Line", "--steps", "40", "--method", "linaer"], "; did you mean 'linear'?"),
         (["record", f"{HERE}:alone", "--out", "x"], "alone has no method model, batches, loss; a task has"),
         (["record", f"{HERE}:Breaks", "--out", "runs"], "Breaks raised RuntimeError: out of"),
+        (["record", f"{HERE}:Ends", "--out", "runs"], "batches(0) of Ends end after 5 steps: they must never end"),
         (["check", f"{HERE}:biuld"], "; did you mean 'build'?"),
         (["estimate", f"{HERE}:build", "--nowcaster", "nino-bse"], "; did you mean 'nino-base'?"),
         (["estimate", f"{HERE}:build", "--set", "rmp=2"], "; did you mean 'ramp'?"),
