@@ -183,9 +183,14 @@ class LightningNowcastCallback(Callback):
         self.session.step = step
 
     def _report(self, report: NowcastReport) -> None:
-        """To every logger of the Trainer, in short."""
+        """To every logger of the Trainer, in short; the reason to those that write text, TensorBoard's and wandb's."""
         trainer = self._trainer
         if trainer is None:
             return
         for one in trainer.loggers:
-            one.log_metrics(report.in_short(), step=trainer.global_step)
+            writes_text = type(one).__name__ == "WandbLogger"
+            numbers: dict[str, Any] = {**report.in_short(), **(report.why() if writes_text else {})}
+            one.log_metrics(numbers, step=trainer.global_step)
+            add_text = getattr(getattr(one, "experiment", None), "add_text", None)
+            for name, text in report.why().items() if add_text is not None else ():
+                add_text(name, text, trainer.global_step)
