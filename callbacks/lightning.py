@@ -191,6 +191,6 @@ class LightningNowcastCallback(Callback):
             writes_text = type(one).__name__ == "WandbLogger"
             numbers: dict[str, Any] = {**report.in_short(), **(report.why() if writes_text else {})}
             one.log_metrics(numbers, step=trainer.global_step)
-            add_text = getattr(getattr(one, "experiment", None), "add_text", None)
-            for name, text in report.why().items() if add_text is not None else ():
-                add_text(name, text, trainer.global_step)
+            experiment: Any = getattr(one, "experiment", None)
+            if report.reason and hasattr(experiment, "add_text"):
+                experiment.add_text("nowcast/reason", report.reason, trainer.global_step)
