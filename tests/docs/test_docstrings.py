@@ -10,7 +10,7 @@ import pytest
 
 import nino
 
-OPTIONAL = ("transformers", "accelerate", "matplotlib")
+OPTIONAL = ("transformers", "accelerate", "matplotlib", "pytorch_lightning")
 
 
 def _modules() -> list[str]:
