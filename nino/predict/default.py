@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from nino.numbers import counted
 from nino.predict.confirmed import ConfirmedExtrapolator
 from nino.predict.predictor import Predictor
 from nino.predict.straight import CAUTIOUS_ERROR, StraightExtrapolator
@@ -26,7 +27,7 @@ def default_predictor(max_steps: int | None, goal: Goal = "loss") -> tuple[Predi
 
     Example:
         >>> default_predictor(1000)[1], default_predictor(100)[1]
-        ('', '"straight" predicts: 100 steps are few')
+        ('', '"straight" predicts: only 100 steps')
         >>> [default_predictor(100, goal)[0].error for goal in ("loss", "margins", "rewards")]
         [0.2, 0.1, 0.2]
     """
@@ -34,5 +35,5 @@ def default_predictor(max_steps: int | None, goal: Goal = "loss") -> tuple[Predi
         return StraightExtrapolator(), '"straight" predicts: rewards are followed, which are noisy'
     if max_steps is not None and 0 < max_steps < SHORT_RUN:
         predictor = StraightExtrapolator(CAUTIOUS_ERROR) if goal == "margins" else StraightExtrapolator()
-        return predictor, f'"straight" predicts: {max_steps} steps are few'
+        return predictor, f'"straight" predicts: only {counted(max_steps, "step")}'
     return ConfirmedExtrapolator(), ""

@@ -114,7 +114,7 @@ def test_what_predicts_by_default(
         nowcasts = begin(NowcastCallback(period=period), llama(), steps)
     assert nowcasts.session is not None and type(nowcasts.session.nowcaster) is expected
     said = [line for line in caplog.messages if "predicts:" in line]
-    assert said == ([f'"straight" predicts: {steps} steps are few'] if expected is StraightExtrapolator else [])
+    assert said == ([f'"straight" predicts: only {steps} steps'] if expected is StraightExtrapolator else [])
 
 
 def test_rewards_are_followed_by_straight_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
