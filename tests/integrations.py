@@ -1,9 +1,8 @@
-"""One training through every integration: the same model, batches, optimizer and schedule, in the loops that people
-write.
+"""One training through every integration: the same model, batches, optimizer and schedule, in the loops of people.
 
-A *integration* is a function ``(setting, folder, start, save) -> Outcome``. It trains ``setting.calls`` steps, or what
-is left
-of them after a checkpoint of ``start`` steps in ``folder``; it writes one after each number of steps in ``save``.
+An *integration* is a function ``(setting, folder, start, save) -> Outcome``. It trains ``setting.calls`` steps, or what
+is left of them after a checkpoint of ``start`` steps in ``folder``; it writes one after every number of steps in
+``save``.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import trainers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, GradientState
 from optimizers import Chained
@@ -28,7 +28,7 @@ from tiny import PERIOD, ScriptedNowcaster, Weights, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from nino import Nowcaster, NowcastOptimizer, NowcastPlan, NowcastReport, NowcastSession
 from nino.callbacks import NowcastCallback
@@ -54,11 +54,8 @@ class Net(nn.Module):
         return {"loss": F.mse_loss(outputs, labels), "logits": outputs}
 
 
-def llama() -> nn.Module:
-    """Its embedding and its last layer are one parameter."""
-    config = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
-    return LlamaForCausalLM(LlamaConfig(**config, **heads, tie_word_embeddings=True))
+llama = functools.partial(trainers.llama, tie_word_embeddings=True)
+"""Its embedding and its last layer are one parameter."""
 
 
 def llama_with_adapters() -> nn.Module:
@@ -381,10 +378,7 @@ def trainer(
         "metric_for_best_model": "loss",
         "logging_strategy": "no",
         "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
+        **trainers.QUIET,
     }
     data = {"train_dataset": setting.examples(), "eval_dataset": setting.examples()[:BATCH], **more}
     made = InOrder(model=model, args=TrainingArguments(**{**chosen, **(arguments or {})}), **data)

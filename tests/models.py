@@ -309,3 +309,8 @@ TRANSFORMERS = [
     Case("qwen3", qwen3, tokens, llama_axes(*GQA), 1e-6),
 ]
 CASES = CHAINS + TRANSFORMERS
+
+
+def case_named(name: str) -> Case:
+    (case,) = (case for case in CASES if case.name == name)
+    return case

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from tiny import Weights
 from torch import Tensor
 
 import nino
+from nino import Movement, Predictor
 from nino.graph.ir import EdgeBlock
 from nino.graph.rows import Place, place_of, whole_place
 from nino.parallel.rows import Rows
@@ -53,3 +57,29 @@ class OwnRows(Summing):
 
     def add_(self, sums: Tensor) -> Tensor:
         return self.sums.add_(sums)
+
+
+def in_threads(work: Callable[[int], Any], number: int = NUMBER) -> list[Any]:
+    """What a function returns in each of several threads at once, by the thread's number."""
+    found: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda rank=rank: found.update({rank: work(rank)})) for rank in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(number)]
+
+
+def predicted_by_rows(
+    predictor: Predictor, snapshots: list[Weights], horizon: int, graph: nino.NeuralGraph, **settings: Any
+) -> list[Movement]:
+    """Of every thread, which has its own rows of the snapshots alone."""
+    sums = Summing(NUMBER)
+
+    def work(rank: int) -> Movement:
+        partition = OwnRows(sums, rank, graph)
+        rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
+        own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
+        return predictor.predict_movement(own, horizon, graph, partition=partition, **settings)
+
+    return in_threads(work)

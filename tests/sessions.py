@@ -1,9 +1,11 @@
-"""Sessions on hand-driven weights, and what they said."""
+"""Sessions on hand-driven weights, what they said, and what goes wrong around them."""
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -38,3 +40,20 @@ def asked(nowcaster: ScriptedNowcaster) -> list[tuple[int, list[float]]]:
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    """What raises, as an answer for a :class:`ScriptedNowcaster` or in place of any function."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def through_file(state: Any, weights_only: bool = True) -> Any:
+    """A state as it is read again."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)

@@ -16,7 +16,11 @@ STEPS = 14
 """Updates of a run. Nowcasts after 6 and 12, of three in all: horizons 4 and 1."""
 
 
-def llama(seed: int = 0) -> LlamaForCausalLM:
+QUIET: dict[str, Any] = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+"""What the Trainer is to leave alone in a test."""
+
+
+def llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(
@@ -28,6 +32,7 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
                 num_attention_heads=2,
                 num_key_value_heads=1,
                 max_position_embeddings=16,
+                **config,
             )
         )
 
@@ -52,10 +57,7 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
+        **QUIET,
     }
     return TrainingArguments(**{**defaults, **settings})
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trainers import QUIET
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LETTERS = "0123456789+= "
@@ -61,10 +62,7 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
+        **QUIET,
         "bf16": False,
         "activation_checkpointing": False,
     }

@@ -31,6 +31,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def walked(graph: NeuralGraph, context: int = 3, dtype: torch.dtype = torch.float32) -> Snapshots:
+    """Weights that went straight on at random, oldest first."""
+    generator = torch.Generator().manual_seed(0)
+    start, steps = (
+        {name: torch.randn(shape, generator=generator) for name, shape in graph.shapes.items()} for _ in range(2)
+    )
+    return [{n: (start[n] + 0.1 * age * steps[n]).to(dtype) for n in start} for age in range(context)]
+
+
 def moved_model(
     build: Callable[[], nn.Module],
     dtype: torch.dtype = torch.float32,
@@ -40,11 +49,7 @@ def moved_model(
     """A model whose parameters walked at random, and where they were; the last snapshot is where they are."""
     model = build()
     graph = NeuralGraph.from_model(model)
-    generator = torch.Generator().manual_seed(0)
-    start, steps = (
-        {name: torch.randn(shape, generator=generator) for name, shape in graph.shapes.items()} for _ in range(2)
-    )
-    snapshots = [{n: (start[n] + 0.1 * age * steps[n]).to(dtype) for n in start} for age in range(context)]
+    snapshots = walked(graph, context, dtype)
     for name, parameter in model.named_parameters():
         if name in graph.shapes:
             parameter.data = LAYOUTS[layout](snapshots[-1][name].clone())
@@ -57,10 +62,12 @@ def random_nowcaster(**changes: Any) -> nino.Nowcaster:
         return nino.Nowcaster(build_network(nino.NowcasterConfig(hidden=16, **changes)))
 
 
-def random_snapshots(graph: NeuralGraph, context: int = 5) -> Snapshots:
-    generator = torch.Generator().manual_seed(5)
+def random_snapshots(
+    graph: NeuralGraph, context: int = 5, seed: int = 5, dtype: torch.dtype = torch.float64
+) -> Snapshots:
+    generator = torch.Generator().manual_seed(seed)
     return [
-        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in graph.shapes.items()}
+        {n: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for n, s in graph.shapes.items()}
         for _ in range(context)
     ]
 

@@ -195,3 +195,8 @@ WIRED = [
     Case("fused_by_head", FusedByHead, sequences, ("stream", "head", "dim", "value_dim"), wire=wire_fused_by_head),
     Case("quarters", Quarters, sequences, ("a", "b", "c", "d"), wire=wire_quarters),
 ]
+
+
+def wired_case(name: str) -> Case:
+    (case,) = (case for case in WIRED if case.name == name)
+    return case

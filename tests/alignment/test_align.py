@@ -9,7 +9,7 @@ from typing import Any
 import programs
 import pytest
 import torch
-from models import CASES, Case, images, randomised, vectors
+from models import CASES, Case, case_named, images, randomised, vectors
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from wired import WIRED
@@ -170,7 +170,7 @@ def test_batch_norm_keeps_the_statistics_of_its_neurons(affine: bool) -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    case = next(case for case in CASES if case.name == "llama_mha")
+    case = case_named("llama_mha")
     model = case.model()
     other, _ = shuffled(model, case.graph(model))
     aligned = nino.align(model, other, arguments(model, case.inputs())).model
@@ -179,7 +179,7 @@ def test_tied_weights_stay_tied() -> None:
 
 def test_activation_matching_recovers_a_permutation_too() -> None:
     for name in ("mlp", "pooled_cnn", "batch_norm_cnn"):
-        case = next(case for case in CASES if case.name == name)
+        case = case_named(name)
         model = case.model()
         graph = case.graph(model)
         other, drawn = shuffled(model, graph)
@@ -206,12 +206,12 @@ def test_independent_models_become_more_alike_and_keep_their_function() -> None:
 
 
 def permuted_heads(seed: int) -> Permutations:
-    case = next(case for case in CASES if case.name == "llama_gqa")
+    case = case_named("llama_gqa")
     return Permutations.random(case.graph(case.model()), torch.Generator().manual_seed(seed))
 
 
 def test_permutations_compose_and_invert(tmp_path: Path) -> None:
-    case = next(case for case in CASES if case.name == "llama_gqa")
+    case = case_named("llama_gqa")
     model = case.model()
     graph = case.graph(model)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}

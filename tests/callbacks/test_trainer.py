@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PERIOD, assert_same, planned, tiny_nowcaster, weights_of
+from tiny import PERIOD, assert_same, tiny_nowcaster, weights_of
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -100,26 +100,6 @@ def test_tokens_of_accumulated_batches_are_weighed_alike_everywhere(tmp_path: Pa
     assert hooks_of(by_callback.model) == 0
 
 
-def test_horizons_as_asked_for(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"max_horizon_steps": 6, "horizon_decay": 1, "stop_after": 20}
-    nowcast = callback(**settings)
-    trainer(tmp_path, nowcast, max_steps=26).train()
-
-    model = llama()
-    optimizer = NowcastOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-2),
-        model,
-        tiny_nowcaster(),
-        period=PERIOD,
-        max_steps=26,
-        **planned(settings),
-    )
-    trainer(tmp_path, model=model, optimizers=(optimizer, None), max_steps=26).train()
-
-    for reports in (nowcast.reports, optimizer.reports):
-        assert [(report.step, report.horizon) for report in reports] == [(6, 3), (12, 2), (18, 1)]
-
-
 def test_only_parameters_of_the_optimizer_are_nowcast(tmp_path: Path) -> None:
     model = llama()
     before = weights_of(model)
@@ -140,37 +120,16 @@ def test_the_wrapper_and_the_callback_together_are_refused(tmp_path: Path) -> No
         trainer(tmp_path, callback(), model=model, optimizers=wrapped_optimizers(model)).train()
 
 
-def test_a_model_of_an_unknown_family_is_traced_on_its_first_batch(tmp_path: Path) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Parameter(torch.randn(32, 32))
-
-        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": nn.functional.cross_entropy(self.table[input_ids].flatten(0, 1), labels.flatten())}
-
-    nowcast = callback()
-
-    model = Model()
-    trainer(tmp_path, nowcast, model=model).train()
-
-    assert [(r.step, r.has_moved) for r in nowcast.reports] == [(6, True), (12, True)]
-    assert nowcast.session is not None
-    assert nowcast.session.graph.family == "traced"
-    assert not model._forward_pre_hooks
-
-
 # Logs
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_log_history_and_losses(tmp_path: Path, accumulation: int) -> None:
+def test_log_history_and_losses(tmp_path: Path) -> None:
     # Losses are known one step after a nowcast, so it is logged then. Evaluations leave no trace in them.
     nowcast = callback()
     run = trainer(
         tmp_path,
         nowcast,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=4,
         eval_strategy="steps",
         eval_steps=1,
         eval_dataset=tokens(4),
@@ -595,20 +554,6 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path) -> None:
-    nowcast, interrupt = callback(), Interrupt()
-    run = trainer(tmp_path, nowcast, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
-    run.pop_callback(interrupt)
-
-    run.train()
-
-    assert [report.step for report in nowcast.reports] == [6, 12]
-    assert set(numbers(run.state.log_history)) == {7, 13}
-    assert hooks_of(run.model) == 0
-
-
 class Normed(nn.Module):
     """Has a batch norm, whose statistics are estimated anew after a jump."""
 
@@ -632,12 +577,15 @@ def test_after_an_interrupted_training_the_next_one_leaves_nothing(tmp_path: Pat
     if same == "model":
         del run, nowcast
         gc.collect()
-        run = trainer(tmp_path, callback(), model=model)
+        nowcast = callback()
+        run = trainer(tmp_path, nowcast, model=model)
     if same == "callback":
         run = trainer(tmp_path, nowcast, model=Normed())
 
     run.train()
 
+    assert [report.step for report in nowcast.reports] == [6, 12]
+    assert set(numbers(run.state.log_history)) == {7, 12}  # at the end there is no time to estimate statistics anew
     assert hooks_of(model) == hooks_of(run.model) == 0
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recordings import CNN
+from refusals import refused
 from torch import Tensor, nn
 
 from nino import NeuralGraph, TrajectoryError
-from nino.data import Trajectory, TrajectoryWriter, build_model, describe_sequential, describe_transformers
+from nino.data import Trajectory, TrajectoryWriter, build_model, describe_transformers
 from nino.data.trajectory import HEADER_FILE, STATES_FILE
 
 PARAMETERS = [("0.weight", (2, 3)), ("0.bias", (2,)), ("scale", ())]
@@ -39,17 +41,8 @@ def _write(folder: Path, num_states: int = 4, dtype: Any = "float32", killed: bo
 
 
 def _refused(folder: Path, *words: Any) -> None:
-    with pytest.raises(TrajectoryError) as error:
+    with refused(TrajectoryError, *words):
         Trajectory(folder)
-    _one_line(error, *words)
-
-
-def _one_line(error: pytest.ExceptionInfo[Exception], *words: Any) -> None:
-    message = str(error.value)
-    assert "\n" not in message.strip()
-    assert len(message) < 800
-    for word in words:
-        assert str(word) in message, f"{word!r} is not in {message!r}"
 
 
 # Writing and reading
@@ -121,9 +114,8 @@ def test_a_state_that_does_not_fit_is_refused_and_leaves_the_file_whole(tmp_path
         del state["0.bias"]
     else:
         state["0.bias"] = torch.zeros(3) if change == "wider" else torch.zeros(2, 1)
-    with pytest.raises(TrajectoryError) as error:
+    with refused(TrajectoryError, tmp_path, "step 50", "0.bias", (2,)):
         writer.append(50, state)
-    _one_line(error, tmp_path, "step 50", "0.bias", (2,))
     writer.append(75, _state(3))
     writer.close()
     run = Trajectory(tmp_path)
@@ -132,9 +124,8 @@ def test_a_state_that_does_not_fit_is_refused_and_leaves_the_file_whole(tmp_path
 
 
 def test_the_writer_refuses_other_number_formats(tmp_path: Path) -> None:
-    with pytest.raises(TrajectoryError) as error:
+    with refused(TrajectoryError, "float32", "float16", "'int8'"):
         _write(tmp_path, dtype="int8")
-    _one_line(error, "float32", "float16", "'int8'")
 
 
 def test_steps_of_a_writer_grow(tmp_path: Path) -> None:
@@ -145,13 +136,6 @@ def test_steps_of_a_writer_grow(tmp_path: Path) -> None:
 
 
 # A killed writer
-
-
-def test_an_unfinished_recording_is_readable(tmp_path: Path) -> None:
-    _write(tmp_path, num_states=3, killed=True)
-    run = Trajectory(tmp_path)
-    assert len(run) == 3
-    assert not run.complete
 
 
 @pytest.mark.parametrize(
@@ -297,9 +281,8 @@ def test_states_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
     writer.close()
     run = Trajectory(tmp_path)
     assert len(run.states([0, 1])) == 2  # the others can still be read
-    with pytest.raises(TrajectoryError) as error:
+    with refused(TrajectoryError, tmp_path, "NaN"):
         run.states([1, 2])
-    _one_line(error, tmp_path, "NaN")
 
 
 def test_a_state_beyond_the_range_of_float16_is_refused(tmp_path: Path) -> None:
@@ -312,15 +295,6 @@ def test_a_state_beyond_the_range_of_float16_is_refused(tmp_path: Path) -> None:
 
 # Architectures
 
-CNN = describe_sequential(
-    [
-        ("Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "stride": 2}),
-        ("ReLU", {}),
-        ("AdaptiveAvgPool2d", {"output_size": 1}),
-        ("Flatten", {}),
-        ("Linear", {"in_features": 4, "out_features": 2}),
-    ]
-)
 TINY = {"vocab_size": 7, "bos_token_id": 0, "eos_token_id": 0}
 GPT2 = describe_transformers("GPT2LMHeadModel", {"n_layer": 1, "n_head": 2, "n_embd": 4, "n_positions": 5, **TINY})
 LLAMA = describe_transformers(
@@ -345,7 +319,7 @@ def test_a_described_model_is_built_again(architecture: dict[str, Any]) -> None:
     assert {parameter.device.type for parameter in real.parameters()} == {"cpu"}
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
     assert NeuralGraph.from_model(meta).shapes == shapes
-    inputs = torch.zeros(1, 3, 8, 8) if architecture is CNN else torch.zeros(1, 4, dtype=torch.long)
+    inputs = torch.zeros(1, 2, 8, 8) if architecture is CNN else torch.zeros(1, 4, dtype=torch.long)
     real(inputs)
 
 
@@ -400,7 +374,6 @@ def test_what_cannot_be_built_is_refused_with_one_line(
     architecture: Any, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(TrajectoryError) as error:
+    with refused(TrajectoryError, *words):
         build_model(architecture, device="meta")
-    _one_line(error, *words)
     assert not list(tmp_path.iterdir())

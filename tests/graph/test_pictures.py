@@ -89,9 +89,9 @@ def test_a_large_graph_is_drawn_without_listing_its_edges(tmp_path: Path, monkey
 
 
 def test_blocks_of_a_part_of_a_group_are_drawn_there() -> None:
-    from wired import WIRED
+    from wired import wired_case
 
-    case = next(case for case in WIRED if case.name == "grouped")
+    case = wired_case("grouped")
     graph = case.graph(case.build())
     scale = Scale(graph.groups)
     block = next(block for block in graph.blocks if block.name == "mixing.weight" and block.narrow[0][1] == 3)

@@ -24,7 +24,7 @@ from models import (
 )
 from torch import Tensor, nn
 from walks import random_nowcaster, random_snapshots
-from wired import HEADS, WIRED, wire_fused_by_head
+from wired import HEADS, WIRED, wire_fused_by_head, wired_case
 
 import nino
 from nino import NeuralGraph
@@ -378,7 +378,7 @@ def test_fused_rows_in_another_order() -> None:
     def wire(builder: GraphBuilder) -> None:
         wire_fused_by_head(builder, lambda head, part: part * HEADS + head)
 
-    case = replace(next(case for case in WIRED if case.name == "fused_by_head"), wire=wire)
+    case = replace(wired_case("fused_by_head"), wire=wire)
     model = case.model()
     report = nino.check_wiring(model, case.inputs(), graph=case.graph(model), tolerance=1e-10)
     assert [axis.name for axis in report.groups if axis.passed is False] == ["head", "dim", "value_dim"]
@@ -386,7 +386,7 @@ def test_fused_rows_in_another_order() -> None:
 
 def test_parts_of_a_group_correspond_by_what_they_carry() -> None:
     """Gates and values of channel group 0 take the place of those of group 1, in whatever order they were wired."""
-    case = next(case for case in WIRED if case.name == "grouped")
+    case = wired_case("grouped")
     model = case.model()
     graph = case.graph(model)
     late = [block for block in graph.blocks if any(index == 1 for _, index in block.target.fixed)]
@@ -415,7 +415,7 @@ def test_every_head_is_relabelled_for_itself() -> None:
 
 def test_every_part_is_relabelled_for_itself() -> None:
     """The value rows of head h, which are its last, follow row h of the permutations; then heads change places."""
-    case = next(case for case in WIRED if case.name == "fused_by_head")
+    case = wired_case("fused_by_head")
     graph = case.graph(case.build())
     head, value_dim = (axis for axis in permutable_axes(graph) if axis.name in ("head", "value_dim"))
     state = {name: torch.arange(torch.Size(shape).numel()).view(shape) for name, shape in graph.shapes.items()}

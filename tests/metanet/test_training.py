@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES
+from models import CASES, case_named
 from torch import Tensor, nn
 
 import nino
@@ -98,7 +98,7 @@ def test_saved_networks_are_read_back(tmp_path: Path) -> None:
     [{"reverse": False}, {"edge_types": False}, {"auxiliary": False}, {"num_positions": 0}, {"inputs": "raw"}],
 )
 def test_settings_of_the_graph_change_what_is_read(setting: dict[str, object]) -> None:
-    case = next(case for case in CASES if case.name == "gpt2")
+    case = case_named("gpt2")
     model = case.model()
     graph = case.graph(model)
     for variant in ("mpnn", "ng-gnn", "ng-t"):
@@ -111,14 +111,14 @@ def test_settings_of_the_graph_change_what_is_read(setting: dict[str, object]) -
 
 
 def test_probes_are_made_for_models_of_words_and_of_images() -> None:
-    case = next(case for case in CASES if case.name == "gpt2")
+    case = case_named("gpt2")
     model = case.model()
     net = GraphMetanetwork(variant="probe", hidden=8)
     net.config = MetanetConfig(**{**net.config.as_dict(), "probe_shape": (6,), "probe_vocabulary": 11})
     assert net(model, case.graph(model)).shape == (1,)
     image = CASES[2].model()
     assert nino.metanet.GraphMetanetwork(variant="probe")(image, CASES[2].graph(image)).shape == (1,)
-    flat = next(case for case in CASES if case.name == "flat_cnn")
+    flat = case_named("flat_cnn")
     net = GraphMetanetwork(variant="probe")
     assert (
         net(flat.model(), flat.graph(flat.model())).shape == (1,) and net.config.probe_shape == flat.inputs().shape[1:]

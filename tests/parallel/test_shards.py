@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import CASES, Case
-from partitions import NUMBER, OwnRows, Summing
+from partitions import Summing, in_threads, predicted_by_rows
 from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, train, weights_of, wrapped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from walks import random_snapshots
 from wired import WIRED
 
 import nino
@@ -35,14 +33,6 @@ from nino.predict.work_partition import deal
 from nino.session import NowcastSession
 from nino.session.saving import discard_saved
 from nino.snapshots import SnapshotStore
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
 
 # Rows
 
@@ -105,20 +95,15 @@ def test_dealing_leaves_nothing_out_and_is_even(number: int) -> None:
 )
 def test_moments_of_shards_are_those_of_the_whole(values: Tensor) -> None:
     cuts = [0, 13, 40, 40]  # the last process has nothing
-    partition, found = Summing(3), {}
+    partition = Summing(3)
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> Standardiser:
         own = values[cuts[rank] : cuts[rank + 1]]
         measured = SnapshotStatistics.of(own.split(2, dim=1), inputs="movements")
-        found[rank] = add_statistics([(measured, rank == 0)], partition)[0].standardiser("movements")
+        return add_statistics([(measured, rank == 0)], partition)[0].standardiser("movements")
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
     expected = Standardiser.of(values.split(2, dim=1), inputs="movements")
-    for scaler in found.values():
+    for scaler in in_threads(work, 3):
         torch.testing.assert_close(scaler.std, expected.std, rtol=2e-6, atol=0)  # 0 stays exactly 0
         torch.testing.assert_close(scaler.mean, expected.mean, rtol=1e-7, atol=0)
         torch.testing.assert_close(scaler.unit, expected.unit, rtol=2e-6, atol=0)
@@ -135,30 +120,11 @@ def test_rows_of_hand_made_blocks_are_predicted_as_the_whole(case: Case) -> None
 
 def check_rows_of_threads(of_one: nino.NeuralGraph, graph: nino.NeuralGraph) -> None:
     """Threads that have some rows each predict on a graph what one alone does on its own."""
-    caster = tiny_nowcaster()
-    context = caster.config.context
-    generator = torch.Generator().manual_seed(0)
-    snapshots = [
-        {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in graph.shapes.items()}
-        for _ in range(context)
-    ]
+    caster, snapshots = tiny_nowcaster(), random_snapshots(graph, context=3)
     expected = caster.predict(snapshots, 1, of_one, dtype=torch.float64)
-    sums, found = Summing(NUMBER), {}
-
-    def work(rank: int) -> None:
-        partition = OwnRows(sums, rank, graph)
-        rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
-        own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
-        movement = caster.predict_movement(own, 1, graph, dtype=torch.float64, partition=partition)
-        found[rank] = {name: own[-1][name] + way for name, way in movement.tensors.items()}
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(NUMBER)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = predicted_by_rows(caster, snapshots, 1, graph, dtype=torch.float64)
     for name, tensor in expected.items():
-        whole = torch.cat([found[rank][name] for rank in range(NUMBER)])
+        whole = snapshots[-1][name] + torch.cat([movement.tensors[name] for movement in found])
         change = (tensor - snapshots[-1][name]).abs().max()
         assert (whole - tensor).abs().max() <= 1e-9 * change, name
 

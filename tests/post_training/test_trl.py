@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import math
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny import assert_same, weights_of
 
 pytest.importorskip("trl")
+pytest.importorskip("peft")
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 from trl_runs import PERIOD, STEPS, dpo, grpo, llama, reward_model, sft
 
 from nino import NinoError, NowcastPlan
 from nino.callbacks import NowcastCallback
 from nino.callbacks.host import BookedRewards
+from nino.checkpoints import nowcast_checkpoints
 from nino.predict.confirmed import ConfirmedExtrapolator
 from nino.predict.straight import StraightExtrapolator
 
@@ -37,9 +43,16 @@ def outcomes(nowcasts: NowcastCallback) -> list[str]:
     return [report.outcome for report in nowcasts.reports]
 
 
-def weights(trainer: object) -> dict[str, torch.Tensor]:
-    model = trainer.model  # type: ignore[attr-defined]
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+def moved_in(trainer: Any) -> set[str]:
+    """The names of the parameters that a training changes."""
+    before = weights_of(trainer.model)
+    trainer.train()
+    return {name for name, p in weights_of(trainer.model).items() if not torch.equal(p, before[name])}
+
+
+def lora(model: Any) -> set[str]:
+    """The names of a model's adapters."""
+    return {name for name, _ in model.named_parameters() if "lora" in name}
 
 
 def test_supervised_fine_tuning_jumps(tmp_path):
@@ -47,20 +60,14 @@ def test_supervised_fine_tuning_jumps(tmp_path):
     trainer = sft(tmp_path, [nowcasts])
     trainer.train()
     assert outcomes(nowcasts) == ["applied"] * DUE
-    assert all(bool(p.isfinite().all()) for p in weights(trainer).values())
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 def test_adapters_alone_move(tmp_path):
-    from peft import LoraConfig
-
     nowcasts = callback()
     trainer = sft(tmp_path, [nowcasts], peft_config=LoraConfig(r=2, target_modules="all-linear"))
-    before = weights(trainer)
-    trainer.train()
+    assert moved_in(trainer) == lora(trainer.model)
     assert outcomes(nowcasts) == ["applied"] * DUE
-    after = weights(trainer)
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in after if "lora" in name}
 
 
 def test_preferences_move_the_policy_and_leave_its_reference(tmp_path, caplog):
@@ -85,33 +92,22 @@ def test_rewards_move_the_policy(tmp_path):
     assert outcomes(nowcasts) == ["applied"] * DUE
 
 
-def test_a_constant_reward_moves_nothing(tmp_path, caplog):
-    nowcasts = callback("straight")
+@pytest.mark.parametrize(
+    ("name", "times", "says"),
+    [("straight", DUE, "do not move straight on"), ("confirmed", 1, "the weights stand still")],
+)
+def test_a_constant_reward_moves_nothing(tmp_path, caplog, name, times, says):
+    nowcasts = callback(name)
     trainer = grpo(tmp_path, [nowcasts], lambda completions, **others: [1.0] * len(completions))
-    before = weights(trainer)
     with caplog.at_level(logging.INFO, "nino"):
-        trainer.train()
-    assert outcomes(nowcasts) == ["left out"] * DUE
-    assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
-    assert sum("do not move straight on" in line for line in caplog.messages) == DUE
+        assert moved_in(trainer) == set()
+    assert outcomes(nowcasts) == ["left out"] * times
+    assert sum(says in line for line in caplog.messages) == times
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "nino" in record.name]
-
-
-def test_a_constant_reward_leaves_nothing_to_confirm(tmp_path, caplog):
-    nowcasts = callback("confirmed")
-    trainer = grpo(tmp_path, [nowcasts], lambda completions, **others: [1.0] * len(completions))
-    before = weights(trainer)
-    with caplog.at_level(logging.INFO, "nino"):
-        trainer.train()
-    assert outcomes(nowcasts) == ["left out"]
-    assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
-    assert sum("the weights stand still" in line for line in caplog.messages) == 1
 
 
 def test_preferences_are_followed_with_half_the_trust(tmp_path):
     """Also with adapters, where the model under them is the reference."""
-    from peft import LoraConfig
-
     errors = []
     for number, begin in enumerate((dpo, dpo, sft, reward_model)):
         nowcasts = NowcastCallback(period=PERIOD)
@@ -153,7 +149,7 @@ def test_rewards_that_are_not_numbers_do_not_end_the_run(tmp_path):
     trainer = grpo(tmp_path, [nowcasts], lambda completions, **others: [math.nan] * len(completions))
     trainer.train()
     assert trainer.state.global_step == STEPS
-    assert "applied" not in outcomes(nowcasts) or all(bool(p.isfinite().all()) for p in weights(trainer).values())
+    assert "applied" not in outcomes(nowcasts) or all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 def test_epochs_instead_of_steps(tmp_path):
@@ -172,65 +168,51 @@ def test_bfloat16_weights_with_activation_checkpointing(tmp_path):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["linear", "straight", "confirmed"])
-def test_a_run_resumes_bit_for_bit(tmp_path, name):
-    whole = sft(tmp_path / "whole", [callback(name)])
+SOME = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "steps"),
+    [
+        (sft, "linear", [10, 15]),
+        (sft, "straight", [10, 15]),
+        (sft, "confirmed", [15]),
+        (partial(sft, peft_config=SOME), "adapters", [10, 15]),  # in the middle of their products
+        (partial(grpo, reward=letters), "linear", [10, 15]),
+    ],
+    ids=["linear", "straight", "confirmed", "adapters", "rewards"],
+)
+def test_a_run_resumes_bit_for_bit(tmp_path, make, name, steps):
+    whole = make(tmp_path / "whole", [callback(name)])
     whole.train()
-    first = sft(tmp_path / "parts", [callback(name)], save_strategy="steps", save_steps=8)
-    first.train()
+    make(tmp_path / "parts", [callback(name)], save_strategy="steps", save_steps=8).train()
     nowcasts = callback(name)
-    second = sft(tmp_path / "parts", [nowcasts])
+    second = make(tmp_path / "parts", [nowcasts])
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8"))
-    assert [report.step for report in nowcasts.reports] == ([15] if name == "confirmed" else [10, 15])
-    expected = weights(whole)
-    assert all(torch.equal(expected[part], p) for part, p in weights(second).items())
+    assert [report.step for report in nowcasts.reports] == steps
+    assert_same(weights_of(second.model), weights_of(whole.model))
 
 
-def test_adapters_resume_bit_for_bit_in_the_middle_of_their_products(tmp_path):
-    from peft import LoraConfig
-
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    whole = sft(tmp_path / "whole", [callback("adapters")], peft_config=config)
-    whole.train()
-    sft(tmp_path / "parts", [callback("adapters")], peft_config=config, save_strategy="steps", save_steps=8).train()
-    nowcasts = callback("adapters")
-    second = sft(tmp_path / "parts", [nowcasts], peft_config=config)
-    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8"))
-    assert [report.step for report in nowcasts.reports] == [10, 15]
-    expected = weights(whole)
-    assert all(torch.equal(expected[part], p) for part, p in weights(second).items())
-
-
-def test_rewards_resume_bit_for_bit(tmp_path):
-    whole = grpo(tmp_path / "whole", [callback()], letters)
-    whole.train()
-    grpo(tmp_path / "parts", [callback()], letters, save_strategy="steps", save_steps=8).train()
-    nowcasts = callback()
-    second = grpo(tmp_path / "parts", [nowcasts], letters)
-    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8"))
-    assert [report.step for report in nowcasts.reports] == [10, 15]
-    expected = weights(whole)
-    assert all(torch.equal(expected[part], p) for part, p in weights(second).items())
+def with_two_adapters() -> Any:
+    model = get_peft_model(llama(), SOME)
+    model.add_adapter("other", SOME)
+    return model
 
 
 @pytest.mark.parametrize("name", ["adapters", "confirmed"])
 def test_two_adapters_at_once(tmp_path, name):
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(llama(), config)
-    model.add_adapter("other", config)
+    model, nowcasts = with_two_adapters(), callback(name)
     model.base_model.set_adapter(["default", "other"])
-    nowcasts = callback(name)
-    trainer = sft(tmp_path, [nowcasts], model)
-    before = weights(trainer)
-    trainer.train()
+    assert moved_in(sft(tmp_path, [nowcasts], model)) == lora(model)
     assert set(outcomes(nowcasts)) <= {"applied", "left out"} and nowcasts.reports
-    after = weights(trainer)
-    changed = {part for part in after if not torch.equal(before[part], after[part])}
-    assert changed == {part for part in after if "lora" in part}
     assert nowcasts.session is not None
-    assert nowcasts.session.trainable_parameters().keys() == changed
+    assert nowcasts.session.trainable_parameters().keys() == lora(model)
+
+
+def test_two_adapters_of_which_one_is_trained(tmp_path):
+    model, nowcasts = with_two_adapters(), callback()
+    assert moved_in(sft(tmp_path, [nowcasts], model)) == {name for name in lora(model) if ".default." in name}
+    assert outcomes(nowcasts) == ["applied"] * DUE
 
 
 class Int8Linear(torch.nn.Linear):
@@ -248,44 +230,18 @@ class Int8Linear(torch.nn.Linear):
 
 @pytest.mark.parametrize("name", ["adapters", "straight", "confirmed"])
 def test_adapters_on_a_quantised_base(tmp_path, name):
-    from peft import LoraConfig, get_peft_model
-
     model = llama()
     for layer in model.model.layers:
         for part, block in list(layer.named_modules()):
             if isinstance(block, torch.nn.Linear):
                 layer.set_submodule(part, Int8Linear(block))
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    nowcasts = NowcastCallback(name, period=PERIOD)
-    trainer = sft(tmp_path, [nowcasts], adapted)
-    before = weights(trainer)
-    trainer.train()
+    adapted, nowcasts = get_peft_model(model, SOME), NowcastCallback(name, period=PERIOD)
+    assert moved_in(sft(tmp_path, [nowcasts], adapted)) == lora(adapted)
     assert set(outcomes(nowcasts)) <= {"applied", "left out"} and nowcasts.reports
-    after = weights(trainer)
-    changed = {part for part in after if not torch.equal(before[part], after[part])}
-    assert changed == {part for part in after if "lora" in part}
-    assert sum(p.dtype == torch.int8 for p in after.values()) == 7
-
-
-def test_two_adapters_of_which_one_is_trained(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(llama(), config)
-    model.add_adapter("other", config)
-    nowcasts = callback()
-    trainer = sft(tmp_path, [nowcasts], model)
-    before = weights(trainer)
-    trainer.train()
-    assert outcomes(nowcasts) == ["applied"] * DUE
-    after = weights(trainer)
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in after if ".default." in name}
+    assert sum(p.dtype == torch.int8 for p in adapted.parameters()) == 7
 
 
 def test_a_run_that_its_reward_stops_before_its_first_jump(tmp_path):
-    from transformers import TrainerCallback
-
     class Enough(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             control.should_training_stop = (logs or {}).get("reward", 0.0) >= 0.0
@@ -298,8 +254,6 @@ def test_a_run_that_its_reward_stops_before_its_first_jump(tmp_path):
 
 
 def test_a_run_that_is_stopped_before_its_first_jump(tmp_path):
-    from transformers import TrainerCallback
-
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == PERIOD - 2
@@ -319,9 +273,6 @@ def test_a_reward_model_moves_with_its_head(tmp_path):
 
 
 def test_a_rank_that_changes_starts_the_history_afresh(tmp_path, caplog):
-    from peft import LoraConfig, get_peft_model
-    from transformers import TrainerCallback
-
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
 
     class Shrink(TrainerCallback):
@@ -352,8 +303,6 @@ ENOUGH = 45
 
 def begun(kind: str, folder: Path, callbacks: list[NowcastCallback]) -> Any:
     """A trainer of bfloat16 weights with adapters and gradient checkpointing, for the bare callback."""
-    from peft import LoraConfig
-
     more: dict[str, Any] = {
         "peft_config": LoraConfig(r=2, target_modules="all-linear"),
         "max_steps": ENOUGH,
@@ -373,14 +322,10 @@ def test_a_bare_callback_does_good_or_nothing(tmp_path, kind):
     plain.train()
     nowcasts = NowcastCallback()
     trainer = begun(kind, tmp_path / "nowcast", [nowcasts])
-    before = weights(trainer)
-    trainer.train()
+    assert moved_in(trainer) <= lora(trainer.model)
     assert trainer.state.global_step == ENOUGH and len(nowcasts.reports) == 2
     assert set(outcomes(nowcasts)) <= {"applied", "left out", "rolled back"}
-    after = weights(trainer)
-    changed = {part for part in after if not torch.equal(before[part], after[part])}
-    assert changed <= {part for part in after if "lora" in part}
-    assert all(bool(p.isfinite().all()) for p in after.values())
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
     if "applied" not in outcomes(nowcasts):
         return
     ends = [_end(one, "reward" if kind == "grpo" else "loss") for one in (plain, trainer)]
@@ -403,23 +348,17 @@ def test_a_bare_callback_resumes_bit_for_bit(tmp_path, kind):
     first.train()
     second = begun(kind, tmp_path / "parts", [NowcastCallback()])
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-22"))
-    expected = weights(whole)
-    assert all(torch.equal(expected[part], p) for part, p in weights(second).items())
+    assert_same(weights_of(second.model), weights_of(whole.model))
 
 
 def test_adapters_that_were_saved_are_nowcast_and_trained_further(tmp_path):
-    from peft import LoraConfig
-
-    from nino.checkpoints import nowcast_checkpoints
-
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    sft(tmp_path, [], peft_config=config, save_strategy="steps", save_steps=4).train()
+    sft(tmp_path, [], peft_config=SOME, save_strategy="steps", save_steps=4).train()
     result = nowcast_checkpoints([tmp_path], tmp_path / "nowcast", horizon=2)
     assert result.steps == [4, 8, 12, 16, 20] and result.parameters == 4
-    trainer = sft(tmp_path / "next", [], peft_config=config, max_steps=STEPS + 2)
+    trainer = sft(tmp_path / "next", [], peft_config=SOME, max_steps=STEPS + 2)
     trainer.train(resume_from_checkpoint=str(tmp_path / "nowcast"))
     assert trainer.state.global_step == STEPS + 2
-    assert all(bool(p.isfinite().all()) for p in weights(trainer).values())
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 def test_the_rewards_of_a_log_are_told_once():

@@ -1,17 +1,15 @@
-"""Confirmed extrapolation: its formula, block by block, by several processes, and what it leaves alone."""
+"""Confirmed extrapolation: its formula, block by block, and what it leaves alone; the rest is in test_extrapolators."""
 
 from __future__ import annotations
 
 import math
-import threading
 
 import pytest
 import torch
 from models import gpt2
-from partitions import NUMBER, OwnRows, Summing
 from walks import moved_model
 
-from nino import NeuralGraph, NinoError, SnapshotError, load_predictor
+from nino import NeuralGraph
 from nino.errors import CrookedPathError
 from nino.predict.confirmed import ConfirmedExtrapolator, minmod
 
@@ -57,54 +55,9 @@ def walk(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, NeuralGra
     return model, graph, snapshots
 
 
-def test_matrices_keep_their_norms() -> None:
-    _, graph, snapshots = walk()
-    movement = ConfirmedExtrapolator().predict_movement(snapshots, 2, graph, preserve_norms=True)
-    for name, shape in graph.shapes.items():
-        if len(shape) > 1:
-            last = snapshots[-1][name]
-            torch.testing.assert_close((last + movement.tensors[name]).norm(), last.norm(), rtol=1e-4, atol=1e-5)
-
-
-def test_several_processes_come_to_what_one_does() -> None:
-    _, graph, snapshots = walk(torch.float64)
-    expected, sums, found = ConfirmedExtrapolator().predict_movement(snapshots, 2, graph), Summing(NUMBER), {}
-
-    def work(rank: int) -> None:
-        partition = OwnRows(sums, rank, graph)
-        rows = {name: partition.held_rows(name, shape) for name, shape in graph.shapes.items()}
-        own = [{n: s[n][rows[n].start : rows[n].stop].clone() for n in s} for s in snapshots]
-        found[rank] = ConfirmedExtrapolator().predict_movement(own, 2, graph, partition=partition)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(NUMBER)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for name, way in expected.tensors.items():
-        torch.testing.assert_close(torch.cat([found[rank].tensors[name] for rank in range(NUMBER)]), way)
-    for movement in found.values():
-        assert (movement.distance, movement.norm) == pytest.approx((expected.distance, expected.norm))
-
-
 def test_weights_that_stand_still_confirm_nothing() -> None:
     _, graph, snapshots = walk()
     with pytest.raises(CrookedPathError, match="stand still"):
         ConfirmedExtrapolator().predict_movement([snapshots[0]] * 3, 2, graph)
     moved = [snapshots[0], snapshots[0], snapshots[2]]
     assert ConfirmedExtrapolator().predict_movement(moved, 2, graph).distance == 0
-
-
-def test_what_it_refuses() -> None:
-    _, graph, snapshots = walk()
-    with pytest.raises(NinoError, match="horizon"):
-        ConfirmedExtrapolator().predict_movement(snapshots, 3, graph)
-    with pytest.raises(SnapshotError, match="reads 3 snapshots"):
-        ConfirmedExtrapolator().predict_movement(snapshots[:2], 2, graph)
-    next(iter(snapshots[1].values())).view(-1)[0] = math.nan
-    with pytest.raises(SnapshotError, match="NaN"):
-        ConfirmedExtrapolator().predict_movement(snapshots, 2, graph)
-
-
-def test_it_has_a_name() -> None:
-    assert isinstance(load_predictor("confirmed"), ConfirmedExtrapolator)

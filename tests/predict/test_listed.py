@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,20 +21,12 @@ from nino.predict.engine.listed import ListedGraph
 from nino.predict.movement import Movement
 from nino.predict.standardise import SnapshotStatistics
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("own_kernels"),
+]
 FAMILIES: dict[str, Callable[[], nn.Module]] = {"gpt2": gpt2, "llama": llama_gqa, "kernels": wide_kernel_cnn}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Libraries of these tests go into a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NINO_CACHE", str(tmp_path_factory.mktemp("kernels")))
-        patch.delenv("NINO_NATIVE", raising=False)
-        native._library.cache_clear()
-        yield
-    native._library.cache_clear()
 
 
 def both(monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype, **request: Any) -> tuple[Movement, Movement]:

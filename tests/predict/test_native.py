@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,7 @@ FORMATS = [torch.float32]
 if torch.cpu.get_capabilities().get("avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else False:
     FORMATS.append(torch.bfloat16)
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Libraries of these tests go into a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NINO_CACHE", str(tmp_path_factory.mktemp("kernels")))
-        patch.delenv("NINO_NATIVE", raising=False)
-        native._library.cache_clear()
-        yield
-    native._library.cache_clear()
+pytestmark = pytest.mark.usefixtures("own_kernels")
 
 
 def compiled(hidden: int, product_dtype: torch.dtype = torch.float32) -> native.NativeKernels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sessions import failing, warnings_in
 from stores import are_held, tensors_in
 from tiny import ScriptedNowcaster, Weights, add, assert_same, mlp, train, weights_of, wrapped
 from torch import Tensor, nn
@@ -58,10 +59,7 @@ def test_after_the_last_nowcast_of_a_plan_nothing_is_kept_or_added_up() -> None:
 
 
 def test_a_nowcast_that_fails_leaves_the_live_weights_and_not_the_mean() -> None:
-    def break_down(newest: Weights) -> Weights:
-        raise RuntimeError("no")
-
-    session = counting(ScriptedNowcaster(break_down))
+    session = counting(ScriptedNowcaster(failing(RuntimeError("no"))))
     count_on(session, 12)
     assert session.model[0].weight[0, 0] == 12
     assert not session.reports or not session.reports[-1].has_moved
@@ -84,10 +82,8 @@ def test_no_room_for_the_mean_costs_the_mean_alone(
     count_on(session, 12)
     assert [snapshot["0.weight"][0, 0].item() for snapshot in nowcaster.asked[0][1]] == [3, 7.5, 12]
     assert session.model[0].weight[0, 0] == 112
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [line.split(",")[0] for line in warnings] == [
-        f"no mean of the weights after step {step}" for step in (6, 11)
-    ]
+    said = [line.split(",")[0] for line in warnings_in(caplog)]
+    assert said == [f"no mean of the weights after step {step}" for step in (6, 11)]
 
 
 def test_a_mean_of_many_steps_is_made_of_twenty() -> None:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from dying import STEPS, WINDOW, Run
 from sessions import warnings_in
-from tiny import PERIOD, ScriptedNowcaster, assert_same, mlp, tiny_nowcaster, weights_of, wrapped
+from tiny import PERIOD, ScriptedNowcaster, add, assert_same, mlp, tiny_nowcaster, weights_of, wrapped
 from torch import Tensor, nn
 
 import nino
@@ -65,6 +65,11 @@ def kill_at_its_point(processes: Any, program: Callable[..., None], *arguments: 
 def uninterrupted() -> dict[str, Tensor]:
     """The weights after a whole run."""
     return weights_of(Run().train().model)
+
+
+def without_nowcasts(steps: int) -> dict[str, Tensor]:
+    """The weights after so many steps of plain training."""
+    return weights_of(Run(period=60, max_steps=None).train(steps).model)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,7 @@ def test_a_full_disk_under_the_history(small_disk: Path, caplog: pytest.LogCaptu
     run = Run(small_disk / "snapshots", "disk")
     filler = fill_up(small_disk)
     run.train(PERIOD)
-    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert_same(weights_of(run.model), without_nowcasts(PERIOD))
     assert len(warnings_in(caplog)) == 2  # not one for every snapshot
     assert warnings_in(caplog)[0] == "no snapshot after step 2, training goes on: [Errno 28] No space left on device"
     assert warnings_in(caplog)[1] == (
@@ -140,7 +145,7 @@ def test_a_full_disk_under_the_rollback_copy(small_disk: Path, caplog: pytest.Lo
     filler = fill_up(small_disk, free_bytes=3 * os.sysconf("SC_PAGE_SIZE"))  # a page for every snapshot
     run.train(PERIOD)
 
-    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert_same(weights_of(run.model), without_nowcasts(PERIOD))
     assert warnings_in(caplog) == [
         "nowcast after step 6 was refused, training goes on: [Errno 28] No space left on device"
     ]
@@ -203,7 +208,7 @@ def test_nan_losses_before_a_nowcast_are_no_reason_to_trust_it(caplog: pytest.Lo
     run = Run(max_steps=None)
     run.train(PERIOD, observed=nan)
 
-    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert_same(weights_of(run.model), without_nowcasts(PERIOD))
     assert warnings_in(caplog) == [
         "nowcast after step 6 was refused, training goes on: 6 of the last 6 training losses are NaN or infinite, so "
         "it could not be judged"
@@ -212,7 +217,7 @@ def test_nan_losses_before_a_nowcast_are_no_reason_to_trust_it(caplog: pytest.Lo
 
 
 def test_a_single_nan_loss_before_a_nowcast_does_not_hide_a_bad_one() -> None:
-    run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
+    run = Run(nowcaster=ScriptedNowcaster(add(30)))
     run.train(3).train(4, observed=nan).train(PERIOD)
     before = weights_of(run.model)
     run.train(PERIOD + WINDOW)
@@ -223,7 +228,7 @@ def test_a_single_nan_loss_before_a_nowcast_does_not_hide_a_bad_one() -> None:
 
 
 def test_a_single_nan_loss_before_a_nowcast_does_not_speak_against_a_good_one() -> None:
-    run = Run(nowcaster=ScriptedNowcaster(lambda newest: newest)).train(3).train(4, observed=nan)
+    run = Run(nowcaster=ScriptedNowcaster(add(0))).train(3).train(4, observed=nan)
     run.train(PERIOD + WINDOW, observed=lambda loss: loss * 0)
 
     assert run.optimizer.reports[0].outcome != "rolled back"
@@ -242,8 +247,8 @@ def test_losses_that_become_nan_in_the_rollback_window_undo_the_nowcast() -> Non
     assert not all(bool(value.isfinite().all()) for value in weights_of(run.model).values())
     run.train(PERIOD + WINDOW)
 
-    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
-    run.session.nowcaster.answer = lambda newest: {n: v + 1e-3 for n, v in newest.items()}
+    assert_same(weights_of(run.model), without_nowcasts(PERIOD))
+    run.session.nowcaster.answer = add(1e-3)
     assert [report.has_moved for report in run.train().optimizer.reports] == [True] * 3
     assert run.optimizer.reports[0].outcome == "rolled back"
 
@@ -277,7 +282,7 @@ def test_a_prediction_that_is_nan_in_its_last_piece_only(
     monkeypatch.setattr(MovementWriter, "write", spoilt)
     run = Run().train(PERIOD)
     assert len(calls) == 4
-    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert_same(weights_of(run.model), without_nowcasts(PERIOD))
     assert "is NaN or infinite in torch.float32; it was refused" in warnings_in(caplog)[0]
 
     assert [report.has_moved for report in run.train().optimizer.reports] == [False, True, True]
@@ -354,7 +359,7 @@ def test_a_model_that_changes_between_snapshots(change: Any, line: str, caplog: 
 
 
 def test_a_change_right_before_a_nowcast_is_no_lack_of_losses(caplog: pytest.LogCaptureFixture) -> None:
-    run = Run(nowcaster=ScriptedNowcaster(lambda newest: newest)).train(2 * PERIOD - 1)
+    run = Run(nowcaster=ScriptedNowcaster(add(0))).train(2 * PERIOD - 1)
     replace(run)
     run.train(2 * PERIOD)
 
@@ -409,7 +414,7 @@ def test_a_model_that_is_completed_after_it_was_wrapped(caplog: pytest.LogCaptur
     append(run)
     run.train(PERIOD - 1)
     last = weights_of(run.model[3])
-    run.session.jumps.predictor = ScriptedNowcaster(lambda newest: {name: value + 10 for name, value in newest.items()})
+    run.session.jumps.predictor = ScriptedNowcaster(add(10))
     run.train(PERIOD)
 
     assert (run.model[3].weight - last["weight"]).min() > 9
@@ -433,7 +438,7 @@ def test_a_model_that_was_completed_to_what_cannot_be_wired_trains_without_nowca
 
 
 def test_a_module_that_is_replaced_in_the_rollback_window_is_not_overwritten(caplog: pytest.LogCaptureFixture) -> None:
-    run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
+    run = Run(nowcaster=ScriptedNowcaster(add(30)))
     run.train(PERIOD + 1)
     replace(run)
     fresh = weights_of(run.model)["2.weight"]
@@ -493,7 +498,7 @@ def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
     def run() -> Run:
         model = mlp()
         model[0].requires_grad_(False)
-        return Run(model=model, nowcaster=ScriptedNowcaster(lambda newest: {n: v + 30 for n, v in newest.items()}))
+        return Run(model=model, nowcaster=ScriptedNowcaster(add(30)))
 
     run().train(saved_at).save(tmp_path / "checkpoint.pt")
     caplog.clear()
@@ -512,13 +517,13 @@ def test_a_layer_that_is_unfrozen_after_loading_and_before_the_first_update(
 
 
 def test_a_layer_that_is_frozen_in_the_rollback_window_is_rolled_back_with_the_others() -> None:
-    run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
+    run = Run(nowcaster=ScriptedNowcaster(add(30)))
     run.train(PERIOD + 1)
     run.model[0].requires_grad_(False)
     run.train(PERIOD + WINDOW)
 
     assert run.optimizer.reports[0].outcome == "rolled back"
-    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert_same(weights_of(run.model), without_nowcasts(PERIOD))
 
 
 # Interrupts
@@ -578,7 +583,7 @@ def test_an_interrupted_nowcast_leaves_the_weights_whole(
 
 
 def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = Run(nowcaster=ScriptedNowcaster(lambda newest: {name: value + 30 for name, value in newest.items()}))
+    run = Run(nowcaster=ScriptedNowcaster(add(30)))
     run.train(PERIOD + WINDOW - 1)
     after_step = run.session.after_step
     monkeypatch.setattr(run.session, "after_step", lambda: (interrupt_copies(monkeypatch, signal.SIGINT), after_step()))
@@ -586,7 +591,7 @@ def test_an_interrupted_roll_back_is_finished_first(monkeypatch: pytest.MonkeyPa
         run.train(PERIOD + WINDOW)
     monkeypatch.undo()
 
-    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert_same(weights_of(run.model), without_nowcasts(PERIOD))
     assert (run.optimizer.reports[0].outcome == "rolled back") and run.session.monitor.backoff.failures == 1
     run.save(tmp_path / "checkpoint.pt")  # as who is interrupted does
     resumed = Run(nowcaster=run.session.nowcaster).load(tmp_path / "checkpoint.pt").train()
@@ -607,7 +612,7 @@ def test_an_interrupt_between_a_nowcast_and_its_report_puts_the_weights_back(mon
         run.train(PERIOD)
 
     assert run.optimizer.reports == []
-    assert_same(weights_of(run.model), weights_of(Run(period=60, max_steps=None).train(PERIOD).model))
+    assert_same(weights_of(run.model), without_nowcasts(PERIOD))
 
 
 def test_a_report_that_nobody_could_take_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -628,26 +633,17 @@ def test_a_report_that_nobody_could_take_does_not_end_the_run(caplog: pytest.Log
     ]
 
 
-# Short runs and runs of unknown length
+# Short runs
 
 
 def test_a_run_shorter_than_a_period_is_plain_training_and_can_be_extended(tmp_path: Path) -> None:
     short = Run(max_steps=PERIOD - 1).train(PERIOD - 1)
     short.save(tmp_path / "checkpoint.pt")
-    plain = Run(period=60, max_steps=None).train(PERIOD - 1)
-    assert_same(weights_of(short.model), weights_of(plain.model))
+    assert_same(weights_of(short.model), without_nowcasts(PERIOD - 1))
     assert short.optimizer.reports == []
 
     extended = Run(max_steps=2 * PERIOD).load(tmp_path / "checkpoint.pt").train(2 * PERIOD - 1)
     assert [(report.step, report.has_moved) for report in extended.optimizer.reports] == [(6, True)]
-
-
-def test_a_run_of_unknown_length_nowcasts_to_its_end() -> None:
-    run = Run(max_steps=None, rollback_window=0).train(5 * PERIOD)
-
-    assert [(r.step, r.horizon, r.has_moved) for r in run.optimizer.reports] == [
-        (step, 3, True) for step in (6, 12, 18, 24, 30)
-    ]
 
 
 # Accelerate and the Trainer
@@ -769,17 +765,6 @@ def test_evaluation_and_generation_change_nothing(tmp_path: Path, whole: Any) ->
     assert reports_of(nowcast) == whole[1]
 
 
-def test_a_trainer_that_is_given_epochs_only(tmp_path: Path, whole: Any) -> None:
-    from trainers import callback, trainer
-
-    nowcast = callback(rollback_window=2)
-    run = trainer(tmp_path, nowcast, max_steps=-1, num_train_epochs=14 / 16)
-    run.train()
-
-    assert_same(weights_of(run.model), whole[0])
-    assert reports_of(nowcast) == whole[1]
-
-
 # Several processes
 
 
@@ -803,7 +788,7 @@ def test_a_process_that_stops_in_a_nowcast_leaves_the_other_with_whole_weights(
             rank.join(TIMEOUT_S)
 
     survivor = torch.load(tmp_path / "survivor", weights_only=True)
-    before = weights_of(Run(period=60, max_steps=None).train(PERIOD).model)
+    before = without_nowcasts(PERIOD)
     whole = {name: value + 1 for name, value in before.items()}
     assert any(
         all(torch.equal(survivor["weights"][name], value) for name, value in allowed.items())

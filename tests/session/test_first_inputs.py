@@ -10,7 +10,7 @@ import logging
 import pickle
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sessions import through_file, warnings_in
 from tiny import PERIOD, assert_same, weights_of, wrapped
 from torch import Tensor, nn
 
@@ -78,10 +79,6 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) for module in model.modules())
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
 # When it happens
 
 
@@ -102,7 +99,7 @@ def test_an_unknown_model_is_traced_on_the_first_batch(caplog: pytest.LogCapture
     for index in range(1, PERIOD):
         update(model, optimizer, index)
     assert [report.has_moved for report in optimizer.reports] == [True]
-    assert warnings_of(caplog) == []
+    assert warnings_in(caplog) == []
 
 
 def test_nowcasts_are_predicted_on_the_traced_graph() -> None:
@@ -291,7 +288,7 @@ def test_a_scripted_model_is_one_warning(caplog: pytest.LogCaptureFixture) -> No
     for index in range(PERIOD):
         update(model, optimizer, index)
     assert [report.has_moved for report in optimizer.reports] == [True]
-    [message] = warnings_of(caplog)
+    [message] = warnings_in(caplog)
     assert "cannot be traced on its first batch: it is compiled with torch.jit.script" in message
     assert "each of its parameters is nowcast alone" in message
 
@@ -322,7 +319,7 @@ def test_a_model_that_cannot_be_traced_trains_on_per_parameter(caplog: pytest.Lo
         update(model, optimizer, index)
     assert optimizer.session.graph.wiring == "per-parameter"
     assert [report.has_moved for report in optimizer.reports] == [True, True]
-    [message] = warnings_of(caplog)
+    [message] = warnings_in(caplog)
     assert "OnlyWithGradients cannot be traced: test_first_inputs.py:" in message
     assert "raised RuntimeError: element 0 of tensors does not require grad" in message
     assert "each of its parameters becomes a block of its own" in message
@@ -335,7 +332,7 @@ def test_arguments_need_no_names(caplog: pytest.LogCaptureFixture) -> None:
     for index in range(PERIOD):
         update(model, optimizer, index, scale=2.0)
     assert optimizer.session.graph.family == "traced"
-    assert warnings_of(caplog) == []
+    assert warnings_in(caplog) == []
 
 
 def test_a_model_whose_forward_is_never_called_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -344,7 +341,7 @@ def test_a_model_whose_forward_is_never_called_is_one_warning(caplog: pytest.Log
     for index in range(PERIOD):
         update(model.forward, optimizer, index)
     assert [report.has_moved for report in optimizer.reports] == [True]
-    [message] = warnings_of(caplog)
+    [message] = warnings_in(caplog)
     assert message.startswith("Branched was trained, but its forward was not called")
 
 
@@ -537,34 +534,25 @@ def test_weights_are_looked_at_only_if_they_must_be() -> None:
 
 @pytest.mark.parametrize("saved_after", [3, PERIOD, PERIOD + 1])
 def test_a_resumed_run_is_the_same_to_the_last_bit(saved_after: int) -> None:
-    def train(model: Any, optimizer: NowcastOptimizer, first: int, last: int) -> Iterator[None]:
+    def train(model: Any, optimizer: NowcastOptimizer, first: int, last: int) -> None:
         for index in range(first, last):
             torch.manual_seed(index)
             update(model, optimizer, index)
-        yield
 
     settings, end = {"rollback_window": 3, "max_steps": 40}, 2 * PERIOD + 2
     model = branched()
     optimizer = wrap(model, **settings)
-    next(train(model, optimizer, 0, saved_after))
-    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    saved = torch.load(_written(saved), weights_only=True)
-    next(train(model, optimizer, saved_after, end))
+    train(model, optimizer, 0, saved_after)
+    saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(model, optimizer, saved_after, end)
 
     resumed = branched()
     other = wrap(resumed, **settings)
     resumed.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
-    next(train(resumed, other, saved_after, end))
+    train(resumed, other, saved_after, end)
 
     assert optimizer.session.graph == other.session.graph
     assert other.session.graph.family == "traced"
     assert [r.step for r in optimizer.reports] == [PERIOD, 2 * PERIOD]
     assert_same(resumed.state_dict(), model.state_dict())
-
-
-def _written(state: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return file

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tiny import PERIOD, ScriptedNowcaster, Weights, add, mlp, tiny_nowcaster, weights_of, wrapped
+from sessions import failing
+from tiny import PERIOD, ScriptedNowcaster, add, mlp, tiny_nowcaster, weights_of, wrapped
 from torch import nn
 
 import nino
@@ -145,10 +146,6 @@ def test_the_measurement_reads_no_weight_again() -> None:
 # One log record per nowcast
 
 
-def fail(newest: Weights) -> Weights:
-    raise RuntimeError("out of memory")
-
-
 def records_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Of nowcasts: the first line says what was chosen for the run."""
     records = [record for record in caplog.records if record.name == "nino.session"]
@@ -191,7 +188,7 @@ def test_an_accepted_nowcast_is_one_record(caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_refused_nowcast_is_one_record_at_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nino")
-    optimizer = scripted(fail)
+    optimizer = scripted(failing(RuntimeError("out of memory")))
     train(optimizer, PERIOD)
 
     (record,) = records_of(caplog)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from sessions import asked, one_layer, update, warnings_in
+from sessions import asked, failing, one_layer, through_file, update, warnings_in
 from stores import are_held, tensors_in
 from tiny import PERIOD, ScriptedNowcaster, Weights, add, assert_same, mlp, tiny_nowcaster, weights_of
 from torch import nn
@@ -233,12 +231,7 @@ def test_bfloat16_snapshots_do_not_round_the_weights() -> None:
 # What goes wrong in a nowcast
 
 
-def _out_of_memory(*_: Any) -> Weights:
-    raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-
-def _key_error(newest: Weights) -> Weights:
-    raise KeyError("0.weight")
+OUT_OF_MEMORY = failing(RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"))
 
 
 def _second_missing(newest: Weights) -> Weights:
@@ -247,11 +240,7 @@ def _second_missing(newest: Weights) -> Weights:
 
 @pytest.mark.parametrize(
     ("fail", "reason"),
-    [
-        (_out_of_memory, "out of memory"),
-        (_key_error, "0.weight"),
-        (_second_missing, "2.bias"),
-    ],
+    [(OUT_OF_MEMORY, "out of memory"), (failing(KeyError("0.weight")), "0.weight"), (_second_missing, "2.bias")],
 )
 def test_a_failed_nowcast_changes_no_weight_and_the_next_one_works(
     fail: Callable[[Weights], Weights], reason: str, caplog: pytest.LogCaptureFixture
@@ -319,7 +308,7 @@ def test_a_snapshot_that_cannot_be_taken_does_not_end_the_run(
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
     update(session, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(session.history.store, "append", _out_of_memory)
+        patch.setattr(session.history.store, "append", OUT_OF_MEMORY)
         update(session)
     update(session, 8)
 
@@ -508,10 +497,7 @@ def test_a_loss_without_numbers_ends_no_run() -> None:
 def _saved(step: int) -> State:
     session = NowcastSession(one_layer(), ScriptedNowcaster(add(0)), period=PERIOD)
     update(session, step, losses=float)
-    file = io.BytesIO()
-    torch.save(session.state_dict(), file)
-    file.seek(0)
-    state: State = torch.load(file, weights_only=True)
+    state: State = through_file(session.state_dict())
     return state
 
 
@@ -656,13 +642,6 @@ def test_detaching_gives_memory_back() -> None:
 
 
 # Models
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_compiled_and_data_parallel_wrappers_are_looked_through(process_group: None) -> None:

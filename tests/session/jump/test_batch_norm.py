@@ -170,21 +170,6 @@ def test_a_compiled_model_stays_compiled() -> None:
     torch._dynamo.reset()
 
 
-def test_a_jump_that_is_undone_leaves_statistics_as_they_were() -> None:
-    run = Run(_far, rollback_window=4).train(0, PERIOD)
-    plain = Run(dict).train(0, PERIOD)
-    plain.optimizer.detach()
-    run.optimizer.session.optimizer = run.optimizer.optimizer
-    run.optimizer.observe(float("nan"))
-    for _ in range(4):  # the loss is not finite at the end of the rollback window
-        run.model(batch(0)[0])
-        run.optimizer.observe(float("nan"))
-        run.optimizer.session.after_step()
-    assert run.optimizer.reports[-1].outcome == "rolled back"
-    for name, value in run.model[3].named_buffers():
-        assert torch.equal(value, plain.model[3].get_buffer(name)), name
-
-
 @pytest.mark.parametrize("at", [2, PERIOD + 1])
 def test_an_interrupted_loop_goes_on_from_a_checkpoint_over_the_same_model(at: int) -> None:
     whole = Run(_far).train(0, at)

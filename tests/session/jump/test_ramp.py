@@ -12,20 +12,8 @@ from typing import Any
 import pytest
 import torch
 from optimizers import Mastered
-from sessions import one_layer, update, warnings_in
-from tiny import (
-    PERIOD,
-    ScriptedNowcaster,
-    Weights,
-    add,
-    batch,
-    mlp,
-    one_update,
-    planned,
-    tiny_nowcaster,
-    weights_of,
-    wrapped,
-)
+from sessions import failing, one_layer, update, warnings_in
+from tiny import PERIOD, ScriptedNowcaster, add, batch, mlp, one_update, planned, tiny_nowcaster, weights_of, wrapped
 from torch import nn
 
 import nino
@@ -303,10 +291,7 @@ def test_a_jump_that_is_judged_no_more_is_not_undone() -> None:
 
 
 def test_a_jump_that_failed_does_not_ramp() -> None:
-    def fail(newest: Weights) -> Weights:
-        raise RuntimeError("no memory")
-
-    nowcaster = ScriptedNowcaster(fail)
+    nowcaster = ScriptedNowcaster(failing(RuntimeError("no memory")))
     session = NowcastSession(one_layer(), nowcaster, period=PERIOD, plan=NowcastPlan(ramp=RAMP, rollback_window=0))
     assert trace(session, 8) == [*range(1, 9)]
     assert not session.reports[0].has_moved and not session.jumps.ramp.is_on
@@ -337,12 +322,9 @@ def test_a_model_that_changes_while_ramping_ends_the_ramp(change: str, caplog: p
 def test_a_part_that_fails_ends_the_ramp_and_not_the_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     session = session_of(one_layer())
     update(session, PERIOD + 1)
-    monkeypatch.setattr(Ramp, "advance", fail)
+    monkeypatch.setattr(Ramp, "advance", failing(torch.OutOfMemoryError("CUDA out of memory")))
     assert trace(session, 3) == [41, 42, 43] and not session.jumps.ramp.is_on
     assert "2 of 3 steps before the weights had arrived, training goes on: CUDA out of mem" in warnings_in(caplog)[-1]
     with monkeypatch.context() as patch:  # but processes that hold different weights must not go on

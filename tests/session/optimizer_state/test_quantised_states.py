@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import math
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from optimizers import InCodes, Mastered
+from sessions import failing, through_file
 from tiny import PERIOD, ScriptedNowcaster, add, assert_same, mlp, train, weights_of, wrapped
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -67,11 +67,7 @@ def test_a_jump_that_is_kept_leaves_them_alone() -> None:
 def test_resumed_in_a_rollback_window_the_same_bits_come_back() -> None:
     model, optimizer = jumping(False)
     train(model, optimizer, 0, PERIOD + 1)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-
-    saved = torch.load(file, weights_only=False)
+    saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, weights_only=False)
     again, resumed = jumping(False)
     again.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
@@ -142,8 +138,7 @@ def test_states_of_packages_come_back(package: str, name: str) -> None:
 # What is refused
 
 
-def _fail(*_: Any, **__: Any) -> None:
-    raise MemoryError("no memory")
+FAIL = failing(MemoryError("no memory"))
 
 
 def _half_way() -> Callable[..., None]:
@@ -151,17 +146,13 @@ def _half_way() -> Callable[..., None]:
 
     def fail(weights: Tensor, *rest: Any) -> None:
         moved.append(weights)
-        move(weights, *rest) if len(moved) < 3 else _fail()
+        move(weights, *rest) if len(moved) < 3 else FAIL()
 
     return fail
 
 
-def raising(newest: Any) -> Any:
-    raise RuntimeError("no prediction")
-
-
 FAILURES: dict[str, tuple[Any, str]] = {
-    "the predictor fails": (raising, ""),
+    "the predictor fails": (failing(RuntimeError("no prediction")), ""),
     "the prediction is NaN": (add(math.nan), ""),
     "no memory for the copy": (far, "nino.session.jump.jump.RollbackCopy.take"),
     "no memory when half has moved": (far, "nino.session.jump.ramp._move"),
@@ -207,7 +198,7 @@ def test_a_refused_nowcast_changes_nothing_at_all(
     optimizer = wrapped(OPTIMIZERS[kind](model), model, ScriptedNowcaster(answer), rollback_window=window)
     train(model, optimizer, 0, PERIOD - 1)
     if fails:
-        monkeypatch.setattr(fails, _half_way() if fails.endswith("_move") else _fail)
+        monkeypatch.setattr(fails, _half_way() if fails.endswith("_move") else FAIL)
     train(model, optimizer, PERIOD - 1, PERIOD)
 
     assert [report.outcome for report in optimizer.reports] == ["refused"], optimizer.reports[0].reason

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny import PERIOD, ScriptedNowcaster, batch, mlp, planned, weights_of
+from sessions import failing
+from tiny import PERIOD, ScriptedNowcaster, add, mlp, train, weights_of, wrapped
 from torch import nn
 from torch.optim import Optimizer
 
@@ -73,35 +73,19 @@ KINDS: dict[str, tuple[Callable[[nn.Module], Optimizer], list[str]]] = {
 }
 
 
-def train(model: nn.Module, optimizer: NowcastOptimizer, steps: range) -> None:
-    for index in steps:
-        inputs, targets = batch(index)
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(inputs), targets)
-        loss.backward()
-        optimizer.observe(loss)
-        optimizer.step()
-
-
-def wrapped(kind: str, answer: Any, **settings: Any) -> tuple[nn.Module, NowcastOptimizer]:
-    model = mlp()
-    base = KINDS[kind][0](model)
-    settings = planned({"period": PERIOD, "rollback_window": 0, **settings})
-    return model, NowcastOptimizer(base, model, ScriptedNowcaster(answer), **settings)
-
-
-def far(newest: Any) -> Any:
-    return {name: value + 0.5 for name, value in newest.items()}
+def made(kind: str, answer: Any, **settings: Any) -> tuple[nn.Module, NowcastOptimizer]:
+    model, settings = mlp(), {"rollback_window": 0, **settings}
+    return model, wrapped(KINDS[kind][0](model), model, ScriptedNowcaster(answer), **settings)
 
 
 @pytest.mark.parametrize("ramp", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_jump_stays(kind: str, ramp: int) -> None:
-    model, optimizer = wrapped(kind, far, ramp=ramp, period=12)
-    train(model, optimizer, range(11))
+    model, optimizer = made(kind, add(0.5), ramp=ramp, period=12)
+    train(model, optimizer, 0, 11)
     before = weights_of(model)
     assert find_second_iterates(optimizer.optimizer, dict(model.named_parameters())) == KINDS[kind][1]
-    train(model, optimizer, range(11, 23))
+    train(model, optimizer, 11, 23)
     moved = torch.cat([(parameter - before[name]).flatten() for name, parameter in model.named_parameters()])
     assert optimizer.reports[0].outcome == "applied"
     assert (moved - 0.5).abs().max() < 0.02  # eleven steps at a rate of 1e-4 move it no farther
@@ -112,17 +96,14 @@ def test_a_jump_stays(kind: str, ramp: int) -> None:
 def test_what_is_undone_is_undone_in_the_state_as_well(kind: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a failure right after the move, and with losses that do not recover."""
     if not window:
-        monkeypatch.setattr("nino.session.jump.batch_norm.BatchNormRenewal.begin", _fail)
-    model, optimizer = wrapped(kind, lambda newest: {n: v * 3 + 5 for n, v in newest.items()}, rollback_window=window)
-    plain, other = wrapped(kind, far, period=300)
-    train(model, optimizer, range(PERIOD + window))
-    train(plain, other, range(PERIOD))
+        failed = failing(RuntimeError("no memory"))
+        monkeypatch.setattr("nino.session.jump.batch_norm.BatchNormRenewal.begin", failed)
+    model, optimizer = made(kind, lambda newest: {n: v * 3 + 5 for n, v in newest.items()}, rollback_window=window)
+    plain, other = made(kind, add(0.5), period=300)
+    train(model, optimizer, 0, PERIOD + window)
+    train(plain, other, 0, PERIOD)
     assert optimizer.reports[0].outcome == ("rolled back" if window else "refused")
     for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
         for entry in KINDS[kind][1]:
             assert torch.equal(optimizer.optimizer.state[mine][entry], other.optimizer.state[theirs][entry]), entry
-
-
-def _fail(*_: Any) -> None:
-    raise RuntimeError("no memory")
