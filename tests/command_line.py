@@ -20,6 +20,15 @@ def run(script: str, *arguments: object, timeout: int = 300) -> Done:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
+def assert_refused(done: Done, *words: str) -> None:
+    """Exit code 2 and one clear line."""
+    assert done.returncode == 2, done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in message
+
+
 def run_here(script: str, *arguments: object) -> Done:
     """In this process; an exception that would be a traceback is raised."""
     out, errors = StringIO(), StringIO()

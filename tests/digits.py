@@ -1,4 +1,4 @@
-"""Trainings of a few steps on scikit-learn's digits, for tests of evaluation."""
+"""Trainings of a few steps on scikit-learn's digits, and a few images of noise, for tests of evaluation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nino import NowcastPlan
 from nino.evaluation.training import Cell, make_cell, train
+from tasks.images import ImageData
 from tasks.speedup import TASKS
+from tasks.task import ImageTask
 
 PLAN = NowcastPlan(period=10, stop_after=1.0, horizon_decay=2.0, rollback_window=0)
 
@@ -24,3 +28,12 @@ def run_cell(method: str, data: Path = Path(), task: str = "digits-16", held_out
     """Its result."""
     spec = replace(TASKS[task], folder=data, held_out_data=held_out)
     return train(cell_of(method, task, **settings), spec, lambda amount, text: None)
+
+
+def small_images() -> ImageTask:
+    """Noise in ten classes, in place of the images of a task."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(96, 3, 16, 16, generator=generator), torch.arange(96) % 10
+    return ImageTask(
+        ImageData(train_images=images, train_labels=labels, eval_images=images[:20], eval_labels=labels[:20])
+    )

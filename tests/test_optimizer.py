@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import math
 import pickle
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sessions import through_file
 from tiny import PERIOD, ScriptedNowcaster, assert_same, batch, mlp, planned, tiny_nowcaster, weights_of
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
@@ -85,11 +85,8 @@ class Run:
 
     def save(self) -> State:
         """Through a file that is read with ``weights_only=True``."""
-        file = io.BytesIO()
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-        file.seek(0)
-        state: State = torch.load(file, weights_only=True)
+        state: State = through_file({name: part.state_dict() for name, part in parts.items()})
         return state
 
     def load(self, state: State) -> Run:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from nino import NinoError, NowcastReport, plot_run, run_record
 from nino.plots.reading import read_run, read_runs
@@ -109,11 +110,11 @@ def test_a_record_of_a_loop() -> None:
     [
         ("{", "is not JSON"),
         ("[1, 2]", "is no run: expected a Trainer's trainer_state.json"),
-        ("{}", r"is no run that can be drawn \(KeyError\('losses'\)\)"),
-        ('{"losses": [1, 2]}', r"KeyError\('nowcasts'\)"),
+        ("{}", "is no run that can be drawn (KeyError('losses'))"),
+        ('{"losses": [1, 2]}', "KeyError('nowcasts')"),
         ('{"losses": [1, 2], "steps": [1], "nowcasts": []}', "no run that can be drawn"),
         ('{"losses": ["low"], "nowcasts": []}', "no run that can be drawn"),
-        ('{"losses": [1], "nowcasts": [{}]}', r"KeyError\('nowcast/step'\)"),
+        ('{"losses": [1], "nowcasts": [{}]}', "KeyError('nowcast/step')"),
         (
             '{"losses": [1], "nowcasts": [{"nowcast/step": 1, "nowcast/horizon_steps": null}]}',
             "no run that can be drawn",
@@ -126,11 +127,9 @@ def test_bad_input_is_one_line(content: str, message: str, tmp_path: Path) -> No
     path = tmp_path / "run.json"
     path.write_text(content)
 
-    with pytest.raises(NinoError, match=message) as caught:
+    with refused(NinoError, message) as caught:
         read_run(path)
-
     assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
 
 
 def test_missing_files_and_unwritable_pictures_are_one_line(tmp_path: Path) -> None:
@@ -138,9 +137,8 @@ def test_missing_files_and_unwritable_pictures_are_one_line(tmp_path: Path) -> N
     with pytest.raises(NinoError, match=r"no\.json cannot be read: No such file or directory; expected a Trainer's"):
         plot_run(tmp_path / "no.json")
     for out in (tmp_path / "no" / "loss.png", tmp_path / "loss.docx"):
-        with pytest.raises(NinoError, match="could not be written") as caught:
+        with refused(NinoError, "could not be written"):
             plot_run(run_record(LOSSES, []), out=out)
-        assert "\n" not in str(caught.value)
 
 
 def test_arguments_of_the_wrong_kind_are_one_line() -> None:
@@ -221,9 +219,9 @@ def test_a_folder_without_runs_is_one_line(content: str | None, tmp_path: Path) 
     if content == "state":
         put(tmp_path / "inner" / "trainer_state.json", 3)
     says = {None: "is empty: expected a", "notes": "holds no run: expected a", "state": "is no run: expected a"}
-    with pytest.raises(NinoError, match=says[content]) as caught:
+    with refused(NinoError, says[content]) as caught:
         read_runs(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
 
 
 # Logs of trackers

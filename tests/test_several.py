@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sessions import through_file
 from tiny import PERIOD, assert_same, batch, mlp, planned, tiny_nowcaster, weights_of
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -49,11 +49,8 @@ class Run:
         return self
 
     def saved(self) -> Any:
-        file = io.BytesIO()
         schedulers = [scheduler.state_dict() for scheduler in self.schedulers]
-        torch.save([self.model.state_dict(), self.optimizer.state_dict(), schedulers], file)
-        file.seek(0)
-        return torch.load(file, weights_only=True)
+        return through_file([self.model.state_dict(), self.optimizer.state_dict(), schedulers])
 
     def load(self, saved: Any) -> Run:
         self.model.load_state_dict(saved[0])

@@ -126,19 +126,6 @@ def test_images_are_edited(data_folder: Path, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "pictures.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(
-    "script",
-    [metanet_align_rivals, metanet_edit_inrs, metanet_make_zoo, metanet_merge, metanet_predict_accuracy, metanet_sines],
-    ids=lambda script: script.__name__,
-)
-def test_missing_options_are_one_line(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        script.main([])
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and said.out == ""
-    assert said.err.startswith("error: the following arguments are required: --") and said.err.count("\n") == 1
-
-
 def test_alignment_is_compared_with_the_packages_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import CASES, Case
 from partitions import Summing, in_threads, predicted_by_rows
+from sessions import failing
 from tiny import PERIOD, assert_same, batch, mlp, tiny_nowcaster, train, weights_of, wrapped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -329,7 +330,7 @@ def test_a_history_is_saved_whole_or_not_at_all(
     train(model, optimizer, 0, 3)
     optimizer.save_history(folder)
     train(model, optimizer, 3, 5)
-    monkeypatch.setattr(torch, "save", _no_room)
+    monkeypatch.setattr(torch, "save", failing(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         optimizer.save_history(folder)
     monkeypatch.undo()
@@ -341,10 +342,6 @@ def test_a_history_is_saved_whole_or_not_at_all(
     resumed.load_history(folder)
     assert (resumed.session.step, resumed.session.history.store.steps) == (5, [2, 4])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nowcast"]
-
-
-def _no_room(*_: Any, **__: Any) -> None:
-    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("what", ["missing", "no numbers", "no tensors", "cut", "other model"])
@@ -407,7 +404,8 @@ def test_a_run_that_is_killed_between_the_two_renames_keeps_its_history(
     folder = tmp_path / "nowcast"
     _, optimizer = _saved_and_going_on(folder)
     rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda path, to: _killed() if path.suffix == ".part" else rename(path, to))
+    killed = failing(KeyboardInterrupt())
+    monkeypatch.setattr(Path, "rename", lambda path, to: (killed if path.suffix == ".part" else rename)(path, to))
     with pytest.raises(KeyboardInterrupt):
         optimizer.save_history(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nowcast.old", "nowcast.part"]
@@ -426,7 +424,3 @@ def test_a_run_that_is_killed_between_the_two_renames_keeps_its_history(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nowcast"]
     resumed.load_history(folder)
     assert resumed.session.step == 5
-
-
-def _killed() -> None:
-    raise KeyboardInterrupt

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from command_line import run_here
-from test_scripts import assert_refused
 
 
 def test_reasons_in_short() -> None:
@@ -23,14 +22,3 @@ def test_some_are_checked_without_writing(tmp_path: Path) -> None:
     assert "[2/2] U-Net: ok, error" in done.stdout
     assert "2 of 2 architectures are wired completely and pass" in done.stdout
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--only", "Lama"], ["no architecture 'Lama'", "expected some of Llama, "]),
-        (["--page", __file__], ["expected a page with the lines"]),
-    ],
-)
-def test_bad_input_is_one_line(arguments: list[str], words: list[str]) -> None:
-    assert_refused(run_here("check_architectures.py", *arguments), *words)

@@ -143,27 +143,6 @@ def test_processes_end_when_the_one_that_started_them_is_killed(call: str, tmp_p
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--out", __file__], ["--out", "cannot be made a folder:", "is a file"]),
-        (
-            ["--average-over", "201"],
-            ["--average-over: average_over must be 1 to 200"],
-        ),
-        (["--short-period", "13"], ["--short-period 13 is no multiple of the context 5"]),
-        (["--short-period", "5"], ["no step without a snapshot; give at least 10"]),
-        (["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
-        (["--snapshot-folder", "nowhere"], ["--snapshot-folder nowhere is not a folder"]),
-    ],
-)
-def test_bad_input_is_one_line(arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run_main(benchmark_training.main, arguments)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert ended.value.code == 2 and all(part in said for part in expected), said
-
-
 @pytest.mark.parametrize("error", [FileExistsError(17, "File exists", "x.json"), OSError("first\nsecond")])
 def test_files_that_cannot_be_used_are_one_line(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
     def main(_: list[str]) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import run_here
+from digits import small_images
 from fair_table import MORE_RATES, best_rates, rate_cell, rates_to_try
 from torch import Tensor, nn
 
@@ -25,8 +26,6 @@ from tasks.fair_methods import EmaNesterov, PrimalAveraging, TailAverage, fair_m
 from tasks.fair_summary import aggregates, row_of, rows_of, saved_percent, slope_of
 from tasks.fair_tasks import BASES, BUDGETS, FAIR_TASKS, SEEDS, FlippedImages
 from tasks.fair_texts import load_corpus
-from tasks.images import ImageData
-from tasks.task import ImageTask
 
 CURVATURE = torch.linspace(0.5, 3.0, 5)
 RATE = 0.1
@@ -183,14 +182,8 @@ def test_books_are_split_within_each(tmp_path: Path) -> None:
         load_corpus("articles", 300, tmp_path, tmp_path / "cache")
 
 
-def small_images() -> ImageData:
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(96, 3, 16, 16, generator=generator), torch.arange(96) % 10
-    return ImageData(train_images=images, train_labels=labels, eval_images=images[:20], eval_labels=labels[:20])
-
-
 def test_flips_mirror_half_of_the_images() -> None:
-    data = small_images()
+    data = small_images().data
     images, labels = FlippedImages(data)._take(torch.arange(96), torch.Generator().manual_seed(1))
     same = [bool(torch.equal(image, other)) for image, other in zip(images, data.train_images, strict=True)]
     mirrored = [torch.equal(image, other.flip(-1)) for image, other in zip(images, data.train_images, strict=True)]
@@ -202,8 +195,8 @@ def test_flips_mirror_half_of_the_images() -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> FairCell:
     """A cell of a task that takes a second."""
-    data = small_images()
-    task = replace(FAIR_TASKS["cnn-16px"], steps=150, batch_size=8, read=lambda *_: ImageTask(data), files=())
+    images = small_images()
+    task = replace(FAIR_TASKS["cnn-16px"], steps=150, batch_size=8, read=lambda *_: images, files=())
     monkeypatch.setitem(fair_tasks.FAIR_TASKS, "cnn-16px", task)
     return FairCell(task="cnn-16px", base="adam", method="base", seed=10, rate=1e-3, budget=1.0)
 
@@ -227,19 +220,6 @@ def test_it_goes_on_from_what_was_gathered(tiny: FairCell, tmp_path: Path) -> No
     assert read_result(tmp_path, tiny) == known
     assert read_result(tmp_path, replace(tiny, seed=11)) is None
     assert json.loads((tmp_path / "cells.json").read_text())[tiny.file_name]["cell"]["seed"] == 10
-
-
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    for arguments, expected in (
-        (["--methods", "magic"], "--methods: magic is none of base"),
-        (["--tasks", "cnn"], "needs --data FOLDER"),
-        (["--data", tmp_path], "does not exist"),
-        (["--tasks", "llama", "--out", tmp_path], "run this with --rates first"),
-    ):
-        done = run_here("fair_table.py", *arguments)
-        assert done.returncode == 2
-        assert expected in done.stderr
-        assert done.stderr.count("\n") == 1
 
 
 def test_a_dry_run_lists_and_trains_nothing(tmp_path: Path) -> None:

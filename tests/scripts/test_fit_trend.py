@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import fit_trend
-import pytest
 import torch
+from command_line import assert_refused, run_here
 from recordings import CNN, MLP, record_collection, record_walk
 
 from nino import Nowcaster, NowcasterConfig
@@ -16,7 +16,6 @@ from nino.predict.model import build_network
 from nino.predict.model.networks import Trend
 from nino.pretraining.trend import Rows, draw_rows, errors, fit
 from nino.pretraining.windows import WindowSource
-from tasks.cli import run_main
 
 CONFIG = NowcasterConfig(hidden=8, inputs="movements")
 
@@ -90,7 +89,7 @@ def _of_matrices(values: torch.Tensor, source: WindowSource) -> torch.Tensor:
     return torch.cat([values[edges.slices[name]][mask[edges.slices[name]]] for name in names])
 
 
-def test_the_script_leaves_the_network_and_foretells_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_leaves_the_network_and_foretells_better(tmp_path: Path) -> None:
     torch.manual_seed(0)
     start = Nowcaster(build_network(CONFIG))
     start.save_pretrained(tmp_path / "start")
@@ -109,7 +108,6 @@ def test_the_script_leaves_the_network_and_foretells_better(tmp_path: Path, caps
     assert all(ratio < 0.8 for ratios in report.values() for ratio in ratios.values()), "walks drift"
     assert not set(found["runs"]["trained on"]) & set(found["runs"]["held out"])
 
-    capsys.readouterr()
     refused = [
         ({"--runs": str(tmp_path / "none")}, "is not a folder"),
         ({"--start-from": str(tmp_path / "one")}, "has no trend yet"),
@@ -120,23 +118,13 @@ def test_the_script_leaves_the_network_and_foretells_better(tmp_path: Path, caps
     ]
     for changed, message in refused:
         given = {"--runs": str(tmp_path / "runs"), "--start-from": str(tmp_path / "start"), "--out": "x", **changed}
-        with pytest.raises(SystemExit):
-            run_main(fit_trend.main, [word for option in given.items() for word in option])
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1 and message in lines[0]
+        done = run_here("fit_trend.py", *(word for option in given.items() for word in option))
+        assert_refused(done, message)
+        assert done.stderr.count("\n") == 1
 
 
-def test_too_few_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_runs_are_refused(tmp_path: Path) -> None:
     Nowcaster(build_network(CONFIG)).save_pretrained(tmp_path / "start")
     record_walk(tmp_path / "runs" / "a", MLP, "mlp")
-    options = [
-        "--runs",
-        str(tmp_path / "runs"),
-        "--start-from",
-        str(tmp_path / "start"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    with pytest.raises(SystemExit):
-        run_main(fit_trend.main, options)
-    assert "at least 6 of one family are needed" in capsys.readouterr().err
+    options = ["--runs", tmp_path / "runs", "--start-from", tmp_path / "start", "--out", tmp_path / "out"]
+    assert_refused(run_here("fit_trend.py", *options), "at least 6 of one family are needed")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import run_here
+from digits import small_images
 
 from nino.evaluation.training import learning_rate_factor
 from nino.session.judge.worth import UNKNOWN, Worth
@@ -18,7 +18,6 @@ from tasks import fair_tasks
 from tasks.branch_report import Compared, Measured, compare, estimated, jump_rows, measure, row_of
 from tasks.branches import KINDS, TASKS, BranchCell, Lookahead, read_result, train_and_write
 from tasks.fair_tasks import FAIR_TASKS, WARMUP
-from tasks.images import ImageData
 from tasks.task import ImageTask
 
 STEPS, PERIOD = 300, 20
@@ -27,11 +26,7 @@ STEPS, PERIOD = 300, 20
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch) -> ImageTask:
     """Few images, in place of a choosing task's."""
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(96, 3, 16, 16, generator=generator), torch.arange(96) % 10
-    task = ImageTask(
-        ImageData(train_images=images, train_labels=labels, eval_images=images[:20], eval_labels=labels[:20])
-    )
+    task = small_images()
     spec = replace(FAIR_TASKS["cnn-16px"], steps=STEPS, batch_size=8, read=lambda *_: task, files=())
     monkeypatch.setitem(fair_tasks.FAIR_TASKS, "cnn-16px", spec)
     return task
@@ -149,15 +144,3 @@ def test_a_row_counts() -> None:
 def test_kinds_are_of_tasks_that_were_chosen_on() -> None:
     assert KINDS.keys() == TASKS.keys()
     assert {FAIR_TASKS[task].purpose for tasks in TASKS.values() for task in tasks} == {"choose"}
-
-
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    for arguments, expected in (
-        (["--kinds", "sideways"], "sideways"),
-        ([], "needs --data FOLDER"),
-        (["--data", tmp_path], "does not exist"),
-    ):
-        done = run_here("measure_steps_saved.py", *arguments)
-        assert done.returncode == 2
-        assert expected in done.stderr
-        assert done.stderr.count("\n") == 1

@@ -185,13 +185,8 @@ def test_a_dry_run_counts_and_a_report_is_written(tmp_path, capsys):
     assert (tmp_path / "other" / "table.md").read_text() == (tmp_path / "out" / "table.md").read_text()
 
 
-def test_bad_input_is_one_line(tmp_path, capsys):
-    common = ["--data", str(tmp_path), "--cache", str(tmp_path), "--out", str(tmp_path)]
-    with pytest.raises(SystemExit) as stopped:
-        post_training.main([*common, "--steps", "0"])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --steps must be positive")
-    with pytest.raises(NinoError, match="no file of results"):
-        post_training.main([*common, "--known", str(tmp_path / "none.jsonl")])
+def test_a_folder_without_the_books_is_refused(tmp_path):
     with pytest.raises(NinoError, match="no books"):
-        post_training.main([*common, "--tasks", "arithmetic"])
+        post_training.main(
+            ["--data", str(tmp_path), "--cache", str(tmp_path), "--out", str(tmp_path), "--tasks", "arithmetic"]
+        )

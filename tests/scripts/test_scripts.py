@@ -7,11 +7,10 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from command_line import SCRIPTS, run, run_here
+from command_line import SCRIPTS, assert_refused, run, run_here
 from recordings import record_collection
 from torch import nn
 
@@ -20,15 +19,7 @@ from tasks.images import convnet
 from tasks.runs import make_model
 
 ALL_SCRIPTS = sorted(path.name for path in SCRIPTS.glob("*.py"))
-
-
-def assert_refused(result: Any, *expected: str) -> None:
-    """Exit code 2 and one clear line."""
-    assert result.returncode == 2, result.stderr
-    message = result.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in result.stderr
-    for part in expected:
-        assert part in message
+POST = ["--data", ".", "--cache", ".", "--out", "."]
 
 
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
@@ -52,10 +43,37 @@ def test_help_says_what_it_does(script: str) -> None:
         ),
         ("demo.py", ["--steps", "3"], ["--steps", "at least 100"]),
         ("demo.py", ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
+        ("check_architectures.py", ["--only", "Lama"], ["no architecture 'Lama'", "expected some of Llama, "]),
+        ("check_architectures.py", ["--page", __file__], ["expected a page with the lines"]),
+        ("benchmark_training.py", ["--out", __file__], ["--out", "cannot be made a folder:", "is a file"]),
+        ("benchmark_training.py", ["--average-over", "201"], ["--average-over: average_over must be 1 to 200"]),
+        ("benchmark_training.py", ["--short-period", "13"], ["--short-period 13 is no multiple of the context 5"]),
+        ("benchmark_training.py", ["--short-period", "5"], ["no step without a snapshot; give at least 10"]),
+        ("benchmark_training.py", ["--nowcaster", "no-such"], ["no nowcaster 'no-such'"]),
+        ("benchmark_training.py", ["--snapshot-folder", "nowhere"], ["--snapshot-folder nowhere is not a folder"]),
+        ("fair_table.py", ["--methods", "magic"], ["--methods: magic is none of base"]),
+        ("fair_table.py", ["--tasks", "cnn"], ["needs --data FOLDER"]),
+        ("fair_table.py", ["--data", "."], ["does not exist"]),
+        ("fair_table.py", ["--tasks", "llama", "--out", "."], ["run this with --rates first"]),
+        ("measure_steps_saved.py", ["--kinds", "sideways"], ["sideways"]),
+        ("measure_steps_saved.py", [], ["needs --data FOLDER"]),
+        ("measure_steps_saved.py", ["--data", "."], ["does not exist"]),
+        ("post_training.py", [*POST, "--steps", "0"], ["--steps must be positive"]),
+        ("post_training.py", [*POST, "--known", "none.jsonl"], ["no file of results"]),
+        *(
+            (f"metanet_{name}.py", [], ["the following arguments are required: --"])
+            for name in ("align_rivals", "edit_inrs", "make_zoo", "merge", "predict_accuracy", "sines")
+        ),
     ],
 )
-def test_bad_input_is_one_line(script: str, arguments: list[str], expected: list[str], tmp_path: Path) -> None:
-    assert_refused(run_here(script, *arguments), *expected)
+def test_bad_input_is_one_line(
+    script: str, arguments: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_here(script, *arguments)
+    assert_refused(done, *expected)
+    assert done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_few_runs_is_one_line(tmp_path: Path) -> None:
@@ -225,18 +243,10 @@ def test_batch_norms_are_as_before_when_jumps_are_over(
 
 
 @pytest.mark.parametrize("option", ["--last-jump", "--jump-average-over", "--jump-ramp"])
-def test_settings_of_jumps_without_a_nowcaster_are_one_line(
-    option: str, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from collect_trajectories import main
-
-    from tasks.cli import run_main
-
-    with pytest.raises(SystemExit) as stopped:
-        run_main(main, ["--data", str(data_folder), "--out", str(tmp_path / "out"), option, "50"])
-    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "--jump-with" in line
+def test_settings_of_jumps_without_a_nowcaster_are_one_line(option: str, data_folder: Path, tmp_path: Path) -> None:
+    done = run_here("collect_trajectories.py", "--data", data_folder, "--out", tmp_path / "out", option, 50)
+    assert_refused(done, "--jump-with")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -256,19 +266,12 @@ def test_settings_of_jumps_without_a_nowcaster_are_one_line(
     ],
 )
 def test_jumps_that_leave_nothing_to_learn_are_one_line(
-    nowcaster: str, period: int | str, words: str, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    nowcaster: str, period: int | str, words: str, data_folder: Path, tmp_path: Path
 ) -> None:
-    from collect_trajectories import main
-
-    from tasks.cli import run_main
-
     arguments = ["--data", data_folder, "--out", tmp_path / "out", "--jump-with", nowcaster, "--jump-period"]
-    arguments += str(period).split()
-    with pytest.raises(SystemExit) as stopped:
-        run_main(main, [*map(str, arguments)])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert words in line
+    done = run_here("collect_trajectories.py", *arguments, *str(period).split())
+    assert_refused(done, words)
+    assert done.stderr.count("\n") == 1
 
 
 def test_recorded_text_and_images_are_split_before_training() -> None:

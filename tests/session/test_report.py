@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from models import gpt2, randomised
 from sessions import failing
 from tiny import PERIOD, ScriptedNowcaster, add, mlp, tiny_nowcaster, weights_of, wrapped
-from torch import nn
 
 import nino
 from nino import NowcastOptimizer, NowcastReport, NowcastSession
@@ -74,20 +74,9 @@ def test_one_outcome_is_logged_as_one_number_of_four(outcome: Outcome, moved: bo
 # Jumps by kind
 
 
-def gpt2() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = transformers.GPT2LMHeadModel(config)
-        for parameter in model.parameters():  # none of them all zero
-            nn.init.normal_(parameter)
-    return model
-
-
 def test_a_jump_is_measured_per_kind_of_weight() -> None:
     # By hand from the weights before and after; GPT-2 keeps query, key and value in the columns of one tensor.
-    model = gpt2()
+    model = randomised(gpt2(n_layer=1))  # none of its parameters is all zero
     snapshots = [{name: value + 0.01 * age for name, value in weights_of(model).items()} for age in (-2, -1, 0)]
     before = snapshots[-1]
     live = {name: value.clone() for name, value in before.items()}

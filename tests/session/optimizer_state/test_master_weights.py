@@ -12,6 +12,7 @@ from optimizers import Mastered
 from tiny import PERIOD, ScriptedNowcaster, add, assert_same, batch, mlp, weights_of, wrapped
 from torch import Tensor, nn
 
+from nino.session.jump.batch_norm import BatchNormRenewal
 from nino.session.optimizer_state.master_weights import find_master_weights
 
 R = 3
@@ -77,6 +78,33 @@ def test_master_weights_are_rolled_back_to_the_last_bit(kind: str) -> None:
     assert run.optimizer.reports[-1].outcome == "rolled back"
     assert_same(weights_of(run.model), weights_of(plain.model))
     assert_same(run.states(), plain.states())
+
+
+def test_a_jump_that_is_refused_leaves_master_weights_alone() -> None:
+    run, plain = Run(), Run()
+    run.optimizer.session.nowcaster.predict_movement = _fail  # type: ignore[method-assign]
+    plain.optimizer.detach()
+    for each in (run, plain):
+        each.train(0, PERIOD)
+
+    assert not run.optimizer.reports[-1].has_moved
+    assert_same(run.states(), plain.states())
+
+
+def test_a_jump_that_cannot_be_completed_is_none_for_master_weights_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchNormRenewal, "begin", _fail)
+    run, plain = Run().train(0, PERIOD), Run()
+    plain.optimizer.detach()
+    plain.train(0, PERIOD)
+
+    assert "no memory" in run.optimizer.reports[-1].reason
+    assert_same(weights_of(run.model), weights_of(plain.model))
+    for parameter in run.model.parameters():
+        assert torch.equal(run.optimizer.state[parameter]["master"], parameter.float())
+
+
+def _fail(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("no memory")
 
 
 def test_master_weights_that_loading_has_rounded_jump_along() -> None:
