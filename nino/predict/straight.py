@@ -19,7 +19,7 @@ from nino.predict.extrapolators import CONTEXT, MAX_HORIZON, Extrapolator
 
 ERROR, CAUTIOUS_ERROR = 0.2, 0.1
 """The second where the loss does not tell a bad jump (docs/lab-notes, 2026-12-01)."""
-LEAST = 0.5
+LEAST = 0.75
 LONGEST = 1.5
 
 

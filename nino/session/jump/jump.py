@@ -77,6 +77,9 @@ class Jumps:
             return horizon, "the run ends before a jump could recover"
         if horizon == 0:
             return horizon, "the learning rate that is left moves the weights no farther than they are"
+        window = self.plan.rollback_window or 0
+        if self.monitor.config.at_once and horizon * schedule.interval < window:
+            return horizon, f"it would gain fewer steps than the {window} that undoing it may cost"
         return backoff.shorten(horizon), ""
 
     def leave_out(self, report: NowcastReport, reason: str) -> OpenReport:

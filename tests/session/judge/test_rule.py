@@ -72,6 +72,22 @@ def test_a_straight_jump_must_not_raise_the_loss(after: float, outcomes: list[st
     assert [report.outcome for report in session.reports] == outcomes
 
 
+@pytest.mark.parametrize(("window", "outcome"), [(7, "left out"), (4, "applied"), (0, "applied")])
+def test_a_jump_of_fewer_steps_than_undoing_it_may_cost_is_left_out(window: int, outcome: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    plan = nino.NowcastPlan(period=20, max_horizon_steps=4, rollback_window=window)
+    session = nino.session.NowcastSession(model, "straight", plan=plan, max_steps=40, optimizer=optimizer)
+    for step in range(1, 41):
+        session.observe(1.0 + 0.1 * (step % 2))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        session.after_step()
+    assert [report.outcome for report in session.reports] == [outcome]
+    assert ("fewer steps than the 7" in session.reports[0].reason) == (window == 7)
+
+
 def test_the_loss_right_after_the_jump_does_not_count() -> None:
     before = [1.0, 1.1] * 10
     assert has_recovered(gather_evidence(before, [9.0] * 5 + [1.0] * 5), CONFIG, R)
