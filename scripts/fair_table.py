@@ -150,7 +150,9 @@ def report(cells: Sequence[FairCell], out: Path) -> None:
         return
     totals = aggregates(rows)
     methods = dict.fromkeys(row.method for row in rows)
-    command = f"python scripts/fair_table.py --data DATA --methods {' '.join(methods)}"
+    purpose, bases = FAIR_TASKS[rows[0].task].purpose, sorted({row.base for row in rows})
+    parts_of_grid = (f" --purpose {purpose}" * (purpose != "report")) + (f" --bases {bases[0]}" * (len(bases) == 1))
+    command = f"python scripts/fair_table.py --data DATA{parts_of_grid} --methods {' '.join(methods)}"
     about = {"title": "Steps saved at equal final held-out loss", "command": command, "commit": head_commit()}
     records = [row.as_record() for row in rows]
     summary = {**about, "rows": records, "aggregates": totals, "machine": describe_machine()}

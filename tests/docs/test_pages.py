@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def test_every_study_has_a_summary_a_table_and_a_row() -> None:
         assert summary["title"] and summary["command"] and summary["commit"], name
         assert (RESULTS / name / "table.md").is_file(), name
         assert publish_results.pages_that_quote(name), f"nothing quotes results/{name}"
+
+
+def test_numbers_are_of_commits_that_a_clone_has() -> None:
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("this is no clone with its history")
+    commits = {path.parent.name: json.loads(path.read_text())["commit"] for path in RESULTS.glob("*/summary.json")}
+    assert not [name for name, commit in commits.items() if git("merge-base", "--is-ancestor", commit, "HEAD").returncode]
 
 
 def test_results_are_small() -> None:
