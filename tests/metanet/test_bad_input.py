@@ -31,7 +31,7 @@ def test_models_and_graphs() -> None:
     net = small()
     with pytest.raises(NinoError, match="zoo is empty"):
         fit(net, [], torch.zeros(0))
-    with pytest.raises(NinoError, match="1 graphs for 2 models"):
+    with pytest.raises(NinoError, match="1 graph for 2 models"):
         fit(net, models, targets, graphs=graphs[:1])
     with pytest.raises(NinoError, match=r"0\.weight should be \(6, 3\) and is \(4, 3\)"):
         net(models[1], graphs[0])
@@ -69,7 +69,7 @@ def test_targets_and_settings_of_training() -> None:
     models, graphs, targets = zoo(2)
     net = small(outputs=2)
     for wrong, said in (
-        (targets[:1], "got 1 targets for 2 models"),
+        (targets[:1], "got 1 target for 2 models"),
         (None, "got NoneType for 2 models"),
         (["a", "b"], "targets must be numbers"),
         (targets + 1, "between 0 and 1"),

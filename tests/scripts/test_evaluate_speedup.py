@@ -162,7 +162,7 @@ def test_a_failed_training_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
         (["--methods", "linear@period=1000,max_horizon_steps=8200"], ["max_horizon_steps=8200 is beyond"]),
         (["--methods", "linear@period=13"], ["period=13 must be a multiple of context=5"]),
         (["--methods", "linear@period=100,rollback_window=100"], ["rollback_window=100 must end before the next"]),
-        (["--methods", "linear@period=1000", "--steps", "1000", "5000"], ["never jumps in 1000 steps"]),
+        (["--methods", "linear@period=1000", "--steps", "1000", "5000"], ["never jumps in 1,000 steps"]),
         (["--period", "many"], ["period expects a whole number, got 'many'"]),
         (["--steps", "100", "--warmup", "100"], ["--warmup 100 leaves nothing of the 100 steps"]),
         (["--steps", "40"], ["--eval-every 50 is more than the 40 steps"]),
