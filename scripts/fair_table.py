@@ -22,7 +22,7 @@ from statistics import fmean
 
 from nino.errors import NinoError
 from nino.evaluation.report import format_markdown, format_table
-from tasks.cli import ArgumentParser, fail, make_output_folder, positive_int, run_main
+from tasks.cli import ArgumentParser, fail, make_output_folder, positive_float, positive_int, run_main
 from tasks.fair_cells import FairCell, detail_of, gather, read_result, train_and_write
 from tasks.fair_methods import fair_methods
 from tasks.fair_picture import draw_rows
@@ -86,7 +86,7 @@ def plan_table(args: argparse.Namespace, rates: Rates) -> list[FairCell]:
             base=base,
             method=method,
             seed=seed,
-            rate=rates[task][base],
+            rate=rates[task][base] * args.rate_times,
             budget=budget,
             held_out=held_out,
             detail=detail_of(task, base, method, budget, str(args.published)),
@@ -178,6 +178,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add(
         "--published", type=Path, default=Path("nino_no_posw.pt"), help="published weights, for the method of that name"
     )
+    add("--rate-times", type=positive_float, default=1.0, help="train at so many times the best rate of the base")
     add("--rates", action="store_true", help="find the best learning rate of every base, and write rates.json")
     add("--jobs", type=positive_int, default=2, help="trainings at once, one thread each")
     add("--out", type=Path, default=Path("results/fair-table"))

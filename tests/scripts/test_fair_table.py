@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import run_here
 from digits import small_images
-from fair_table import MORE_RATES, best_rates, rate_cell, rates_to_try
+from fair_table import MORE_RATES, best_rates, parse_args, plan, rate_cell, rates_to_try
 from torch import Tensor, nn
 
 from nino import NeuralGraph
@@ -248,3 +248,13 @@ def test_a_rate_is_never_the_best_for_want_of_a_higher_one(tmp_path: Path) -> No
     finish({0.002: 2.0, 0.001: 1.9, 0.0005: 1.8, 0.00025: 1.7})
     assert len(rates_to_try(tmp_path, "llama", "muon")) == 3 + MORE_RATES
     assert best_rates(tmp_path) == {"llama": {"muon": 0.00025}}
+
+
+def test_another_rate_than_the_best_is_a_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text(json.dumps({"llama-3m": {"adam": 1e-3}}))
+    words = ["--purpose", "larger", "--tasks", "llama-3m", "--bases", "adam", "--out", str(tmp_path)]
+    for more, rate in (([], 1e-3), (["--rate-times", "0.5"], 5e-4)):
+        cells, _ = plan(parse_args([*words, *more]))
+        assert {cell.rate for cell in cells} == {rate}
+    done = run_here("fair_table.py", *words, "--rate-times", "0")
+    assert done.returncode == 2 and "--rate-times" in done.stderr
