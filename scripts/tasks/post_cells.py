@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from nino.errors import NinoError
 from nino.evaluation.training import Clock, finite
 from tasks.post_methods import BASE, DEFAULT, CallbackDriver, Driver, driver_of, parse_method
+from tasks.post_trl import Course, OnStep
 from tasks.studies import file_name, read_json, write_json
 
 VERSION = 1
@@ -55,7 +56,7 @@ class LoopWorkload(Workload, Protocol):
 class TrainerWorkload(Workload, Protocol):
     """A task that a trainer of a library runs."""
 
-    def trainer(self, model: nn.Module, **settings: Any) -> Any: ...
+    def trainer(self, model: nn.Module, course: Course, on_step: OnStep, callbacks: Sequence[Any] = ()) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +181,14 @@ def train(cell: PostCell, workload: Workload, say: Say, points: int = 10) -> dic
     torch.manual_seed(cell.seed)  # dropout
     if isinstance(workload, TrainerWorkload):
         warmup = max(1, round(WARMUP * cell.steps))
-        settings = {"rate": cell.rate, "steps": cell.steps, "warmup": warmup, "seed": cell.seed}
+        course = Course(rate=cell.rate, steps=cell.steps, warmup=warmup, seed=cell.seed)
         callbacks = []
         if cell.method == DEFAULT:
             from nino.callbacks import NowcastCallback
 
             callbacks.append(NowcastCallback())
             watch.driver = CallbackDriver(*callbacks)
-        workload.trainer(model, **settings, callbacks=callbacks, on_step=watch.after_step).train()
+        workload.trainer(model, course, watch.after_step, callbacks).train()
     elif isinstance(workload, LoopWorkload):
         _loop(cell, workload, model, watch)
     result = watch.result()

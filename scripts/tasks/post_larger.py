@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.post_models import LLAMA_LAYERS, llama, pretrained
-from tasks.post_trl import OnStep, Watch, settings_of
+from tasks.post_trl import Course, OnStep, Watch
 from tasks.task import evaluation_mode, logits_of
 
 END, PAD = "<end>", "<pad>"
@@ -117,24 +117,17 @@ class Larger(Numbers):
         said, hits = self.said(model, self.right)
         return {"reward": said.exp().mean().item(), "accuracy": hits.float().mean().item()}
 
-    def trainer(
-        self,
-        model: nn.Module,
-        *,
-        rate: float,
-        steps: int,
-        warmup: int,
-        seed: int,
-        on_step: OnStep,
-        callbacks: Sequence[Any] = (),
-    ) -> Any:
+    def trainer(self, model: nn.Module, course: Course, on_step: OnStep, callbacks: Sequence[Any] = ()) -> Any:
         """TRL's trainer; see :meth:`tasks.post_questions.Questions.trainer`."""
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        rows = [{"prompt": f"{a},{b}=", "answer": str(max(a, b))} for a, b in self.drawn(QUESTIONS * steps, seed)]
+        rows = [
+            {"prompt": f"{a},{b}=", "answer": str(max(a, b))}
+            for a, b in self.drawn(QUESTIONS * course.steps, course.seed)
+        ]
         arguments = GRPOConfig(
-            **settings_of(rate, steps, warmup, seed, QUESTIONS * ANSWERS),
+            **course.settings(QUESTIONS * ANSWERS),
             num_generations=ANSWERS,
             max_completion_length=3,
             beta=0.0,
@@ -173,29 +166,19 @@ class Pairs(Numbers):
             "eval_loss": -F.logsigmoid(BETA * (margin - self.before)).mean().item(),
         }
 
-    def trainer(
-        self,
-        model: nn.Module,
-        *,
-        rate: float,
-        steps: int,
-        warmup: int,
-        seed: int,
-        on_step: OnStep,
-        callbacks: Sequence[Any] = (),
-    ) -> Any:
+    def trainer(self, model: nn.Module, course: Course, on_step: OnStep, callbacks: Sequence[Any] = ()) -> Any:
         """TRL's trainer; see :meth:`tasks.post_questions.Questions.trainer`."""
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
         rows = [
             {"prompt": f"{a},{b}=", "chosen": str(max(a, b)), "rejected": str(min(a, b))}
-            for a, b in self.drawn(PREFERENCES * steps, seed)
+            for a, b in self.drawn(PREFERENCES * course.steps, course.seed)
         ]
         return DPOTrainer(
             model,
             ref_model=None if hasattr(model, "peft_config") else deepcopy(model),
-            args=DPOConfig(**settings_of(rate, steps, warmup, seed, PREFERENCES), beta=BETA),
+            args=DPOConfig(**course.settings(PREFERENCES), beta=BETA),
             train_dataset=Dataset.from_list(rows),
             processing_class=self.tokenizer,
             callbacks=[*callbacks, Watch(on_step)],

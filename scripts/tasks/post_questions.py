@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nino.system.files import written_whole
 from tasks.post_books import find_books, split_text
 from tasks.post_models import LLAMA_LAYERS, llama, loss_on, pretrained
-from tasks.post_trl import OnStep, Watch, settings_of
+from tasks.post_trl import Course, OnStep, Watch
 from tasks.task import evaluation_mode, logits_of
 from tasks.text import byte_level_bpe
 
@@ -145,35 +145,24 @@ class Questions:
             "text_loss": loss_on(model, self.held_out_text),
         }
 
-    def trainer(
-        self,
-        model: nn.Module,
-        *,
-        rate: float,
-        steps: int,
-        warmup: int,
-        seed: int,
-        on_step: OnStep,
-        callbacks: Sequence[Any] = (),
-    ) -> Any:
+    def trainer(self, model: nn.Module, course: Course, on_step: OnStep, callbacks: Sequence[Any] = ()) -> Any:
         """TRL's ``SFTTrainer``; it has not begun.
 
         Args:
             model: to train; with adapters, if they are to be trained.
-            rate: of learning, at its highest.
-            steps: of the optimizer.
-            warmup: steps of them in which the rate rises; then it falls in a straight line.
-            seed: of the data and of their order.
+            course: how long and how fast.
             on_step: is told of every step, after the callbacks.
             callbacks: further ones.
         """
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        answers = [{"prompt": told.prompt, "completion": told.right} for told in stories(BATCH * steps, seed)]
+        answers = [
+            {"prompt": told.prompt, "completion": told.right} for told in stories(BATCH * course.steps, course.seed)
+        ]
         return SFTTrainer(
             model,
-            args=SFTConfig(**settings_of(rate, steps, warmup, seed, BATCH)),
+            args=SFTConfig(**course.settings(BATCH)),
             train_dataset=Dataset.from_list(answers),
             processing_class=self.tokenizer,
             callbacks=[*callbacks, Watch(on_step)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback
@@ -29,29 +30,34 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._seen = seen
 
 
-def settings_of(rate: float, steps: int, warmup: int, seed: int, batch: int) -> dict[str, Any]:
-    """What every trainer is told; the rest is TRL's own.
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How long and how fast a trainer trains."""
 
-    Args:
-        rate: of learning, at its highest.
-        steps: of the optimizer.
-        warmup: steps of them in which the rate rises; then it falls in a straight line.
-        seed: of the data's order.
-        batch: rows of a step.
-    """
-    return {
-        "output_dir": tempfile.mkdtemp(prefix="nino-post-training-"),
-        "per_device_train_batch_size": batch,
-        "max_steps": steps,
-        "learning_rate": rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": warmup,
-        "seed": seed,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-    }
+    rate: float
+    """Of learning, at its highest."""
+    steps: int
+    """Of the optimizer."""
+    warmup: int
+    """Steps of them in which the rate rises; then it falls in a straight line."""
+    seed: int
+    """Of the data and of their order."""
+
+    def settings(self, batch: int) -> dict[str, Any]:
+        """What every trainer is told, with so many rows a step; the rest is TRL's own."""
+        return {
+            "output_dir": tempfile.mkdtemp(prefix="nino-post-training-"),
+            "per_device_train_batch_size": batch,
+            "max_steps": self.steps,
+            "learning_rate": self.rate,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": self.warmup,
+            "seed": self.seed,
+            "report_to": [],
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "activation_checkpointing": False,
+        }
